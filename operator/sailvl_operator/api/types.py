@@ -21,7 +21,9 @@ Decimal = Annotated[str, Meta(max_length=16, pattern=r"^[0-9]+(\.[0-9]+)?(e-?[0-
 Seconds = Annotated[int, Meta(ge=0, le=31_536_000)]
 
 
-class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
+class Struct(
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True
+):
     """Base of the spec's structs: camelCase outside, unknown fields refused."""
 
 
@@ -32,7 +34,9 @@ class VolumeClaimResources(Struct):
 class VolumeClaimTemplate(Struct):
     storage_class_name: Annotated[str, Meta(max_length=253)] | UnsetType = UNSET
     """Default: the cluster's default class."""
-    access_modes: Annotated[list[Literal["ReadWriteMany", "ReadWriteOnce"]], Meta(max_length=2)] = ["ReadWriteMany"]
+    access_modes: Annotated[list[Literal["ReadWriteMany", "ReadWriteOnce"]], Meta(max_length=2)] = [
+        "ReadWriteMany"
+    ]
     """ReadWriteMany whenever a stage has more than one node."""
     resources: VolumeClaimResources
 
@@ -233,7 +237,9 @@ class Training(Struct):
 
 
 class Pretrain(Training):
-    train: Annotated[list[Literal["vision", "connector", "language"]], Meta(min_length=1, max_length=3)] = ["connector"]
+    train: Annotated[list[Literal["vision", "connector", "language"]], Meta(min_length=1, max_length=3)] = [
+        "connector"
+    ]
     """The parts that learn; the others are frozen."""
 
 
@@ -250,7 +256,15 @@ class CustomBenchmark(Struct):
     name: Name
     path: Path
     """A VLMEvalKit-style TSV on the storage; for caption_loss a directory of shards."""
-    metric: Literal["exact_match", "multiple_choice", "vqa_accuracy", "relaxed_accuracy", "anls", "yes_no_f1", "caption_loss"]
+    metric: Literal[
+        "exact_match",
+        "multiple_choice",
+        "vqa_accuracy",
+        "relaxed_accuracy",
+        "anls",
+        "yes_no_f1",
+        "caption_loss",
+    ]
     group: Annotated[str, Meta(min_length=1, max_length=30)] = "Custom"
     """Means are taken by group."""
     max_tiles: Annotated[int, Meta(ge=1, le=40)] = 6

@@ -1,0 +1,165 @@
+"""The status of a SailVLRun, typed: states, conditions and reasons have their names here and nowhere else.
+
+Times are RFC 3339 strings in UTC; numbers with a fraction are decimal strings, as Kubernetes' API conventions ask.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Time = Annotated[str, Meta(max_length=32)]
+Text = Annotated[str, Meta(max_length=1024)]
+Short = Annotated[str, Meta(max_length=64)]
+
+StageState = Literal["Pending", "Starting", "Running", "Restarting", "Suspended", "Succeeded", "Failed"]
+
+
+class ConditionType(enum.StrEnum):
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    RUNNING = "Running"
+    SUSPENDED = "Suspended"
+    STUCK = "Stuck"
+
+
+class Reason(enum.StrEnum):
+    """Reasons of conditions and events."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    STARTING = "Starting"
+    RESTARTING = "Restarting"
+    SUSPENDED = "Suspended"
+    RESUMED = "Resumed"
+    COMPLETED = "Completed"
+    INVALID_SPEC = "InvalidSpec"
+    STAGE_STARTED = "StageStarted"
+    STAGE_SUCCEEDED = "StageSucceeded"
+    STAGE_FAILED = "StageFailed"
+    NAME_TAKEN = "NameTaken"
+    UNSCHEDULABLE = "Unschedulable"
+    IMAGE = "ImagePull"
+    CONTAINER_CONFIG = "ContainerConfig"
+    VOLUME = "Volume"
+    START_TIMEOUT = "StartTimeout"
+    NOT_STUCK = "NotStuck"
+
+
+class Cause(enum.StrEnum):
+    """Why an attempt ended without a result."""
+
+    CONFIG = "Config"
+    DATA = "Data"
+    NON_FINITE = "NonFinite"
+    OUT_OF_MEMORY = "OutOfMemory"
+    STALLED = "Stalled"
+    PREEMPTED = "Preempted"
+    INFRA = "Infra"
+    CRASH = "Crash"
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """Base of the status' structs: camelCase outside; unknown fields of a later version are passed over."""
+
+
+class Condition(Struct, omit_defaults=False):
+    type: Short
+    status: Literal["True", "False", "Unknown"]
+    reason: Short
+    message: Text
+    last_transition_time: Time
+    observed_generation: int
+
+
+class StageProgress(Struct, omit_defaults=False):
+    step: int = 0
+    """Optimizer steps, samples or questions done."""
+    steps: int = 0
+    """How many there will be; 0: not known yet."""
+    tokens: int = 0
+    eta_seconds: int | None = None
+
+
+class StageCheckpoint(Struct):
+    step: int
+    path: Annotated[str, Meta(max_length=1024)]
+    """Relative to the storage."""
+
+
+class LastFailure(Struct):
+    cause: Short
+    attempt: int
+    rank: int | None = None
+    node: Annotated[str, Meta(max_length=253)] = ""
+    exit_code: int | None = None
+    message: Text = ""
+    time: Time
+
+
+class StageStatus(Struct):
+    name: Annotated[str, Meta(max_length=30)]
+    state: StageState
+    attempt: int = 0
+    """Number of the newest attempt; written before its Job exists."""
+    restarts: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    """New attempts by the cause of the failure before them."""
+    digest: Annotated[str, Meta(max_length=64)] = ""
+    memoised: bool = False
+    """The result was found on the storage, not computed again."""
+    start_time: Time = ""
+    completion_time: Time = ""
+    not_before: Time = ""
+    """The next attempt starts at this time: backoff."""
+    progress: StageProgress | None = None
+    metrics: Annotated[dict[str, Annotated[str, Meta(max_length=32)]], Meta(max_length=64)] = {}
+    checkpoint: StageCheckpoint | None = None
+    output: Annotated[str, Meta(max_length=1024)] = ""
+    """Directory of the stage, relative to the storage."""
+    last_failure: LastFailure | None = None
+
+
+class Summary(Struct):
+    """The columns of `kubectl get`."""
+
+    stage: Annotated[str, Meta(max_length=48)] = ""
+    progress: Short = ""
+    ready: Short = ""
+    restarts: int = 0
+    goodput: Short = ""
+    eta: Short = ""
+    reason: Short = ""
+
+
+class Goodput(Struct):
+    """Where the time went: seconds by bucket, whole."""
+
+    seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    gpu_seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
+
+
+class Status(Struct):
+    observed_generation: int = 0
+    start_time: Time = ""
+    completion_time: Time = ""
+    summary: Summary = Summary()
+    conditions: Annotated[list[Condition], Meta(max_length=16)] = []
+    stages: Annotated[list[StageStatus], Meta(max_length=32)] = []
+    goodput: Goodput = Goodput()
+
+    def condition(self, type_: ConditionType) -> Condition | None:
+        """The condition of a type, if it was ever set."""
+        return next((c for c in self.conditions if c.type == type_), None)
+
+    def is_true(self, type_: ConditionType) -> bool:
+        """Whether a condition is set and True."""
+        found = self.condition(type_)
+        return found is not None and found.status == "True"
+
+    @property
+    def is_finished(self) -> bool:
+        """Succeeded or failed for good: latched."""
+        return self.is_true(ConditionType.SUCCEEDED) or self.is_true(ConditionType.FAILED)

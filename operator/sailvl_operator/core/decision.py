@@ -1,0 +1,55 @@
+"""What `reconcile` wants done: plain data that the engine (on a cluster) or local mode carries out, in the order of the fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sailvl_operator.api.status import Reason, Status
+from sailvl_operator.core.observe import JobRecord
+from sailvl_operator.api.types import Workers
+from sailvl_trainer.contract import Stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One attempt of one stage, ready to start: `desired.workload` turns it into an AppDef, `desired.job` that into a Job."""
+
+    document: Stage
+    """What the worker is told."""
+    workers: Workers
+    """Merged: the stage's over the run's over the defaults; no field is UNSET that has a default."""
+    image: str
+    image_pull_policy: str
+    in_place_restarts: int
+    stall_seconds: int
+    claim: str
+    """The PersistentVolumeClaim mounted as storage."""
+    avoid_nodes: tuple[str, ...] = ()
+    """Machines that took attempts down."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """A Kubernetes event on the run."""
+
+    reason: Reason
+    message: str
+    type: Literal["Normal", "Warning"] = "Normal"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """Carried out top to bottom; events and metrics only after the status was written."""
+
+    end: tuple[JobRecord, ...] = ()
+    """Dead attempts: their pods deleted with 1 s of grace, then the Jobs. A record without uid: its pods only."""
+    suspend: tuple[tuple[JobRecord, bool], ...] = ()
+    """Jobs whose `suspend` has to change."""
+    start: tuple[Attempt, ...] = ()
+    """Attempts whose number is in status already; create claim and Service where missing, then the Job."""
+    status: Status | None = None
+    """The whole new status; None: nothing changed, nothing is written."""
+    events: tuple[Event, ...] = ()
+    requeue_at: float | None = None
+    """Unix seconds at which to look again though nothing happened."""

@@ -1,0 +1,170 @@
+"""What the operator sees, as small typed records: raw Jobs and pods are trimmed to these at the informer's edge, and
+sorted once into an `Observed` for `reconcile`. Local mode makes the same records from its processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sailvl_operator.api import names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terminated:
+    """How the worker's container ended."""
+
+    exit_code: int
+    reason: str = ""
+    """Error, Completed, OOMKilled, …"""
+    message: str = ""
+    """The termination message: JSON of contract.Termination, or the log's tail."""
+    finished: float = 0.0
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PodRecord:
+    namespace: str
+    name: str
+    uid: str
+    run: str
+    stage: str
+    attempt: int
+    index: int
+    phase: str
+    """Pending, Running, Succeeded, Failed or Unknown."""
+    node: str = ""
+    ip: str = ""
+    created: float = 0.0
+    is_ready: bool = False
+    is_deleting: bool = False
+    is_gone: bool = False
+    """Deleted from the API; this is its last state, kept until its attempt is closed."""
+    terminated: Terminated | None = None
+    waiting_reason: str = ""
+    """ImagePullBackOff, CreateContainerConfigError, …"""
+    waiting_message: str = ""
+    unschedulable: str = ""
+    """The scheduler's words, if it found no node."""
+    disrupted: str = ""
+    """Reason and message of the DisruptionTarget condition."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRecord:
+    namespace: str
+    name: str
+    uid: str
+    run: str
+    stage: str
+    attempt: int
+    owner_uid: str
+    is_suspended: bool = False
+    is_deleting: bool = False
+    nodes: int = 1
+    created: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observed:
+    """One run's children, by stage and attempt; pods by index."""
+
+    jobs: Mapping[tuple[str, int], JobRecord] = field(default_factory=dict)
+    pods: Mapping[tuple[str, int], tuple[PodRecord, ...]] = field(default_factory=dict)
+    progress: Mapping[tuple[str, int], Mapping[str, Any]] = field(default_factory=dict)
+    """Newest /progress document (contract.Progress) by stage and attempt."""
+
+
+def observe(
+    jobs: Iterable[JobRecord],
+    pods: Iterable[PodRecord],
+    progress: Mapping[tuple[str, int], Mapping[str, Any]] | None = None,
+) -> Observed:
+    """Sort a run's children once; the newest pod of an index comes last."""
+    by_attempt: dict[tuple[str, int], list[PodRecord]] = {}
+    for pod in sorted(pods, key=lambda p: (p.index, p.created, p.uid)):
+        by_attempt.setdefault((pod.stage, pod.attempt), []).append(pod)
+    return Observed(
+        jobs={(job.stage, job.attempt): job for job in jobs},
+        pods={key: tuple(group) for key, group in by_attempt.items()},
+        progress=progress or {},
+    )
+
+
+def parse_job(raw: Mapping[str, Any]) -> JobRecord:
+    """Trim a batch/v1 Job that carries our labels."""
+    metadata, spec = raw["metadata"], raw.get("spec", {})
+    labels = metadata.get("labels", {})
+    owners = metadata.get("ownerReferences", [])
+    return JobRecord(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        run=labels.get(names.LABEL_RUN, ""),
+        stage=labels.get(names.LABEL_STAGE, ""),
+        attempt=int(labels.get(names.LABEL_ATTEMPT, 0)),
+        owner_uid=next((o["uid"] for o in owners if o.get("controller")), ""),
+        is_suspended=bool(spec.get("suspend")),
+        is_deleting="deletionTimestamp" in metadata,
+        nodes=spec.get("completions", 1),
+        created=parse_time(metadata.get("creationTimestamp")),
+    )
+
+
+def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
+    """Trim a v1 Pod that carries our labels."""
+    metadata, spec, status = raw["metadata"], raw.get("spec", {}), raw.get("status", {})
+    labels = metadata.get("labels", {})
+    conditions = {c["type"]: c for c in status.get("conditions", [])}
+    state = _container_state(status)
+    scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
+    return PodRecord(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        run=labels.get(names.LABEL_RUN, ""),
+        stage=labels.get(names.LABEL_STAGE, ""),
+        attempt=int(labels.get(names.LABEL_ATTEMPT, 0)),
+        index=int(labels.get(names.LABEL_COMPLETION_INDEX, 0)),
+        phase=status.get("phase", "Pending"),
+        node=spec.get("nodeName", ""),
+        ip=status.get("podIP", ""),
+        created=parse_time(metadata.get("creationTimestamp")),
+        is_ready=conditions.get("Ready", {}).get("status") == "True",
+        is_deleting="deletionTimestamp" in metadata,
+        terminated=_parse_terminated(state.get("terminated")),
+        waiting_reason=state.get("waiting", {}).get("reason", ""),
+        waiting_message=state.get("waiting", {}).get("message", ""),
+        unschedulable=scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else "",
+        disrupted=_words(disruption) if disruption.get("status") == "True" else "",
+    )
+
+
+def parse_time(text: str | None) -> float:
+    """RFC 3339 to Unix seconds; nothing is 0."""
+    return datetime.fromisoformat(text).timestamp() if text else 0.0
+
+
+def _container_state(status: Mapping[str, Any]) -> Mapping[str, Any]:
+    for container in status.get("containerStatuses", []):
+        if container["name"] == names.CONTAINER:
+            state: Mapping[str, Any] = container.get("state", {})
+            return state
+    return {}
+
+
+def _parse_terminated(state: Mapping[str, Any] | None) -> Terminated | None:
+    if state is None:
+        return None
+    return Terminated(
+        exit_code=state.get("exitCode", -1),
+        reason=state.get("reason", ""),
+        message=state.get("message", ""),
+        finished=parse_time(state.get("finishedAt")),
+    )
+
+
+def _words(condition: Mapping[str, Any]) -> str:
+    return ": ".join(filter(None, (condition.get("reason"), condition.get("message"))))
