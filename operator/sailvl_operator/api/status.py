@@ -66,7 +66,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_def
     """Base of the status' structs: camelCase outside; unknown fields of a later version are passed over."""
 
 
-class Condition(Struct, omit_defaults=False):
+class Condition(Struct, frozen=True, kw_only=True, omit_defaults=False):
     type: Short
     status: Literal["True", "False", "Unknown"]
     reason: Short
@@ -75,7 +75,7 @@ class Condition(Struct, omit_defaults=False):
     observed_generation: int
 
 
-class StageProgress(Struct, omit_defaults=False):
+class StageProgress(Struct, frozen=True, kw_only=True, omit_defaults=False):
     step: int = 0
     """Optimizer steps, samples or questions done."""
     steps: int = 0
@@ -84,13 +84,13 @@ class StageProgress(Struct, omit_defaults=False):
     eta_seconds: int | None = None
 
 
-class StageCheckpoint(Struct):
+class StageCheckpoint(Struct, frozen=True, kw_only=True):
     step: int
     path: Annotated[str, Meta(max_length=1024)]
     """Relative to the storage."""
 
 
-class LastFailure(Struct):
+class LastFailure(Struct, frozen=True, kw_only=True):
     cause: Short
     attempt: int
     rank: int | None = None
@@ -100,7 +100,7 @@ class LastFailure(Struct):
     time: Time
 
 
-class StageStatus(Struct):
+class StageStatus(Struct, frozen=True, kw_only=True):
     name: Annotated[str, Meta(max_length=30)]
     state: StageState
     attempt: int = 0
@@ -122,7 +122,7 @@ class StageStatus(Struct):
     last_failure: LastFailure | None = None
 
 
-class Summary(Struct):
+class Summary(Struct, frozen=True, kw_only=True):
     """The columns of `kubectl get`."""
 
     stage: Annotated[str, Meta(max_length=48)] = ""
@@ -134,14 +134,14 @@ class Summary(Struct):
     reason: Short = ""
 
 
-class Goodput(Struct):
+class Goodput(Struct, frozen=True, kw_only=True):
     """Where the time went: seconds by bucket, whole."""
 
     seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
     gpu_seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
 
 
-class Status(Struct):
+class Status(Struct, frozen=True, kw_only=True):
     observed_generation: int = 0
     start_time: Time = ""
     completion_time: Time = ""

@@ -1,8 +1,8 @@
 """The spec of a SailVLRun, typed; `crd.py` turns these types into the CustomResourceDefinition.
 
 A resource is parsed once, at the edge, into these frozen structs. The docstring under a field is its description in
-the schema and in the reference: meaning, unit, default. Kubernetes' API conventions forbid floats, so numbers with a fraction
-are decimal strings, and large counts may carry a suffix (131B).
+the schema and in the reference: meaning, unit, default. Kubernetes' API conventions forbid floats, so numbers with
+a fraction are decimal strings, and large counts may carry a suffix (131B).
 """
 
 from __future__ import annotations
@@ -21,27 +21,23 @@ Decimal = Annotated[str, Meta(max_length=16, pattern=r"^[0-9]+(\.[0-9]+)?(e-?[0-
 Seconds = Annotated[int, Meta(ge=0, le=31_536_000)]
 
 
-class Struct(
-    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True
-):
+class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
     """Base of the spec's structs: camelCase outside, unknown fields refused."""
 
 
-class VolumeClaimResources(Struct):
+class VolumeClaimResources(Struct, frozen=True, kw_only=True):
     requests: Annotated[dict[str, Annotated[str, Meta(max_length=32)]], Meta(max_length=4)]
 
 
-class VolumeClaimTemplate(Struct):
+class VolumeClaimTemplate(Struct, frozen=True, kw_only=True):
     storage_class_name: Annotated[str, Meta(max_length=253)] | UnsetType = UNSET
     """Default: the cluster's default class."""
-    access_modes: Annotated[list[Literal["ReadWriteMany", "ReadWriteOnce"]], Meta(max_length=2)] = [
-        "ReadWriteMany"
-    ]
+    access_modes: Annotated[list[Literal["ReadWriteMany", "ReadWriteOnce"]], Meta(max_length=2)] = ["ReadWriteMany"]
     """ReadWriteMany whenever a stage has more than one node."""
     resources: VolumeClaimResources
 
 
-class Storage(Struct):
+class Storage(Struct, frozen=True, kw_only=True):
     """Exactly one of volumeClaim and volumeClaimTemplate."""
 
     volume_claim: Annotated[str, Meta(min_length=1, max_length=253)] | UnsetType = UNSET
@@ -50,7 +46,7 @@ class Storage(Struct):
     """A claim to create for this run; it goes with the run."""
 
 
-class Model(Struct):
+class Model(Struct, frozen=True, kw_only=True):
     preset: Literal["tiny", "sail-vl-2b", "sail-vl-8b", "sail-vl2-2b"]
     """The architecture."""
     vision: Path | UnsetType = UNSET
@@ -59,24 +55,24 @@ class Model(Struct):
     """Pretrained language model: a folder on the storage or a hub id. Default: random weights."""
 
 
-class EnvVar(Struct):
+class EnvVar(Struct, frozen=True, kw_only=True):
     name: Annotated[str, Meta(min_length=1, max_length=128)]
     value: Annotated[str, Meta(max_length=1024)] = ""
 
 
-class SourceRef(Struct):
+class SourceRef(Struct, frozen=True, kw_only=True):
     name: Annotated[str, Meta(min_length=1, max_length=253)]
     optional: bool = False
 
 
-class EnvFrom(Struct):
+class EnvFrom(Struct, frozen=True, kw_only=True):
     """Exactly one of secretRef and configMapRef."""
 
     secret_ref: SourceRef | UnsetType = UNSET
     config_map_ref: SourceRef | UnsetType = UNSET
 
 
-class Toleration(Struct):
+class Toleration(Struct, frozen=True, kw_only=True):
     key: Annotated[str, Meta(max_length=316)] | UnsetType = UNSET
     operator: Literal["Exists", "Equal"] | UnsetType = UNSET
     value: Annotated[str, Meta(max_length=63)] | UnsetType = UNSET
@@ -88,12 +84,12 @@ Quantity = Annotated[str, Meta(max_length=32)]
 Labels = Annotated[dict[str, Annotated[str, Meta(max_length=63)]], Meta(max_length=16)]
 
 
-class Resources(Struct):
+class Resources(Struct, frozen=True, kw_only=True):
     requests: Annotated[dict[str, Quantity], Meta(max_length=16)] = {}
     limits: Annotated[dict[str, Quantity], Meta(max_length=16)] = {}
 
 
-class Workers(Struct):
+class Workers(Struct, frozen=True, kw_only=True):
     """Where a stage runs. Changed workers take effect at the next attempt; they are no part of a stage's digest."""
 
     nodes: Annotated[int, Meta(ge=1, le=9999)] | UnsetType = UNSET
@@ -114,13 +110,13 @@ class Workers(Struct):
     """Kueue's local queue; the Job's suspend is then Kueue's."""
 
 
-class Engine(Struct):
+class Engine(Struct, frozen=True, kw_only=True):
     name: Literal["deepspeed", "fsdp2"] = "deepspeed"
     zero_stage: Annotated[int, Meta(ge=1, le=3)] = 1
     """DeepSpeed's ZeRO stage."""
 
 
-class RestartPolicy(Struct):
+class RestartPolicy(Struct, frozen=True, kw_only=True):
     """How many new attempts a stage gets, by the kind of failure."""
 
     max_restarts: Annotated[int, Meta(ge=0, le=1000)] = 10
@@ -135,8 +131,12 @@ class RestartPolicy(Struct):
     """All pods must run by then, else the attempt makes room and is tried again."""
 
 
-class Source(Struct):
-    """A raw data set. Formats: imagefolder (pictures with NAME.txt beside them, or captions.jsonl), webdataset (tars), procedural (drawn)."""
+class Source(Struct, frozen=True, kw_only=True):
+    """A raw data set.
+
+    Formats: imagefolder (pictures with NAME.txt beside them, or captions.jsonl), webdataset (tars),
+    procedural (drawn).
+    """
 
     format: Literal["imagefolder", "webdataset", "procedural", "parquet", "jsonl"]
     path: Path | UnsetType = UNSET
@@ -149,7 +149,7 @@ class Source(Struct):
     """procedural: difficulty."""
 
 
-class Caption(Struct):
+class Caption(Struct, frozen=True, kw_only=True):
     mode: Literal["keep", "caption", "recaption"] = "keep"
     """keep: the alt-text; caption: from the picture alone; recaption: from picture and alt-text."""
     model: Path | UnsetType = UNSET
@@ -158,7 +158,7 @@ class Caption(Struct):
     """An OpenAI-compatible server."""
 
 
-class Judge(Struct):
+class Judge(Struct, frozen=True, kw_only=True):
     """Drops captions that a judge model scores low on information richness or alignment."""
 
     model: Path | UnsetType = UNSET
@@ -166,20 +166,20 @@ class Judge(Struct):
     at_least: Annotated[int, Meta(ge=1, le=5)] = 3
 
 
-class Dedup(Struct):
+class Dedup(Struct, frozen=True, kw_only=True):
     exact: bool = True
     """Drop pictures whose pixels were seen before."""
     perceptual_distance: Annotated[int, Meta(ge=-1, le=16)] = 4
     """Drop pictures within so many bits of 64 of one seen before; -1: keep them."""
 
 
-class Balance(Struct):
+class Balance(Struct, frozen=True, kw_only=True):
     """Resampling against over-represented n-grams."""
 
     ngram: Annotated[int, Meta(ge=1, le=5)] = 2
 
 
-class Curate(Struct):
+class Curate(Struct, frozen=True, kw_only=True):
     """Data curation: raw data sets in, verified and deduplicated shards out."""
 
     sources: Annotated[list[Source], Meta(min_length=1, max_length=32)]
@@ -196,7 +196,7 @@ class Curate(Struct):
     max_tiles: Annotated[int, Meta(ge=1, le=40)] = 12
 
 
-class DataInput(Struct):
+class DataInput(Struct, frozen=True, kw_only=True):
     """Exactly one of from and path."""
 
     from_: Name | UnsetType = msgspec.field(default=UNSET, name="from")
@@ -205,7 +205,7 @@ class DataInput(Struct):
     """A prepared set of shards on the storage."""
 
 
-class Training(Struct):
+class Training(Struct, frozen=True, kw_only=True):
     """What pretrain and sft share. Exactly one of tokens and epochs."""
 
     data: Annotated[list[DataInput], Meta(min_length=1, max_length=16)]
@@ -236,14 +236,12 @@ class Training(Struct):
     """Samples for the held-out loss."""
 
 
-class Pretrain(Training):
-    train: Annotated[list[Literal["vision", "connector", "language"]], Meta(min_length=1, max_length=3)] = [
-        "connector"
-    ]
+class Pretrain(Training, frozen=True, kw_only=True):
+    train: Annotated[list[Literal["vision", "connector", "language"]], Meta(min_length=1, max_length=3)] = ["connector"]
     """The parts that learn; the others are frozen."""
 
 
-class Sft(Training):
+class Sft(Training, frozen=True, kw_only=True):
     train: Annotated[list[Literal["vision", "connector", "language"]], Meta(min_length=1, max_length=3)] = [
         "vision",
         "connector",
@@ -252,7 +250,7 @@ class Sft(Training):
     """The parts that learn; the others are frozen."""
 
 
-class CustomBenchmark(Struct):
+class CustomBenchmark(Struct, frozen=True, kw_only=True):
     name: Name
     path: Path
     """A VLMEvalKit-style TSV on the storage; for caption_loss a directory of shards."""
@@ -270,7 +268,7 @@ class CustomBenchmark(Struct):
     max_tiles: Annotated[int, Meta(ge=1, le=40)] = 6
 
 
-class Evaluate(Struct):
+class Evaluate(Struct, frozen=True, kw_only=True):
     """Benchmarks, answered greedily by the model of the training stage before."""
 
     benchmarks: Annotated[list[Annotated[str, Meta(max_length=30)]], Meta(max_length=32)] = []
@@ -283,7 +281,7 @@ class Evaluate(Struct):
     max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64
 
 
-class Gate(Struct):
+class Gate(Struct, frozen=True, kw_only=True):
     """The next stages wait until a metric of this one holds."""
 
     metric: Annotated[str, Meta(min_length=1, max_length=63)]
@@ -292,7 +290,7 @@ class Gate(Struct):
     on_fail: Literal["Stop", "Continue", "Pause"] = "Stop"
 
 
-class Stage(Struct):
+class Stage(Struct, frozen=True, kw_only=True):
     """One step of the recipe: exactly one of curate, pretrain, sft, evaluate."""
 
     name: Name
@@ -319,7 +317,7 @@ class Stage(Struct):
         return "evaluate"
 
 
-class Spec(Struct):
+class Spec(Struct, frozen=True, kw_only=True):
     """The whole recipe for one model."""
 
     suspend: bool = False

@@ -1,4 +1,4 @@
-"""What `reconcile` wants done: plain data that the engine (on a cluster) or local mode carries out, in the order of the fields."""
+"""What `reconcile` wants done: plain data that the engine (on a cluster) or local mode carries out, top to bottom."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sailvl_operator.api.status import Reason, Status
-from sailvl_operator.core.observe import JobRecord
 from sailvl_operator.api.types import Workers
+from sailvl_operator.core.observe import JobRecord
 from sailvl_trainer.contract import Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One attempt of one stage, ready to start: `desired.workload` turns it into an AppDef, `desired.job` that into a Job."""
+    """One attempt of a stage, ready to start: `desired.workload` turns it into an AppDef, `desired.job` into a Job."""
 
     document: Stage
     """What the worker is told."""
