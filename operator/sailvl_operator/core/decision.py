@@ -23,8 +23,13 @@ class Attempt:
     image_pull_policy: str
     in_place_restarts: int
     stall_seconds: int
+    grace_seconds: int
+    """Between SIGTERM and SIGKILL: time for a checkpoint."""
     claim: str
     """The PersistentVolumeClaim mounted as storage."""
+    owner_name: str
+    owner_uid: str
+    """The run, which owns the Job."""
     avoid_nodes: tuple[str, ...] = ()
     """Machines that took attempts down."""
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from sailvl_operator.api import names
+from sailvl_trainer.contract import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,14 +74,14 @@ class Observed:
 
     jobs: Mapping[tuple[str, int], JobRecord] = field(default_factory=dict)
     pods: Mapping[tuple[str, int], tuple[PodRecord, ...]] = field(default_factory=dict)
-    progress: Mapping[tuple[str, int], Mapping[str, Any]] = field(default_factory=dict)
-    """Newest /progress document (contract.Progress) by stage and attempt."""
+    progress: Mapping[tuple[str, int], Progress] = field(default_factory=dict)
+    """What the workers last said of themselves, by stage and attempt."""
 
 
 def observe(
     jobs: Iterable[JobRecord],
     pods: Iterable[PodRecord],
-    progress: Mapping[tuple[str, int], Mapping[str, Any]] | None = None,
+    progress: Mapping[tuple[str, int], Progress] | None = None,
 ) -> Observed:
     """Sort a run's children once; the newest pod of an index comes last."""
     by_attempt: dict[tuple[str, int], list[PodRecord]] = {}

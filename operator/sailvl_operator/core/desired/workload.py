@@ -1,0 +1,74 @@
+"""Attempt → torchx AppDef: one description from which the cluster's manifests and local processes both come."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from torchx.specs import AppDef, Resource, Role, VolumeMount
+
+from sailvl_operator.api import names
+from sailvl_operator.api.types import Workers
+from sailvl_operator.core.decision import Attempt
+from sailvl_trainer.contract import METRICS_PORT, RENDEZVOUS_PORT, Env, Stage
+
+ENTRYPOINT = "python"
+ARGS = ("-m", "sailvl_trainer")
+
+
+def build_appdef(attempt: Attempt) -> AppDef:
+    """One role of `nodes` workers, each the elastic agent of its machine."""
+    document, nodes = attempt.document, count_nodes(attempt.workers)
+    return AppDef(
+        name=names.job_name(document.run, document.stage, document.attempt),
+        roles=[
+            Role(
+                name=names.CONTAINER,
+                image=attempt.image,
+                entrypoint=ENTRYPOINT,
+                args=list(ARGS),
+                env=build_env(attempt),
+                num_replicas=nodes,
+                resource=Resource(cpu=-1, gpu=count_gpus(attempt.workers), memMB=-1),
+                port_map={names.METRICS_PORT_NAME: METRICS_PORT},
+                mounts=[VolumeMount(src=attempt.claim, dst_path=names.STORAGE_MOUNT)],
+            )
+        ],
+    )
+
+
+def build_env(attempt: Attempt) -> dict[str, str]:
+    """What every worker is told; its index and machine come from where it runs."""
+    document, gpus = attempt.document, count_gpus(attempt.workers)
+    job = names.job_name(document.run, document.stage, document.attempt)
+    return {
+        Env.STAGE_FILE: f"{names.STAGE_MOUNT}/stage.json",
+        Env.NODES: str(count_nodes(attempt.workers)),
+        Env.PROCESSES_PER_NODE: str(max(1, gpus)),
+        Env.DEVICE: "cuda" if gpus else "cpu",
+        Env.RENDEZVOUS_HOST: names.pod_host(job, 0, names.service_name(document.run)),
+        Env.RENDEZVOUS_PORT: str(RENDEZVOUS_PORT),
+        Env.METRICS_PORT: str(METRICS_PORT),
+        Env.IN_PLACE_RESTARTS: str(attempt.in_place_restarts),
+        Env.GRACE_SECONDS: str(max(1, attempt.grace_seconds - 5)),
+        Env.STALL_SECONDS: str(attempt.stall_seconds),
+        Env.TERMINATION_LOG: "/dev/termination-log",
+        Env.SCRATCH: "/tmp/sailvl",
+    }
+
+
+def encode_document(document: Stage) -> str:
+    """The stage document as the JSON that the worker reads."""
+    return json.dumps(asdict(document), sort_keys=True)
+
+
+def count_nodes(workers: Workers) -> int:
+    """Workers of an attempt, merged with the defaults."""
+    assert isinstance(workers.nodes, int), "merge_workers fills it"
+    return workers.nodes
+
+
+def count_gpus(workers: Workers) -> int:
+    """GPUs a worker; 0 on the CPU."""
+    assert isinstance(workers.gpus_per_node, int), "merge_workers fills it"
+    return workers.gpus_per_node

@@ -1,0 +1,151 @@
+"""What ended an attempt, decided from the evidence of all its pods; never from the Job's condition.
+
+One dead rank takes its neighbours down, so most pods of a failed attempt tell of another's death. Precedence: a
+rank's own final code, then a pod that was taken away, then memory, then any other code, then a lost peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from sailvl_operator.api.status import Cause
+from sailvl_operator.core.observe import PodRecord
+from sailvl_trainer.contract import ExitCode, Result, Termination
+
+_CAUSE_OF_CODE: dict[int, Cause] = {
+    ExitCode.CONFIG: Cause.CONFIG,
+    126: Cause.CONFIG,
+    127: Cause.CONFIG,
+    ExitCode.DATA: Cause.DATA,
+    ExitCode.NON_FINITE: Cause.NON_FINITE,
+    ExitCode.OUT_OF_MEMORY: Cause.OUT_OF_MEMORY,
+    ExitCode.STALLED: Cause.STALLED,
+    ExitCode.PREEMPTED: Cause.PREEMPTED,
+    ExitCode.TERMINATED: Cause.PREEMPTED,
+    ExitCode.PEER_LOST: Cause.INFRA,
+}
+
+_CONFIG_WAITS = frozenset({"InvalidImageName", "CreateContainerConfigError"})
+
+_PRECEDENCE = (
+    Cause.CONFIG,
+    Cause.DATA,
+    Cause.NON_FINITE,
+    Cause.STALLED,
+    Cause.INFRA,
+    Cause.OUT_OF_MEMORY,
+    Cause.CRASH,
+    Cause.PREEMPTED,
+)
+"""The first cause that any pod shows is the attempt's; a lost peer comes after all of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What one pod says of its end."""
+
+    cause: Cause
+    is_peer_lost: bool
+    """It only tells that another is gone."""
+    pod: PodRecord
+    exit_code: int | None
+    rank: int | None
+    message: str
+    at: float
+    """Unix seconds; 0: not known."""
+
+
+def decode_termination(pod: PodRecord) -> Termination | None:
+    """The worker's own words, if its message is whole."""
+    if pod.terminated is None or not pod.terminated.message:
+        return None
+    try:
+        return msgspec.json.decode(pod.terminated.message, type=Termination)
+    except msgspec.MsgspecError:
+        return None
+
+
+def find_result(pods: Sequence[PodRecord]) -> Result | None:
+    """The stage's result, from the message of any worker that has it."""
+    messages = (decode_termination(pod) for pod in pods)
+    return next((m.result for m in messages if m is not None and m.result is not None), None)
+
+
+def has_succeeded(pods: Sequence[PodRecord], nodes: int) -> bool:
+    """Whether every index has a pod that ended with 0."""
+    done = {pod.index for pod in pods if pod.terminated is not None and pod.terminated.exit_code == 0}
+    return len(done) == nodes
+
+
+def collect_evidence(pods: Sequence[PodRecord], *, was_running: bool) -> list[Evidence]:
+    """The evidence of every pod that ended, vanished or went silent; `was_running`: all had been ready before."""
+    found = [_evidence(pod, was_running) for pod in pods]
+    return [evidence for evidence in found if evidence is not None]
+
+
+def diagnose(evidence: Sequence[Evidence]) -> Evidence:
+    """The one to blame; of equals the earliest."""
+    return min(evidence, key=lambda e: (e.is_peer_lost, _PRECEDENCE.index(e.cause), e.at or float("inf")))
+
+
+def _evidence(pod: PodRecord, was_running: bool) -> Evidence | None:
+    if pod.disrupted or (pod.is_gone and (pod.terminated is None or pod.terminated.exit_code != 0)):
+        return _taken_away(pod)
+    if pod.terminated is not None:
+        return None if pod.terminated.exit_code == 0 else _exited(pod)
+    if pod.waiting_reason in _CONFIG_WAITS:
+        return _of(pod, Cause.CONFIG, f"{pod.waiting_reason}: {pod.waiting_message}")
+    if was_running and pod.phase == "Running" and not pod.is_ready:
+        return _of(pod, Cause.INFRA, f"node {pod.node} is unreachable")
+    if pod.phase == "Failed":
+        return _of(pod, Cause.INFRA, "the pod failed without a word of its container")
+    return None
+
+
+def _taken_away(pod: PodRecord) -> Evidence:
+    """Deleted, evicted, or its node lost. A worker that saved in time was preempted; its own fault stays its own."""
+    if pod.terminated is not None:
+        own = _exited(pod)
+        if not own.is_peer_lost and own.cause is not Cause.CRASH:
+            return own
+    return _of(pod, Cause.INFRA, pod.disrupted or f"pod {pod.name} was removed from outside")
+
+
+def _exited(pod: PodRecord) -> Evidence:
+    assert pod.terminated is not None
+    code, said = pod.terminated.exit_code, decode_termination(pod)
+    cause = _CAUSE_OF_CODE.get(code, Cause.CRASH)
+    if pod.terminated.reason == "OOMKilled":
+        cause = Cause.OUT_OF_MEMORY
+    words = said.message if said is not None else pod.terminated.message.strip()[-1000:]
+    return _of(
+        pod,
+        cause,
+        words or f"exit code {code}",
+        exit_code=code,
+        rank=None if said is None else said.rank,
+        is_peer_lost=code == ExitCode.PEER_LOST,
+    )
+
+
+def _of(
+    pod: PodRecord,
+    cause: Cause,
+    message: str,
+    *,
+    exit_code: int | None = None,
+    rank: int | None = None,
+    is_peer_lost: bool = False,
+) -> Evidence:
+    return Evidence(
+        cause=cause,
+        is_peer_lost=is_peer_lost,
+        pod=pod,
+        exit_code=exit_code,
+        rank=rank,
+        message=message[:1000],
+        at=pod.terminated.finished if pod.terminated is not None else 0.0,
+    )
