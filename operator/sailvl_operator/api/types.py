@@ -32,7 +32,9 @@ class VolumeClaimResources(Struct, frozen=True, kw_only=True):
 class VolumeClaimTemplate(Struct, frozen=True, kw_only=True):
     storage_class_name: Annotated[str, Meta(max_length=253)] | UnsetType = UNSET
     """Default: the cluster's default class."""
-    access_modes: Annotated[list[Literal["ReadWriteMany", "ReadWriteOnce"]], Meta(max_length=2)] = ["ReadWriteMany"]
+    access_modes: Annotated[tuple[Literal["ReadWriteMany", "ReadWriteOnce"], ...], Meta(max_length=2)] = (
+        "ReadWriteMany",
+    )
     """ReadWriteMany whenever a stage has more than one node."""
     resources: VolumeClaimResources
 
@@ -99,11 +101,11 @@ class Workers(Struct, frozen=True, kw_only=True):
     resources: Resources | UnsetType = UNSET
     """Requests and limits a pod; GPUs are added by gpusPerNode."""
     node_selector: Labels | UnsetType = UNSET
-    tolerations: Annotated[list[Toleration], Meta(max_length=16)] | UnsetType = UNSET
+    tolerations: Annotated[tuple[Toleration, ...], Meta(max_length=16)] | UnsetType = UNSET
     priority_class_name: Annotated[str, Meta(max_length=253)] | UnsetType = UNSET
     scheduler_name: Annotated[str, Meta(max_length=253)] | UnsetType = UNSET
-    env: Annotated[list[EnvVar], Meta(max_length=64)] | UnsetType = UNSET
-    env_from: Annotated[list[EnvFrom], Meta(max_length=16)] | UnsetType = UNSET
+    env: Annotated[tuple[EnvVar, ...], Meta(max_length=64)] | UnsetType = UNSET
+    env_from: Annotated[tuple[EnvFrom, ...], Meta(max_length=16)] | UnsetType = UNSET
     labels: Labels | UnsetType = UNSET
     """Extra labels of the pods, for pod groups of a gang scheduler and the like."""
     queue_name: Annotated[str, Meta(min_length=1, max_length=63)] | UnsetType = UNSET
@@ -182,7 +184,7 @@ class Balance(Struct, frozen=True, kw_only=True):
 class Curate(Struct, frozen=True, kw_only=True):
     """Data curation: raw data sets in, verified and deduplicated shards out."""
 
-    sources: Annotated[list[Source], Meta(min_length=1, max_length=32)]
+    sources: Annotated[tuple[Source, ...], Meta(min_length=1, max_length=32)]
     caption: Caption = Caption()
     judge: Judge | UnsetType = UNSET
     dedup: Dedup = Dedup()
@@ -208,7 +210,7 @@ class DataInput(Struct, frozen=True, kw_only=True):
 class Training(Struct, frozen=True, kw_only=True):
     """What pretrain and sft share. Exactly one of tokens and epochs."""
 
-    data: Annotated[list[DataInput], Meta(min_length=1, max_length=16)]
+    data: Annotated[tuple[DataInput, ...], Meta(min_length=1, max_length=16)]
     tokens: Count | UnsetType = UNSET
     """Budget in language-model positions."""
     epochs: Decimal | UnsetType = UNSET
@@ -237,16 +239,18 @@ class Training(Struct, frozen=True, kw_only=True):
 
 
 class Pretrain(Training, frozen=True, kw_only=True):
-    train: Annotated[list[Literal["vision", "connector", "language"]], Meta(min_length=1, max_length=3)] = ["connector"]
+    train: Annotated[tuple[Literal["vision", "connector", "language"], ...], Meta(min_length=1, max_length=3)] = (
+        "connector",
+    )
     """The parts that learn; the others are frozen."""
 
 
 class Sft(Training, frozen=True, kw_only=True):
-    train: Annotated[list[Literal["vision", "connector", "language"]], Meta(min_length=1, max_length=3)] = [
+    train: Annotated[tuple[Literal["vision", "connector", "language"], ...], Meta(min_length=1, max_length=3)] = (
         "vision",
         "connector",
         "language",
-    ]
+    )
     """The parts that learn; the others are frozen."""
 
 
@@ -271,11 +275,11 @@ class CustomBenchmark(Struct, frozen=True, kw_only=True):
 class Evaluate(Struct, frozen=True, kw_only=True):
     """Benchmarks, answered greedily by the model of the training stage before."""
 
-    benchmarks: Annotated[list[Annotated[str, Meta(max_length=30)]], Meta(max_length=32)] = []
+    benchmarks: Annotated[tuple[Annotated[str, Meta(max_length=30)], ...], Meta(max_length=32)] = ()
     """Names of the table (all: every one), read from DATA/<name>.tsv."""
     data: Path | UnsetType = UNSET
     """Folder of the named benchmarks' TSVs on the storage."""
-    custom: Annotated[list[CustomBenchmark], Meta(max_length=32)] = []
+    custom: Annotated[tuple[CustomBenchmark, ...], Meta(max_length=32)] = ()
     limit: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     """Questions a benchmark, at most; 0: all."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64
@@ -294,7 +298,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     """One step of the recipe: exactly one of curate, pretrain, sft, evaluate."""
 
     name: Name
-    depends_on: Annotated[list[Name], Meta(max_length=8)] | UnsetType = UNSET
+    depends_on: Annotated[tuple[Name, ...], Meta(max_length=8)] | UnsetType = UNSET
     """Stages before this one that must have succeeded. Default: the one before."""
     init_from: Name | UnsetType = UNSET
     """The training stage whose weights this one starts from. Default: the training stage before."""
@@ -337,7 +341,7 @@ class Spec(Struct, frozen=True, kw_only=True):
     """The run fails when it has been active for so long."""
     ttl_seconds_after_finished: Seconds | UnsetType = UNSET
     """The run and its children are deleted so long after its end."""
-    stages: Annotated[list[Stage], Meta(min_length=1, max_length=32)]
+    stages: Annotated[tuple[Stage, ...], Meta(min_length=1, max_length=32)]
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):

@@ -154,7 +154,7 @@ def _settings(spec: Spec, stage: Stage, locate: recipe.Locate, resolve: recipe.R
     return {
         "train": recipe.build_train(
             training,
-            train=list(training.train),
+            train=training.train,
             preset=spec.model.preset,
             gpus=gpus,
             locate=locate,
@@ -180,7 +180,7 @@ def _digest(spec: Spec, stage: Stage, digests: Mapping[str, str], init_from: str
 
 def _depends_on(stage: Stage, before: list[PlannedStage], init_from: str | None) -> tuple[str, ...]:
     """What it names or else the stage before, and whatever it reads."""
-    named = tuple(p.stage.name for p in before[-1:]) if stage.depends_on is UNSET else tuple(stage.depends_on)
+    named = tuple(p.stage.name for p in before[-1:]) if stage.depends_on is UNSET else stage.depends_on
     training = stage.pretrain if stage.pretrain is not UNSET else stage.sft
     read = () if training is UNSET else tuple(d.from_ for d in training.data if d.from_ is not UNSET)
     init = () if init_from is None else (init_from,)

@@ -54,14 +54,14 @@ def build_curate(curate: Curate, resolve: Resolve) -> contract.CurateConfig:
 
 
 def build_train(
-    training: Training, *, train: list[Any], preset: str, gpus: int, locate: Locate, resolve: Resolve
+    training: Training, *, train: tuple[contract.Part, ...], preset: str, gpus: int, locate: Locate, resolve: Resolve
 ) -> contract.TrainConfig:
     """A pretrain or sft stage's settings."""
-    is_tiny, is_connector_only = preset == "tiny", train == ["connector"]
+    is_tiny, is_connector_only = preset == "tiny", train == ("connector",)
     batch_tokens = "4096" if is_tiny else "4M" if is_connector_only else "1M"
     rate = "2e-4" if is_connector_only else "1e-5" if isinstance(training, Sft) else "2e-5"
     return contract.TrainConfig(
-        train=tuple(train),
+        train=train,
         data=tuple(locate(d.from_) if d.from_ is not UNSET else resolve(str(d.path)) for d in training.data),
         learning_rate=float(_or(training.learning_rate, rate)),
         tokens=None if training.tokens is UNSET else parse_count(training.tokens),
@@ -81,7 +81,7 @@ def build_train(
 
 def build_evaluate(evaluate: Evaluate, resolve: Resolve) -> contract.EvaluateConfig:
     """An evaluate stage's settings: named benchmarks looked up in the table, then the custom ones."""
-    asked = list(BENCHMARKS) if "all" in evaluate.benchmarks else evaluate.benchmarks
+    asked = tuple(BENCHMARKS) if "all" in evaluate.benchmarks else evaluate.benchmarks
     folder = str(_or(evaluate.data, f"{names.STORAGE_MOUNT}/benchmarks"))
     named = tuple(
         contract.BenchmarkConfig(

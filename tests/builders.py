@@ -1,0 +1,89 @@
+"""Builders of test objects: a good run to bend, and the records that a cluster would show of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import msgspec
+
+from sailvl_operator.api import names
+from sailvl_operator.api.types import Run, Spec
+from sailvl_operator.core.observe import JobRecord, PodRecord, Terminated
+
+SPEC: dict[str, Any] = {
+    "image": "registry.example.com/sailvl-trainer:0.1.0",
+    "storage": {"volumeClaim": "sail-data"},
+    "model": {"preset": "tiny"},
+    "workers": {"nodes": 2, "gpusPerNode": 0},
+    "stages": [
+        {
+            "name": "curate",
+            "workers": {"nodes": 1},
+            "curate": {"sources": [{"format": "imagefolder", "path": "/data/raw/stamps"}]},
+        },
+        {"name": "alignment", "pretrain": {"train": ["connector"], "data": [{"from": "curate"}], "tokens": "32K"}},
+        {"name": "knowledge", "sft": {"data": [{"path": "/data/sft/knowledge"}], "epochs": "1"}},
+        {
+            "name": "evaluate",
+            "workers": {"nodes": 1},
+            "evaluate": {
+                "custom": [{"name": "colours", "path": "/data/benchmarks/colours.tsv", "metric": "exact_match"}]
+            },
+        },
+    ],
+}
+
+
+def build_document(**spec: Any) -> dict[str, Any]:
+    """A good SailVLRun as a user would write it; `spec` replaces fields of its spec."""
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": "demo", "namespace": "team"},
+        "spec": copy.deepcopy(SPEC) | spec,
+    }
+
+
+def build_run(*, status: dict[str, Any] | None = None, generation: int = 1, **spec: Any) -> Run:
+    """The same, parsed, as the operator holds it."""
+    return Run(
+        namespace="team",
+        name="demo",
+        uid="run-uid",
+        generation=generation,
+        resource_version="1",
+        created=0.0,
+        deleting=False,
+        spec=msgspec.convert(copy.deepcopy(SPEC) | spec, Spec),
+        status=status or {},
+    )
+
+
+def build_job(stage: str, attempt: int = 1, *, nodes: int = 1, **fields: Any) -> JobRecord:
+    """A Job of the run."""
+    name = names.job_name("demo", stage, attempt)
+    known = {"uid": f"uid-{name}", "owner_uid": "run-uid", "nodes": nodes, "created": 0.0}
+    return JobRecord(namespace="team", name=name, run="demo", stage=stage, attempt=attempt, **(known | fields))
+
+
+def build_pod(stage: str, attempt: int = 1, index: int = 0, **fields: Any) -> PodRecord:
+    """A pod that runs, unless `fields` say otherwise."""
+    name = f"{names.job_name('demo', stage, attempt)}-{index}"
+    known = {"phase": "Running", "is_ready": True, "node": f"node-{index}", "uid": f"uid-{name}"}
+    return PodRecord(
+        namespace="team", name=name, run="demo", stage=stage, attempt=attempt, index=index, **(known | fields)
+    )
+
+
+def build_end(exit_code: int, *, at: float = 0.0, reason: str = "", **message: Any) -> Terminated:
+    """How a worker ended, in its own words."""
+    words = json.dumps({"exit_code": exit_code, **message})
+    return Terminated(exit_code=exit_code, reason=reason, message=words, finished=at)
+
+
+def build_result(stage: str, **fields: Any) -> dict[str, Any]:
+    """The result that a worker's termination message carries."""
+    kind = {"curate": "curate", "alignment": "pretrain", "knowledge": "sft"}.get(stage, "evaluate")
+    return {"stage": stage, "kind": kind, "digest": "d", "attempt": 1, "output": f"demo/{stage}-found"} | fields

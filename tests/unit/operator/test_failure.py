@@ -1,0 +1,74 @@
+"""The cause of a failed attempt, from the evidence of all its pods."""
+
+from __future__ import annotations
+
+import pytest
+
+from builders import build_end, build_pod
+from sailvl_operator.api.status import Cause
+from sailvl_operator.core import failure
+from sailvl_operator.core.observe import PodRecord, Terminated
+
+CASES = [
+    pytest.param([build_end(64), build_end(76)], Cause.CONFIG, 0, id="a bad setting"),
+    pytest.param([build_end(76), build_end(65)], Cause.DATA, 1, id="a bad record on the second worker"),
+    pytest.param([build_end(66), build_end(66)], Cause.NON_FINITE, 0, id="not a number everywhere"),
+    pytest.param([build_end(67), build_end(76)], Cause.OUT_OF_MEMORY, 0, id="memory of the accelerator"),
+    pytest.param(
+        [Terminated(exit_code=137, reason="OOMKilled"), build_end(76)], Cause.OUT_OF_MEMORY, 0, id="memory of the host"
+    ),
+    pytest.param([build_end(76), build_end(137)], Cause.CRASH, 1, id="a killed rank takes its peer down"),
+    pytest.param([build_end(1, at=5), build_end(1, at=3)], Cause.CRASH, 1, id="two crashes: the earlier is to blame"),
+    pytest.param([build_end(76), build_end(76)], Cause.INFRA, 0, id="peers lost and nobody to blame"),
+    pytest.param([build_end(68), build_end(143)], Cause.STALLED, 0, id="the watchdog"),
+    pytest.param([build_end(75), build_end(76)], Cause.PREEMPTED, 0, id="a saved checkpoint after SIGTERM"),
+    pytest.param([build_end(127)], Cause.CONFIG, 0, id="no such command in the image"),
+]
+
+
+@pytest.mark.parametrize(("ends", "cause", "index"), CASES)
+def test_cause_by_exit_codes(ends: list[Terminated], cause: Cause, index: int) -> None:
+    pods = [
+        build_pod("alignment", index=i, phase="Failed", is_ready=False, terminated=end) for i, end in enumerate(ends)
+    ]
+    blamed = failure.diagnose(failure.collect_evidence(pods, was_running=True))
+    assert (blamed.cause, blamed.pod.index) == (cause, index)
+
+
+PODS = [
+    pytest.param(build_pod("a", is_gone=True), Cause.INFRA, id="deleted from outside"),
+    pytest.param(build_pod("a", disrupted="DeletionByTaintManager: x"), Cause.INFRA, id="evicted"),
+    pytest.param(build_pod("a", is_ready=False), Cause.INFRA, id="running but silent: the node is gone"),
+    pytest.param(
+        build_pod("a", phase="Pending", is_ready=False, waiting_reason="InvalidImageName"), Cause.CONFIG, id="image"
+    ),
+    pytest.param(
+        build_pod("a", is_gone=True, terminated=build_end(75)), Cause.PREEMPTED, id="deleted, but it saved in time"
+    ),
+    pytest.param(
+        build_pod("a", is_gone=True, terminated=build_end(137)), Cause.INFRA, id="deleted and killed: not its fault"
+    ),
+    pytest.param(build_pod("a", is_gone=True, terminated=build_end(65)), Cause.DATA, id="its own code stays its own"),
+]
+
+
+@pytest.mark.parametrize(("pod", "cause"), PODS)
+def test_cause_by_pod(pod: PodRecord, cause: Cause) -> None:
+    assert failure.diagnose(failure.collect_evidence([pod], was_running=True)).cause == cause
+
+
+def test_a_starting_pod_is_no_evidence() -> None:
+    pod = build_pod("a", is_ready=False)
+    assert failure.collect_evidence([pod], was_running=False) == []
+
+
+def test_the_worker_names_rank_and_words() -> None:
+    end = build_end(1, rank=3, message="RuntimeError: boom")
+    (evidence,) = failure.collect_evidence([build_pod("a", terminated=end)], was_running=True)
+    assert (evidence.rank, evidence.message, evidence.exit_code) == (3, "RuntimeError: boom", 1)
+
+
+def test_a_cut_message_is_shown_as_it_is() -> None:
+    end = Terminated(exit_code=1, message='{"exit_code": 1, "mess')
+    (evidence,) = failure.collect_evidence([build_pod("a", terminated=end)], was_running=True)
+    assert evidence.message == '{"exit_code": 1, "mess'

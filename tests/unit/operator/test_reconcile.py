@@ -1,0 +1,285 @@
+"""Whole runs through the pure core: a small world carries decisions out, and the tests look at where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import msgspec
+import pytest
+
+from builders import SPEC, build_end, build_job, build_pod, build_result, build_run
+from sailvl_operator.api.status import Cause, ConditionType, Reason, StageStatus, Status
+from sailvl_operator.core.decision import Attempt, Event
+from sailvl_operator.core.desired.workload import count_nodes
+from sailvl_operator.core.observe import JobRecord, PodRecord, observe
+from sailvl_operator.core.plan import Defaults, plan
+from sailvl_operator.core.reconcile import reconcile
+from sailvl_operator.core.status import decode_status, encode_status
+
+DEFAULTS = Defaults(image="trainer:test")
+
+
+@dataclass
+class World:
+    """Jobs and pods that obey; time moves only when nothing is left to do."""
+
+    spec: dict[str, object] = field(default_factory=dict)
+    status: Status = field(default_factory=Status)
+    jobs: dict[str, JobRecord] = field(default_factory=dict)
+    pods: dict[str, PodRecord] = field(default_factory=dict)
+    started: list[Attempt] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    now: float = 1000.0
+    generation: int = 1
+
+    def step(self) -> bool:
+        """One reconcile, carried out; whether anything was to be done."""
+        run = build_run(status=encode_status(self.status), generation=self.generation, **self.spec)
+        seen = observe(self.jobs.values(), self.pods.values())
+        decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS)
+        for job in decision.end:
+            self.jobs.pop(job.name)
+            self.pods = {n: p for n, p in self.pods.items() if (p.stage, p.attempt) != (job.stage, job.attempt)}
+        for job, suspend in decision.suspend:
+            self.jobs[job.name] = replace(job, is_suspended=suspend)
+        for attempt in decision.start:
+            self._start(attempt)
+        self.events += decision.events
+        self.status = decision.status or self.status
+        if decision.requeue_at is not None and decision.status is None and not decision.start:
+            self.now = max(self.now, decision.requeue_at)
+            return False
+        return bool(decision.end or decision.suspend or decision.start or decision.status)
+
+    def settle(self) -> StageStatus | None:
+        """Reconcile until nothing changes; the stage that is active then."""
+        for _ in range(50):
+            if not self.step():
+                break
+        else:
+            pytest.fail("the world never settles: a reconcile undoes another")
+        return next((s for s in self.status.stages if s.state not in ("Pending", "Succeeded", "Failed")), None)
+
+    def _start(self, attempt: Attempt) -> None:
+        document, nodes = attempt.document, count_nodes(attempt.workers)
+        job = build_job(document.stage, document.attempt, nodes=nodes, created=self.now)
+        self.started.append(attempt)
+        self.jobs[job.name] = job
+        for index in range(nodes):
+            pod = build_pod(document.stage, document.attempt, index, created=self.now)
+            self.pods[pod.name] = pod
+
+    def end(self, index: int, exit_code: int, **message: object) -> None:
+        """A worker of the active stage ends."""
+        pod = next(p for p in self.pods.values() if p.index == index and p.terminated is None)
+        end = build_end(exit_code, at=self.now, **message)
+        phase = "Failed" if exit_code else "Succeeded"
+        self.pods[pod.name] = replace(pod, phase=phase, is_ready=False, terminated=end)
+
+    def succeed(self, stage: StageStatus, **result: object) -> None:
+        """All workers of the active stage end well."""
+        for pod in [p for p in self.pods.values() if p.stage == stage.name and p.terminated is None]:
+            own = {"result": build_result(stage.name, **result)} if pod.index == 0 else {}
+            self.end(pod.index, 0, **own)
+
+    def stage(self, name: str) -> StageStatus:
+        """A stage's status."""
+        return next(s for s in self.status.stages if s.name == name)
+
+
+def finish(world: World) -> None:
+    """Let every stage that comes succeed."""
+    while (active := world.settle()) is not None:
+        world.succeed(active)
+
+
+def test_a_run_goes_through_its_stages_in_order() -> None:
+    world = World()
+    finish(world)
+    assert [a.document.stage for a in world.started] == ["curate", "alignment", "knowledge", "evaluate"]
+    assert world.status.is_true(ConditionType.SUCCEEDED)
+    assert world.status.completion_time
+    assert world.events[-1].reason == Reason.COMPLETED
+
+
+def test_what_a_stage_reads_comes_from_where_it_was_found() -> None:
+    world = World()
+    finish(world)
+    alignment, knowledge = world.started[1].document, world.started[2].document
+    assert alignment.train is not None
+    assert alignment.train.data == ("/data/demo/curate-found",)
+    assert alignment.init_from is None
+    assert knowledge.init_from == "/data/demo/alignment-found"
+    assert world.started[3].document.init_from == "/data/demo/knowledge-found"
+
+
+def test_a_finished_run_is_left_alone_when_its_children_are_cleaned_up() -> None:
+    world = World()
+    finish(world)
+    world.jobs.clear()
+    world.pods.clear()
+    assert not world.step()
+
+
+def test_a_crash_is_followed_by_the_next_attempt_after_a_wait() -> None:
+    world = World()
+    world.settle()
+    world.end(0, 1, rank=0, message="boom")
+    before = world.now
+    world.settle()
+    waiting = world.stage("curate")
+    assert (waiting.state, waiting.attempt, waiting.restarts) == ("Restarting", 2, {"Crash": 1})
+    assert waiting.last_failure is not None
+    assert waiting.last_failure.message == "boom"
+    world.settle()
+    assert world.now >= before + DEFAULTS.backoff_seconds
+    assert [j.attempt for j in world.jobs.values()] == [2]
+
+
+def test_budgets_end_a_run() -> None:
+    world = World(spec={"restartPolicy": {"maxRestarts": 2}})
+    while not world.status.is_true(ConditionType.FAILED):
+        if world.settle() is not None and any(p.terminated is None for p in world.pods.values()):
+            world.end(0, 1)
+    assert len(world.started) == 3
+    assert world.stage("curate").state == "Failed"
+    assert not world.jobs or world.step() is True
+
+
+CAUSES = [
+    pytest.param(64, 1, Cause.CONFIG, id="a bad setting fails at once"),
+    pytest.param(65, 1, Cause.DATA, id="a bad record fails at once"),
+    pytest.param(67, 2, Cause.OUT_OF_MEMORY, id="memory: one more try"),
+    pytest.param(66, 4, Cause.NON_FINITE, id="not a number: three more tries"),
+]
+
+
+@pytest.mark.parametrize(("code", "attempts", "cause"), CAUSES)
+def test_each_cause_has_its_budget(code: int, attempts: int, cause: Cause) -> None:
+    world = World()
+    while not world.status.is_true(ConditionType.FAILED):
+        if world.settle() is not None and any(p.terminated is None for p in world.pods.values()):
+            world.end(0, code)
+    assert len(world.started) == attempts
+    last = world.stage("curate").last_failure
+    assert last is not None
+    assert last.cause == cause
+
+
+def test_one_dead_worker_of_two_waits_for_the_others_word() -> None:
+    world = World(spec={"stages": SPEC["stages"][2:]})
+    world.settle()
+    world.end(1, 76)
+    world.step()
+    assert world.stage("knowledge").attempt == 1, "a lost peer's word is not the cause; its neighbour may still tell"
+    world.end(0, 137)
+    world.step()
+    last = world.stage("knowledge").last_failure
+    assert last is not None
+    assert (last.cause, last.node) == (Cause.CRASH, "node-0")
+
+
+def test_suspend_ends_the_workers_and_resume_is_a_new_attempt() -> None:
+    world = World()
+    world.settle()
+    world.spec = {"suspend": True}
+    world.settle()
+    assert [j.is_suspended for j in world.jobs.values()] == [True]
+    for pod in list(world.pods.values()):
+        world.pods[pod.name] = replace(pod, is_gone=True, terminated=build_end(75))
+    world.settle()
+    assert world.stage("curate").state == "Suspended"
+    assert world.status.is_true(ConditionType.SUSPENDED)
+    world.spec = {}
+    world.settle()
+    curate = world.stage("curate")
+    assert (curate.attempt, curate.state, curate.restarts) == (2, "Running", {})
+
+
+def test_an_appended_stage_runs_after_the_end() -> None:
+    world = World()
+    finish(world)
+    more = {"name": "more", "sft": {"data": [{"path": "/data/sft/more"}], "epochs": "1"}}
+    world.spec, world.generation = {"stages": [*SPEC["stages"], more]}, 2
+    finish(world)
+    assert world.started[-1].document.stage == "more"
+    assert world.status.is_true(ConditionType.SUCCEEDED)
+
+
+def test_what_is_not_built_yet_is_refused_and_a_mended_spec_goes_on() -> None:
+    world = World(spec={"engine": {"name": "fsdp2"}})
+    world.settle()
+    failed = world.status.condition(ConditionType.FAILED)
+    assert failed is not None
+    assert (failed.status, failed.reason) == ("True", "InvalidSpec")
+    assert failed.message == "spec.engine.name: fsdp2 is not supported yet; write deepspeed"
+    world.spec, world.generation = {}, 2
+    finish(world)
+    assert world.status.is_true(ConditionType.SUCCEEDED)
+
+
+def test_pods_that_wait_are_named() -> None:
+    world = World()
+    world.step()
+    world.step()
+    (name,) = world.pods
+    words = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
+    world.pods[name] = replace(world.pods[name], phase="Pending", is_ready=False, unschedulable=words)
+    world.step()
+    stuck = world.status.condition(ConditionType.STUCK)
+    assert stuck is not None
+    assert (stuck.status, stuck.reason) == ("True", "Unschedulable")
+    assert words in stuck.message
+    assert world.status.summary.reason == "Unschedulable"
+
+
+def test_pods_that_never_run_make_room() -> None:
+    world = World(spec={"restartPolicy": {"startTimeoutSeconds": 60}})
+    world.step()
+    world.step()
+    (name,) = world.pods
+    world.pods[name] = replace(world.pods[name], phase="Pending", is_ready=False)
+    world.settle()
+    world.settle()
+    curate = world.stage("curate")
+    assert (curate.attempt, curate.restarts) == (2, {"Infra": 1})
+
+
+def test_a_removed_job_is_replaced() -> None:
+    world = World()
+    world.settle()
+    world.jobs.clear()
+    world.pods = {n: replace(p, is_gone=True) for n, p in world.pods.items()}
+    world.settle()
+    assert world.stage("curate").restarts == {"Infra": 1}
+    assert world.stage("curate").state == "Running"
+
+
+def test_nothing_changed_nothing_written() -> None:
+    world = World()
+    world.settle()
+    assert not world.step()
+    assert decode_status(encode_status(world.status)) == world.status
+
+
+Change = Callable[[dict[str, object]], dict[str, object]]
+DIGESTS = [
+    pytest.param({"workers": {"nodes": 8, "gpusPerNode": 0}}, True, id="where it runs does not count"),
+    pytest.param({"image": "other"}, True, id="nor does the image"),
+    pytest.param({"seed": 7}, False, id="the seed counts"),
+    pytest.param({"model": {"preset": "sail-vl-2b"}}, False, id="the model counts"),
+]
+
+
+@pytest.mark.parametrize(("change", "is_same"), DIGESTS)
+def test_the_digest_covers_what_changes_the_result(change: dict[str, object], is_same: bool) -> None:
+    old, new = plan(build_run()), plan(build_run(**change))
+    assert [a.digest == b.digest for a, b in zip(old, new, strict=True)] == [is_same] * 4
+
+
+def test_a_changed_stage_changes_what_hangs_on_it() -> None:
+    changed = msgspec.json.decode(msgspec.json.encode(SPEC["stages"]))
+    changed[1]["pretrain"]["tokens"] = "64K"
+    old, new = plan(build_run()), plan(build_run(stages=changed))
+    assert [a.digest == b.digest for a, b in zip(old, new, strict=True)] == [True, False, False, False]
