@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Says which Debian package lacks for a command, and installs it where it may: require.sh COMMAND...
+set -euo pipefail
+
+declare -A package=([c++]=g++ [git]=git [python3.11]="python3.11 python3.11-venv" [chromium]=chromium [prometheus]=prometheus)
+
+missing=()
+for command in "$@"; do
+  command -v "$command" >/dev/null || missing+=("${package[$command]:-$command}")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+  apt-get update -q >/dev/null
+  # shellcheck disable=SC2086  # one entry may name several packages
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends ${missing[*]} >/dev/null
+else
+  echo "missing: ${missing[*]}; install with: apt-get install ${missing[*]}" >&2
+  exit 1
+fi

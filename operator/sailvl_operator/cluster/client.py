@@ -1,0 +1,225 @@
+"""A small asynchronous client of the API server: the verbs that the operator uses, on dicts, with retries of what passes.
+
+The hot path is aiohttp and msgspec; every request is counted by verb and code. Errors are those of `errors.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Literal
+
+import aiohttp
+import msgspec
+
+from sailvl_operator.api import names
+from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.errors import ApiError, Gone, TooManyRequests, Unauthorized, Unreachable, api_error
+from sailvl_operator.settings import ApiSettings
+
+Object = dict[str, Any]
+EventType = Literal["ADDED", "MODIFIED", "DELETED", "BOOKMARK"]
+
+MERGE_PATCH = "application/merge-patch+json"
+APPLY_PATCH = "application/apply-patch+yaml"
+_PASSING = frozenset({0, 429, 500, 502, 503, 504})
+_RETRY_AFTER_LIMIT = 30.0
+_SILENCE = 150.0
+"""Seconds without a byte after which a watch counts as broken; bookmarks come about once a minute."""
+
+Count = Callable[[str, int], None]
+"""Called with verb and HTTP code, 0 when no answer came."""
+
+
+class Client:
+    """One cluster. Use as an asynchronous context manager."""
+
+    def __init__(self, credentials: Credentials, settings: ApiSettings, count: Count) -> None:
+        self._credentials = credentials
+        self._settings = settings
+        self._count = count
+        self._session = aiohttp.ClientSession(
+            base_url=credentials.server + "/",
+            connector=aiohttp.TCPConnector(limit=settings.connections, ssl=credentials.ssl or True),
+            timeout=aiohttp.ClientTimeout(total=settings.request_timeout),
+            headers={"Accept": "application/json", "User-Agent": names.FIELD_MANAGER},
+        )
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def get(self, resource: Resource, namespace: str, name: str) -> Object:
+        """One object."""
+        return await self._request("get", "GET", resource.path(namespace, name))
+
+    async def list_pages(
+        self, resource: Resource, namespace: str = "", *, selector: str = ""
+    ) -> AsyncIterator[tuple[list[Object], str]]:
+        """Pages of objects, each with the list's resourceVersion.
+
+        Raises Gone when the list takes so long that its snapshot expires: start again.
+        """
+        parameters = {"limit": str(self._settings.page_size), "labelSelector": selector}
+        while True:
+            page = await self._request("list", "GET", resource.path(namespace), parameters)
+            metadata = page["metadata"]
+            yield page.get("items") or [], metadata["resourceVersion"]
+            if not metadata.get("continue"):
+                return
+            parameters["continue"] = metadata["continue"]
+
+    async def watch(
+        self, resource: Resource, namespace: str = "", *, selector: str = "", resource_version: str
+    ) -> AsyncIterator[tuple[EventType, Object]]:
+        """Events after a resourceVersion, until the server's timeout. Not retried: the caller resumes or lists again.
+
+        Raises Gone when the resourceVersion is too old.
+        """
+        parameters = {
+            "watch": "1",
+            "allowWatchBookmarks": "true",
+            "labelSelector": selector,
+            "resourceVersion": resource_version,
+            "timeoutSeconds": str(self._settings.watch_timeout),
+        }
+        path, timeout = resource.path(namespace), aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE)
+        try:
+            async with self._session.get(
+                path, params=parameters, timeout=timeout, headers=await self._credentials.headers()
+            ) as response:
+                self._count("watch", response.status)
+                if response.status != 200:
+                    raise self._fail(response, await response.read(), f"watch {path}")
+                async for line in _lines(response.content):
+                    yield _decode_event(line, path)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Unreachable(f"watch {path}: {error or type(error).__name__}") from error
+
+    async def create(self, resource: Resource, namespace: str, body: Mapping[str, Any]) -> Object:
+        """POST. After a lost answer the retry meets a Conflict: whoever calls compares the owner."""
+        return await self._request("create", "POST", resource.path(namespace), _manager(), body=body)
+
+    async def replace(self, resource: Resource, namespace: str, name: str, body: Mapping[str, Any]) -> Object:
+        """PUT of a whole object; its resourceVersion guards against others."""
+        return await self._request("update", "PUT", resource.path(namespace, name), _manager(), body=body)
+
+    async def server_side_apply(self, resource: Resource, namespace: str, name: str, body: Mapping[str, Any]) -> Object:
+        """Apply our fields; takes them over from other managers."""
+        parameters = _manager() | {"force": "true"}
+        path = resource.path(namespace, name)
+        return await self._request("apply", "PATCH", path, parameters, body=body, content_type=APPLY_PATCH)
+
+    async def patch(
+        self, resource: Resource, namespace: str, name: str, body: Mapping[str, Any], *, subresource: str = ""
+    ) -> Object:
+        """Merge patch; a resourceVersion or uid in its metadata is a precondition."""
+        path = resource.path(namespace, name, subresource)
+        return await self._request("patch", "PATCH", path, _manager(), body=body, content_type=MERGE_PATCH)
+
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
+        """Delete this very object, its dependents in the background. Conflict: the name is another object's by now."""
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        await self._request("delete", "DELETE", resource.path(namespace, name), body=body)
+
+    async def delete_collection(
+        self, resource: Resource, namespace: str, *, selector: str, grace_seconds: int | None = None
+    ) -> None:
+        """Delete all objects of a label selector."""
+        body = {} if grace_seconds is None else {"gracePeriodSeconds": grace_seconds}
+        parameters = {"labelSelector": selector}
+        await self._request("deletecollection", "DELETE", resource.path(namespace), parameters, body=body)
+
+    async def _request(
+        self,
+        verb: str,
+        method: str,
+        path: str,
+        parameters: Mapping[str, str] | None = None,
+        *,
+        body: Mapping[str, Any] | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        data = None if body is None else msgspec.json.encode(body)
+        failures = 0
+        while True:
+            try:
+                return await self._try(verb, method, path, parameters, data, content_type)
+            except ApiError as error:
+                failures += 1
+                if not self._is_worth_a_retry(error, failures):
+                    raise
+                await asyncio.sleep(self._wait(error, failures))
+
+    async def _try(
+        self,
+        verb: str,
+        method: str,
+        path: str,
+        parameters: Mapping[str, str] | None,
+        data: bytes | None,
+        content_type: str,
+    ) -> Object:
+        headers = await self._credentials.headers()
+        if data is not None:
+            headers = headers | {"Content-Type": content_type}
+        try:
+            async with self._session.request(method, path, params=parameters, data=data, headers=headers) as response:
+                self._count(verb, response.status)
+                answer = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._count(verb, 0)
+            raise Unreachable(f"{verb} {path}: {error or type(error).__name__}") from error
+        if response.status >= 400:
+            raise self._fail(response, answer, f"{verb} {path}")
+        decoded: Object = msgspec.json.decode(answer)
+        return decoded
+
+    def _fail(self, response: aiohttp.ClientResponse, answer: bytes, request: str) -> ApiError:
+        try:
+            body = msgspec.json.decode(answer, type=dict)
+        except msgspec.MsgspecError:
+            body = {"message": answer[:200].decode(errors="replace")}
+        retry_after = response.headers.get("Retry-After")
+        return api_error(response.status, body, request=request, retry_after=retry_after)
+
+    def _is_worth_a_retry(self, error: ApiError, failures: int) -> bool:
+        if isinstance(error, Unauthorized):
+            self._credentials.forget()
+            return failures == 1
+        return error.status in _PASSING and failures < self._settings.tries
+
+    def _wait(self, error: ApiError, failures: int) -> float:
+        if isinstance(error, Unauthorized):
+            return 0.0
+        asked = error.retry_after if isinstance(error, TooManyRequests) else 0.0
+        backoff = self._settings.backoff * 2 ** (failures - 1) * random.uniform(0.5, 1.5)
+        return min(max(asked, backoff), _RETRY_AFTER_LIMIT)
+
+
+def _manager() -> dict[str, str]:
+    return {"fieldManager": names.FIELD_MANAGER}
+
+
+async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Whole lines of any length (readline has a limit that one large object breaks)."""
+    pending = bytearray()
+    async for chunk in stream.iter_any():
+        pending += chunk
+        *lines, rest = pending.split(b"\n")
+        for line in lines:
+            yield bytes(line)
+        pending = bytearray(rest)
+
+
+def _decode_event(line: bytes, path: str) -> tuple[EventType, Object]:
+    event = msgspec.json.decode(line, type=dict)
+    raw: Object = event["object"]
+    if event["type"] == "ERROR":
+        error = api_error(raw.get("code", 500), raw, request=f"watch {path}")
+        raise Gone(str(error), status=410, reason="Expired") if raw.get("reason") == "Expired" else error
+    return event["type"], raw

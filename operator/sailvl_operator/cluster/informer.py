@@ -1,0 +1,205 @@
+"""A list and a watch of one kind, trimmed at once to typed records that are indexed by run.
+
+`children.py` runs one for Jobs and one for pods; the engine reads the records. A deleted pod's last state stays, marked
+gone, until the engine forgets it: it is the evidence of how an attempt ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from sailvl_operator.api import names
+from sailvl_operator.cluster.client import Client, EventType, Object
+from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.core.observe import JobRecord, PodRecord
+from sailvl_operator.errors import ApiError, Gone
+
+log = logging.getLogger(__name__)
+
+Record = TypeVar("Record", JobRecord, PodRecord)
+Key = tuple[str, str]
+"""namespace, run"""
+
+_BACKOFF_LIMIT = 30.0
+_DELETED_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind(Generic[Record]):
+    """What an informer watches and how it trims it."""
+
+    resource: Resource
+    parse: Callable[[dict[str, Any]], Record]
+    mark_gone: Callable[[Record], Record] | None = None
+    """How the last state of a deleted object is kept; None: it isn't."""
+
+
+class Store(Generic[Record]):
+    """Records by run and uid. Every change reports its key."""
+
+    def __init__(self, kind: Kind[Record], on_change: Callable[[Key], None]) -> None:
+        self._kind = kind
+        self._on_change = on_change
+        self._by_key: dict[Key, dict[str, Record]] = {}
+        self._deleted: dict[str, None] = {}  # uids, oldest first: an answer to our own POST may come after the deletion
+
+    def get(self, key: Key) -> list[Record]:
+        """All records of a run, gone ones included."""
+        return list(self._by_key.get(key, {}).values())
+
+    def __iter__(self) -> Iterable[Record]:  # type: ignore[misc]  # a generator is an Iterable
+        for records in self._by_key.values():
+            yield from records.values()
+
+    def put(self, raw: Object) -> None:
+        """A new or changed object, from the watch or from the answer to our own write."""
+        record = self._kind.parse(raw)
+        if record.uid in self._deleted:
+            return
+        records = self._by_key.setdefault(_key(record), {})
+        if records.get(record.uid) != record:
+            records[record.uid] = record
+            self._on_change(_key(record))
+
+    def put_created(self, raw: Object) -> None:
+        """The answer to our own POST: what the watch says of the object is newer."""
+        record = self._kind.parse(raw)
+        if record.uid not in self._by_key.get(_key(record), {}):
+            self.put(raw)
+
+    def delete(self, raw: Object) -> None:
+        """A deletion, with the object's last state."""
+        self._remove(self._kind.parse(raw))
+
+    def replace_all(self, records: Iterable[Record], *, within: str) -> None:
+        """The result of a list: what it lacks of the namespace (empty: of all) was deleted while nobody watched."""
+        found = {record.uid: record for record in records}
+        for record in [r for r in self._all(within) if r.uid not in found]:
+            self._remove(record)
+        for record in found.values():
+            known = self._by_key.setdefault(_key(record), {})
+            if known.get(record.uid) != record:
+                known[record.uid] = record
+                self._on_change(_key(record))
+
+    def forget(self, key: Key, is_closed: Callable[[Record], bool]) -> None:
+        """Drop the gone records whose evidence has been used."""
+        records = self._by_key.get(key, {})
+        for uid in [u for u, r in records.items() if _is_gone(r) and is_closed(r)]:
+            del records[uid]
+        if not records:
+            self._by_key.pop(key, None)
+
+    def _all(self, within: str) -> list[Record]:
+        return [r for key, rs in self._by_key.items() if within in ("", key[0]) for r in rs.values()]
+
+    def _remove(self, record: Record) -> None:
+        key = _key(record)
+        records = self._by_key.setdefault(key, {})
+        known = records.get(record.uid)
+        if known is not None and _is_gone(known):
+            return
+        if self._kind.mark_gone is not None:
+            records[record.uid] = self._kind.mark_gone(record)
+        else:
+            records.pop(record.uid, None)
+            self._remember_deleted(record.uid)
+        if not records:
+            del self._by_key[key]
+        self._on_change(key)
+
+    def _remember_deleted(self, uid: str) -> None:
+        self._deleted[uid] = None
+        if len(self._deleted) > _DELETED_REMEMBERED:
+            del self._deleted[next(iter(self._deleted))]
+
+
+class Informer(Generic[Record]):
+    """Keeps a store up to date for as long as `run` runs."""
+
+    def __init__(
+        self,
+        client: Client,
+        kind: Kind[Record],
+        store: Store[Record],
+        *,
+        namespace: str = "",
+        count_restart: Callable[[str, str], None],
+    ) -> None:
+        self._client = client
+        self._kind = kind
+        self._store = store
+        self._namespace = namespace
+        self._count_restart = count_restart
+        self._last_sign = time.monotonic()
+        self._version = ""
+        self.synced = asyncio.Event()
+        self.resource = kind.resource.plural
+
+    def age(self) -> float:
+        """Seconds since the API server last said anything on the list or the watch."""
+        return time.monotonic() - self._last_sign
+
+    async def run(self) -> None:
+        """List, watch, resume; list again when the version has expired. Ends by cancellation only."""
+        failures = 0
+        while True:
+            try:
+                if not self._version:
+                    await self._list()
+                failures = 0
+                await self._watch()
+                self._count_restart(self.resource, "timeout")
+            except Gone:
+                self._version = ""
+                self._count_restart(self.resource, "expired")
+            except ApiError as error:
+                failures += 1
+                self._count_restart(self.resource, "error")
+                log.warning("the watch of %s broke and is resumed: %s", self.resource, error)
+                await asyncio.sleep(min(0.2 * 2**failures, _BACKOFF_LIMIT) * random.uniform(0.5, 1.5))
+
+    async def _list(self) -> None:
+        records: list[Record] = []
+        version = ""
+        pages = self._client.list_pages(self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR)
+        async for items, version in pages:
+            self._last_sign = time.monotonic()
+            records.extend(self._kind.parse(raw) for raw in items)
+        self._store.replace_all(records, within=self._namespace)
+        self._version = version
+        self.synced.set()
+
+    async def _watch(self) -> None:
+        events = self._client.watch(
+            self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR, resource_version=self._version
+        )
+        async for type_, raw in events:
+            self._last_sign = time.monotonic()
+            self._version = raw["metadata"]["resourceVersion"]
+            self._handle(type_, raw)
+
+    def _handle(self, type_: EventType, raw: Object) -> None:
+        if type_ == "DELETED":
+            self._store.delete(raw)
+        elif type_ != "BOOKMARK":
+            self._store.put(raw)
+
+
+def mark_pod_gone(pod: PodRecord) -> PodRecord:
+    """The last state of a deleted pod."""
+    return replace(pod, is_gone=True)
+
+
+def _key(record: JobRecord | PodRecord) -> Key:
+    return record.namespace, record.run
+
+
+def _is_gone(record: JobRecord | PodRecord) -> bool:
+    return isinstance(record, PodRecord) and record.is_gone
