@@ -37,7 +37,9 @@ MEMO_DIR = "memo"
 
 Kind = Literal["curate", "pretrain", "sft", "evaluate"]
 Part = Literal["vision", "connector", "language"]
-Metric = Literal["exact_match", "multiple_choice", "vqa_accuracy", "relaxed_accuracy", "anls", "yes_no_f1", "caption_loss"]
+Metric = Literal[
+    "exact_match", "multiple_choice", "vqa_accuracy", "relaxed_accuracy", "anls", "yes_no_f1", "caption_loss"
+]
 Phase = Literal["starting", "running", "checkpointing", "evaluating", "stopping", "finished"]
 
 
@@ -128,7 +130,7 @@ class SourceConfig:
 
     path: str
     format: Literal["imagefolder", "webdataset", "procedural"]
-    """imagefolder: pictures with NAME.txt beside them or a captions.jsonl / metadata.jsonl; webdataset: a tar, or a folder of tars;
+    """imagefolder: pictures with NAME.txt beside them or a captions.jsonl; webdataset: a tar, or a folder of tars;
     procedural: no files, `path` is ignored and `samples` are drawn."""
     name: str = ""
     """Shown in the report; default: the last part of the path."""
@@ -316,7 +318,7 @@ class Termination:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lineage:
-    """ATTEMPTS_DIR/<attempt>.json: created exclusively, so that what a partitioned older attempt still writes is off the chain."""
+    """ATTEMPTS_DIR/<attempt>.json, created exclusively: what a cut-off older attempt still writes is off the chain."""
 
     attempt: int
     start: Checkpoint | None

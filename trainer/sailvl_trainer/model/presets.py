@@ -1,0 +1,106 @@
+"""The architectures that a run can train, each as a function from nothing to whole configurations.
+
+Sizes: SAIL-VL (arXiv 2501.05952) and the model cards of InternViT-300M-448px and Qwen2.5. A 2x2 pixel shuffle merges
+four patches into one position of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sailvl_trainer.runtime.errors import ConfigError
+
+DOWNSAMPLE = 0.5
+"""Pixel shuffle: the side of the patch grid is halved."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    name: str
+    image_size: int
+    """Pixels of a tile's side."""
+    patch_size: int
+    vision: dict[str, Any]
+    """Of transformers' InternVLVisionConfig."""
+    text_type: str
+    """qwen2 or qwen3."""
+    text: dict[str, Any]
+    """Of transformers' Qwen2Config; the vocabulary is the tokenizer's unless it is given."""
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Positions of the language model that one tile fills."""
+        return int((self.image_size // self.patch_size * DOWNSAMPLE) ** 2)
+
+
+def preset(name: str) -> Preset:
+    """A preset by name. Raises ConfigError that lists the names."""
+    if name not in PRESETS:
+        raise ConfigError(f"model.preset is {name!r}; write one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]()
+
+
+def tiny() -> Preset:
+    """Trains in seconds on a CPU; the same shape as the large ones."""
+    return Preset(
+        name="tiny",
+        image_size=112,
+        patch_size=14,
+        vision=_vision(hidden=96, layers=3, heads=4, intermediate=384, image_size=112),
+        text_type="qwen2",
+        text=_text(hidden=128, layers=4, heads=4, kv_heads=2, intermediate=384, tied=True) | {"rope_theta": 10_000.0},
+    )
+
+
+def sail_vl_2b() -> Preset:
+    """InternViT-300M-448px and Qwen2.5-1.5B."""
+    text = _text(hidden=1536, layers=28, heads=12, kv_heads=2, intermediate=8960, tied=True, vocabulary=151_936)
+    return _sail_vl("sail-vl-2b", text)
+
+
+def sail_vl_8b() -> Preset:
+    """InternViT-300M-448px and Qwen2.5-7B."""
+    text = _text(hidden=3584, layers=28, heads=28, kv_heads=4, intermediate=18_944, tied=False, vocabulary=152_064)
+    return _sail_vl("sail-vl-8b", text)
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {"tiny": tiny, "sail-vl-2b": sail_vl_2b, "sail-vl-8b": sail_vl_8b}
+
+
+def _sail_vl(name: str, text: dict[str, Any]) -> Preset:
+    vision = _vision(hidden=1024, layers=24, heads=16, intermediate=4096, image_size=448)
+    return Preset(name=name, image_size=448, patch_size=14, vision=vision, text_type="qwen2", text=text)
+
+
+def _vision(*, hidden: int, layers: int, heads: int, intermediate: int, image_size: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate,
+        "image_size": [image_size, image_size],
+        "patch_size": [14, 14],
+        "attention_bias": True,
+        "use_qk_norm": False,
+        "use_absolute_position_embeddings": True,
+        "layer_scale_init_value": 0.1,
+        "norm_type": "layer_norm",
+    }
+
+
+def _text(
+    *, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, tied: bool, vocabulary: int | None = None
+) -> dict[str, Any]:
+    text = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 1_000_000.0,
+    }
+    return text if vocabulary is None else text | {"vocab_size": vocabulary}

@@ -1,0 +1,68 @@
+"""The contract's documents to and from JSON, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from sailvl_trainer.contract import SCHEMA_VERSION, Stage
+from sailvl_trainer.runtime.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def decode(type_: type[T], data: bytes | str) -> T:
+    """JSON to one of the contract's types. Raises msgspec.ValidationError, a ValueError, that names the field."""
+    return msgspec.json.decode(data, type=type_)
+
+
+def encode(document: Any) -> bytes:
+    """One of the contract's documents, or plain data, as JSON."""
+    return msgspec.json.encode(document)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees all of it or nothing: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory last through a power loss."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_stage(path: Path) -> Stage:
+    """The stage document. Raises ConfigError for one that this version can't carry out."""
+    try:
+        stage = decode(Stage, path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"stage document {path}: {error}") from error
+    if stage.schema_version != SCHEMA_VERSION:
+        raise ConfigError(
+            f"stage document {path} has schema version {stage.schema_version}, this trainer reads {SCHEMA_VERSION}; "
+            "use a trainer image of the operator's version"
+        )
+    given = [name for name in ("curate", "train", "evaluate") if getattr(stage, name) is not None]
+    if len(given) != 1:
+        raise ConfigError(f"stage document {path}: give exactly one of curate, train, evaluate; it has {given}")
+    return stage

@@ -1,0 +1,38 @@
+"""The trainer's exceptions; each ends the rank with its own exit code, which the operator turns into an action.
+
+TrainerError
+├── ConfigError      64  the settings can't work
+├── DataError        65  a shard or a record is unreadable
+├── NonFiniteError   66  the loss or a gradient is not a number
+└── Preempted        75  stopped on request, checkpoint saved
+"""
+
+from __future__ import annotations
+
+from sailvl_trainer.contract import Checkpoint, ExitCode
+
+
+class TrainerError(Exception):
+    """Base: says what happened and what to change."""
+
+    exit_code: ExitCode
+
+
+class ConfigError(TrainerError):
+    exit_code = ExitCode.CONFIG
+
+
+class DataError(TrainerError):
+    exit_code = ExitCode.DATA
+
+
+class NonFiniteError(TrainerError):
+    exit_code = ExitCode.NON_FINITE
+
+
+class Preempted(TrainerError):  # noqa: N818  # a stop on request is no error
+    exit_code = ExitCode.PREEMPTED
+
+    def __init__(self, message: str, *, checkpoint: Checkpoint | None = None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
