@@ -1,16 +1,18 @@
 """Everything that can go wrong outside the pure core.
 
-    OperatorError
-    ├── SettingsError          a flag or variable that can't work
-    ├── CredentialsError       no way into a cluster
-    ├── LostLease              another replica leads: this process must end
-    ├── NameTaken              an object of a child's name belongs to someone else
-    └── ApiError               the API server's answer, or none
-        ├── Unreachable        no answer
-        ├── Unauthorized 401, Forbidden 403, NotFound 404, Conflict 409, Gone 410, Invalid 422
-        ├── TooManyRequests    429, with the seconds it asks for
-        └── ServerError        5xx
+OperatorError
+├── SettingsError          a flag or variable that can't work
+├── CredentialsError       no way into a cluster
+├── LostLease              another replica leads: this process must end
+├── NameTaken              an object of a child's name belongs to someone else
+└── ApiError               the API server's answer, or none
+    ├── Unreachable        no answer
+    ├── Unauthorized 401, Forbidden 403, NotFound 404, Conflict 409, Gone 410, Invalid 422
+    ├── TooManyRequests    429, with the seconds it asks for
+    └── ServerError        5xx
 """
+
+# ruff: noqa: N818  # the names say what is the matter; an Error at each end would add nothing
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -110,7 +110,7 @@ class Settings:
     progress: ProgressSettings = ProgressSettings()
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     server: ServerSettings = ServerSettings()
-    defaults: Defaults = Defaults()
+    defaults: Defaults = field(default_factory=Defaults)
     log_level: str = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
     log_format: str = "json"
@@ -198,7 +198,13 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 
 def _parse(option: Option, text: str, default: object) -> object:
-    parsers = {bool: _parse_bool, int: int, float: float, tuple: _parse_list, str: str}
+    parsers: dict[type, Callable[[str], object]] = {
+        bool: _parse_bool,
+        int: int,
+        float: float,
+        tuple: _parse_list,
+        str: str,
+    }
     try:
         return parsers[type(default)](text)
     except ValueError as error:

@@ -34,21 +34,22 @@ class Children:
         self._pods = [
             Informer(client, _PODS, self.pods, namespace=scope, count_restart=count_restart) for scope in scopes
         ]
+        self._informers: list[Informer[JobRecord] | Informer[PodRecord]] = [*self._jobs, *self._pods]
 
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for informer in (*self._jobs, *self._pods):
+            for informer in self._informers:
                 group.create_task(informer.run(), name=f"informer-{informer.resource}")
 
     async def wait_synced(self) -> None:
         """Until every informer has its first list: before that a missing Job means nothing."""
-        for informer in (*self._jobs, *self._pods):
+        for informer in self._informers:
             await informer.synced.wait()
 
     def is_synced(self) -> bool:
         """Whether every informer has its first list."""
-        return all(informer.synced.is_set() for informer in (*self._jobs, *self._pods))
+        return all(informer.synced.is_set() for informer in self._informers)
 
     def ages(self) -> Iterator[tuple[str, float]]:
         """Seconds since each kind's watch last said anything; the oldest where there are several."""

@@ -1,4 +1,4 @@
-"""A small asynchronous client of the API server: the verbs that the operator uses, on dicts, with retries of what passes.
+"""A small asynchronous client of the API server: the verbs that the operator uses, on dicts, with retries.
 
 The hot path is aiohttp and msgspec; every request is counted by verb and code. Errors are those of `errors.py`.
 """
@@ -145,30 +145,21 @@ class Client:
         content_type: str = "application/json",
     ) -> Object:
         data = None if body is None else msgspec.json.encode(body)
+        headers = {} if data is None else {"Content-Type": content_type}
         failures = 0
         while True:
             try:
-                return await self._try(verb, method, path, parameters, data, content_type)
+                return await self._try(verb, method, path, params=parameters, data=data, headers=headers)
             except ApiError as error:
                 failures += 1
                 if not self._is_worth_a_retry(error, failures):
                     raise
                 await asyncio.sleep(self._wait(error, failures))
 
-    async def _try(
-        self,
-        verb: str,
-        method: str,
-        path: str,
-        parameters: Mapping[str, str] | None,
-        data: bytes | None,
-        content_type: str,
-    ) -> Object:
-        headers = await self._credentials.headers()
-        if data is not None:
-            headers = headers | {"Content-Type": content_type}
+    async def _try(self, verb: str, method: str, path: str, *, headers: dict[str, str], **options: Any) -> Object:
+        headers = headers | await self._credentials.headers()
         try:
-            async with self._session.request(method, path, params=parameters, data=data, headers=headers) as response:
+            async with self._session.request(method, path, headers=headers, **options) as response:
                 self._count(verb, response.status)
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -184,12 +175,13 @@ class Client:
             body = msgspec.json.decode(answer, type=dict)
         except msgspec.MsgspecError:
             body = {"message": answer[:200].decode(errors="replace")}
+        if response.status == 401:
+            self._credentials.forget()
         retry_after = response.headers.get("Retry-After")
         return api_error(response.status, body, request=request, retry_after=retry_after)
 
     def _is_worth_a_retry(self, error: ApiError, failures: int) -> bool:
         if isinstance(error, Unauthorized):
-            self._credentials.forget()
             return failures == 1
         return error.status in _PASSING and failures < self._settings.tries
 
@@ -197,7 +189,7 @@ class Client:
         if isinstance(error, Unauthorized):
             return 0.0
         asked = error.retry_after if isinstance(error, TooManyRequests) else 0.0
-        backoff = self._settings.backoff * 2 ** (failures - 1) * random.uniform(0.5, 1.5)
+        backoff = self._settings.backoff * 2.0 ** (failures - 1) * random.uniform(0.5, 1.5)
         return min(max(asked, backoff), _RETRY_AFTER_LIMIT)
 
 

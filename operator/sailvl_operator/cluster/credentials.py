@@ -23,7 +23,7 @@ class Credentials:
     """Server, TLS context and authorization header of one cluster."""
 
     def __init__(self, configuration: Any) -> None:
-        self._configuration = configuration
+        self.configuration = configuration
         self._header = ""
         self._read_at = float("-inf")
         self.server: str = configuration.host.rstrip("/")
@@ -41,11 +41,11 @@ class Credentials:
         self._read_at = float("-inf")
 
     def _read(self) -> str:
-        setting = self._configuration.auth_settings().get("BearerToken")
+        setting = self.configuration.auth_settings().get("BearerToken")
         if setting and setting["value"]:
             return str(setting["value"])
-        if self._configuration.username:
-            return str(self._configuration.get_basic_auth_token())
+        if self.configuration.username:
+            return str(self.configuration.get_basic_auth_token())
         return ""
 
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +22,7 @@ from sailvl_operator.errors import ApiError, Gone
 
 log = logging.getLogger(__name__)
 
-Record = TypeVar("Record", JobRecord, PodRecord)
+Record = TypeVar("Record", bound=JobRecord | PodRecord)
 Key = tuple[str, str]
 """namespace, run"""
 
@@ -53,7 +53,7 @@ class Store(Generic[Record]):
         """All records of a run, gone ones included."""
         return list(self._by_key.get(key, {}).values())
 
-    def __iter__(self) -> Iterable[Record]:  # type: ignore[misc]  # a generator is an Iterable
+    def __iter__(self) -> Iterator[Record]:
         for records in self._by_key.values():
             yield from records.values()
 
@@ -139,6 +139,7 @@ class Informer(Generic[Record]):
         self._count_restart = count_restart
         self._last_sign = time.monotonic()
         self._version = ""
+        self._failures = 0
         self.synced = asyncio.Event()
         self.resource = kind.resource.plural
 
@@ -148,28 +149,26 @@ class Informer(Generic[Record]):
 
     async def run(self) -> None:
         """List, watch, resume; list again when the version has expired. Ends by cancellation only."""
-        failures = 0
         while True:
             try:
                 if not self._version:
                     await self._list()
-                failures = 0
                 await self._watch()
                 self._count_restart(self.resource, "timeout")
             except Gone:
                 self._version = ""
                 self._count_restart(self.resource, "expired")
             except ApiError as error:
-                failures += 1
+                self._failures += 1
                 self._count_restart(self.resource, "error")
                 log.warning("the watch of %s broke and is resumed: %s", self.resource, error)
-                await asyncio.sleep(min(0.2 * 2**failures, _BACKOFF_LIMIT) * random.uniform(0.5, 1.5))
+            await asyncio.sleep(min(0.1 * 2.0 ** min(self._failures, 10), _BACKOFF_LIMIT) * random.uniform(0.5, 1.5))
 
     async def _list(self) -> None:
         records: list[Record] = []
         version = ""
         pages = self._client.list_pages(self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR)
-        async for items, version in pages:
+        async for items, version in pages:  # noqa: B007  # the last page's is used
             self._last_sign = time.monotonic()
             records.extend(self._kind.parse(raw) for raw in items)
         self._store.replace_all(records, within=self._namespace)
@@ -183,6 +182,7 @@ class Informer(Generic[Record]):
         async for type_, raw in events:
             self._last_sign = time.monotonic()
             self._version = raw["metadata"]["resourceVersion"]
+            self._failures = 0
             self._handle(type_, raw)
 
     def _handle(self, type_: EventType, raw: Object) -> None:

@@ -1,0 +1,225 @@
+"""`sailvl operator`: puts the parts together, runs them in one event loop, and ends when any of them does."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+import kopf
+from prometheus_client import CollectorRegistry
+
+from sailvl_operator import handlers
+from sailvl_operator.cluster.children import Children
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.credentials import Credentials, load_credentials
+from sailvl_operator.cluster.lease import Leadership
+from sailvl_operator.cluster.progress import ProgressReader
+from sailvl_operator.cluster.recorder import Recorder
+from sailvl_operator.cluster.runs import Key, RunStore
+from sailvl_operator.cluster.server import Server
+from sailvl_operator.cluster.workqueue import WorkQueue
+from sailvl_operator.core.status import decode_status
+from sailvl_operator.engine import Engine, handle_run_event
+from sailvl_operator.errors import OperatorError
+from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
+from sailvl_operator.settings import OPTIONS, Settings, describe, read_settings
+
+log = logging.getLogger("sailvl_operator")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag an option; each may come from its environment variable instead."""
+    for option in OPTIONS:
+        parser.add_argument(option.flag, help=f"{option.help} (or {option.variable})", default=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until stopped. 0: stopped by a signal; 1: something failed or the lease is lost; 2: bad settings."""
+    try:
+        settings = read_settings(args, os.environ)
+        _configure_logging(settings)
+        credentials = load_credentials(settings.api.kubeconfig, settings.api.context)
+    except OperatorError as error:
+        print(f"sailvl operator: {error}", file=sys.stderr)
+        return 2
+    log.info("starting", extra={"settings": describe(settings), "server": credentials.server})
+    code = 0
+    try:
+        asyncio.run(Operator(settings, credentials).serve())
+    except* OperatorError as group:
+        log.error("the operator ends: %s", _words(group))
+        code = 1
+    return code
+
+
+class Operator:
+    """All parts of one process."""
+
+    def __init__(self, settings: Settings, credentials: Credentials) -> None:
+        self.settings = settings
+        self.credentials = credentials
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
+        self.runs = RunStore()
+        self.queue: WorkQueue[Key] = WorkQueue(
+            backoff=settings.queue.backoff, backoff_limit=settings.queue.backoff_limit
+        )
+
+    async def serve(self) -> None:
+        """Until a signal comes or a part fails."""
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(Client(self.credentials, self.settings.api, self._count_call))
+            self.client = client
+            self.children = Children(
+                client,
+                namespaces=self.settings.api.namespaces,
+                on_change=self.queue.add,
+                count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
+            )
+            self.leadership = Leadership(client, self.settings.lease)
+            self._register_collectors()
+            server = Server(
+                self.settings.server, self.registry, is_alive=self.find_problems, is_ready=self.find_unready
+            )
+            await stack.enter_async_context(server)
+            log.info("serving /metrics, /healthz and /readyz", extra={"port": server.port})
+            await self._run_all()
+
+    async def _run_all(self) -> None:
+        """The watches run from the start, also in a replica that waits; the engine only while it leads."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                background = [group.create_task(part) for part in (self.children.run(), self._lead())]
+                await self._run_kopf()
+                for task in background:
+                    task.cancel()
+        finally:
+            await self.leadership.release()
+
+    async def _run_kopf(self) -> None:
+        namespaces = self.settings.api.namespaces
+        await kopf.operator(
+            registry=handlers.build_registry(
+                lambda type_, raw: handle_run_event(type_, raw, self.runs, self.queue),
+                self.credentials,
+                watch_timeout=self.settings.api.watch_timeout,
+            ),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+        )
+
+    async def _lead(self) -> None:
+        recorder = Recorder(
+            self.client,
+            identity=self.settings.lease.identity,
+            enabled=self.settings.api.events,
+            count=lambda outcome: self.metrics.events.labels(outcome).inc(),
+            clock=time.time,
+        )
+        progress = ProgressReader(
+            self.settings.progress,
+            pods=lambda: self.children.pods,
+            on_change=self.queue.add,
+            count=lambda outcome: self.metrics.progress_reads.labels(outcome).inc(),
+        )
+        engine = Engine(
+            client=self.client,
+            runs=self.runs,
+            children=self.children,
+            progress=progress,
+            recorder=recorder,
+            queue=self.queue,
+            metrics=self.metrics,
+            defaults=self.settings.defaults,
+        )
+        if self.settings.lease.enabled:
+            await self.leadership.acquire()
+        async with asyncio.TaskGroup() as group:
+            if self.settings.lease.enabled:
+                group.create_task(self.leadership.keep())
+            group.create_task(recorder.run())
+            group.create_task(progress.run())
+            group.create_task(engine.run(self.settings.queue.workers))
+
+    def find_problems(self) -> list[str]:
+        """Why the kubelet should start this process again; nothing when all is well."""
+        limits, found = self.settings.server, []
+        for resource, age in self.children.ages():
+            if age > limits.stale_watch:
+                found.append(f"the watch of {resource} has been silent for {age:.0f} s")
+        if self._is_leading() and self.queue.oldest() > limits.stale_queue:
+            found.append(f"a key has waited for {self.queue.oldest():.0f} s")
+        return found
+
+    def find_unready(self) -> list[str]:
+        """Why this process isn't ready: a standby is, once it has seen everything."""
+        return [] if self.children.is_synced() else ["the first lists are not complete"]
+
+    def _is_leading(self) -> bool:
+        return self.leadership.is_leading or not self.settings.lease.enabled
+
+    def _count_call(self, verb: str, code: int) -> None:
+        self.metrics.api_calls.labels(verb, str(code)).inc()
+
+    def _register_collectors(self) -> None:
+        self.registry.register(
+            OperatorCollector(
+                queue=lambda: (self.queue.depth(), self.queue.oldest()),
+                watches=self.children.ages,
+                is_leading=self._is_leading,
+            )
+        )
+        self.registry.register(
+            RunCollector(
+                lambda: (
+                    ((e.run.namespace, e.run.name, decode_status(e.run.status)) for e in self.runs)
+                    if self._is_leading()
+                    else ()
+                )
+            )
+        )
+
+
+def _words(error: BaseException) -> str:
+    """The errors inside of nested groups."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(_words(inner) for inner in error.exceptions)
+    return f"{type(error).__name__}: {error}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, with whatever identity is bound to the record."""
+
+    _own = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: value for name, value in vars(record).items() if name not in self._own}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _configure_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = (
+        JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(name)s %(message)s")
+    )
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    for chatty in ("kopf", "kubernetes", "aiohttp"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,88 @@
+"""Carries out a Decision's writes to children, top to bottom: end, suspend, start. Doing it twice does no harm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sailvl_operator.api import names
+from sailvl_operator.api.types import Run
+from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.informer import Store
+from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.core.decision import Attempt, Decision
+from sailvl_operator.core.desired.claim import build_claim
+from sailvl_operator.core.desired.job import build_job
+from sailvl_operator.core.desired.service import build_service
+from sailvl_operator.core.desired.workload import build_appdef
+from sailvl_operator.core.observe import JobRecord
+from sailvl_operator.errors import Conflict, NameTaken, NotFound
+
+_DEAD_GRACE_SECONDS = 1
+"""A dead attempt's hung ranks would hold their GPUs for the whole grace."""
+
+
+class Actions:
+    """Writes through the client; the Jobs that it makes are in the store at once."""
+
+    def __init__(self, client: Client, jobs: Store[JobRecord]) -> None:
+        self._client = client
+        self._jobs = jobs
+        self._prepared: dict[str, None] = {}  # uids of runs whose claim and Service exist, oldest first
+
+    async def carry_out(self, run: Run, decision: Decision) -> None:
+        """Raises ApiError or NameTaken; what was done stays done, and the next reconcile goes on from there."""
+        for job in decision.end:
+            await self._end(job)
+        for job, is_suspended in decision.suspend:
+            await self._suspend(job, is_suspended)
+        for attempt in decision.start:
+            await self._prepare(run)
+            await self._start(attempt)
+
+    async def _end(self, job: JobRecord) -> None:
+        selector = f"{names.MANAGED_SELECTOR},{names.LABEL_JOB_NAME}={job.name}"
+        await self._client.delete_collection(
+            resources.PODS, job.namespace, selector=selector, grace_seconds=_DEAD_GRACE_SECONDS
+        )
+        if not job.uid:
+            return
+        try:
+            await self._client.delete(resources.JOBS, job.namespace, job.name, uid=job.uid)
+        except (NotFound, Conflict):
+            return  # it is gone, or its name is another's by now
+
+    async def _suspend(self, job: JobRecord, is_suspended: bool) -> None:
+        body = {"metadata": {"uid": job.uid}, "spec": {"suspend": is_suspended}}
+        self._jobs.put(await self._client.patch(resources.JOBS, job.namespace, job.name, body))
+
+    async def _prepare(self, run: Run) -> None:
+        """Claim and Service, once for a run and process."""
+        if run.uid in self._prepared:
+            return
+        claim = build_claim(run)
+        if claim is not None:
+            await self._create(resources.CLAIMS, claim, run.uid)
+        service = build_service(namespace=run.namespace, run=run.name, owner_uid=run.uid)
+        await self._create(resources.SERVICES, service, run.uid)
+        self._prepared[run.uid] = None
+        if len(self._prepared) > 10_000:
+            del self._prepared[next(iter(self._prepared))]
+
+    async def _start(self, attempt: Attempt) -> None:
+        job = build_job(attempt, build_appdef(attempt))
+        self._jobs.put_created(await self._create(resources.JOBS, job, attempt.owner_uid))
+
+    async def _create(self, resource: Resource, body: dict[str, Any], owner_uid: str) -> dict[str, Any]:
+        """POST, or what is there already if it is ours: server-side apply would adopt a deleted run's leftovers."""
+        metadata = body["metadata"]
+        try:
+            return await self._client.create(resource, metadata["namespace"], body)
+        except Conflict:
+            existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
+        owners = existing["metadata"].get("ownerReferences", [])
+        if not any(owner["uid"] == owner_uid for owner in owners):
+            raise NameTaken(
+                f"{body['kind']} {metadata['name']} exists and isn't this run's; delete it or rename the run"
+            )
+        return existing

@@ -1,0 +1,113 @@
+"""Reads /progress from the first worker of every running attempt, every few seconds; the engine looks at the newest.
+
+Best effort: bounded in number and time, apart from the reconciles, and a read that fails means nothing but a count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import aiohttp
+import msgspec
+
+from sailvl_operator.cluster.runs import Key
+from sailvl_operator.core.observe import PodRecord
+from sailvl_operator.errors import Unreachable
+from sailvl_operator.settings import ProgressSettings
+from sailvl_trainer.contract import METRICS_PORT, Progress
+
+Attempt = tuple[str, int]
+"""stage, attempt"""
+
+_SIZE_LIMIT = 65536
+
+
+class ProgressReader:
+    """Progresss by run, stage and attempt."""
+
+    def __init__(
+        self,
+        settings: ProgressSettings,
+        *,
+        pods: Callable[[], Iterable[PodRecord]],
+        on_change: Callable[[Key], None],
+        count: Callable[[str], None],
+        port: int = METRICS_PORT,
+    ) -> None:
+        self._settings = settings
+        self._pods = pods
+        self._on_change = on_change
+        self._count = count
+        self._port = port
+        self._documents: dict[Key, dict[Attempt, Progress]] = {}
+
+    def get(self, key: Key) -> Mapping[Attempt, Progress]:
+        """The newest document of each attempt of a run."""
+        return self._documents.get(key, {})
+
+    def forget(self, key: Key, is_closed: Callable[[str, int], bool]) -> None:
+        """Drop the documents of closed attempts."""
+        documents = self._documents.get(key, {})
+        for attempt in [a for a in documents if is_closed(*a)]:
+            del documents[attempt]
+        if not documents:
+            self._documents.pop(key, None)
+
+    async def run(self) -> None:
+        """Rounds, until cancelled."""
+        if not self._settings.interval:
+            return
+        timeout = aiohttp.ClientTimeout(total=self._settings.timeout)
+        connector = aiohttp.TCPConnector(limit=self._settings.concurrency, force_close=True)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            while True:
+                await asyncio.sleep(self._settings.interval)
+                await self.read_all(session)
+
+    async def read_all(self, session: aiohttp.ClientSession) -> None:
+        """One round over all running attempts."""
+        await asyncio.gather(*(self._read(session, pod) for pod in list(self._pods()) if is_readable(pod)))
+
+    async def _read(self, session: aiohttp.ClientSession, pod: PodRecord) -> None:
+        try:
+            document = await self._fetch(session, pod.ip)
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, Unreachable):
+            self._count("failed")
+            return
+        self._count("ok")
+        self._store(pod, document)
+
+    async def _fetch(self, session: aiohttp.ClientSession, ip: str) -> Progress:
+        host = f"[{ip}]" if ":" in ip else ip
+        async with session.get(f"http://{host}:{self._port}/progress", allow_redirects=False) as response:
+            if response.status != 200:
+                raise Unreachable(f"/progress answers {response.status}")
+            body = bytearray()
+            async for chunk in response.content.iter_any():
+                body += chunk
+                if len(body) > _SIZE_LIMIT:
+                    raise Unreachable(f"/progress answers more than {_SIZE_LIMIT} bytes")
+            return msgspec.json.decode(body, type=Progress)
+
+    def _store(self, pod: PodRecord, document: Progress) -> None:
+        key, attempt = (pod.namespace, pod.run), (pod.stage, pod.attempt)
+        if document.attempt != pod.attempt:
+            return  # the pod's address belongs to another worker by now
+        documents = self._documents.setdefault(key, {})
+        before = documents.get(attempt)
+        documents[attempt] = document
+        if before is None or _essence(before) != _essence(document):
+            self._on_change(key)
+
+
+def is_readable(pod: PodRecord) -> bool:
+    """The first worker of an attempt, while it runs."""
+    is_there = pod.phase == "Running" and not (pod.is_gone or pod.is_deleting)
+    return is_there and pod.index == 0 and bool(pod.ip)
+
+
+def _essence(document: Progress) -> Progress:
+    """Without what changes though nothing has happened."""
+    return replace(document, time=0.0, seconds={})

@@ -1,0 +1,86 @@
+"""The newest state of every SailVLRun, parsed; filled by the watch (`handlers.py`) and by answers to our patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sailvl_operator.api.parse import SpecError, parse_run
+from sailvl_operator.api.types import Model, Run, Spec, Storage
+from sailvl_operator.core.observe import parse_time
+
+Key = tuple[str, str]
+"""namespace, name"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEntry:
+    run: Run
+    problem: str = ""
+    """Why the spec can't be read; `run.spec` is then empty."""
+
+
+class RunStore:
+    """Runs by key. An older resourceVersion never takes the place of a newer one."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Key, RunEntry] = {}
+
+    def get(self, key: Key) -> RunEntry | None:
+        """The newest known state; None: there is no such run."""
+        return self._entries.get(key)
+
+    def __iter__(self) -> Iterator[RunEntry]:
+        return iter(list(self._entries.values()))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, raw: dict[str, Any]) -> bool:
+        """Take a state over if it is newer; tells whether it was."""
+        key, version = key_of(raw), int(raw["metadata"]["resourceVersion"])
+        known = self._entries.get(key)
+        if known is not None and int(known.run.resource_version) >= version:
+            return False
+        self._entries[key] = _parse(raw)
+        return True
+
+    def put_patched(self, raw: dict[str, Any]) -> bool:
+        """The answer to our own patch: not taken when the run was deleted meanwhile."""
+        known = self._entries.get(key_of(raw))
+        return known is not None and known.run.uid == raw["metadata"]["uid"] and self.put(raw)
+
+    def delete(self, key: Key, uid: str) -> None:
+        """Forget a deleted run, unless a new one has its name already."""
+        known = self._entries.get(key)
+        if known is not None and known.run.uid == uid:
+            del self._entries[key]
+
+
+def key_of(raw: dict[str, Any]) -> Key:
+    """Namespace and name of a raw object."""
+    return raw["metadata"]["namespace"], raw["metadata"]["name"]
+
+
+def _parse(raw: dict[str, Any]) -> RunEntry:
+    try:
+        return RunEntry(run=parse_run(raw))
+    except SpecError as error:
+        return RunEntry(run=_without_spec(raw), problem=str(error))
+
+
+def _without_spec(raw: dict[str, Any]) -> Run:
+    """What a refusal needs of a run that can't be read: who it is, and its status."""
+    metadata = raw["metadata"]
+    return Run(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 0),
+        resource_version=metadata["resourceVersion"],
+        created=parse_time(metadata.get("creationTimestamp")),
+        deleting="deletionTimestamp" in metadata,
+        spec=Spec(storage=Storage(), model=Model(preset="tiny"), stages=()),
+        status=raw.get("status") or {},
+    )

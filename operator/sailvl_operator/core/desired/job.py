@@ -1,0 +1,64 @@
+"""Attempt → Indexed Job. One write makes a whole attempt: the stage document rides along as an annotation of the pods.
+
+`backoffLimitPerIndex: 0` keeps dead pods, the evidence of what happened (backoffLimit 0 deletes them within seconds);
+`podReplacementPolicy: Failed` keeps a resumed Job's pods from meeting those that still terminate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchx.specs import AppDef
+
+from sailvl_operator.api import names
+from sailvl_operator.core.decision import Attempt
+from sailvl_operator.core.desired.metadata import build_attempt_labels, build_owner
+from sailvl_operator.core.desired.pod import build_pod_spec
+from sailvl_operator.core.desired.workload import encode_document
+
+
+def build_job(attempt: Attempt, app: AppDef) -> dict[str, Any]:
+    """The Job of `app`, which `build_appdef` made of the same attempt."""
+    document = attempt.document
+    labels = build_attempt_labels(document.run, document.stage, document.attempt)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": app.name,
+            "namespace": document.namespace,
+            "labels": labels | _queue_label(attempt),
+            "ownerReferences": build_owner(attempt.owner_name, attempt.owner_uid),
+        },
+        "spec": _build_spec(attempt, app, labels),
+    }
+
+
+def _build_spec(attempt: Attempt, app: AppDef, labels: dict[str, str]) -> dict[str, Any]:
+    nodes = app.roles[0].num_replicas
+    extra = attempt.workers.labels
+    return {
+        "completionMode": "Indexed",
+        "completions": nodes,
+        "parallelism": nodes,
+        "backoffLimitPerIndex": 0,
+        "podReplacementPolicy": "Failed",
+        "suspend": _is_queued(attempt),
+        "template": {
+            "metadata": {
+                "labels": (dict(extra) if isinstance(extra, dict) else {}) | labels,
+                "annotations": {names.ANNOTATION_STAGE: encode_document(attempt.document)},
+            },
+            "spec": build_pod_spec(attempt, app.roles[0], labels),
+        },
+    }
+
+
+def _is_queued(attempt: Attempt) -> bool:
+    """Kueue starts a Job that is created suspended."""
+    return isinstance(attempt.workers.queue_name, str)
+
+
+def _queue_label(attempt: Attempt) -> dict[str, str]:
+    queue = attempt.workers.queue_name
+    return {names.LABEL_KUEUE_QUEUE: queue} if isinstance(queue, str) else {}

@@ -1,0 +1,150 @@
+"""The pods of an attempt, within the `restricted` Pod Security Standard: a numeric user, a read-only root, no
+privileges, no service account token; /tmp and a memory-backed /dev/shm are all they may write besides the storage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from torchx.specs import Role
+
+from sailvl_operator.api import names
+from sailvl_operator.core.decision import Attempt
+from sailvl_trainer.contract import Env
+
+USER = 65532
+"""The image's user; also the group of the storage's files."""
+NODE_LOSS_SECONDS = 20
+"""From a node's silence until its pods are evicted; Kubernetes' default is 300."""
+
+_HOME = {"HOME": "/tmp", "USER": "sailvl", "HF_HOME": "/tmp/hf"}
+_GPU = "nvidia.com/gpu"
+
+
+def build_pod_spec(attempt: Attempt, role: Role, labels: dict[str, str]) -> dict[str, Any]:
+    """`labels` are those of the attempt: its pods keep away from each other."""
+    workers = attempt.workers
+    spec: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "subdomain": names.service_name(attempt.document.run),
+        "terminationGracePeriodSeconds": attempt.grace_seconds,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "affinity": _build_affinity(attempt, labels),
+        "tolerations": _build_tolerations(attempt),
+        "containers": [_build_container(attempt, role)],
+        "volumes": _build_volumes(attempt),
+    }
+    optional = {
+        "nodeSelector": workers.node_selector,
+        "priorityClassName": workers.priority_class_name,
+        "schedulerName": workers.scheduler_name,
+    }
+    return spec | {name: value for name, value in optional.items() if value is not msgspec.UNSET and value}
+
+
+def _build_container(attempt: Attempt, role: Role) -> dict[str, Any]:
+    env_from = attempt.workers.env_from
+    container: dict[str, Any] = {
+        "name": names.CONTAINER,
+        "image": role.image,
+        "imagePullPolicy": attempt.image_pull_policy,
+        "command": [role.entrypoint, *role.args],
+        "env": _build_env(attempt, role),
+        "ports": [{"name": name, "containerPort": port, "protocol": "TCP"} for name, port in role.port_map.items()],
+        "resources": _build_resources(attempt, role),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": _build_mounts(),
+    }
+    if env_from is not msgspec.UNSET and env_from:
+        container["envFrom"] = msgspec.to_builtins(list(env_from))
+    return container
+
+
+def _build_env(attempt: Attempt, role: Role) -> list[dict[str, Any]]:
+    """Ours come last and win: the user's own can't break the contract."""
+    own = _HOME | {str(name): value for name, value in role.env.items()}
+    references = {
+        str(Env.NODE_RANK): f"metadata.labels['{names.LABEL_COMPLETION_INDEX}']",
+        str(Env.NODE_NAME): "spec.nodeName",
+    }
+    given = () if attempt.workers.env is msgspec.UNSET else attempt.workers.env
+    user = [{"name": e.name, "value": e.value} for e in given if e.name not in role.env and e.name not in references]
+    overridden = {e["name"] for e in user}
+    return [
+        *({"name": name, "value": value} for name, value in own.items() if name not in overridden),
+        *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in references.items()),
+        *user,
+    ]
+
+
+def _build_resources(attempt: Attempt, role: Role) -> dict[str, Any]:
+    given = attempt.workers.resources
+    requests = dict(given.requests) if given is not msgspec.UNSET else {}
+    limits = dict(given.limits) if given is not msgspec.UNSET else {}
+    if role.resource.gpu > 0:
+        limits[_GPU] = requests[_GPU] = str(role.resource.gpu)
+    return {name: value for name, value in (("requests", requests), ("limits", limits)) if value}
+
+
+def _build_mounts() -> list[dict[str, Any]]:
+    return [
+        {"name": "storage", "mountPath": names.STORAGE_MOUNT},
+        {"name": "stage", "mountPath": names.STAGE_MOUNT, "readOnly": True},
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
+
+
+def _build_volumes(attempt: Attempt) -> list[dict[str, Any]]:
+    document = {"path": "stage.json", "fieldRef": {"fieldPath": f"metadata.annotations['{names.ANNOTATION_STAGE}']"}}
+    return [
+        {"name": "storage", "persistentVolumeClaim": {"claimName": attempt.claim}},
+        {"name": "stage", "downwardAPI": {"items": [document]}},
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+    ]
+
+
+def _build_affinity(attempt: Attempt, labels: dict[str, str]) -> dict[str, Any]:
+    """Workers spread over the nodes where they can; machines that took an attempt down are left alone."""
+    apart = {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": "kubernetes.io/hostname"}
+    affinity: dict[str, Any] = {
+        "podAntiAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": apart}]
+        }
+    }
+    if attempt.avoid_nodes:
+        away = [{"key": "metadata.name", "operator": "NotIn", "values": [n]} for n in sorted(attempt.avoid_nodes)]
+        affinity["nodeAffinity"] = {
+            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": away}]}
+        }
+    return affinity
+
+
+def _build_tolerations(attempt: Attempt) -> list[dict[str, Any]]:
+    given = attempt.workers.tolerations
+    lost = [
+        {
+            "key": f"node.kubernetes.io/{taint}",
+            "operator": "Exists",
+            "effect": "NoExecute",
+            "tolerationSeconds": NODE_LOSS_SECONDS,
+        }
+        for taint in ("not-ready", "unreachable")
+    ]
+    return lost + ([] if given is msgspec.UNSET else msgspec.to_builtins(list(given)))

@@ -1,0 +1,32 @@
+"""The headless Service of a run: DNS names for its workers, also before they are ready, for they meet to become so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sailvl_operator.api import names
+from sailvl_operator.core.desired.metadata import build_labels, build_owner
+from sailvl_trainer.contract import METRICS_PORT, RENDEZVOUS_PORT
+
+
+def build_service(*, namespace: str, run: str, owner_uid: str) -> dict[str, Any]:
+    """One for all stages and attempts; pods choose it by their subdomain."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": names.service_name(run),
+            "namespace": namespace,
+            "labels": build_labels(run),
+            "ownerReferences": build_owner(run, owner_uid),
+        },
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": build_labels(run),
+            "ports": [
+                {"name": names.METRICS_PORT_NAME, "port": METRICS_PORT, "protocol": "TCP"},
+                {"name": "rendezvous", "port": RENDEZVOUS_PORT, "protocol": "TCP"},
+            ],
+        },
+    }

@@ -1,0 +1,206 @@
+"""The shell around the pure core: takes keys from the work queue, observes, lets `reconcile` decide, carries it out.
+
+Started by `cli/operator.py` once this process leads. Keys come from the runs' watch (`handlers.py`), the informers, the
+progress reader and timers; what a key is about is always found by looking at the stores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from sailvl_operator.api.status import Reason
+from sailvl_operator.api.types import Run
+from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.actions import Actions
+from sailvl_operator.cluster.children import Children
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.merge_patch import build_merge_patch, drop_nulls
+from sailvl_operator.cluster.progress import ProgressReader
+from sailvl_operator.cluster.recorder import Recorder
+from sailvl_operator.cluster.runs import Key, RunEntry, RunStore
+from sailvl_operator.cluster.workqueue import WorkQueue
+from sailvl_operator.core.decision import Decision
+from sailvl_operator.core.observe import Observed, observe
+from sailvl_operator.core.plan import Defaults
+from sailvl_operator.core.reconcile import reconcile, refuse
+from sailvl_operator.core.status import decode_status, encode_status
+from sailvl_operator.errors import ApiError, Conflict, Forbidden, Invalid, NameTaken, NotFound
+from sailvl_operator.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+CREATE_FAILED = "CreateFailed"
+"""Reason of the event when the API server refuses a child: a quota, an admission policy, missing rights."""
+
+
+class Engine:
+    """One per process. Everything it needs is handed in."""
+
+    def __init__(
+        self,
+        *,
+        client: Client,
+        runs: RunStore,
+        children: Children,
+        progress: ProgressReader,
+        recorder: Recorder,
+        queue: WorkQueue[Key],
+        metrics: Metrics,
+        defaults: Defaults,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._client = client
+        self._runs = runs
+        self._children = children
+        self._progress = progress
+        self._recorder = recorder
+        self._queue = queue
+        self._metrics = metrics
+        self._defaults = defaults
+        self._clock = clock
+        self._actions = Actions(client, children.jobs)
+
+    async def run(self, workers: int) -> None:
+        """Serve keys until cancelled; waits for the informers first, since a missing Job means something."""
+        await self._children.wait_synced()
+        async with asyncio.TaskGroup() as group:
+            for number in range(workers):
+                group.create_task(self._work(), name=f"worker-{number}")
+
+    async def _work(self) -> None:
+        while True:
+            key, waited = await self._queue.get()
+            self._metrics.queue_seconds.observe(waited)
+            try:
+                with self._metrics.reconcile_seconds.time():
+                    outcome = await self._process(key)
+            finally:
+                self._queue.done(key)
+            self._metrics.reconciles.labels(outcome).inc()
+
+    async def _process(self, key: Key) -> str:
+        """Look at one run. Whatever goes wrong is tried again later, and never ends the worker."""
+        log_of_run = logging.LoggerAdapter(log, {"namespace": key[0], "run": key[1]})
+        try:
+            outcome = await self.look(key)
+        except Conflict as error:
+            log_of_run.info("looked at an old state, looking again: %s", error)
+            await self._refresh(key)
+            self._queue.retry(key)
+            return "conflict"
+        except (ApiError, NameTaken) as error:
+            self._tell(key, error)
+            log_of_run.warning("tried again in %.1f s: %s", self._queue.retry(key), error)
+            return "error"
+        except Exception:
+            log_of_run.exception("an error of the operator itself; tried again in %.1f s", self._queue.retry(key))
+            return "error"
+        self._queue.succeed(key)
+        return outcome
+
+    async def look(self, key: Key) -> str:
+        """One reconcile: decide, act, write the status. Says whether the status was written or is unchanged."""
+        entry = self._runs.get(key)
+        if entry is None:
+            self._drop(key)
+            return "unchanged"
+        decision = self._decide(entry, key)
+        await self._actions.carry_out(entry.run, decision)
+        if await self._write_status(entry.run, decision):
+            self._record(entry.run, decision)
+            self._queue.add(key)  # the written status may ask for more: an attempt's number comes before its Job
+            return "written"
+        self._schedule(key, decision)
+        self._forget_closed(entry.run, key)
+        return "unchanged"
+
+    def _decide(self, entry: RunEntry, key: Key) -> Decision:
+        now = self._clock()
+        if entry.problem:
+            return refuse(entry.run, entry.problem, now=now)
+        return reconcile(entry.run, self._observe(entry.run, key), now=now, defaults=self._defaults)
+
+    def _observe(self, run: Run, key: Key) -> Observed:
+        """This run's children, not those that a deleted run of the same name left behind."""
+        jobs = (job for job in self._children.jobs.get(key) if job.owner_uid == run.uid)
+        pods = (pod for pod in self._children.pods.get(key) if pod.created >= run.created)
+        return observe(jobs, pods, self._progress.get(key))
+
+    async def _write_status(self, run: Run, decision: Decision) -> bool:
+        """Patch what changed, against the very version that was looked at; tells whether anything had."""
+        if decision.status is None:
+            return False
+        changes = build_merge_patch(run.status, drop_nulls(encode_status(decision.status)))
+        if not changes:
+            return False
+        guard = {"uid": run.uid, "resourceVersion": run.resource_version}
+        try:
+            written = await self._client.patch(
+                resources.RUNS,
+                run.namespace,
+                run.name,
+                {"metadata": guard, "status": changes},
+                subresource="status",
+            )
+        except NotFound:
+            self._runs.delete((run.namespace, run.name), run.uid)
+            return False
+        self._runs.put_patched(written)
+        return True
+
+    def _record(self, run: Run, decision: Decision) -> None:
+        for event in decision.events:
+            self._recorder.record(run, type_=event.type, reason=event.reason, message=event.message)
+
+    def _schedule(self, key: Key, decision: Decision) -> None:
+        if decision.requeue_at is None:
+            self._queue.cancel_timer(key)
+        else:
+            self._queue.add_after(key, decision.requeue_at - self._clock())
+
+    async def _refresh(self, key: Key) -> None:
+        """After a conflict: read the run instead of waiting for its event."""
+        try:
+            self._runs.put_patched(await self._client.get(resources.RUNS, *key))
+        except ApiError as error:
+            log.info("%s/%s could not be read: %s", *key, error)
+
+    def _tell(self, key: Key, error: Exception) -> None:
+        """What a person must mend becomes an event on the run."""
+        entry = self._runs.get(key)
+        if entry is None or not isinstance(error, NameTaken | Forbidden | Invalid):
+            return
+        reason = Reason.NAME_TAKEN if isinstance(error, NameTaken) else CREATE_FAILED
+        self._recorder.record(entry.run, type_="Warning", reason=reason, message=str(error))
+
+    def _drop(self, key: Key) -> None:
+        """The run is gone; the garbage collector takes its children."""
+        self._queue.cancel_timer(key)
+        self._children.pods.forget(key, lambda _: True)
+        self._progress.forget(key, lambda *_: True)
+
+    def _forget_closed(self, run: Run, key: Key) -> None:
+        """Let the evidence of closed attempts go: a newer one has begun, or the stage is over."""
+        current = {s.name: s for s in decode_status(run.status).stages}
+
+        def is_closed(stage: str, attempt: int) -> bool:
+            status = current.get(stage)
+            return status is None or attempt < status.attempt or status.state in ("Succeeded", "Failed")
+
+        self._children.pods.forget(key, lambda pod: is_closed(pod.stage, pod.attempt))
+        self._progress.forget(key, is_closed)
+
+
+def handle_run_event(type_: str | None, raw: dict[str, object], runs: RunStore, queue: WorkQueue[Key]) -> None:
+    """A watch event of a run: keep the newest state and look at its key."""
+    metadata = raw["metadata"]
+    assert isinstance(metadata, dict)
+    key = metadata["namespace"], metadata["name"]
+    if type_ == "DELETED":
+        runs.delete(key, metadata["uid"])
+        queue.add(key)
+    elif runs.put(raw):
+        queue.add(key)
