@@ -1,0 +1,103 @@
+"""Builds the demo's raw data: `python -m sailvl_trainer.data.make DIR [--stamps TREE]`.
+
+DIR/raw/stamps, DIR/raw/shapes (image folders), DIR/sft/{knowledge,instruction,preference} (prepared sets of rising
+difficulty) and DIR/benchmarks/*.tsv (VLMEvalKit's format). The same arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import re
+import shutil
+from pathlib import Path
+
+from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR
+from sailvl_trainer.data.procedural import SIDE, ask, draw_caption, draw_question, draw_scene, render
+from sailvl_trainer.data.shards import ShardWriter, write_manifest
+
+SFT_LEVELS = {"knowledge": 1, "instruction": 2, "preference": 3}
+BENCHMARK_SEED, SFT_SEED, CAPTION_SEED = 3, 2, 1
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--stamps", type=Path, help="an unpacked tuxpaint-stamps-default package")
+    parser.add_argument("--shapes", type=int, default=1500, help="captioned pictures a level 1 and 2 (default 1500)")
+    parser.add_argument("--questions", type=int, default=1000, help="questions a fine-tuning set (default 1000)")
+    parser.add_argument("--benchmark", type=int, default=48, help="questions a benchmark (default 48)")
+    args = parser.parse_args()
+    make_all(args.directory, args.stamps, shapes=args.shapes, questions=args.questions, benchmark=args.benchmark)
+
+
+def make_all(directory: Path, stamps: Path | None, *, shapes: int, questions: int, benchmark: int) -> None:
+    """All of it; a set that is there already is left as it is."""
+    raw = directory / "raw"
+    counts = {"shapes": make_shapes(raw / "shapes", shapes)}
+    if stamps is not None:
+        counts["stamps"] = copy_stamps(stamps, raw / "stamps")
+    for name, level in SFT_LEVELS.items():
+        counts[name] = make_questions(directory / "sft" / name, level, questions)
+        counts[f"level-{level}.tsv"] = make_benchmark(directory / "benchmarks" / f"level-{level}.tsv", level, benchmark)
+    for name, count in counts.items():
+        print(f"{name:16} {count:6} samples")  # noqa: T201  # a command
+
+
+def make_shapes(directory: Path, number: int) -> int:
+    """An image folder: NAME.png and NAME.txt; two thirds of level 1, the rest of level 2."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for index in range(number):
+        sample = draw_caption(CAPTION_SEED, index, 2 if index % 3 == 2 else 1)
+        assert sample.image is not None, "every drawn sample has a picture"
+        (directory / f"{sample.key}.png").write_bytes(sample.image)
+        (directory / f"{sample.key}.txt").write_text(sample.meta["caption"])
+    return number
+
+
+def copy_stamps(tree: Path, directory: Path) -> int:
+    """Every stamp that has a picture and an English caption, as NAME.png and NAME.txt."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found = 0
+    for text in sorted(tree.rglob("*.txt")):
+        picture = text.with_suffix(".png")
+        caption = text.read_text(errors="replace").splitlines()[:1]
+        if not picture.exists() or not caption or not caption[0].strip():
+            continue
+        name = re.sub(r"[^a-z0-9]+", "-", "-".join(text.with_suffix("").parts[-3:]).lower()).strip("-")
+        shutil.copyfile(picture, directory / f"{name}.png")
+        (directory / f"{name}.txt").write_text(caption[0].strip())
+        found += 1
+    return found
+
+
+def make_questions(directory: Path, level: int, number: int) -> int:
+    """A prepared set: questions with exact answers, one in ten a caption, one in twenty held out."""
+    held_out = max(8, number // 20)
+    for split, first, count in ((SHARDS_DIR, 0, number), (HELD_OUT_DIR, number, held_out)):
+        with ShardWriter(directory / split, "00000") as writer:
+            for index in range(first, first + count):
+                draw = draw_caption if index % 10 == 0 else draw_question
+                writer.write(draw(SFT_SEED, index, level), (SIDE, SIDE))
+        assert writer.info is not None, "the block ended"
+        write_manifest(directory / split, [writer.info])
+    return number + held_out
+
+
+def make_benchmark(path: Path, level: int, number: int) -> int:
+    """A TSV of questions that no training set has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(("index", "image", "question", "answer"))
+        for index in range(number):
+            scene, rng = draw_scene(BENCHMARK_SEED, index, level)
+            image = base64.b64encode(render(scene, rng)).decode()
+            writer.writerow((index, image, *ask(scene, rng)))
+    return number
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Which parts of the model learn in a stage."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import InternVLForConditionalGeneration
+
+from sailvl_trainer.contract import Part
+
+
+def select_part(model: InternVLForConditionalGeneration, part: Part) -> list[nn.Module]:
+    """The modules of a part; the output head belongs to the language model."""
+    return {
+        "vision": [model.model.vision_tower],
+        "connector": [model.model.multi_modal_projector],
+        "language": [model.model.language_model, model.lm_head],
+    }[part]
+
+
+def set_trainable(model: InternVLForConditionalGeneration, parts: tuple[Part, ...]) -> list[str]:
+    """Freeze everything but `parts`; the names of the parameters that learn."""
+    model.requires_grad_(False)
+    for part in parts:
+        for module in select_part(model, part):
+            module.requires_grad_(True)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

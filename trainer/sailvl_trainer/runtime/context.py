@@ -1,0 +1,54 @@
+"""Everything that a stage is handed: its document, its files, its place among the ranks, and how to tell of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from sailvl_trainer.contract import Stage
+from sailvl_trainer.runtime.distributed import start_group
+from sailvl_trainer.runtime.files import StageFiles
+from sailvl_trainer.runtime.preemption import Preemption
+from sailvl_trainer.runtime.telemetry import PROGRESS_FILE, Telemetry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    stage: Stage
+    files: StageFiles
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    telemetry: Telemetry
+    preemption: Preemption
+    store: Store
+    """Shared by all ranks; give every use a prefix of its own."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank does what is done once."""
+        return self.rank == 0
+
+
+def build_context(stage: Stage, *, device: torch.device, local_rank: int, scratch: Path) -> Context:
+    """Join the group and gather a rank's tools."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    telemetry = Telemetry(stage, scratch / PROGRESS_FILE if local_rank == 0 else None)
+    telemetry.write()
+    start_group(device)
+    return Context(
+        stage=stage,
+        files=StageFiles(stage),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=device,
+        telemetry=telemetry,
+        preemption=Preemption(scratch),
+        store=dist.distributed_c10d._get_default_store(),
+    )
