@@ -65,6 +65,10 @@ class StageFiles:
         other = output / contract.RESULT_FILE
         return replace(decode(Result, other.read_bytes()), memoised=True) if other.exists() else None
 
+    def read_result(self) -> Result:
+        """The result that this attempt's first rank has written."""
+        return decode(Result, (self.output / contract.RESULT_FILE).read_bytes())
+
     def write_result(self, result: Result) -> None:
         """Last of all, and whole; then the memo by which other runs find it."""
         write_atomic(self.output / contract.RESULT_FILE, encode(result))
