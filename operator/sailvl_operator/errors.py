@@ -80,7 +80,7 @@ class Invalid(ApiError):
 class TooManyRequests(ApiError):
     """429: the server asks for `retry_after` seconds of patience."""
 
-    retry_after: float = 1.0
+    retry_after: float = 0.0
 
 
 class ServerError(ApiError):

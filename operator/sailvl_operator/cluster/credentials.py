@@ -27,7 +27,7 @@ class Credentials:
         self._header = ""
         self._read_at = float("-inf")
         self.server: str = configuration.host.rstrip("/")
-        self.ssl = _build_ssl(configuration) if self.server.startswith("https") else None
+        self.ssl = _build_ssl(configuration) if self.server.startswith("https:") else None
 
     async def headers(self) -> dict[str, str]:
         """The authorization header, or nothing where the client certificate is enough."""

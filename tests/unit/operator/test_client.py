@@ -1,0 +1,140 @@
+"""The client against an API server that pages, refuses and disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from fake_api import FakeApi, Refusal, serve
+from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.errors import Conflict, Forbidden, Gone, NotFound, ServerError, TooManyRequests, Unreachable
+from sailvl_operator.settings import ApiSettings
+
+CALLS: Counter[tuple[str, int]] = Counter()
+
+
+class Token:
+    """A kubernetes Configuration whose token file is rotated."""
+
+    def __init__(self, host: str) -> None:
+        self.host, self.reads, self.username = host, 0, ""
+
+    def auth_settings(self) -> dict[str, dict[str, str]]:
+        self.reads += 1
+        return {"BearerToken": {"value": f"Bearer token-{self.reads}"}}
+
+
+@pytest.fixture
+async def world():
+    CALLS.clear()
+    api = FakeApi()
+    async with serve(api) as url:
+        token = Token(url)
+        settings = ApiSettings(backoff=0.001, page_size=2, tries=3)
+        async with Client(Credentials(token), settings, lambda verb, code: CALLS.update([(verb, code)])) as client:
+            yield SimpleNamespace(api=api, client=client, token=token)
+
+
+def make(name: str, **labels: str) -> dict:
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}}
+
+
+async def test_a_list_comes_in_pages(world):
+    for i in range(5):
+        await world.api.put("pods", make(f"p{i}", app="x" if i != 1 else "y"))
+    pages = [
+        ([o["metadata"]["name"] for o in items], version)
+        async for items, version in world.client.list_pages(resources.PODS, selector="app=x")
+    ]
+    assert pages == [(["p0", "p2"], str(world.api.version)), (["p3", "p4"], str(world.api.version))]
+    assert CALLS == {("list", 200): 2}
+
+
+async def test_a_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
+    first = await world.api.put("pods", make("old"))
+    await world.api.put("pods", make("new") | {"spec": {"long": "x" * 300_000}})
+    await world.api.put("pods", make("other") | {"metadata": {"name": "other", "namespace": "elsewhere"}})
+    world.api.watch_seconds = 0.05
+    version = first["metadata"]["resourceVersion"]
+    seen = [e async for e in world.client.watch(resources.PODS, "team", selector="", resource_version=version)]
+    assert [(type_, o["metadata"].get("name")) for type_, o in seen] == [("ADDED", "new"), ("BOOKMARK", None)]
+    assert len(seen[0][1]["spec"]["long"]) == 300_000
+
+
+async def test_a_version_that_is_too_old_is_gone(world):
+    world.api.forget_history()
+    with pytest.raises(Gone):
+        [e async for e in world.client.watch(resources.PODS, resource_version="1")]
+
+
+@pytest.mark.parametrize(
+    ("status", "times", "error", "calls"),
+    [
+        pytest.param(503, 2, None, {("create", 503): 2, ("create", 200): 1}, id="passes within the tries"),
+        pytest.param(500, 9, ServerError, {("create", 500): 3}, id="does not pass"),
+        pytest.param(429, 9, TooManyRequests, {("create", 429): 3}, id="too many requests"),
+        pytest.param(403, 9, Forbidden, {("create", 403): 1}, id="forbidden is final"),
+        pytest.param(409, 9, Conflict, {("create", 409): 1}, id="a conflict is final"),
+        pytest.param(401, 1, None, {("create", 401): 1, ("create", 200): 1}, id="an expired token is read again"),
+    ],
+)
+async def test_only_what_passes_is_tried_again(world, status, times, error, calls):
+    world.api.refusals = [Refusal(method="POST", path_end="/pods", status=status, times=times)]
+    if error is None:
+        await world.client.create(resources.PODS, "team", make("p"))
+        assert world.api.names("pods") == {"p"}
+    else:
+        with pytest.raises(error):
+            await world.client.create(resources.PODS, "team", make("p"))
+    assert dict(CALLS) == calls
+    assert world.token.reads == (2 if status == 401 else 1)
+
+
+async def test_retry_after_is_waited_for(world):
+    world.api.refusals = [Refusal(method="GET", path_end="/p", status=429, headers={"Retry-After": "1"})]
+    await world.api.put("pods", make("p"))
+    started = asyncio.get_running_loop().time()
+    await world.client.get(resources.PODS, "team", "p")
+    assert asyncio.get_running_loop().time() - started >= 1
+
+
+async def test_preconditions(world):
+    pod = await world.api.put("pods", make("p"))
+    stale = {"metadata": {"resourceVersion": "1"}, "status": {"phase": "Failed"}}
+    with pytest.raises(Conflict):
+        await world.client.patch(resources.PODS, "team", "p", stale, subresource="status")
+    with pytest.raises(Conflict):
+        await world.client.delete(resources.PODS, "team", "p", uid="another")
+    with pytest.raises(NotFound):
+        await world.client.delete(resources.PODS, "team", "q", uid="another")
+    await world.client.delete(resources.PODS, "team", "p", uid=pod["metadata"]["uid"])
+    assert world.api.all("pods") == []
+
+
+async def test_a_collection_is_deleted_by_labels_with_a_grace(world):
+    await world.api.put("pods", make("a", job="x"))
+    await world.api.put("pods", make("b", job="y"))
+    await world.client.delete_collection(resources.PODS, "team", selector="job=x", grace_seconds=1)
+    assert world.api.names("pods") == {"b"}
+    assert world.api.requests[-1][3] == {"gracePeriodSeconds": 1}
+
+
+async def test_server_side_apply_names_its_manager(world):
+    await world.api.put("pods", make("p"))
+    await world.client.server_side_apply(resources.PODS, "team", "p", {"spec": {"nodeName": "n"}})
+    assert world.api.all("pods")[0]["spec"] == {"nodeName": "n"}
+    assert world.api.requests[-1][2] == {"fieldManager": "sailvl-operator", "force": "true"}
+
+
+async def test_no_server_is_unreachable():
+    settings = ApiSettings(backoff=0.001, tries=2)
+    async with Client(Credentials(Token("http://127.0.0.1:9")), settings, lambda *_: None) as client:
+        with pytest.raises(Unreachable, match="get /api/v1/namespaces/team/pods/p"):
+            await client.get(resources.PODS, "team", "p")
+        with pytest.raises(Unreachable):
+            [e async for e in client.watch(resources.PODS, resource_version="1")]

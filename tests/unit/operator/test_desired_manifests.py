@@ -1,0 +1,313 @@
+"""The manifests of an attempt, whole: a Job's every field is a promise to the cluster."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from builders import build_run
+from sailvl_operator.api import names
+from sailvl_operator.api.types import Run
+from sailvl_operator.core.decision import Attempt
+from sailvl_operator.core.desired.claim import build_claim
+from sailvl_operator.core.desired.job import build_job
+from sailvl_operator.core.desired.service import build_service
+from sailvl_operator.core.desired.workload import build_appdef
+from sailvl_operator.core.plan import Defaults, build_attempt, plan
+
+OUTPUTS = {"curate": "demo/curate-0", "alignment": "demo/alignment-0", "knowledge": "demo/knowledge-0"}
+
+
+def make_attempt(run: Run, stage: int = 1, avoid_nodes: tuple[str, ...] = ()) -> Attempt:
+    return build_attempt(
+        run, plan(run)[stage], attempt=2, outputs=OUTPUTS, defaults=Defaults(grace_seconds=90), avoid_nodes=avoid_nodes
+    )
+
+
+def make_job(attempt: Attempt) -> dict[str, Any]:
+    """As the API server gets it."""
+    return json.loads(msgspec.json.encode(build_job(attempt, build_appdef(attempt))))
+
+
+OWNER = {
+    "apiVersion": "sailvl.dev/v1alpha1",
+    "kind": "SailVLRun",
+    "name": "demo",
+    "uid": "run-uid",
+    "controller": True,
+    "blockOwnerDeletion": True,
+}
+RUN_LABELS = {"app.kubernetes.io/managed-by": "sailvl-operator", "sailvl.dev/run": "demo"}
+LABELS = RUN_LABELS | {"sailvl.dev/stage": "alignment", "sailvl.dev/attempt": "2"}
+LOST = [
+    {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 20}
+    for taint in ("not-ready", "unreachable")
+]
+ENV = [
+    {"name": "HOME", "value": "/tmp"},
+    {"name": "USER", "value": "sailvl"},
+    {"name": "HF_HOME", "value": "/tmp/hf"},
+    {"name": "SAILVL_STAGE_FILE", "value": "/etc/sailvl/stage.json"},
+    {"name": "SAILVL_NODES", "value": "2"},
+    {"name": "SAILVL_PROCESSES_PER_NODE", "value": "1"},
+    {"name": "SAILVL_DEVICE", "value": "cpu"},
+    {"name": "SAILVL_RENDEZVOUS_HOST", "value": "demo-alignment-2-0.demo"},
+    {"name": "SAILVL_RENDEZVOUS_PORT", "value": "29500"},
+    {"name": "SAILVL_METRICS_PORT", "value": "9400"},
+    {"name": "SAILVL_IN_PLACE_RESTARTS", "value": "3"},
+    {"name": "SAILVL_GRACE_SECONDS", "value": "85"},
+    {"name": "SAILVL_STALL_SECONDS", "value": "900"},
+    {"name": "SAILVL_TERMINATION_LOG", "value": "/dev/termination-log"},
+    {"name": "SAILVL_SCRATCH", "value": "/tmp/sailvl"},
+    {
+        "name": "SAILVL_NODE_RANK",
+        "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-completion-index']"}},
+    },
+    {"name": "SAILVL_NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+]
+CONTAINER = {
+    "name": "worker",
+    "image": "registry.example.com/sailvl-trainer:0.1.0",
+    "imagePullPolicy": "IfNotPresent",
+    "command": ["python", "-m", "sailvl_trainer"],
+    "env": ENV,
+    "ports": [{"name": "metrics", "containerPort": 9400, "protocol": "TCP"}],
+    "resources": {},
+    "securityContext": {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    },
+    "terminationMessagePolicy": "FallbackToLogsOnError",
+    "volumeMounts": [
+        {"name": "storage", "mountPath": "/data"},
+        {"name": "stage", "mountPath": "/etc/sailvl", "readOnly": True},
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ],
+}
+POD_SPEC = {
+    "restartPolicy": "Never",
+    "subdomain": "demo",
+    "terminationGracePeriodSeconds": 90,
+    "automountServiceAccountToken": False,
+    "enableServiceLinks": False,
+    "securityContext": {
+        "runAsNonRoot": True,
+        "runAsUser": 65532,
+        "runAsGroup": 65532,
+        "fsGroup": 65532,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    },
+    "affinity": {
+        "podAntiAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {
+                    "weight": 100,
+                    "podAffinityTerm": {
+                        "labelSelector": {"matchLabels": LABELS},
+                        "topologyKey": "kubernetes.io/hostname",
+                    },
+                }
+            ]
+        }
+    },
+    "tolerations": LOST,
+    "containers": [CONTAINER],
+    "volumes": [
+        {"name": "storage", "persistentVolumeClaim": {"claimName": "sail-data"}},
+        {
+            "name": "stage",
+            "downwardAPI": {
+                "items": [
+                    {
+                        "path": "stage.json",
+                        "fieldRef": {"fieldPath": "metadata.annotations['sailvl.dev/stage.json']"},
+                    }
+                ]
+            },
+        },
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+    ],
+}
+
+
+def test_the_whole_job():
+    job = make_job(make_attempt(build_run()))
+    document = job["spec"]["template"]["metadata"].pop("annotations").pop("sailvl.dev/stage.json")
+    assert job == {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": "demo-alignment-2",
+            "namespace": "team",
+            "labels": LABELS,
+            "ownerReferences": [OWNER],
+        },
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": 2,
+            "parallelism": 2,
+            "backoffLimitPerIndex": 0,
+            "podReplacementPolicy": "Failed",
+            "suspend": False,
+            "template": {"metadata": {"labels": LABELS}, "spec": POD_SPEC},
+        },
+    }
+    told = json.loads(document)
+    assert (told["stage"], told["attempt"], told["kind"]) == ("alignment", 2, "pretrain")
+    assert told["train"]["data"] == ["/data/demo/curate-0"]
+
+
+def bend(**workers: Any) -> dict[str, Any]:
+    """The Job of a run whose workers have more to say."""
+    return make_job(make_attempt(build_run(workers={"nodes": 2, "gpusPerNode": 0} | workers)))
+
+
+def pod_spec(job: dict[str, Any]) -> dict[str, Any]:
+    return job["spec"]["template"]["spec"]
+
+
+def container(job: dict[str, Any]) -> dict[str, Any]:
+    return pod_spec(job)["containers"][0]
+
+
+def environment(job: dict[str, Any]) -> dict[str, str]:
+    return {e["name"]: e.get("value", "") for e in container(job)["env"]}
+
+
+@pytest.mark.parametrize(
+    ("workers", "look", "expected"),
+    [
+        pytest.param(
+            {"gpusPerNode": 8, "resources": {"requests": {"cpu": "4"}, "limits": {"memory": "64Gi"}}},
+            lambda job: container(job)["resources"],
+            {
+                "requests": {"cpu": "4", "nvidia.com/gpu": "8"},
+                "limits": {"memory": "64Gi", "nvidia.com/gpu": "8"},
+            },
+            id="GPUs",
+        ),
+        pytest.param(
+            {"queueName": "gold"},
+            lambda job: (job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], job["spec"]["suspend"]),
+            ("gold", True),
+            id="Kueue starts what is created suspended",
+        ),
+        pytest.param(
+            {"labels": {"pod-group": "g", names.LABEL_RUN: "another"}},
+            lambda job: job["spec"]["template"]["metadata"]["labels"],
+            LABELS | {"pod-group": "g"},
+            id="labels can't replace ours",
+        ),
+        pytest.param(
+            {"nodeSelector": {"zone": "a"}, "priorityClassName": "high", "schedulerName": "volcano"},
+            lambda job: {k: pod_spec(job)[k] for k in ("nodeSelector", "priorityClassName", "schedulerName")},
+            {"nodeSelector": {"zone": "a"}, "priorityClassName": "high", "schedulerName": "volcano"},
+            id="placement",
+        ),
+        pytest.param(
+            {"tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]},
+            lambda job: pod_spec(job)["tolerations"],
+            [*LOST, {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+            id="tolerations",
+        ),
+        pytest.param(
+            {"env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "HF_HOME", "value": "/data/hf"}]},
+            lambda job: (environment(job)["NCCL_DEBUG"], environment(job)["HF_HOME"], environment(job)["HOME"]),
+            ("INFO", "/data/hf", "/tmp"),
+            id="environment",
+        ),
+        pytest.param(
+            {"env": [{"name": "SAILVL_NODES", "value": "99"}, {"name": "SAILVL_NODE_RANK", "value": "7"}]},
+            lambda job: container(job)["env"],
+            ENV,
+            id="the contract's variables can't be replaced",
+        ),
+        pytest.param(
+            {"envFrom": [{"secretRef": {"name": "tokens"}}, {"configMapRef": {"name": "proxy", "optional": True}}]},
+            lambda job: container(job)["envFrom"],
+            [{"secretRef": {"name": "tokens"}}, {"configMapRef": {"name": "proxy", "optional": True}}],
+            id="envFrom",
+        ),
+    ],
+)
+def test_workers_settings(workers, look, expected):
+    assert look(bend(**workers)) == expected
+
+
+def test_machines_that_took_an_attempt_down_are_left_alone():
+    job = make_job(make_attempt(build_run(), avoid_nodes=("node-b", "node-a")))
+    assert pod_spec(job)["affinity"]["nodeAffinity"] == {
+        "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [
+                {
+                    "matchFields": [
+                        {"key": "metadata.name", "operator": "NotIn", "values": ["node-a"]},
+                        {"key": "metadata.name", "operator": "NotIn", "values": ["node-b"]},
+                    ]
+                }
+            ]
+        }
+    }
+
+
+def test_builders_leave_their_inputs_alone():
+    attempt = make_attempt(
+        build_run(workers={"nodes": 2, "gpusPerNode": 8, "resources": {"limits": {"memory": "1Gi"}}})
+    )
+    assert make_job(attempt) == make_job(attempt)
+
+
+def test_the_whole_service():
+    assert build_service(namespace="team", run="demo", owner_uid="run-uid") == {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "demo", "namespace": "team", "labels": RUN_LABELS, "ownerReferences": [OWNER]},
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": RUN_LABELS,
+            "ports": [
+                {"name": "metrics", "port": 9400, "protocol": "TCP"},
+                {"name": "rendezvous", "port": 29500, "protocol": "TCP"},
+            ],
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("storage", "spec"),
+    [
+        pytest.param({"volumeClaim": "sail-data"}, None, id="an existing claim"),
+        pytest.param(
+            {"volumeClaimTemplate": {"resources": {"requests": {"storage": "1Ti"}}}},
+            {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Ti"}}},
+            id="the default class",
+        ),
+        pytest.param(
+            {
+                "volumeClaimTemplate": {
+                    "storageClassName": "fast",
+                    "accessModes": ["ReadWriteOnce"],
+                    "resources": {"requests": {"storage": "1Gi"}},
+                }
+            },
+            {
+                "accessModes": ["ReadWriteOnce"],
+                "resources": {"requests": {"storage": "1Gi"}},
+                "storageClassName": "fast",
+            },
+            id="a class",
+        ),
+    ],
+)
+def test_the_claim(storage, spec):
+    metadata = {"name": "demo-storage", "namespace": "team", "labels": RUN_LABELS, "ownerReferences": [OWNER]}
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
+    assert build_claim(build_run(storage=storage)) == (spec and claim)

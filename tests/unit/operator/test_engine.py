@@ -1,0 +1,338 @@
+"""The engine against an API server: whole runs, and what happens when writes fail half-way or the world is old."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import time
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from builders import build_document, build_result
+from fake_api import FakeApi, Refusal, serve
+from sailvl_operator.api import names
+from sailvl_operator.cluster.children import Children
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.cluster.progress import ProgressReader
+from sailvl_operator.cluster.recorder import Recorder
+from sailvl_operator.cluster.runs import RunStore
+from sailvl_operator.cluster.workqueue import WorkQueue
+from sailvl_operator.core.plan import Defaults
+from sailvl_operator.core.status import decode_status
+from sailvl_operator.engine import Engine, handle_run_event
+from sailvl_operator.metrics import Metrics, RunCollector
+from sailvl_operator.settings import ApiSettings, ProgressSettings
+
+KEY = ("team", "demo")
+NEW_YEAR_2026 = 1_767_225_600.0
+"""When every object of the fake API server was made."""
+
+
+class Anonymous:
+    username = ""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+
+    def auth_settings(self) -> dict:
+        return {}
+
+
+class World:
+    """An operator's engine, fed with the API server's runs as kopf would."""
+
+    def __init__(self, api: FakeApi, client: Client) -> None:
+        self.api, self.client = api, client
+        started = time.monotonic()
+        self.clock = lambda: NEW_YEAR_2026 + time.monotonic() - started
+        self.runs = RunStore()
+        self.metrics = Metrics(CollectorRegistry())
+        self.queue: WorkQueue = WorkQueue(backoff=0.01, backoff_limit=0.05)
+        self.children = Children(client, namespaces=(), on_change=self.queue.add, count_restart=lambda *_: None)
+        self.recorder = Recorder(client, identity="test", enabled=True, count=lambda _: None, clock=self.clock)
+        self.progress = ProgressReader(
+            ProgressSettings(), pods=lambda: self.children.pods, on_change=self.queue.add, count=lambda _: None
+        )
+        self.engine = Engine(
+            client=client,
+            runs=self.runs,
+            children=self.children,
+            progress=self.progress,
+            recorder=self.recorder,
+            queue=self.queue,
+            metrics=self.metrics,
+            defaults=Defaults(settle_seconds=0.05, backoff_seconds=0.01),
+            clock=self.clock,
+        )
+
+    async def apply(self, document: dict[str, Any]) -> None:
+        """kubectl apply, and the watch event of it."""
+        old = self.api.objects.get("sailvlruns", {}).get(KEY)
+        if old is not None:
+            document = {**copy.deepcopy(old), "spec": document["spec"]}
+            document["metadata"]["generation"] += 1
+        self.see(await self.api.put("sailvlruns", document))
+
+    def see(self, raw: dict[str, Any], type_: str = "MODIFIED") -> None:
+        handle_run_event(type_, copy.deepcopy(raw), self.runs, self.queue)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        return self.api.objects["sailvlruns"][KEY]
+
+    @property
+    def status(self):
+        return decode_status(self.run.get("status", {}))
+
+    def states(self) -> dict[str, tuple[str, int]]:
+        return {s.name: (s.state, s.attempt) for s in self.status.stages}
+
+    async def add_pods(self, stage: str, attempt: int = 1, nodes: int = 1, phase: str = "Running") -> None:
+        """What the Job controller and the kubelet do."""
+        for index in range(nodes):
+            await self.api.put("pods", make_pod(stage, attempt, index, phase))
+
+    async def end_pod(self, stage: str, attempt: int, index: int, code: int, **message: Any) -> None:
+        pod = make_pod(stage, attempt, index, "Failed" if code else "Succeeded")
+        words = json.dumps({"exit_code": code, **message})
+        pod["status"]["containerStatuses"] = [
+            {"name": names.CONTAINER, "state": {"terminated": {"exitCode": code, "message": words}}}
+        ]
+        await self.api.put("pods", pod)
+
+    async def until(self, condition) -> None:
+        async with asyncio.timeout(5):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def settled(self) -> None:
+        """Until nothing is queued or worked on for a moment."""
+        quiet = 0
+        while quiet < 5:
+            await asyncio.sleep(0.01)
+            quiet = 0 if self.queue.depth() or self.queue._active else quiet + 1
+
+
+def make_pod(stage: str, attempt: int, index: int, phase: str) -> dict[str, Any]:
+    job = names.job_name("demo", stage, attempt)
+    labels = {
+        names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
+        names.LABEL_RUN: "demo",
+        names.LABEL_STAGE: stage,
+        names.LABEL_ATTEMPT: str(attempt),
+        names.LABEL_COMPLETION_INDEX: str(index),
+        names.LABEL_JOB_NAME: job,
+    }
+    conditions = [{"type": "Ready", "status": "True" if phase == "Running" else "False"}]
+    return {
+        "metadata": {"name": f"{job}-{index}-x", "namespace": "team", "labels": labels},
+        "spec": {"nodeName": f"node-{index}"},
+        "status": {"phase": phase, "conditions": conditions},
+    }
+
+
+@asynccontextmanager
+async def running():
+    api = FakeApi()
+    async with (
+        serve(api) as url,
+        Client(Credentials(Anonymous(url)), ApiSettings(backoff=0.001), lambda *_: None) as client,
+    ):
+        world = World(api, client)
+        parts = [world.children.run(), world.recorder.run(), world.engine.run(2)]
+        tasks = [asyncio.create_task(part) for part in parts]
+        try:
+            yield world
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def world():
+    async with running() as world:
+        yield world
+
+
+async def test_a_run_starts_with_its_service_and_its_first_job(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    await world.settled()
+    assert world.api.names("jobs") == {"demo-curate-1"}
+    assert world.api.names("services") == {"demo"}
+    assert world.states()["curate"] == ("Starting", 1)
+    assert world.api.all("jobs")[0]["metadata"]["ownerReferences"][0]["uid"] == world.run["metadata"]["uid"]
+    await world.until(lambda: world.api.all("events"))
+    assert {e["reason"] for e in world.api.all("events")} == {"StageStarted"}
+
+
+async def test_the_attempt_is_in_the_status_before_its_job_exists(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    writes = [path.rsplit("/", 2)[-1] for _, path in world.api.writes()]
+    assert writes.index("status") < writes.index("jobs")
+
+
+async def test_nothing_is_written_when_nothing_changed(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    await world.add_pods("curate")
+    await world.until(lambda: world.states()["curate"][0] == "Running")
+    await world.settled()
+    before = len(world.api.writes())
+    for _ in range(3):
+        world.queue.add(KEY)
+        await world.settled()
+    assert world.api.writes()[before:] == []
+
+
+async def test_a_whole_run(world):
+    await world.apply(build_document())
+    for stage, nodes in (("curate", 1), ("alignment", 2), ("knowledge", 2), ("evaluate", 1)):
+        await world.until(lambda stage=stage: f"demo-{stage}-1" in world.api.names("jobs"))
+        await world.add_pods(stage, nodes=nodes)
+        await world.until(lambda stage=stage: world.states()[stage][0] == "Running")
+        for index in range(nodes):
+            await world.end_pod(stage, 1, index, 0, result=build_result(stage))
+        await world.until(lambda stage=stage: world.states()[stage][0] == "Succeeded")
+    await world.settled()
+    assert world.status.is_true("Succeeded")
+    assert len(world.api.names("jobs")) == 4
+
+
+async def test_a_lost_pod_is_followed_by_the_next_attempt_and_the_dead_one_is_cleared(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    await world.add_pods("curate")
+    await world.until(lambda: world.states()["curate"][0] == "Running")
+    await world.api.remove("pods", "demo-curate-1-0-x")
+    await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
+    await world.settled()
+    assert world.states()["curate"] == ("Starting", 2) or world.states()["curate"] == ("Restarting", 2)
+    assert world.status.stages[0].last_failure.cause == "Infra"
+    assert world.children.pods.get(KEY) == [], "the evidence of a closed attempt is let go"
+
+
+async def test_a_final_failure_ends_the_run_and_its_pods(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    await world.add_pods("curate")
+    await world.end_pod("curate", 1, 0, 64, message="unknown preset", rank=0)
+    await world.until(lambda: world.status.is_true("Failed"))
+    await world.until(lambda: not world.api.names("jobs") and not world.api.names("pods"))
+    assert "unknown preset" in world.status.condition("Failed").message
+
+
+async def test_suspend_and_resume(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    await world.add_pods("curate")
+    await world.until(lambda: world.states()["curate"][0] == "Running")
+    await world.apply(build_document(suspend=True))
+    await world.until(lambda: world.api.all("jobs")[0]["spec"]["suspend"])
+    await world.api.remove("pods", "demo-curate-1-0-x")
+    await world.until(lambda: world.status.is_true("Suspended"))
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
+    assert not world.status.is_true("Suspended")
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        pytest.param(Refusal(method="POST", path_end="/jobs", status=500, times=6), id="the Job"),
+        pytest.param(Refusal(method="POST", path_end="/services", status=403, times=2), id="the Service"),
+        pytest.param(Refusal(method="PATCH", path_end="/status", status=409, times=2), id="the status, by a conflict"),
+        pytest.param(Refusal(method="PATCH", path_end="/status", status=503, times=6), id="the status"),
+    ],
+)
+async def test_what_fails_is_done_later(world, refusal):
+    world.api.refusals = [refusal]
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs") == {"demo-curate-1"})
+    await world.settled()
+    assert world.states()["curate"] == ("Starting", 1)
+
+
+async def test_a_second_operator_doubles_nothing(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    await world.settled()
+    other = World(world.api, world.client)
+    tasks = [asyncio.create_task(part) for part in (other.children.run(), other.engine.run(2))]
+    other.see(world.run)
+    await other.settled()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert world.api.names("jobs") == {"demo-curate-1"}
+    assert world.states()["curate"] == ("Starting", 1)
+
+
+async def test_a_job_of_a_deleted_run_of_the_same_name_is_not_adopted(world):
+    old = {"metadata": {"name": "demo-curate-1", "ownerReferences": [{"uid": "old-run"}]}, "spec": {}}
+    await world.api.put("jobs", old)
+    await world.apply(build_document())
+    await world.until(lambda: any(e["reason"] == "NameTaken" for e in world.api.all("events")))
+    assert world.api.all("jobs")[0]["metadata"]["ownerReferences"] == [{"uid": "old-run"}]
+    await world.api.remove("jobs", "demo-curate-1")
+    await world.until(lambda: world.api.names("jobs"))
+    [job] = world.api.all("jobs")
+    assert job["metadata"]["ownerReferences"][0]["uid"] == world.run["metadata"]["uid"]
+
+
+async def test_an_unreadable_spec_is_refused_and_a_mended_one_taken(world):
+    await world.apply(build_document(model={"preset": "huge"}))
+    await world.until(lambda: world.status.is_true("Failed"))
+    assert world.status.condition("Failed").reason == "InvalidSpec"
+    assert "preset" in world.status.condition("Failed").message
+    await world.settled()
+    assert world.api.names("jobs") == set()
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    assert not world.status.is_true("Failed")
+
+
+async def test_a_deleted_run_is_forgotten(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    await world.add_pods("curate")
+    await world.settled()
+    raw = world.run
+    await world.api.remove("sailvlruns", "demo")
+    world.see(raw, "DELETED")
+    await world.api.remove("jobs", "demo-curate-1")
+    await world.api.remove("pods", "demo-curate-1-0-x")
+    await world.until(lambda: not list(world.children.pods) and not list(world.children.jobs))
+    assert len(world.runs) == 0
+
+
+async def test_an_old_event_changes_nothing(world):
+    await world.apply(build_document())
+    first = copy.deepcopy(world.run)
+    await world.until(lambda: world.api.names("jobs"))
+    await world.settled()
+    before = len(world.api.writes())
+    world.see(first)
+    await world.settled()
+    assert world.api.writes()[before:] == []
+    assert int(world.runs.get(KEY).run.resource_version) == int(world.run["metadata"]["resourceVersion"])
+
+
+async def test_series_of_a_run_go_with_it(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    await world.settled()
+    registry = CollectorRegistry()
+    registry.register(RunCollector(lambda: [(*KEY, decode_status(e.run.status)) for e in world.runs]))
+    text = generate_latest(registry).decode()
+    assert 'sailvl_run_stage_state{namespace="team",run="demo",stage="curate",state="starting"} 1.0' in text
+    assert 'sailvl_runs{state="pending"} 1.0' in text
+    world.see(world.run, "DELETED")
+    assert 'run="demo"' not in generate_latest(registry).decode()
