@@ -15,7 +15,32 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from sailvl_operator.api import names
+
 Object = dict[str, Any]
+
+
+def _describe(plural: str, kind: str) -> dict[str, Any]:
+    verbs = ["get", "list", "watch", "patch"]
+    return {"name": plural, "singularName": kind.lower(), "namespaced": True, "kind": kind, "verbs": verbs}
+
+
+def _group(name: str, version: str) -> dict[str, Any]:
+    served = {"groupVersion": f"{name}/{version}", "version": version}
+    return {"name": name, "versions": [served], "preferredVersion": served}
+
+
+DISCOVERY: dict[str, Any] = {
+    "/version": {"major": "1", "minor": "34"},
+    "/api": {"versions": ["v1"]},
+    "/api/v1": {"resources": [_describe("namespaces", "Namespace")]},
+    "/apis": {"groups": [_group(names.GROUP, names.VERSION), _group("apiextensions.k8s.io", "v1")]},
+    "/apis/apiextensions.k8s.io/v1": {
+        "resources": [_describe("customresourcedefinitions", "CustomResourceDefinition")]
+    },
+    f"/apis/{names.API_VERSION}": {"resources": [_describe(names.PLURAL, names.KIND)]},
+}
+"""What the server serves, as clients ask for it."""
 
 
 @dataclass(kw_only=True)
@@ -29,6 +54,21 @@ class Refusal:
     times: int = 1
 
 
+class Anonymous:
+    """A kubernetes Configuration without credentials."""
+
+    username = ""
+    ssl_ca_cert = cert_file = key_file = None
+    verify_ssl = True
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+
+    def auth_settings(self) -> dict[str, Any]:
+        """No header."""
+        return {}
+
+
 class FakeApi:
     """One namespace-aware store of every kind, by plural."""
 
@@ -40,6 +80,7 @@ class FakeApi:
         self.refusals: list[Refusal] = []
         self.requests: list[tuple[str, str, Mapping[str, str], Any]] = []
         self.watch_seconds = 30.0
+        self.created = "2026-01-01T00:00:00Z"
         self.open_watches = 0
         self._changed = asyncio.Condition()
         self._uids = 0
@@ -65,7 +106,7 @@ class FakeApi:
         known = self.objects.setdefault(plural, {}).get(key)
         self._uids += 1
         metadata.setdefault("uid", known["metadata"]["uid"] if known else f"uid-{self._uids}")
-        metadata.setdefault("creationTimestamp", "2026-01-01T00:00:00Z")
+        metadata.setdefault("creationTimestamp", self.created)
         metadata.setdefault("generation", 1)
         self.version += 1
         metadata["resourceVersion"] = str(self.version)
@@ -104,6 +145,8 @@ class FakeApi:
             if refusal.method == request.method and request.path.endswith(refusal.path_end) and refusal.times:
                 refusal.times -= 1
                 return _status(refusal.status, "Injected", headers=refusal.headers)
+        if request.path in DISCOVERY:
+            return web.json_response(DISCOVERY[request.path])
         namespace, plural, name, subresource = _split(request.path)
         if name:
             return await self._handle_one(request.method, plural, (namespace, name), body, subresource=subresource)
@@ -146,7 +189,7 @@ class FakeApi:
         return web.json_response({"metadata": metadata, "items": items[start:end]})
 
     async def _watch(self, request: web.Request, plural: str, namespace: str) -> web.StreamResponse:
-        seen = int(request.query["resourceVersion"])
+        seen = int(request.query.get("resourceVersion") or 0)
         response = web.StreamResponse()
         await response.prepare(request)
         if seen < self.oldest_version:
@@ -154,14 +197,16 @@ class FakeApi:
             return response
         epoch = self._epoch
         self.open_watches += 1
-        until = asyncio.get_running_loop().time() + min(self.watch_seconds, float(request.query["timeoutSeconds"]))
+        until = asyncio.get_running_loop().time() + min(
+            self.watch_seconds, float(request.query.get("timeoutSeconds", 300))
+        )
         while epoch == self._epoch and asyncio.get_running_loop().time() < until:
             start, seen = seen, max(seen, self.version)
             for version, kind, type_, body in list(self.history):
                 if (
                     start < version <= seen
                     and kind == plural
-                    and _matches(body, namespace, request.query["labelSelector"])
+                    and _matches(body, namespace, request.query.get("labelSelector", ""))
                 ):
                     await _send(response, type_, body)
             async with self._changed:

@@ -9,13 +9,14 @@ import logging
 import os
 import sys
 import time
-from contextlib import AsyncExitStack
 from typing import Any
 
 import kopf
 from prometheus_client import CollectorRegistry
 
 from sailvl_operator import handlers
+from sailvl_operator.api import names
+from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials, load_credentials
@@ -27,11 +28,13 @@ from sailvl_operator.cluster.server import Server
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.status import decode_status
 from sailvl_operator.engine import Engine, handle_run_event
-from sailvl_operator.errors import OperatorError
+from sailvl_operator.errors import NotFound, OperatorError
 from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
 from sailvl_operator.settings import OPTIONS, Settings, describe, read_settings
 
 log = logging.getLogger("sailvl_operator")
+
+_DEFINITION_SECONDS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,25 +74,21 @@ class Operator:
         self.queue: WorkQueue[Key] = WorkQueue(
             backoff=settings.queue.backoff, backoff_limit=settings.queue.backoff_limit
         )
+        self.client = Client(credentials, settings.api, self._count_call)
+        self.children = Children(
+            self.client,
+            namespaces=settings.api.namespaces,
+            on_change=self.queue.add,
+            count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
+        )
+        self.leadership = Leadership(self.client, settings.lease)
+        self.server = Server(settings.server, self.registry, is_alive=self.find_problems, is_ready=self.find_unready)
+        self._register_collectors()
 
     async def serve(self) -> None:
         """Until a signal comes or a part fails."""
-        async with AsyncExitStack() as stack:
-            client = await stack.enter_async_context(Client(self.credentials, self.settings.api, self._count_call))
-            self.client = client
-            self.children = Children(
-                client,
-                namespaces=self.settings.api.namespaces,
-                on_change=self.queue.add,
-                count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
-            )
-            self.leadership = Leadership(client, self.settings.lease)
-            self._register_collectors()
-            server = Server(
-                self.settings.server, self.registry, is_alive=self.find_problems, is_ready=self.find_unready
-            )
-            await stack.enter_async_context(server)
-            log.info("serving /metrics, /healthz and /readyz", extra={"port": server.port})
+        async with self.client, self.server:
+            log.info("serving /metrics, /healthz and /readyz", extra={"port": self.server.port})
             await self._run_all()
 
     async def _run_all(self) -> None:
@@ -104,32 +103,28 @@ class Operator:
             await self.leadership.release()
 
     async def _run_kopf(self) -> None:
+        await self._wait_for_definition()
         namespaces = self.settings.api.namespaces
-        await kopf.operator(
-            registry=handlers.build_registry(
-                lambda type_, raw: handle_run_event(type_, raw, self.runs, self.queue),
-                self.credentials,
-                watch_timeout=self.settings.api.watch_timeout,
-            ),
-            standalone=True,
-            clusterwide=not namespaces,
-            namespaces=namespaces,
+        registry = handlers.build_registry(
+            lambda type_, raw: handle_run_event(type_, raw, self.runs, self.queue),
+            self.credentials,
+            watch_timeout=self.settings.api.watch_timeout,
         )
+        await kopf.operator(registry=registry, standalone=True, clusterwide=not namespaces, namespaces=namespaces)
+
+    async def _wait_for_definition(self) -> None:
+        """kopf looks for the resource once, at its start: without the definition it would never see a run."""
+        scope = next(iter(self.settings.api.namespaces), "")
+        while True:
+            try:
+                await anext(self.client.list_pages(resources.RUNS, scope))
+                return
+            except NotFound:
+                log.warning("there is no CustomResourceDefinition of %s yet; apply it", names.KIND)
+                await asyncio.sleep(_DEFINITION_SECONDS)
 
     async def _lead(self) -> None:
-        recorder = Recorder(
-            self.client,
-            identity=self.settings.lease.identity,
-            enabled=self.settings.api.events,
-            count=lambda outcome: self.metrics.events.labels(outcome).inc(),
-            clock=time.time,
-        )
-        progress = ProgressReader(
-            self.settings.progress,
-            pods=lambda: self.children.pods,
-            on_change=self.queue.add,
-            count=lambda outcome: self.metrics.progress_reads.labels(outcome).inc(),
-        )
+        recorder, progress = self._build_recorder(), self._build_progress()
         engine = Engine(
             client=self.client,
             runs=self.runs,
@@ -148,6 +143,23 @@ class Operator:
             group.create_task(recorder.run())
             group.create_task(progress.run())
             group.create_task(engine.run(self.settings.queue.workers))
+
+    def _build_recorder(self) -> Recorder:
+        return Recorder(
+            self.client,
+            identity=self.settings.lease.identity,
+            enabled=self.settings.api.events,
+            count=lambda outcome: self.metrics.events.labels(outcome).inc(),
+            clock=time.time,
+        )
+
+    def _build_progress(self) -> ProgressReader:
+        return ProgressReader(
+            self.settings.progress,
+            pods=lambda: self.children.pods,
+            on_change=self.queue.add,
+            count=lambda outcome: self.metrics.progress_reads.labels(outcome).inc(),
+        )
 
     def find_problems(self) -> list[str]:
         """Why the kubelet should start this process again; nothing when all is well."""

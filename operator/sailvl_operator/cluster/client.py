@@ -40,14 +40,15 @@ class Client:
         self._credentials = credentials
         self._settings = settings
         self._count = count
-        self._session = aiohttp.ClientSession(
-            base_url=credentials.server + "/",
-            connector=aiohttp.TCPConnector(limit=settings.connections, ssl=credentials.ssl or True),
-            timeout=aiohttp.ClientTimeout(total=settings.request_timeout),
-            headers={"Accept": "application/json", "User-Agent": names.FIELD_MANAGER},
-        )
+        self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> Client:
+        self._session = aiohttp.ClientSession(
+            base_url=self._credentials.server + "/",
+            connector=aiohttp.TCPConnector(limit=self._settings.connections, ssl=self._credentials.ssl or True),
+            timeout=aiohttp.ClientTimeout(total=self._settings.request_timeout),
+            headers={"Accept": "application/json", "User-Agent": names.FIELD_MANAGER},
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from builders import build_document, build_result
-from fake_api import FakeApi, Refusal, serve
+from fake_api import Anonymous, FakeApi, Refusal, serve
 from sailvl_operator.api import names
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
@@ -31,16 +31,6 @@ from sailvl_operator.settings import ApiSettings, ProgressSettings
 KEY = ("team", "demo")
 NEW_YEAR_2026 = 1_767_225_600.0
 """When every object of the fake API server was made."""
-
-
-class Anonymous:
-    username = ""
-
-    def __init__(self, host: str) -> None:
-        self.host = host
-
-    def auth_settings(self) -> dict:
-        return {}
 
 
 class World:

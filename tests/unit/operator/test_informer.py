@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fake_api import FakeApi, serve
+from fake_api import Anonymous, FakeApi, serve
 from sailvl_operator.api import names
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
@@ -16,18 +16,6 @@ from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.settings import ApiSettings
 
 KEY = ("team", "demo")
-
-
-class Anonymous:
-    """A kubernetes Configuration without credentials."""
-
-    username = ""
-
-    def __init__(self, host: str) -> None:
-        self.host = host
-
-    def auth_settings(self) -> dict:
-        return {}
 
 
 def make_pod(name: str, *, run: str = "demo", index: int = 0, phase: str = "Running", **status: object) -> dict:

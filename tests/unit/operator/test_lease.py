@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from fake_api import FakeApi, Refusal, serve
+from fake_api import Anonymous, FakeApi, Refusal, serve
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.lease import Leadership
@@ -20,16 +20,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-class Anonymous:
-    username = ""
-
-    def __init__(self, host: str) -> None:
-        self.host = host
-
-    def auth_settings(self) -> dict:
-        return {}
 
 
 @asynccontextmanager
