@@ -49,3 +49,7 @@ def pod_host(job: str, index: int, service: str) -> str:
 def claim_name(run: str) -> str:
     """The PersistentVolumeClaim made from spec.storage.volumeClaimTemplate."""
     return f"{run}-storage"
+
+
+NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+"""Of runs and stages: what a DNS label may be, beginning with a letter."""

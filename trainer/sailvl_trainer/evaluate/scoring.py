@@ -46,10 +46,11 @@ def multiple_choice(prediction: str, question: Question) -> float:
 def find_choice(prediction: str, choices: dict[str, str]) -> str | None:
     """The letter that an answer means; None when it means none or several."""
     text = prediction.strip()
-    letters = {m.upper() for m in re.findall(r"(?<![\w'])\(?([A-Z])\)?(?![\w'])", text)} & set(choices)
+    letters: set[str] = {m.upper() for m in re.findall(r"(?<![\w'])\(?([A-Z])\)?(?![\w'])", text)} & set(choices)
     if len(letters) == 1:
-        return letters.pop()
-    named = [letter for letter, words in choices.items() if normalise(words) and normalise(words) in normalise(text)]
+        return next(iter(letters))
+    given = normalise(text)
+    named = [letter for letter, words in choices.items() if normalise(words) and normalise(words) in given]
     return named[0] if len(named) == 1 and not letters else None
 
 

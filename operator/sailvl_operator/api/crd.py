@@ -1,0 +1,172 @@
+"""The types as a CustomResourceDefinition: a structural schema with descriptions, defaults and CEL rules."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+
+from sailvl_operator.api import names
+from sailvl_operator.api.rules import RULES, RUN, STAGES
+from sailvl_operator.api.status import Status
+from sailvl_operator.api.types import Spec
+
+NAME = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 40, "pattern": names.NAME_PATTERN}}}
+
+COLUMNS = (
+    ("Stage", ".status.summary.stage"),
+    ("Progress", ".status.summary.progress"),
+    ("Ready", ".status.summary.ready"),
+    ("Restarts", ".status.summary.restarts"),
+    ("Goodput", ".status.summary.goodput"),
+    ("ETA", ".status.summary.eta"),
+    ("Reason", ".status.summary.reason"),
+)
+
+
+def build_crd() -> dict[str, Any]:
+    """The manifest of the CustomResourceDefinition."""
+    columns = [
+        {"name": name, "type": "integer" if name == "Restarts" else "string", "jsonPath": path}
+        for name, path in COLUMNS
+    ]
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{names.PLURAL}.{names.GROUP}"},
+        "spec": {
+            "group": names.GROUP,
+            "scope": "Namespaced",
+            "names": {"kind": names.KIND, "plural": names.PLURAL, "singular": "sailvlrun", "shortNames": ["svr"]},
+            "versions": [
+                {
+                    "name": names.VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": [
+                        *columns,
+                        {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+                    ],
+                    "schema": {"openAPIV3Schema": build_schema()},
+                }
+            ],
+        },
+    }
+
+
+@cache
+def build_schema() -> dict[str, Any]:
+    """The schema of the whole object."""
+    spec = struct_schema(Spec)
+    stages = spec["properties"]["stages"]
+    stages |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+    stages["x-kubernetes-validations"] = STAGES
+    status = struct_schema(Status)
+    status["properties"]["stages"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+    status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+    return {
+        "type": "object",
+        "description": "A SAIL-VL recipe for one model: curation, pretraining, fine-tuning and evaluation.",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": NAME,
+            "spec": spec,
+            "status": status,
+        },
+        "x-kubernetes-validations": RUN,
+    }
+
+
+def struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """A struct's schema: fields in their order, described by the docstrings under them."""
+    fields = msgspec.structs.fields(struct)
+    words = _docstrings(struct)
+    schema: dict[str, Any] = {"type": "object", "properties": {}}
+    if struct.__doc__:
+        schema["description"] = inspect.cleandoc(struct.__doc__)
+    required = [field.encode_name for field in fields if field.required]
+    if required:
+        schema["required"] = required
+    for field in fields:
+        property_ = _type_schema(msgspec.inspect.type_info(field.type))
+        if field.name in words:
+            property_["description"] = words[field.name]
+        property_ |= _default(field)
+        schema["properties"][field.encode_name] = property_
+    if struct in RULES:
+        schema["x-kubernetes-validations"] = RULES[struct]
+    return schema
+
+
+def _default(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
+    """Plain defaults are the API server's to fill in; those of structs come with their fields' own."""
+    value = field.default
+    if value is msgspec.NODEFAULT or value is UNSET or value is None or isinstance(value, msgspec.Struct):
+        return {}
+    plain = msgspec.to_builtins(value)
+    return {} if plain in ("", [], {}) or (plain == 0 and not isinstance(plain, bool)) else {"default": plain}
+
+
+def _type_schema(info: msgspec.inspect.Type) -> dict[str, Any]:  # noqa: C901, PLR0911  # a table of types
+    """The structural schema of one of msgspec's types."""
+    match info:
+        case msgspec.inspect.UnionType(types=members):
+            (known,) = (m for m in members if not isinstance(m, msgspec.inspect.NoneType))
+            return _type_schema(known)
+        case msgspec.inspect.Metadata(type=inner):
+            return _type_schema(inner)
+        case msgspec.inspect.StructType(cls=cls):
+            return struct_schema(cls)
+        case msgspec.inspect.LiteralType(values=values):
+            return {"type": "string", "enum": list(values)}
+        case msgspec.inspect.BoolType():
+            return {"type": "boolean"}
+        case msgspec.inspect.IntType(ge=ge, le=le):
+            return {"type": "integer", "format": "int64"} | _given(minimum=ge, maximum=le)
+        case msgspec.inspect.StrType(min_length=low, max_length=high, pattern=pattern):
+            return {"type": "string"} | _given(minLength=low, maxLength=high, pattern=pattern)
+        case msgspec.inspect.DictType(value_type=value, max_length=high):
+            return {"type": "object", "additionalProperties": _type_schema(value)} | _given(maxProperties=high)
+        case msgspec.inspect.VarTupleType(item_type=item, min_length=low, max_length=high):
+            return {"type": "array", "items": _type_schema(item)} | _given(minItems=low, maxItems=high)
+        case msgspec.inspect.ListType(item_type=item, min_length=low, max_length=high):
+            return {"type": "array", "items": _type_schema(item)} | _given(minItems=low, maxItems=high)
+    raise TypeError(f"no schema for {info}")
+
+
+def _given(**limits: Any) -> dict[str, Any]:
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+@cache
+def _docstrings(struct: type) -> dict[str, str]:
+    """The string under each field, its bases' first."""
+    words: dict[str, str] = {}
+    for base in reversed(struct.__mro__):
+        if base.__module__.startswith("sailvl_operator"):
+            tree = ast.parse(inspect.getsource(sys.modules[base.__module__]))
+            body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == base.__name__)
+            words |= dict(_described(body))
+    return words
+
+
+def _described(body: list[ast.stmt]) -> list[tuple[str, str]]:
+    """(field, docstring) of a class body."""
+    return [
+        (node.target.id, inspect.cleandoc(after.value.value))
+        for node, after in pairwise(body)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and isinstance(after, ast.Expr)
+        and isinstance(after.value, ast.Constant)
+        and isinstance(after.value.value, str)
+    ]

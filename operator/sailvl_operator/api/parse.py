@@ -1,0 +1,42 @@
+"""A SailVLRun as the API server holds it, or as a file has it, parsed once into its typed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from sailvl_operator.api.types import Run, Spec
+
+
+class SpecError(ValueError):
+    """The spec does not fit its types; the message names the field."""
+
+
+def parse_run(raw: Mapping[str, Any]) -> Run:
+    """Raises SpecError for a spec that the types don't allow."""
+    metadata = raw["metadata"]
+    created = metadata.get("creationTimestamp")
+    return Run(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 1),
+        resource_version=metadata.get("resourceVersion", ""),
+        created=datetime.fromisoformat(created).timestamp() if created else 0.0,
+        deleting="deletionTimestamp" in metadata,
+        spec=parse_spec(raw.get("spec") or {}),
+        status=dict(raw.get("status") or {}),
+    )
+
+
+def parse_spec(spec: Mapping[str, Any]) -> Spec:
+    """Raises SpecError that names the field, as in `spec.stages[0].name`."""
+    try:
+        return msgspec.convert(dict(spec), Spec)
+    except msgspec.ValidationError as error:
+        words = str(error)
+        text, _, path = words.partition(" - at `$")
+        raise SpecError(f"spec{path.rstrip('`')}: {text}") from error

@@ -1,0 +1,123 @@
+"""`sailvl run --local FILE --root DIR`: a whole run on this machine, with progress bars and a table at the end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sailvl_operator.api.parse import SpecError, parse_run
+from sailvl_operator.api.status import ConditionType, StageStatus, Status
+from sailvl_operator.cli.documents import read_documents
+from sailvl_operator.core.decision import Event
+from sailvl_operator.core.numbers import format_duration
+from sailvl_operator.core.observe import parse_time
+from sailvl_operator.local import LocalRun, LockedError, parse_local
+
+SHOWN = ("loss", "heldOutLoss", "score", "kept")
+"""Metrics beside a stage's bar."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's flags."""
+    parser.add_argument("file", type=Path, help="YAML with one SailVLRun")
+    parser.add_argument("--local", action="store_true", required=True, help="on this machine")
+    parser.add_argument("--root", type=Path, default=Path("sailvl-data"), help="what /data is (default ./sailvl-data)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: succeeded; 1: failed; 2: the file can't be carried out."""
+    console = Console()
+    try:
+        (document, *more) = read_documents(args.file)
+        if more:
+            raise ValueError(f"{args.file}: holds {1 + len(more)} runs; give one")
+        local = LocalRun(parse_local(document, parse_run), args.root)
+        with Display(console) as display:
+            status = local.carry_out(display.show)
+    except (ValueError, SpecError, LockedError) as error:
+        print(f"sailvl run: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the last checkpoint")
+        return 130
+    console.print(build_table(status))
+    return _conclude(console, local, status)
+
+
+class Display:
+    """A bar a stage, and a line an event."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.fields[name]:12}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[words]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, status: Status, events: tuple[Event, ...]) -> None:
+        """What is new of a run."""
+        for event in events:
+            self._console.print(event.message, highlight=False, style="red" if event.type == "Warning" else "")
+        for stage in status.stages:
+            if stage.state != "Pending":
+                self._show_stage(stage)
+
+    def _show_stage(self, stage: StageStatus) -> None:
+        if stage.name not in self._tasks:
+            self._tasks[stage.name] = self._progress.add_task("", name=stage.name, words="", total=None)
+        total = stage.progress.steps or None if stage.progress is not None else None
+        done = stage.progress.step if stage.progress is not None else 0
+        words = "  ".join(f"{name} {stage.metrics[name]}" for name in SHOWN if name in stage.metrics)
+        self._progress.update(self._tasks[stage.name], total=total, completed=done, words=words)
+
+
+def build_table(status: Status) -> Table:
+    """The stages with what they took and what they reached."""
+    table = Table("Stage", "State", "Time", "Steps", "Tokens", "Held-out loss", "Shuffled", "Score", "Attempts")
+    for stage in status.stages:
+        metrics = stage.metrics
+        seconds = parse_time(stage.completion_time) - parse_time(stage.start_time) if stage.completion_time else 0
+        loss = f"{metrics['heldOutLossBefore']} → {metrics['heldOutLoss']}" if "heldOutLoss" in metrics else ""
+        table.add_row(
+            stage.name,
+            stage.state + (" (memoised)" if stage.memoised else ""),
+            format_duration(seconds) if stage.completion_time else "",
+            str(stage.progress.step) if stage.progress else "",
+            str(stage.progress.tokens) if stage.progress else "",
+            loss,
+            metrics.get("heldOutLossShuffled", ""),
+            metrics.get("score", ""),
+            str(stage.attempt),
+        )
+    return table
+
+
+def _conclude(console: Console, local: LocalRun, status: Status) -> int:
+    for stage in status.stages:
+        page = local.root / stage.output / "report" / "index.html"
+        if stage.output and page.exists():
+            console.print(f"report of {stage.name}: {page}", highlight=False, soft_wrap=True)
+    if status.is_true(ConditionType.SUCCEEDED):
+        return 0
+    failed = status.condition(ConditionType.FAILED)
+    print(f"sailvl run: {failed.message if failed else 'not finished'}", file=sys.stderr)
+    print(f"the workers' logs are in {local.folder / 'workers'}", file=sys.stderr)
+    return 1

@@ -1,0 +1,241 @@
+"""The other edge: the same decisions as on a cluster, carried out on this machine by torchx's local_cwd scheduler.
+
+The status lies in <root>/<run>/status.json, of the same schema as on a cluster; started again after a kill, a run
+goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
+from torchx.specs import AppDef
+
+from sailvl_operator.api import names
+from sailvl_operator.api.status import Status
+from sailvl_operator.api.types import Run
+from sailvl_operator.core.decision import Attempt, Decision, Event
+from sailvl_operator.core.desired.workload import build_appdef, count_nodes, encode_document
+from sailvl_operator.core.observe import JobRecord, Observed, PodRecord, Terminated, observe
+from sailvl_operator.core.plan import Defaults
+from sailvl_operator.core.reconcile import reconcile
+from sailvl_operator.core.status import encode_status
+from sailvl_trainer.contract import Env, Progress
+
+POLL_SECONDS = 0.5
+REPLICA = "${replica_id}"
+"""torchx's macro for a worker's index."""
+
+Watch = Callable[[Status, tuple[Event, ...]], None]
+
+
+class LockedError(Exception):
+    """Another process carries this run out."""
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalAttempt:
+    """One started attempt and the folder with its workers' files."""
+
+    app_id: str
+    record: JobRecord
+    folder: Path
+
+
+@dataclass(slots=True)
+class LocalRun:
+    """One run on this machine, from its file to its end."""
+
+    run: Run
+    root: Path
+    python: str = sys.executable
+    scheduler: LocalScheduler = field(init=False)
+    attempts: dict[tuple[str, int], LocalAttempt] = field(default_factory=dict)
+    status: Status = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.root = self.root.resolve()
+        self.scheduler = LocalScheduler("sailvl", CWDImageProvider)
+        saved = self.folder / "status.json"
+        self.status = msgspec.json.decode(saved.read_bytes(), type=Status) if saved.exists() else Status()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's own files are, beside its stages."""
+        return self.root / self.run.name
+
+    def carry_out(self, watch: Watch) -> Status:
+        """Until the run has finished; `watch` sees every status, and what happened. Raises LockedError."""
+        with self._locked(), self._ending():
+            self._end_orphans()
+            defaults = Defaults(image="local", storage=str(self.root), settle_seconds=1.0, backoff_seconds=2.0)
+            while not self.status.is_finished or self.attempts:
+                run = msgspec.structs.replace(self.run, status=encode_status(self.status))
+                decision = reconcile(run, self._observe(), now=time.time(), defaults=defaults)
+                self._apply(decision)
+                watch(self.status, decision.events)
+                if self.status.is_finished and not decision.end:
+                    break
+                if decision.status is None and not decision.start:
+                    time.sleep(POLL_SECONDS)
+        return self.status
+
+    def _apply(self, decision: Decision) -> None:
+        for job in decision.end:
+            self._end(self.attempts.pop((job.stage, job.attempt)))
+        for attempt in decision.start:
+            self._start(attempt)
+        if decision.status is not None:
+            self.status = decision.status
+            _write(self.folder / "status.json", msgspec.json.format(msgspec.json.encode(self.status)))
+
+    def _observe(self) -> Observed:
+        pods: list[PodRecord] = []
+        progress: dict[tuple[str, int], Progress] = {}
+        for key, attempt in self.attempts.items():
+            pods += self._observe_workers(attempt)
+            document = _read_progress(attempt.folder / "0" / "progress.json")
+            if document is not None:
+                progress[key] = document
+        return observe((a.record for a in self.attempts.values()), pods, progress)
+
+    def _observe_workers(self, attempt: LocalAttempt) -> Iterator[PodRecord]:
+        replicas = self.scheduler._apps[attempt.app_id].role_replicas[names.CONTAINER]
+        for index, replica in enumerate(replicas):
+            code = replica.proc.poll()
+            yield PodRecord(
+                namespace=attempt.record.namespace,
+                name=f"{attempt.record.name}-{index}",
+                uid=f"{attempt.app_id}-{index}",
+                run=attempt.record.run,
+                stage=attempt.record.stage,
+                attempt=attempt.record.attempt,
+                index=index,
+                phase="Running" if code is None else "Failed" if code else "Succeeded",
+                node=socket.gethostname(),
+                is_ready=code is None,
+                terminated=None if code is None else _terminated(code, attempt.folder / str(index)),
+            )
+
+    def _start(self, attempt: Attempt) -> None:
+        document = attempt.document
+        name = names.job_name(document.run, document.stage, document.attempt)
+        folder = self.folder / "workers" / name
+        _write(folder / "stage.json", encode_document(document).encode())
+        app = localise(build_appdef(attempt), folder, self.python, _free_port(), _free_port())
+        app_id = self.scheduler.schedule(self.scheduler.submit_dryrun(app, {"log_dir": str(folder / "logs")}))
+        record = JobRecord(
+            namespace=document.namespace,
+            name=name,
+            uid=app_id,
+            run=document.run,
+            stage=document.stage,
+            attempt=document.attempt,
+            owner_uid=self.run.uid,
+            nodes=count_nodes(attempt.workers),
+            created=time.time(),
+        )
+        self.attempts[document.stage, document.attempt] = LocalAttempt(app_id=app_id, record=record, folder=folder)
+        replicas = self.scheduler._apps[app_id].role_replicas[names.CONTAINER]
+        _write(self.folder / "processes.json", json.dumps([r.proc.pid for r in replicas]).encode())
+
+    def _end(self, attempt: LocalAttempt) -> None:
+        for replica in self.scheduler._apps[attempt.app_id].role_replicas[names.CONTAINER]:
+            _kill_group(replica.proc.pid)
+
+    def _end_orphans(self) -> None:
+        """Workers that a killed predecessor left behind; known by their pid and their command line."""
+        path = self.folder / "processes.json"
+        for pid in json.loads(path.read_bytes()) if path.exists() else ():
+            command = Path(f"/proc/{pid}/cmdline")
+            if command.exists() and b"sailvl_trainer" in command.read_bytes():
+                _kill_group(pid)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise LockedError(f"another process carries out {self.run.name} in {self.root}") from None
+            yield
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """No worker outlives this process, unless it is killed itself."""
+        try:
+            yield
+        finally:
+            for attempt in self.attempts.values():
+                self._end(attempt)
+
+
+def localise(app: AppDef, folder: Path, python: str, rendezvous_port: int, metrics_port: int) -> AppDef:
+    """The cluster's AppDef for processes that share this machine."""
+    (role,) = app.roles
+    here = {
+        Env.STAGE_FILE: str(folder / "stage.json"),
+        Env.NODE_RANK: REPLICA,
+        Env.NODE_NAME: socket.gethostname(),
+        Env.RENDEZVOUS_HOST: "localhost",
+        Env.RENDEZVOUS_PORT: str(rendezvous_port),
+        Env.METRICS_PORT: str(metrics_port),
+        Env.METRICS_PORT_OFFSET: REPLICA,
+        Env.TERMINATION_LOG: f"{folder}/{REPLICA}/termination.json",
+        Env.SCRATCH: f"{folder}/{REPLICA}",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // role.num_replicas)),
+    }
+    return replace(app, roles=[replace(role, image=".", entrypoint=python, env=role.env | here, mounts=[])])
+
+
+def _terminated(code: int, folder: Path) -> Terminated:
+    path = folder / "termination.json"
+    message = path.read_text() if path.exists() else ""
+    return Terminated(exit_code=code if code >= 0 else 128 - code, message=message, finished=time.time())
+
+
+def _read_progress(path: Path) -> Progress | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Progress)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _kill_group(pid: int) -> None:
+    """A worker and its ranks: torchx starts each in a session of its own, torch each rank in the worker's."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def parse_local(document: dict[str, Any], parse: Callable[[dict[str, Any]], Run]) -> Run:
+    """A run's file as the API server would hand it back: with a uid, a namespace and a generation."""
+    metadata = {"namespace": "default", "uid": "local", "generation": 1, "resourceVersion": "1"} | document["metadata"]
+    return parse(document | {"metadata": metadata})
