@@ -1,0 +1,304 @@
+"""The operator as a process of its own against a real cluster, with small stub workers in the trainer's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).parents[2]
+STUB = "localhost:5000/sailvl-stub-worker:test"
+"""The registry of `make cluster`; SAILVL_STUB_IMAGE names an image for another cluster."""
+PORT = 18080
+CALL = "import sys; from sailvl_operator.cli.main import main; sys.exit(main())"
+
+
+def find_kubeconfig() -> str:
+    """KUBECONFIG, or the cluster of `make cluster`."""
+    local = ROOT / "build" / "cluster" / "pki" / "admin.conf"
+    return os.environ.get("KUBECONFIG") or (str(local) if local.exists() else "")
+
+
+def kubectl(*words: str, body: Any = None, check: bool = True) -> str:
+    done = subprocess.run(
+        ["kubectl", "--kubeconfig", find_kubeconfig(), *words],
+        input=None if body is None else json.dumps(body),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert not check or done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
+    return done.stdout
+
+
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """What the condition says once it says something."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    """The stub's image, in the cluster's registry."""
+    given = os.environ.get("SAILVL_STUB_IMAGE")
+    if given:
+        return given
+    if not shutil.which("buildah"):
+        pytest.skip("buildah builds the stub worker's image; or name one with SAILVL_STUB_IMAGE")
+    script = """
+      set -eu; export STORAGE_DRIVER=overlay
+      c=$(buildah from scratch)
+      buildah copy -q "$c" /bin/busybox /bin/busybox >/dev/null
+      buildah copy -q --chmod 755 "$c" "$1" /usr/local/bin/python >/dev/null
+      buildah config --env PATH=/usr/local/bin:/bin "$c"
+      buildah commit -q "$c" "$2" >/dev/null; buildah rm "$c" >/dev/null
+      buildah push -q --tls-verify=false "$2" "docker://$2"
+    """
+    stub = str(Path(__file__).with_name("stub_worker.sh"))
+    subprocess.run(["bash", "-c", script, "bash", stub, STUB], check=True, capture_output=True, timeout=120)
+    return STUB
+
+
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A namespace under the restricted Pod Security Standard, with a claim that the nodes can mount."""
+    if not find_kubeconfig():
+        pytest.skip("no cluster: set KUBECONFIG or run `make cluster`")
+    kubectl("apply", "--server-side", "-f", str(ROOT / "crds" / "sailvlruns.yaml"))
+    kubectl("wait", "--for=condition=Established", "crd/sailvlruns.sailvl.dev", "--timeout=30s")
+    name = f"operator-{uuid.uuid4().hex[:6]}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    kubectl(
+        "apply", "-f", "-", body={"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+    )
+    common = {"storageClassName": "", "accessModes": ["ReadWriteMany"]}
+    storage = tmp_path_factory.mktemp("storage")
+    volume = {
+        "capacity": {"storage": "1Gi"},
+        "hostPath": {"path": str(storage)},
+        "claimRef": {"name": "data", "namespace": name},
+    }
+    claim = {"resources": {"requests": {"storage": "1Gi"}}, "volumeName": name}
+    kubectl(
+        "apply",
+        "-f",
+        "-",
+        body={"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": common | volume},
+    )
+    kubectl(
+        "apply",
+        "-f",
+        "-",
+        body={
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "data", "namespace": name},
+            "spec": common | claim,
+        },
+    )
+    yield name
+    kubectl("delete", "namespace", name, "--wait=false")
+    kubectl("delete", "pv", name, "--wait=false")
+
+
+class Operator:
+    """`sailvl operator` as a child process."""
+
+    def __init__(self, namespace: str, log: Path) -> None:
+        self.namespace, self.log = namespace, log
+        self.start()
+
+    def start(self) -> None:
+        flags = ["--namespaces", self.namespace, "--lease-namespace", self.namespace, "--metrics-port", str(PORT)]
+        quick = [
+            "--settle-seconds",
+            "1",
+            "--backoff-seconds",
+            "1",
+            "--lease-duration",
+            "4",
+            "--lease-renew-deadline",
+            "3",
+        ]
+        command = [sys.executable, "-c", CALL, "operator", *flags, *quick, "--lease-renew-interval", "1"]
+        paths = os.pathsep.join(str(ROOT / part) for part in ("operator", "trainer"))
+        environment = os.environ | {"KUBECONFIG": find_kubeconfig(), "PYTHONPATH": paths}
+        with self.log.open("a") as output:
+            self.process = subprocess.Popen(
+                [*command, "--identity", "test"], env=environment, stdout=output, stderr=output
+            )
+        until(lambda: self.get("/readyz") == "ok")
+
+    def get(self, path: str) -> str:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", timeout=2) as answer:
+                return answer.read().decode()
+        except OSError:
+            assert self.process.poll() is None, f"the operator ended:\n{self.log.read_text()[-3000:]}"
+            return ""
+
+    def metric(self, name: str) -> float:
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def end(self, how: signal.Signals) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def operator(namespace: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    running = Operator(namespace, tmp_path_factory.mktemp("operator") / "log")
+    yield running
+    assert running.end(signal.SIGTERM) == 0, running.log.read_text()[-3000:]
+
+
+class Run:
+    """One SailVLRun, seen with kubectl."""
+
+    def __init__(self, namespace: str, name: str, image: str, stub: str, *, nodes: int = 1, stages: int = 1) -> None:
+        self.namespace, self.name = namespace, name
+        workers = {"nodes": nodes, "gpusPerNode": 0, "env": [{"name": "STUB", "value": stub}]}
+        source = {"format": "procedural", "samples": 8}
+        spec = {
+            "image": image,
+            "storage": {"volumeClaim": "data"},
+            "model": {"preset": "tiny"},
+            "workers": workers,
+            "stages": [{"name": f"draw-{'abc'[i]}", "curate": {"sources": [source]}} for i in range(stages)],
+        }
+        metadata = {"name": name, "namespace": namespace}
+        kubectl(
+            "create",
+            "-f",
+            "-",
+            body={"apiVersion": "sailvl.dev/v1alpha1", "kind": "SailVLRun", "metadata": metadata, "spec": spec},
+        )
+
+    def kubectl(self, *words: str) -> str:
+        return kubectl("-n", self.namespace, *words)
+
+    def stage(self) -> tuple[str, int]:
+        """State and attempt of the first stage."""
+        raw = json.loads(self.kubectl("get", "svr", self.name, "-o", "json"))
+        stages = raw.get("status", {}).get("stages", [{}])
+        return stages[0].get("state", ""), stages[0].get("attempt", 0)
+
+    def condition(self, type_: str) -> dict[str, Any]:
+        raw = json.loads(self.kubectl("get", "svr", self.name, "-o", "json"))
+        conditions = raw.get("status", {}).get("conditions", [])
+        return next((c for c in conditions if c["type"] == type_ and c["status"] == "True"), {})
+
+    def children(self, kind: str) -> dict[str, str]:
+        """uid by name."""
+        items = json.loads(self.kubectl("get", kind, "-l", f"sailvl.dev/run={self.name}", "-o", "json"))["items"]
+        return {item["metadata"]["name"]: item["metadata"]["uid"] for item in items}
+
+    def wait(self, condition: str, seconds: int = 60) -> None:
+        self.kubectl("wait", f"--for=condition={condition}", f"svr/{self.name}", f"--timeout={seconds}s")
+
+
+def test_a_run_goes_through_its_stages(operator, namespace, image):
+    run = Run(namespace, "whole", image, "succeed", nodes=2, stages=2)
+    run.wait("Succeeded")
+    assert set(run.children("jobs")) == {"whole-draw-a-1", "whole-draw-b-1"}
+    row = run.kubectl("get", "svr", "whole", "--no-headers")
+    assert "100%" in row
+    assert "Completed" in row
+    reasons = run.kubectl("get", "events", "--field-selector", "involvedObject.name=whole", "-o", "jsonpath={..reason}")
+    assert {"StageStarted", "StageSucceeded", "Completed"} <= set(reasons.split())
+
+
+def test_a_config_error_ends_the_run_and_clears_its_pods(operator, namespace, image):
+    run = Run(namespace, "wrong", image, "config")
+    run.wait("Failed")
+    assert "preset huge is unknown" in run.condition("Failed")["message"]
+    until(lambda: not run.children("jobs") and not run.children("pods"))
+
+
+def test_a_crash_is_followed_by_the_next_attempt(operator, namespace, image):
+    run = Run(namespace, "crash", image, "crash-once", nodes=2)
+    until(lambda: run.stage() == ("Running", 2))
+    assert set(run.children("jobs")) == {"crash-draw-a-2"}
+    run.kubectl("delete", "svr", "crash", "--wait=false")
+
+
+def test_a_pod_removed_from_outside_is_followed_by_the_next_attempt(operator, namespace, image):
+    run = Run(namespace, "evicted", image, "hold", nodes=2)
+    until(lambda: run.stage() == ("Running", 1))
+    run.kubectl(
+        "delete", "pod", "-l", "sailvl.dev/run=evicted,batch.kubernetes.io/job-completion-index=1", "--wait=false"
+    )
+    until(lambda: run.stage() == ("Running", 2))
+    until(lambda: set(run.children("jobs")) == {"evicted-draw-a-2"})
+    run.kubectl("delete", "svr", "evicted", "--wait=false")
+
+
+def test_suspend_gives_the_pods_back_and_resume_goes_on(operator, namespace, image):
+    run = Run(namespace, "pause", image, "hold")
+    until(lambda: run.stage() == ("Running", 1))
+    run.kubectl("patch", "svr", "pause", "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    run.wait("Suspended", 30)
+    until(lambda: not run.children("pods"), 5)
+    run.kubectl("patch", "svr", "pause", "--type=merge", "-p", '{"spec": {"suspend": false}}')
+    until(lambda: run.stage() == ("Running", 2))
+    run.kubectl("delete", "svr", "pause", "--wait=false")
+
+
+def test_a_killed_operator_comes_back_and_doubles_nothing(operator, namespace, image):
+    run = Run(namespace, "steady", image, "hold", nodes=2)
+    until(lambda: run.stage() == ("Running", 1))
+    jobs, pods = run.children("jobs"), run.children("pods")
+    operator.end(signal.SIGKILL)
+    operator.start()
+    until(lambda: operator.metric("sailvl_operator_leading") == 1)
+    until(lambda: operator.metric("sailvl_operator_reconciles_total") >= 1)
+    time.sleep(1)
+    assert (run.children("jobs"), run.children("pods"), run.stage()) == (jobs, pods, ("Running", 1))
+
+    operator.end(signal.SIGKILL)
+    run.kubectl("delete", "pod", "-l", "sailvl.dev/run=steady,batch.kubernetes.io/job-completion-index=0")
+    operator.start()
+    until(lambda: run.stage() == ("Running", 2))
+    until(lambda: set(run.children("jobs")) == {"steady-draw-a-2"})
+
+
+def test_nothing_is_written_while_nothing_happens(operator, namespace, image):
+    def writes() -> float:
+        verbs = ("create", "patch", "delete", "deletecollection")
+        return sum(
+            operator.metric(f'sailvl_operator_api_calls_total{{code="{c}",verb="{v}"}}')
+            for v in verbs
+            for c in (200, 201)
+        )
+
+    time.sleep(1)
+    before = writes()
+    time.sleep(4)
+    assert writes() == before
+
+
+def test_a_deleted_run_takes_its_children_along(operator, namespace, image):
+    run = Run(namespace, "gone", image, "hold")
+    until(lambda: run.stage() == ("Running", 1))
+    assert run.children("services")
+    run.kubectl("delete", "svr", "gone")
+    until(lambda: not any(run.children(kind) for kind in ("jobs", "pods", "services")))
+    until(lambda: operator.metric('sailvl_run_stage_attempt{namespace="' + namespace + '",run="gone"') == 0)
