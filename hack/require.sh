@@ -2,12 +2,15 @@
 # Says which Debian package lacks for a command, and installs it where it may: require.sh COMMAND...
 set -euo pipefail
 
-declare -A package=([c++]=g++ [git]=git [python3.11]="python3.11 python3.11-venv" [chromium]=chromium [prometheus]=prometheus)
+declare -A package=([c++]=g++ [git]=git [python3.11]="python3.11 python3.11-venv" [chromium]=chromium [prometheus]=prometheus
+  [busybox]=busybox-static [ip]=iproute2 [nft]=nftables)
 
 missing=()
 for command in "$@"; do
   command -v "$command" >/dev/null || missing+=("${package[$command]:-$command}")
 done
+# the plugins have no command of their own
+case " $* " in *" containerd "*) [ -x /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins) ;; esac
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   apt-get update -q >/dev/null

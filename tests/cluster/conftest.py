@@ -1,4 +1,4 @@
-"""The cluster of the tests: the one that KUBECONFIG names, else the one that `make cluster` brings up on this machine."""
+"""The cluster of the tests: the one that KUBECONFIG names, else that of `make cluster`, brought up if it is not."""
 
 from __future__ import annotations
 
