@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from sailvl_operator.api.status import ConditionType, Status
+from sailvl_operator.core.observe import parse_time
 
 RunStatus = tuple[str, str, Status]
 """namespace, name, status"""
@@ -104,6 +105,7 @@ class RunCollector(Collector):
         statuses = list(self._statuses())
         yield _count_states(statuses)
         yield from _collect_stages(statuses)
+        yield _collect_values(statuses)
         yield _collect_restarts(statuses)
         yield from _collect_goodput(statuses)
 
@@ -130,15 +132,33 @@ def _collect_stages(statuses: list[RunStatus]) -> Iterator[Metric]:
     attempts = GaugeMetricFamily("sailvl_run_stage_attempt", "Number of a stage's newest attempt.", labels=_STAGE)
     steps = GaugeMetricFamily("sailvl_run_stage_step", "Steps, samples or questions done.", labels=_STAGE)
     goals = GaugeMetricFamily("sailvl_run_stage_steps", "How many there will be; 0: not known yet.", labels=_STAGE)
+    starts = GaugeMetricFamily("sailvl_run_stage_started_timestamp_seconds", "When a stage began.", labels=_STAGE)
+    ends = GaugeMetricFamily("sailvl_run_stage_completed_timestamp_seconds", "When a stage ended.", labels=_STAGE)
     for namespace, run, status in statuses:
         for stage in status.stages:
             labels = (namespace, run, stage.name)
+            for family, time in ((starts, stage.start_time), (ends, stage.completion_time)):
+                if time:
+                    family.add_metric(labels, parse_time(time))
             states.add_metric([*labels, stage.state.lower()], 1)
             attempts.add_metric(labels, stage.attempt)
             if stage.progress is not None:
                 steps.add_metric(labels, stage.progress.step)
                 goals.add_metric(labels, stage.progress.steps)
-    yield from (states, attempts, steps, goals)
+    yield from (states, attempts, steps, goals, starts, ends)
+
+
+def _collect_values(statuses: list[RunStatus]) -> Metric:
+    metric = GaugeMetricFamily(
+        "sailvl_run_stage_metric",
+        "Newest values that a stage told of: losses, scores, counts.",
+        labels=[*_STAGE, "metric"],
+    )
+    for namespace, run, status in statuses:
+        for stage in status.stages:
+            for name, value in stage.metrics.items():
+                metric.add_metric([namespace, run, stage.name, name], float(value))
+    return metric
 
 
 def _collect_restarts(statuses: list[RunStatus]) -> Metric:

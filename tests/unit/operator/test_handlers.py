@@ -14,6 +14,7 @@ from builders import build_document
 from fake_api import Anonymous, FakeApi, serve
 from sailvl_operator.cli.operator import Operator
 from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.errors import LostLease
 from sailvl_operator.settings import ApiSettings, LeaseSettings, ProgressSettings, ServerSettings, Settings
 
 
@@ -86,3 +87,18 @@ async def test_a_standby_takes_over_at_once_from_one_that_ends_cleanly(api):
             first = copy.deepcopy(api.all("leases")[0]["spec"])
             assert first["holderIdentity"] == "b"
     assert api.all("leases")[0]["spec"]["holderIdentity"] == ""
+
+
+async def test_who_loses_the_lease_ends_the_process(api):
+    async with serve(api) as url:
+        operator = Operator(make_settings("a"), Credentials(Anonymous(url)))
+        task = asyncio.create_task(operator.serve())
+        await until(lambda: operator.leadership.is_leading)
+        lease = copy.deepcopy(api.all("leases")[0])
+        lease["spec"]["holderIdentity"] = "b"
+        await api.put("leases", lease)
+        await api.put("sailvlruns", build_document())
+        with pytest.raises(BaseExceptionGroup) as error:
+            await asyncio.wait_for(task, 8)
+        assert error.value.subgroup(LostLease) is not None
+        assert api.all("leases")[0]["spec"]["holderIdentity"] == "b"
