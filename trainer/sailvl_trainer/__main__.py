@@ -1,6 +1,13 @@
 """`python -m sailvl_trainer`: a worker, by its environment (contract.Env)."""
 
-from sailvl_trainer.runtime.entry import main
+import os
+import signal
+
+from sailvl_trainer.contract import ExitCode
 
 if __name__ == "__main__":
+    # before all else: PID 1 has no default action for SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(ExitCode.PREEMPTED))
+    from sailvl_trainer.runtime.entry import main
+
     main()

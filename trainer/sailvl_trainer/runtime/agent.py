@@ -6,108 +6,116 @@ if a neighbour had died.
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import socket
 import sys
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import WorkerGroup
+from prometheus_client.multiprocess import mark_process_dead
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous.api import RendezvousError
-from torch.distributed.launcher import api
+from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousHandler
 
 from sailvl_trainer.contract import FINAL_CODES, ExitCode, Stage, Termination
-from sailvl_trainer.runtime.documents import decode
+from sailvl_trainer.runtime import child
+from sailvl_trainer.runtime.blame import blame
+from sailvl_trainer.runtime.cores import count_cores
+from sailvl_trainer.runtime.ranks import Ranks
+from sailvl_trainer.runtime.rendezvous import REJOIN_SECONDS, build_rendezvous
+from sailvl_trainer.runtime.scratch import Scratch
 from sailvl_trainer.runtime.settings import Settings
 
-JOIN_SECONDS = 86_400
-"""Pods may be minutes apart: pulls, scale-up. The operator's startTimeoutSeconds is the one that ends it."""
+CLOSE_SECONDS = 5
+"""Between SIGTERM and SIGKILL for ranks whose neighbour has failed."""
+MONITOR_SECONDS = 0.2
 
 
 class Agent(LocalElasticAgent):
-    """Knows its ranks' pids, and starts nothing again after a final code."""
+    """Keeps `ranks` true, starts nothing again after a final code or a stop, waits for neighbours only so long."""
 
-    on_start: Callable[[], None] = staticmethod(lambda: None)
-    pids: list[int] = []  # noqa: RUF012  # one agent a process
+    def __init__(self, spec: WorkerSpec, ranks: Ranks, scratch: Scratch, on_lost: Callable[[], None]) -> None:
+        super().__init__(
+            spec,
+            DefaultLogsSpecs(log_dir=str(scratch.elastic)),
+            shutdown_timeout=CLOSE_SECONDS,
+            exit_barrier_timeout=60,
+        )
+        self._ranks, self._scratch, self._on_lost = ranks, scratch, on_lost
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        timer = threading.Timer(REJOIN_SECONDS, self._on_lost)
+        timer.daemon = True
+        if self._ranks.has_begun.is_set():
+            timer.start()
+        try:
+            super()._rendezvous(worker_group)
+        finally:
+            timer.cancel()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        type(self).on_start()
         started: dict[int, Any] = super()._start_workers(worker_group)
-        type(self).pids = list(self._pcontext.pids().values()) if self._pcontext is not None else []
+        self._ranks.begin(started.values())
         return started
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> Any:
-        result = super()._monitor_workers(worker_group)
-        if any(failure.exitcode in FINAL_CODES for failure in result.failures.values()):
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Also after a failure, when all have ended already."""
+        super()._stop_workers(worker_group)
+        for pid in self._ranks.end():
+            mark_process_dead(pid, str(self._scratch.metrics))  # type: ignore[no-untyped-call]
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        is_final = any(failure.exitcode in FINAL_CODES for failure in result.failures.values())
+        if is_final or self._scratch.stop_file.exists():
             self._remaining_restarts = 0
         return result
 
 
-def run_ranks(settings: Settings, stage: Stage, rank_module: str, on_start: Callable[[], None]) -> Termination:
-    """Run this worker's ranks to their end. `on_start`: called whenever they are started."""
+def run_ranks(
+    settings: Settings, stage: Stage, ranks: Ranks, rank_module: str, end: Callable[[Termination], None]
+) -> Termination:
+    """Run this worker's ranks to their end. `end`: ends the worker from another thread."""
     # else restarted ranks read the addresses of dead ones (torch 2.15, pytorch#135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.processes_per_node)))
-    if settings.node_rank:
-        _await_store(settings)
-    Agent.on_start = staticmethod(on_start)
-    setattr(api, "LocalElasticAgent", Agent)  # noqa: B010  # the launcher's one seam
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT"  # SIGTERM is the entry's own
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // settings.processes_per_node)))
+    lost = Termination(
+        exit_code=ExitCode.PEER_LOST, message=f"the other workers did not come back within {REJOIN_SECONDS} s"
+    )
     try:
-        api.launch_agent(_build_config(settings, stage), sys.executable, ["-u", "-m", rank_module])
-    except ChildFailedError as error:
-        return _blame(error.failures)
+        rendezvous = build_rendezvous(settings, stage)
+        agent = Agent(
+            _build_spec(settings, rendezvous, rank_module), ranks, Scratch(settings.scratch), lambda: end(lost)
+        )
+        return _run(agent, rendezvous)
     except RendezvousError as error:
         return Termination(exit_code=ExitCode.PEER_LOST, message=f"{type(error).__name__}: {error}")
-    return Termination(exit_code=ExitCode.OK)
 
 
-def _build_config(settings: Settings, stage: Stage) -> api.LaunchConfig:
-    return api.LaunchConfig(
-        min_nodes=settings.nodes,
-        max_nodes=settings.nodes,
-        nproc_per_node=settings.processes_per_node,
-        run_id=f"{stage.namespace}.{stage.run}.{stage.stage}.{stage.attempt}",
+def _build_spec(settings: Settings, rendezvous: RendezvousHandler, rank_module: str) -> WorkerSpec:
+    return WorkerSpec(
         role="trainer",
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{settings.rendezvous_host}:{settings.rendezvous_port}",
-        rdzv_configs={"join_timeout": JOIN_SECONDS, "is_host": str(settings.node_rank == 0).lower()},
+        local_world_size=settings.processes_per_node,
+        rdzv_handler=rendezvous,
+        entrypoint=sys.executable,
+        args=("-u", "-m", child.__name__, str(os.getpid()), rank_module),
         max_restarts=settings.in_place_restarts,
-        monitor_interval=0.2,
-        signals_to_handle="SIGINT",
-        logs_specs=DefaultLogsSpecs(log_dir=str(settings.scratch / "elastic")),
+        monitor_interval=MONITOR_SECONDS,
     )
 
 
-def _await_store(settings: Settings) -> None:
-    """Worker 0 may be minutes behind; torch itself gives up after two."""
-    while True:
-        try:
-            socket.create_connection((settings.rendezvous_host, settings.rendezvous_port), 2).close()
-        except OSError:
-            time.sleep(0.5)
-        else:
-            return
-
-
-def _blame(failures: dict[int, ProcessFailure]) -> Termination:
-    """The rank whose end made the others end: its own words, if it left any."""
-    rank, failure = min(failures.items(), key=lambda item: _order(item[1]))
-    code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    words = failure.message if isinstance(failure.message, str) else json.dumps(failure.message)
+def _run(agent: Agent, rendezvous: RendezvousHandler) -> Termination:
+    """The rendezvous is closed at the end, so that neighbours who would come back to it end too."""
     try:
-        return decode(Termination, words)
-    except ValueError:
-        return Termination(exit_code=code, rank=rank, message=words)
-
-
-def _order(failure: ProcessFailure) -> tuple[int, int]:
-    """A final code, then any other, then a lost peer, then what the agent itself ended."""
-    code = failure.exitcode
-    group = 0 if code in FINAL_CODES else 2 if code == ExitCode.PEER_LOST else 3 if code == -signal.SIGTERM else 1
-    return group, failure.timestamp
+        result: RunResult | None = agent.run()
+    finally:
+        rendezvous.shutdown()
+    if result is None:
+        return Termination(exit_code=ExitCode.PEER_LOST, message="the other workers have left")
+    if result.state == WorkerState.SUCCEEDED:
+        return Termination(exit_code=ExitCode.OK)
+    if result.failures:
+        return blame(result.failures)
+    return Termination(exit_code=1, message=f"the ranks are {result.state.value}, and none has failed; see the log")

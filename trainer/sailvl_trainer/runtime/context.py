@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from sailvl_trainer.contract import Stage
-from sailvl_trainer.runtime.distributed import start_group
+from sailvl_trainer.runtime.distributed import default_store, start_group
 from sailvl_trainer.runtime.files import StageFiles
 from sailvl_trainer.runtime.preemption import Preemption
-from sailvl_trainer.runtime.telemetry import PROGRESS_FILE, Telemetry
+from sailvl_trainer.runtime.scratch import Scratch
+from sailvl_trainer.runtime.telemetry import Telemetry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +36,11 @@ class Context:
         return self.rank == 0
 
 
-def build_context(stage: Stage, *, device: torch.device, local_rank: int, scratch: Path) -> Context:
+def build_context(stage: Stage, *, device: torch.device, rank: int, local_rank: int, scratch: Scratch) -> Context:
     """Join the group and gather a rank's tools."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    telemetry = Telemetry(stage, scratch / PROGRESS_FILE if local_rank == 0 else None)
-    telemetry.write()
+    telemetry = Telemetry(stage, scratch.progress_file if local_rank == 0 else None, rank=rank)
     start_group(device)
+    telemetry.update()
     return Context(
         stage=stage,
         files=StageFiles(stage),
@@ -50,5 +50,24 @@ def build_context(stage: Stage, *, device: torch.device, local_rank: int, scratc
         device=device,
         telemetry=telemetry,
         preemption=Preemption(scratch),
-        store=dist.distributed_c10d._get_default_store(),
+        store=default_store(),
+    )
+
+
+def single_process_context(stage: Stage, *, scratch: Path, device: torch.device | None = None) -> Context:
+    """A stage alone in this process, without a worker around it: for tests and tools. Joins a group of one, once."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    device = device or torch.device("cpu")
+    if not dist.is_initialized():
+        start_group(device)
+    return Context(
+        stage=stage,
+        files=StageFiles(stage),
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        device=device,
+        telemetry=Telemetry(stage, scratch / "progress.json"),
+        preemption=Preemption(Scratch(scratch)),
+        store=default_store(),
     )

@@ -1,4 +1,4 @@
-"""The process group of a stage's ranks: gloo on the CPU, nccl on GPUs."""
+"""The process group of a stage's ranks: gloo for what lies in memory, nccl for what lies on GPUs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -20,11 +21,16 @@ def start_group(device: torch.device) -> None:
     """Join the group that the environment of torch's elastic agent describes; alone without one."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
         os.environ.setdefault(name, value)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_PORT" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+
+
+def default_store() -> Store:
+    """The group's key-value store; torch has no public name for it."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def broadcast(value: T | None) -> T:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,9 @@ from sailvl_trainer.runtime.errors import ConfigError
 
 T = TypeVar("T")
 
+CONFIGS = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
+"""Kind → the field of the stage document that holds its settings."""
+
 
 def decode(type_: type[T], data: bytes | str) -> T:
     """JSON to one of the contract's types. Raises msgspec.ValidationError, a ValueError, that names the field."""
@@ -23,6 +28,11 @@ def decode(type_: type[T], data: bytes | str) -> T:
 def encode(document: Any) -> bytes:
     """One of the contract's documents, or plain data, as JSON."""
     return msgspec.json.encode(document)
+
+
+def keep_finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without NaN and infinity, which JSON has no words for: they would become null, and the document unreadable."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -54,15 +64,32 @@ def sync_directory(path: Path) -> None:
 def read_stage(path: Path) -> Stage:
     """The stage document. Raises ConfigError for one that this version can't carry out."""
     try:
-        stage = decode(Stage, path.read_bytes())
+        data = path.read_bytes()
+        _require_version(path, decode(dict[str, Any], data).get("schema_version"))
+        stage = decode(Stage, data)
     except (OSError, ValueError) as error:
         raise ConfigError(f"stage document {path}: {error}") from error
-    if stage.schema_version != SCHEMA_VERSION:
+    _require_settings(path, stage)
+    if not Path(stage.output).is_relative_to(stage.storage):
+        raise ConfigError(f"stage document {path}: output {stage.output} is not below storage {stage.storage}")
+    return stage
+
+
+def _require_version(path: Path, version: Any) -> None:
+    """Before anything else is looked at: another version may hold anything."""
+    if version != SCHEMA_VERSION:
         raise ConfigError(
-            f"stage document {path} has schema version {stage.schema_version}, this trainer reads {SCHEMA_VERSION}; "
+            f"stage document {path} has schema version {version}, this trainer reads {SCHEMA_VERSION}; "
             "use a trainer image of the operator's version"
         )
+
+
+def _require_settings(path: Path, stage: Stage) -> None:
     given = [name for name in ("curate", "train", "evaluate") if getattr(stage, name) is not None]
     if len(given) != 1:
         raise ConfigError(f"stage document {path}: give exactly one of curate, train, evaluate; it has {given}")
-    return stage
+    if given != [CONFIGS[stage.kind]]:
+        raise ConfigError(
+            f"stage document {path}: a stage of kind {stage.kind} has its settings in {CONFIGS[stage.kind]}; "
+            f"it has {given[0]}"
+        )

@@ -1,119 +1,108 @@
 """PID 1 of a worker: serves metrics and progress, runs the ranks, ends with the code and words of the rank to blame.
 
-torch is imported late: it takes seconds, and until a handler is set PID 1 ignores SIGTERM.
+torch is imported late, by the agent: it takes seconds, and until a handler is set PID 1 ignores SIGTERM.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from sailvl_trainer.contract import ExitCode, Result, Stage, Termination
-from sailvl_trainer.runtime.documents import read_stage
+from sailvl_trainer.contract import ExitCode, Progress, Result, Stage, Termination
+from sailvl_trainer.runtime.documents import encode, read_stage, write_atomic
 from sailvl_trainer.runtime.errors import TrainerError
 from sailvl_trainer.runtime.files import StageFiles
-from sailvl_trainer.runtime.preemption import STOP_FILE
-from sailvl_trainer.runtime.settings import Settings, read_settings
+from sailvl_trainer.runtime.memo import watch_for_result
+from sailvl_trainer.runtime.ranks import Ranks
+from sailvl_trainer.runtime.scratch import Scratch
+from sailvl_trainer.runtime.settings import Settings, read_settings, read_termination_log
+from sailvl_trainer.runtime.stop import handle_sigterm
 from sailvl_trainer.runtime.termination import write_termination
+from sailvl_trainer.runtime.watchdog import start_watchdog
 
-STALE_FILES = (STOP_FILE, "progress.json")
+
+class Exit:
+    """The one way out, from whichever thread comes first."""
+
+    def __init__(self, termination_log: Path, ranks: Ranks) -> None:
+        self._path, self._ranks, self._once = termination_log, ranks, threading.Lock()
+
+    def __call__(self, termination: Termination) -> NoReturn:
+        """Say it, end the ranks that still live, and go."""
+        if not self._once.acquire(blocking=False):
+            threading.Event().wait()  # another thread is ending the process
+        if termination.exit_code:
+            print(termination.message, file=sys.stderr, flush=True)  # noqa: T201
+        try:
+            write_termination(self._path, termination)
+        except OSError as error:
+            print(f"no termination message: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        self._ranks.signal(signal.SIGKILL)
+        os._exit(termination.exit_code)
 
 
 def main(rank_module: str = "sailvl_trainer.rank") -> NoReturn:
-    """A worker from its environment to its exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(ExitCode.PREEMPTED))
+    """A worker from its environment to its exit code. `rank_module`: run as the main of every rank."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
+    ranks = Ranks()
+    end = Exit(read_termination_log(os.environ), ranks)
     try:
-        settings = read_settings(os.environ)
-    except TrainerError as error:
-        sys.exit(f"{error}")
-    try:
-        stage = read_stage(settings.stage_file)
-        metrics = _clean_scratch(settings)
-        result = StageFiles(stage).find_result()
-    except (TrainerError, OSError, ValueError) as error:
-        code = error.exit_code if isinstance(error, TrainerError) else 1
-        _end(settings, Termination(exit_code=code, message=f"{type(error).__name__}: {error}"))
-    if result is not None:
-        _end(settings, _succeeded(settings, result))
-    _end(settings, _work(settings, stage, metrics, rank_module))
+        termination = _work(read_settings(os.environ), ranks, rank_module, end)
+    except BaseException as error:  # noqa: BLE001  # whatever it is, the operator has to be told
+        termination = _describe(error)
+    end(termination)
 
 
-def _work(settings: Settings, stage: Stage, metrics: Path, rank_module: str) -> Termination:
-    started = threading.Event()
-    _handle_sigterm(settings, started)
-    from sailvl_trainer.runtime import agent, server, watchdog
-
-    server.start_server(settings.metrics_port, settings.scratch, metrics)
-    watchdog.start_watchdog(
-        settings.scratch,
+def _work(settings: Settings, ranks: Ranks, rank_module: str, end: Exit) -> Termination:
+    scratch = Scratch(settings.scratch)
+    scratch.prepare()
+    handle_sigterm(ranks, scratch, settings.grace_seconds, end)
+    stage = read_stage(settings.stage_file)
+    files = StageFiles(stage)
+    found = files.find_result()
+    if found is not None:
+        return _succeeded(settings, found)
+    watch_for_result(files, ranks, lambda result: end(_succeeded(settings, result)))
+    _serve(settings, stage, scratch)
+    start_watchdog(
+        ranks,
+        scratch.progress_file,
         settings.stall_seconds,
-        lambda: agent.Agent.pids,
-        lambda words: _end(settings, Termination(exit_code=ExitCode.STALLED, message=words)),
+        lambda words: end(Termination(exit_code=ExitCode.STALLED, message=words)),
     )
-    termination = agent.run_ranks(settings, stage, rank_module, started.set)
-    if termination.exit_code == ExitCode.OK:
-        return _succeeded(settings, StageFiles(stage).read_result())
+    from sailvl_trainer.runtime.agent import run_ranks
+
+    termination = run_ranks(settings, stage, ranks, rank_module, end)
+    if termination.exit_code == ExitCode.OK and settings.node_rank == 0:
+        return _succeeded(settings, files.read_result())
     return termination
+
+
+def _serve(settings: Settings, stage: Stage, scratch: Scratch) -> None:
+    """Before the ranks are there: a document that says so, and the folder where they will count."""
+    progress = Progress(attempt=stage.attempt, phase="starting", time=time.time())
+    write_atomic(scratch.progress_file, encode(progress))
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(scratch.metrics)  # read by prometheus_client when it is imported
+    from sailvl_trainer.runtime.server import start_server
+
+    start_server(settings.metrics_port, scratch)
 
 
 def _succeeded(settings: Settings, result: Result) -> Termination:
     return Termination(exit_code=ExitCode.OK, result=result if settings.node_rank == 0 else None)
 
 
-def _clean_scratch(settings: Settings) -> Path:
-    """An empty folder for the ranks' metrics; what a predecessor left in the scratch goes."""
-    settings.scratch.mkdir(parents=True, exist_ok=True)
-    for name in STALE_FILES:
-        (settings.scratch / name).unlink(missing_ok=True)
-    metrics = settings.scratch / "metrics"
-    shutil.rmtree(metrics, ignore_errors=True)
-    metrics.mkdir()
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
-    return metrics
-
-
-def _handle_sigterm(settings: Settings, started: threading.Event) -> None:
-    """In a thread, since the main one may sit in a C++ wait: ask the ranks to stop, and wait for the grace.
-
-    SIGTERM is not handed on: a rank takes it as a neighbour's death.
-    """
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-
-    def watch() -> None:
-        while os.read(read, 1)[0] != signal.SIGTERM:
-            pass
-        if not started.is_set():
-            _end(settings, Termination(exit_code=ExitCode.PREEMPTED, message="stopped before its ranks began"))
-        (settings.scratch / STOP_FILE).touch()
-        time.sleep(settings.grace_seconds)
-        words = f"no checkpoint within {settings.grace_seconds} s of SIGTERM; the steps since the last one are lost"
-        _end(settings, Termination(exit_code=ExitCode.TERMINATED, message=words))
-
-    threading.Thread(target=watch, name="sigterm", daemon=True).start()
-
-
-def _end(settings: Settings, termination: Termination) -> NoReturn:
-    """Say it and go: ranks that still live are ended with this worker's process group."""
-    if termination.exit_code:
-        print(f"{termination.message}\n{termination.traceback}", file=sys.stderr, flush=True)  # noqa: T201
-    write_termination(settings.termination_log, termination)
-    _kill_ranks()
-    os._exit(termination.exit_code)
-
-
-def _kill_ranks() -> None:
-    module = sys.modules.get("sailvl_trainer.runtime.agent")
-    for pid in module.Agent.pids if module is not None else ():
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def _describe(error: BaseException) -> Termination:
+    """Of the entry itself, not of a rank."""
+    if isinstance(error, TrainerError):
+        return Termination(exit_code=error.exit_code, message=str(error))
+    words = "".join(traceback.format_exception(error))
+    print(words, file=sys.stderr, flush=True)  # noqa: T201
+    return Termination(exit_code=1, message=f"{type(error).__name__}: {error}", traceback=words)

@@ -4,7 +4,9 @@ TrainerError
 ├── ConfigError      64  the settings can't work
 ├── DataError        65  a shard or a record is unreadable
 ├── NonFiniteError   66  the loss or a gradient is not a number
-└── Preempted        75  stopped on request, checkpoint saved
+├── OutOfMemory      67  the accelerator's or the machine's memory is full
+├── Preempted        75  stopped on request, checkpoint saved
+└── PeerLost         76  another worker is gone
 """
 
 from __future__ import annotations
@@ -30,9 +32,17 @@ class NonFiniteError(TrainerError):
     exit_code = ExitCode.NON_FINITE
 
 
+class OutOfMemory(TrainerError):  # noqa: N818  # named as its exit code
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
 class Preempted(TrainerError):  # noqa: N818  # a stop on request is no error
     exit_code = ExitCode.PREEMPTED
 
     def __init__(self, message: str, *, checkpoint: Checkpoint | None = None) -> None:
         super().__init__(message)
         self.checkpoint = checkpoint
+
+
+class PeerLost(TrainerError):  # noqa: N818  # named as its exit code
+    exit_code = ExitCode.PEER_LOST

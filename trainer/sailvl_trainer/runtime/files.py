@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sailvl_trainer import contract
 from sailvl_trainer.contract import Checkpoint, Lineage, Result, Stage
-from sailvl_trainer.runtime.documents import decode, encode, sync_directory, write_atomic
+from sailvl_trainer.runtime.documents import decode, encode, keep_finite, sync_directory, write_atomic
 
 
 class StageFiles:
@@ -23,6 +23,7 @@ class StageFiles:
         self.shards = self.output / contract.SHARDS_DIR
         self.held_out = self.output / contract.HELD_OUT_DIR
         self.report = self.output / contract.REPORT_DIR
+        self._digest = stage.digest
         self._memo = self.storage / contract.MEMO_DIR / f"{stage.digest}.json"
 
     def relative(self, path: Path) -> str:
@@ -38,12 +39,11 @@ class StageFiles:
 
         The first call writes the attempt's lineage; a restart in place goes on from its own newest checkpoint.
         """
-        path = self._lineage_path(attempt)
-        if path.exists():
-            return self.newest_checkpoint(attempt) or decode(Lineage, path.read_bytes()).start
+        lineage = self._read_lineage(attempt)
+        if lineage is not None:
+            return self.newest_checkpoint(attempt) or lineage.start
         start = self._find_start(attempt - 1)
-        self.attempts.mkdir(parents=True, exist_ok=True)
-        _create(path, encode(Lineage(attempt=attempt, start=start)))
+        self._write_lineage(Lineage(attempt=attempt, start=start))
         return start
 
     def newest_checkpoint(self, attempt: int) -> Checkpoint | None:
@@ -56,14 +56,12 @@ class StageFiles:
 
     def find_result(self) -> Result | None:
         """The stage's result, its own or by the memo another run's; None: it has to be computed."""
-        own = self.output / contract.RESULT_FILE
-        if own.exists():
-            return replace(decode(Result, own.read_bytes()), memoised=True)
-        if not self._memo.exists():
+        result = _read_result(self.output)
+        if result is None and self._memo.exists():
+            result = _read_result(self.storage / decode(dict[str, str], self._memo.read_bytes())["output"])
+        if result is None or result.digest != self._digest:
             return None
-        output = self.storage / decode(dict[str, str], self._memo.read_bytes())["output"]
-        other = output / contract.RESULT_FILE
-        return replace(decode(Result, other.read_bytes()), memoised=True) if other.exists() else None
+        return replace(result, memoised=True)
 
     def read_result(self) -> Result:
         """The result that this attempt's first rank has written."""
@@ -71,11 +69,9 @@ class StageFiles:
 
     def write_result(self, result: Result) -> None:
         """Last of all, and whole; then the memo by which other runs find it."""
-        write_atomic(self.output / contract.RESULT_FILE, encode(result))
+        finite = replace(result, metrics=keep_finite(result.metrics))
+        write_atomic(self.output / contract.RESULT_FILE, encode(finite))
         write_atomic(self._memo, encode({"output": self.relative(self.output)}))
-
-    def _lineage_path(self, attempt: int) -> Path:
-        return self.attempts / f"{attempt}.json"
 
     def _find_start(self, attempt: int) -> Checkpoint | None:
         """The newest checkpoint on the chain of attempts that ends with `attempt`."""
@@ -83,14 +79,38 @@ class StageFiles:
             newest = self.newest_checkpoint(earlier)
             if newest is not None:
                 return newest
-            path = self._lineage_path(earlier)
-            if path.exists():
-                return decode(Lineage, path.read_bytes()).start
+            lineage = self._read_lineage(earlier)
+            if lineage is not None:
+                return lineage.start
         return None
+
+    def _lineage_path(self, attempt: int) -> Path:
+        return self.attempts / f"{attempt}.json"
+
+    def _read_lineage(self, attempt: int) -> Lineage | None:
+        """None also for a file left empty by a machine that went down between creating and writing it."""
+        path = self._lineage_path(attempt)
+        data = path.read_bytes() if path.exists() else b""
+        return decode(Lineage, data) if data else None
+
+    def _write_lineage(self, lineage: Lineage) -> None:
+        path, data = self._lineage_path(lineage.attempt), encode(lineage)
+        try:
+            _create(path, data)
+        except FileExistsError:
+            if path.read_bytes():
+                raise
+            write_atomic(path, data)
+
+
+def _read_result(output: Path) -> Result | None:
+    path = output / contract.RESULT_FILE
+    return decode(Result, path.read_bytes()) if path.exists() else None
 
 
 def _create(path: Path, data: bytes) -> None:
     """A file that must not be there yet. Raises FileExistsError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     with os.fdopen(handle, "wb") as file:
         file.write(data)

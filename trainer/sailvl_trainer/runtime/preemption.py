@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from sailvl_trainer.runtime.distributed import sum_over_ranks
-
-STOP_FILE = "stop"
+from sailvl_trainer.runtime.scratch import Scratch
 
 
 class Preemption:
-    def __init__(self, scratch: Path) -> None:
-        self._file = scratch / STOP_FILE
+    def __init__(self, scratch: Scratch) -> None:
+        self._file = scratch.stop_file
 
     def requested(self) -> bool:
         """Whether any worker was asked to stop. COLLECTIVE: every rank calls it at the same step."""

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sailvl_trainer.contract import Progress
+from sailvl_trainer.contract import Phase, Progress
+from sailvl_trainer.runtime.child import STACK_SIGNAL
 from sailvl_trainer.runtime.documents import decode
-from sailvl_trainer.runtime.telemetry import PROGRESS_FILE
+from sailvl_trainer.runtime.ranks import Ranks
 
-PHASES = frozenset({"running"})
-"""Starting, saving and evaluating take as long as they take."""
+PATIENT: frozenset[Phase] = frozenset({"starting", "checkpointing", "evaluating", "finished"})
+"""Phases that take as long as they take."""
 STACK_SECONDS = 2.0
 """For the ranks to print their stacks."""
 
 
-def start_watchdog(
-    scratch: Path, stall_seconds: int, pids: Callable[[], list[int]], on_stall: Callable[[str], None]
-) -> None:
-    """Watch in a thread; 0 seconds: never. `pids`: the ranks as they are now."""
+def start_watchdog(ranks: Ranks, heartbeat: Path, stall_seconds: int, on_stall: Callable[[str], None]) -> None:
+    """Watch in a thread; 0 seconds: never. `heartbeat`: the progress document of the worker's lowest rank."""
     if not stall_seconds:
         return
 
     def watch() -> None:
-        while not _is_stalled(scratch / PROGRESS_FILE, stall_seconds):
+        while True:
+            progress = _read(heartbeat)
+            if is_stalled(progress, since=ranks.since, now=time.time(), stall_seconds=stall_seconds):
+                break
             time.sleep(min(5.0, stall_seconds / 4))
-        for pid in pids():
-            os.kill(pid, signal.SIGUSR1)
+        ranks.signal(STACK_SIGNAL)
         time.sleep(STACK_SECONDS)
-        on_stall(f"no progress for {stall_seconds} s; the stack of every rank is in the log")
+        step = progress.step if progress is not None else 0
+        on_stall(f"no progress for {stall_seconds} s after step {step}; the stack of every rank is in the log")
 
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
 
-def _is_stalled(path: Path, stall_seconds: int) -> bool:
-    try:
-        progress = decode(Progress, path.read_bytes())
-    except (OSError, ValueError):
+def is_stalled(progress: Progress | None, *, since: float | None, now: float, stall_seconds: float) -> bool:
+    """`since`: start of the present ranks, None without any. A document older than that tells of their predecessors."""
+    if progress is None or since is None or progress.time < since or progress.phase in PATIENT:
         return False
-    return progress.phase in PHASES and time.time() - progress.time > stall_seconds
+    return now - progress.time > stall_seconds
+
+
+def _read(path: Path) -> Progress | None:
+    try:
+        return decode(Progress, path.read_bytes())
+    except FileNotFoundError:
+        return None

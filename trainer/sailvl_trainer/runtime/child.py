@@ -1,0 +1,40 @@
+"""What a rank does before its heavy imports: it can't outlive its worker, and shows its stacks when asked.
+
+`python -m sailvl_trainer.runtime.child PARENT MODULE`, started by the worker's agent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import runpy
+import signal
+import sys
+
+STACK_SIGNAL = signal.SIGUSR1
+PR_SET_PDEATHSIG = 1
+"""<linux/prctl.h>"""
+
+
+def main(arguments: list[str]) -> None:
+    parent, module = int(arguments[0]), arguments[1]
+    die_with(parent)
+    faulthandler.register(STACK_SIGNAL, all_threads=True)
+    sys.argv = [module]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def die_with(parent: int) -> None:
+    """SIGKILL for this process when its parent's starting thread ends; at once, if it has ended already.
+
+    Ranks lead sessions of their own, so nothing else takes them along when a worker is killed outside a container.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

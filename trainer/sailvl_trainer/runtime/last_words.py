@@ -1,0 +1,34 @@
+"""How a rank ends: its words in the error file that the worker's agent reads, then os._exit.
+
+An ordinary exit with a live gloo group becomes SIGABRT, and the cause is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from sailvl_trainer.contract import Termination
+from sailvl_trainer.runtime.documents import encode, write_atomic
+from sailvl_trainer.runtime.termination import fit
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Set by torch's elastic agent for each rank."""
+
+
+def end_rank(termination: Termination) -> NoReturn:
+    """Leave the words, if there is something to say and somebody to read it, and end at once."""
+    if termination.exit_code and ERROR_FILE in os.environ:
+        write_atomic(Path(os.environ[ERROR_FILE]), encode(_as_error_file(termination)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(termination.exit_code))
+
+
+def _as_error_file(termination: Termination) -> dict[str, object]:
+    """The form of torch's ErrorHandler; the agent orders failures by the time."""
+    time_ = {"timestamp": str(int(time.time()))}
+    return {"message": {"message": fit(termination).decode(), "extraInfo": time_}}

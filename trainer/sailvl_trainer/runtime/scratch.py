@@ -1,0 +1,43 @@
+"""The worker's scratch folder: what its entry and its ranks leave for each other. Lost with the worker."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Where each thing lies under the folder."""
+
+    root: Path
+
+    @property
+    def stop_file(self) -> Path:
+        """Its being there asks the ranks to save and stop."""
+        return self.root / "stop"
+
+    @property
+    def progress_file(self) -> Path:
+        """The progress document of the worker's lowest rank; also the heartbeat."""
+        return self.root / "progress.json"
+
+    @property
+    def metrics(self) -> Path:
+        """prometheus_client's multiprocess files."""
+        return self.root / "metrics"
+
+    @property
+    def elastic(self) -> Path:
+        """The error files that torch's agent reads."""
+        return self.root / "elastic"
+
+    def prepare(self) -> None:
+        """Make it, without what a predecessor left."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.stop_file.unlink(missing_ok=True)
+        self.progress_file.unlink(missing_ok=True)
+        for folder in (self.metrics, self.elastic):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
