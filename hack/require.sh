@@ -14,7 +14,7 @@ case " $* " in *" containerd "*) [ -x /usr/lib/cni/bridge ] || missing+=(contain
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   apt-get update -q >/dev/null
-  # shellcheck disable=SC2086  # one entry may name several packages
+  # shellcheck disable=SC2048,SC2086  # one entry may name several packages
   DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends ${missing[*]} >/dev/null
 else
   echo "missing: ${missing[*]}; install with: apt-get install ${missing[*]}" >&2
