@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 
@@ -24,3 +26,11 @@ def set_trainable(model: InternVLForConditionalGeneration, parts: tuple[Part, ..
         for module in select_part(model, part):
             module.requires_grad_(True)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def keep_frozen_still(model: InternVLForConditionalGeneration) -> None:
+    """Evaluation mode for the parts that don't learn: no dropout, no running statistics."""
+    for part in get_args(Part):
+        for module in select_part(model, part):
+            if not any(p.requires_grad for p in module.parameters()):
+                module.eval()

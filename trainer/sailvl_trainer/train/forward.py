@@ -5,6 +5,8 @@ Suffixes: T positions, N tiles, P = positions with loss, D model width, V vocabu
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -12,6 +14,7 @@ from transformers import InternVLForConditionalGeneration
 
 from sailvl_trainer.data.chat import IGNORE
 from sailvl_trainer.data.collate import Batch
+from sailvl_trainer.model.freeze import keep_frozen_still
 
 
 class PackedModel(nn.Module):
@@ -20,6 +23,12 @@ class PackedModel(nn.Module):
     def __init__(self, model: InternVLForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
+
+    def train(self, mode: bool = True) -> Self:
+        """Parts that are frozen stay in evaluation mode."""
+        super().train(mode)
+        keep_frozen_still(self.model)
+        return self
 
     def forward(
         self,
@@ -43,7 +52,9 @@ class PackedModel(nn.Module):
         inner = self.model.model
         embeds_1TD = inner.get_input_embeddings()(input_ids_1T)
         features = inner.get_image_features(
-            pixels_N3HW, vision_feature_layer=-1, vision_feature_select_strategy="default"
+            pixels_N3HW,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy=self.model.config.vision_feature_select_strategy,
         )
         features_FD = features.pooler_output.flatten(0, 1).to(embeds_1TD.dtype)
         mask_1T1 = (input_ids_1T == self.model.config.image_token_id).unsqueeze(-1)

@@ -20,7 +20,11 @@ class Ledger:
 
     def __init__(self, files: StageFiles, attempt: int) -> None:
         files.attempts.mkdir(parents=True, exist_ok=True)
-        self._file = ledger_path(files, attempt).open("a", buffering=1)
+        path = ledger_path(files, attempt)
+        is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", buffering=1)
+        if is_torn:
+            self._file.write("\n")
 
     def write(self, step: int, samples: tuple[int, ...]) -> None:
         """The samples of an optimizer step, over all ranks; `step` from 1."""
@@ -38,9 +42,8 @@ def read_ledger(files: StageFiles, last_attempt: int) -> dict[int, list[int]]:
     for attempt, first in _chain(files, last_attempt):
         steps = {step: samples for step, samples in steps.items() if step <= first}
         path = ledger_path(files, attempt)
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            steps[entry["step"]] = entry["samples"]
+        for step, samples in _lines(path) if path.exists() else ():
+            steps[step] = samples
     return steps
 
 
@@ -51,3 +54,13 @@ def _chain(files: StageFiles, last_attempt: int) -> Iterator[tuple[int, int]]:
         if path.exists():
             start = decode(Lineage, path.read_bytes()).start
             yield attempt, 0 if start is None else start.step
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[int]]]:
+    """A line that a kill tore in two is left out: no checkpoint was saved after its step."""
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        yield entry["step"], entry["samples"]

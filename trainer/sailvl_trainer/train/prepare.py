@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from sailvl_trainer.contract import EXPORT_DIR, HELD_OUT_DIR, SHARDS_DIR, TrainConfig
+from sailvl_trainer.contract import EXPORT_DIR, HELD_OUT_DIR, MANIFEST_FILE, SHARDS_DIR, TrainConfig
 from sailvl_trainer.data.index import Encoder, Index, build_index
 from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.model.build import build_model
@@ -16,7 +15,9 @@ from sailvl_trainer.model.freeze import set_trainable
 from sailvl_trainer.model.presets import Preset, preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.runtime.context import Context
-from sailvl_trainer.runtime.errors import ConfigError
+
+INDEX_DIR = "index"
+"""Under the stage's directory: the samples' lengths, measured once for all ranks and attempts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +29,11 @@ class Prepared:
     """Names of the parameters that learn."""
     encoder: Encoder
     index: Index
-    held_out: Index
+    held_out: Index | None
+    """None where no data set has held-out samples."""
     planner: Planner
+    steps: int
+    """Optimizer steps of the budget."""
 
 
 def prepare(context: Context, config: TrainConfig) -> Prepared:
@@ -40,7 +44,13 @@ def prepare(context: Context, config: TrainConfig) -> Prepared:
     model = build_model(stage.model, tokenizer, init_from=init_from, seed=stage.seed)
     encoder = Encoder(tokenizer=tokenizer, preset=preset_, max_tiles=config.max_tiles, pack_tokens=config.pack_tokens)
     folders = [Path(path) for path in config.data]
-    index = build_index(folders, SHARDS_DIR, encoder)
+    index = build_index(folders, SHARDS_DIR, encoder, cache=context.files.output / INDEX_DIR)
+    planner = build_planner(
+        index,
+        pack_tokens=config.pack_tokens,
+        pack_tiles=config.pack_tiles,
+        packs_per_step=max(1, round(config.batch_tokens / config.pack_tokens)),
+    )
     return Prepared(
         preset=preset_,
         tokenizer=tokenizer,
@@ -48,20 +58,13 @@ def prepare(context: Context, config: TrainConfig) -> Prepared:
         learning=set_trainable(model, config.train),
         encoder=encoder,
         index=index,
-        held_out=build_index(folders, HELD_OUT_DIR, encoder),
-        planner=build_planner(
-            index,
-            pack_tokens=config.pack_tokens,
-            pack_tiles=config.pack_tiles,
-            packs_per_step=max(1, round(config.batch_tokens / config.pack_tokens)),
-        ),
+        held_out=_build_held_out(folders, encoder),
+        planner=planner,
+        steps=planner.steps_for(stage.seed, epochs=config.epochs, tokens=config.tokens),
     )
 
 
-def count_steps(config: TrainConfig, planner: Planner, seed: int) -> int:
-    """Optimizer steps of the budget."""
-    steps, tokens = planner.count_steps(seed)
-    if (config.tokens is None) == (config.epochs is None):
-        raise ConfigError("give exactly one of tokens and epochs")
-    epochs = config.epochs if config.epochs is not None else (config.tokens or 0) / tokens
-    return max(1, math.ceil(steps * epochs))
+def _build_held_out(folders: list[Path], encoder: Encoder) -> Index | None:
+    having = [folder for folder in folders if (folder / HELD_OUT_DIR / MANIFEST_FILE).exists()]
+    index = build_index(having, HELD_OUT_DIR, encoder) if having else None
+    return index if index is not None and len(index) else None

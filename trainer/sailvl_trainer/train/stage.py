@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch.distributed as dist
@@ -12,10 +13,13 @@ from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.distributed import broadcast
 from sailvl_trainer.train import checkpoint as checkpoints
 from sailvl_trainer.train import held_out
-from sailvl_trainer.train.engines.deepspeed import DeepSpeedEngine
+from sailvl_trainer.train.checkpoint import Position
+from sailvl_trainer.train.engines import Engine, build_engine
 from sailvl_trainer.train.forward import PackedModel
-from sailvl_trainer.train.loop import Loop, Position
-from sailvl_trainer.train.prepare import Prepared, count_steps, prepare
+from sailvl_trainer.train.loop import Loop
+from sailvl_trainer.train.prepare import Prepared, prepare
+
+logger = logging.getLogger(__name__)
 
 
 def run(context: Context) -> Result:
@@ -23,23 +27,24 @@ def run(context: Context) -> Result:
     started, config = time.time(), context.stage.train
     assert config is not None, "read_stage has checked the kind"
     prepared = prepare(context, config)
-    module = PackedModel(prepared.model).to(context.device)
     start = broadcast([context.files.begin_attempt(context.stage.attempt)] if context.is_first else None)[0]
+    module = PackedModel(prepared.model).to(context.device).train()
+    engine = build_engine(module, context.stage.engine, config, device=context.device)
     before = _measure(context, module, prepared, config)
-    engine = DeepSpeedEngine(module, context.stage.engine, config, world_size=context.world_size)
-    require_frozen(module, config)
     loop = Loop(
         context=context,
         config=config,
         prepared=prepared,
         engine=engine,
-        steps=count_steps(config, prepared.planner, context.stage.seed),
+        steps=prepared.steps,
         position=_restore(context, prepared, engine, start),
     )
     loop.run()
     after = _measure(context, module, prepared, config)
     shuffled = _measure(context, module, prepared, config, shuffle=True)
     _export(context, prepared)
+    losses = {"heldOutLossBefore": before, "heldOutLoss": after, "heldOutLossShuffled": shuffled}
+    losses |= {"loss": loop.position.loss}
     return Result(
         stage=context.stage.stage,
         kind=context.stage.kind,
@@ -50,24 +55,16 @@ def run(context: Context) -> Result:
         tokens=loop.position.tokens,
         samples=loop.position.samples,
         seconds=time.time() - started,
-        metrics={
-            "loss": loop.loss,
-            "heldOutLossBefore": before,
-            "heldOutLoss": after,
-            "heldOutLossShuffled": shuffled,
-        },
+        metrics={name: value for name, value in losses.items() if value is not None},
     )
-
-
-def require_frozen(module: PackedModel, config: TrainConfig) -> None:
-    """What is frozen has no gradient and no place in the optimizer."""
-    for name, parameter in module.named_parameters():
-        assert parameter.requires_grad == hasattr(parameter, "_hp_mapping"), f"{name} with train={config.train}"
 
 
 def _measure(
     context: Context, module: PackedModel, prepared: Prepared, config: TrainConfig, *, shuffle: bool = False
-) -> float:
+) -> float | None:
+    """None where the data has no held-out samples."""
+    if prepared.held_out is None:
+        return None
     context.telemetry.update(phase="evaluating")
     with context.telemetry.activity("evaluating"):
         return held_out.measure(
@@ -81,14 +78,16 @@ def _measure(
         )
 
 
-def _restore(context: Context, prepared: Prepared, engine: DeepSpeedEngine, start: Checkpoint | None) -> Position:
+def _restore(context: Context, prepared: Prepared, engine: Engine, start: Checkpoint | None) -> Position:
     if start is None:
-        return Position(step=0, tokens=0, samples=0, data=prepared.planner.start(context.stage.seed))
+        return Position(data=prepared.planner.start(context.stage.seed))
     folder = context.files.storage / start.path
-    manifest = checkpoints.read_manifest(folder)
-    checkpoints.load(folder, manifest, engine.fragments())
-    engine.after_load(manifest.step)
-    return Position(step=manifest.step, tokens=manifest.tokens, samples=manifest.samples, data=manifest.data)
+    manifest = checkpoints.read_manifest(folder, context.stage.digest)
+    with context.telemetry.activity("checkpoint"):
+        checkpoints.load(folder, manifest, engine.fragments())
+        engine.after_load(manifest.position.step)
+    logger.info("going on from %s, step %d", start.path, start.step)
+    return manifest.position
 
 
 def _export(context: Context, prepared: Prepared) -> None:

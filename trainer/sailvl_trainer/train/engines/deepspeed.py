@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1 behind the three calls that the loop makes, and its state as fragments by parameter name."""
+"""DeepSpeed ZeRO-1: whole weights on every rank, optimizer states and float32 weights in equal parts."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import logging
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sailvl_trainer.contract import EngineConfig, TrainConfig
-from sailvl_trainer.runtime.errors import ConfigError
 from sailvl_trainer.train.fragments import Fragment
+from sailvl_trainer.train.optimizer import build_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 class DeepSpeedEngine:
-    """Gradients are summed over microsteps and averaged over ranks; `step` is the boundary."""
+    """The protocol of `Engine`. DeepSpeed averages gradients over the ranks; losses are scaled to undo that."""
 
-    def __init__(self, module: nn.Module, engine: EngineConfig, config: TrainConfig, *, world_size: int) -> None:
-        if engine.name != "deepspeed" or engine.zero_stage != 1:
-            raise ConfigError(f"engine {engine.name} with zeroStage {engine.zero_stage} is not built yet; use ZeRO-1")
+    def __init__(self, module: nn.Module, engine: EngineConfig, config: TrainConfig, *, device: torch.device) -> None:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.module = module
-        self._world_size = world_size
-        learning = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            _groups(learning, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
-        )
+        self._world_size = dist.get_world_size()
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=_settings(engine, config), dist_init_required=False
+                model=module,
+                optimizer=build_optimizer(module, config),
+                config=_settings(engine, config, device),
+                dist_init_required=False,
             )
-        self._materialise()
+        self._set_clock(0)
 
     def backward(self, loss_sum: torch.Tensor, labels: int) -> None:
-        """Add a microbatch's gradient; `labels`: positions with loss in the whole step, over all ranks."""
+        """Add a microbatch's gradient."""
         self._engine.backward(loss_sum * (self._world_size / max(1, labels)))
 
     def step(self, learning_rate: float) -> float:
@@ -48,7 +48,7 @@ class DeepSpeedEngine:
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank owns of every learning parameter, as writable float32 views."""
+        """Views into the flat buffers of ZeRO's groups."""
         zero = self._engine.optimizer
         for name, parameter in self.module.named_parameters():
             owned = getattr(parameter, "_hp_mapping", None)
@@ -68,36 +68,30 @@ class DeepSpeedEngine:
             )
 
     def after_load(self, step: int) -> None:
-        """Fragments were written to: set the optimizer's clock and bring the forward's copies up to date."""
-        self._materialise(step)
+        """The weights of the forward are gathered from the float32 parts."""
+        self._set_clock(step)
         self._engine.optimizer.update_lp_params()
 
-    def _materialise(self, step: int = 0) -> None:
-        """The optimizer's state, which AdamW makes at its first step only."""
+    def _set_clock(self, step: int) -> None:
+        """AdamW makes its state at its first step only; a checkpoint is read before it."""
         zero = self._engine.optimizer
         for flat in zero.single_partition_of_fp32_groups:
             state = zero.optimizer.state[flat]
             for key in ("exp_avg", "exp_avg_sq"):
-                if key not in state:
-                    state[key] = torch.zeros_like(flat)
+                state.setdefault(key, torch.zeros_like(flat))
             state["step"] = torch.tensor(float(step))
 
 
-def _groups(parameters: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; vectors, norms and biases don't."""
-    matrices = [p for _, p in parameters if p.ndim > 1]
-    vectors = [p for _, p in parameters if p.ndim <= 1]
-    groups = ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
-
-
-def _settings(engine: EngineConfig, config: TrainConfig) -> dict[str, object]:
+def _settings(engine: EngineConfig, config: TrainConfig, device: torch.device) -> dict[str, object]:
+    is_bf16 = config.precision == "bf16" and device.type != "cpu"
+    if config.precision == "bf16" and not is_bf16:
+        logger.warning("precision bf16 is for accelerators; this CPU trains in float32")
     return {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.clip_norm,
         "zero_optimization": {"stage": engine.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {"enabled": is_bf16},
         "steps_per_print": 10**9,
     }
