@@ -94,7 +94,8 @@ clear_network() { # the pods' network namespaces, the bridges, kube-proxy's rule
 
 pause_image() { # busybox alone: it holds a pod's namespaces, and serves tests as $REGISTRY/busybox:1
   local container
-  if [ ! -f "$ROOT/pause.tar" ]; then
+  if [ ! -f "$ROOT/pause.tar" ] || ! buildah inspect --type image "$PAUSE" >/dev/null 2>&1; then
+    rm -f "$ROOT/pause.tar"
     container=$(buildah from scratch)
     buildah copy -q "$container" "$(command -v busybox)" /bin/busybox >/dev/null
     buildah config --entrypoint '["/bin/busybox","sleep","2147483647"]' "$container"

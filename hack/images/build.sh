@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Builds the images that are named and gives them to the registry, each tagged by its content: build.sh [operator] [trainer]
+# Prints NAME=IMAGE lines. $BASE is the base image (default: base.sh makes one), $REGISTRY where they go. As root.
+set -euo pipefail
+shopt -s nullglob
+cd "$(dirname "$0")/../.."
+export STORAGE_DRIVER=overlay
+registry=${REGISTRY:-localhost:5000}
+
+# The machine's certificates, pip's and uv's settings and uv's cache are lent to the build, never part of an image.
+lent=()
+lend() { # PATH [TARGET]
+  [ ! -e "$1" ] || lent+=(-v "$1:${2:-$1}${3:-:ro}")
+}
+lend /etc/ssl/certs
+lend /etc/pip.conf
+lend /etc/uv
+mkdir -p "${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/uv}"
+lend "${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/uv}" /var/cache/uv :rw
+
+content() { # NAME: a hash of all that goes in
+  { echo "$base"; find hack/uv.txt pyproject.toml README.m[d] "images/$1" operator trainer -type f -not -path '*/__pycache__/*' \
+    -not -path '*.egg-info/*' -print0 | sort -z | xargs -0 sha256sum; } | sha256sum | cut -c1-12
+}
+
+in_registry() { # IMAGE
+  local path=${1#"$registry/"}
+  curl -fs -o /dev/null -H 'Accept: application/vnd.oci.image.manifest.v1+json' \
+    "http://$registry/v2/${path%:*}/manifests/${path##*:}"
+}
+
+hack/require.sh buildah curl
+base=${BASE:-$(hack/images/base.sh)}
+[ $# -gt 0 ] || set -- operator trainer
+for name in "$@"; do
+  image=$registry/sailvl-$name:$(content "$name")
+  if ! in_registry "$image"; then
+    buildah build --layers --isolation chroot --network host --build-arg "BASE=$base" "${lent[@]}" \
+      -f "images/$name/Dockerfile" -t "$image" . >&2
+    hack/cluster/cluster.sh load "$image"
+  fi
+  echo "SAILVL_${name^^}_IMAGE=$image"
+done
