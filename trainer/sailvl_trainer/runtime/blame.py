@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Mapping
 
@@ -15,10 +14,9 @@ from sailvl_trainer.runtime.documents import decode
 def blame(failures: Mapping[int, ProcessFailure]) -> Termination:
     """`failures`: by global rank, at least one. The rank's own words, if it left any."""
     rank, failure = min(failures.items(), key=lambda item: (_group(item[1].exitcode), item[1].timestamp, item[0]))
-    words = failure.message if isinstance(failure.message, str) else json.dumps(failure.message)
     try:
-        return decode(Termination, words)
-    except ValueError:
+        return decode(Termination, failure.message)
+    except ValueError:  # torch's own words: the rank left none
         return Termination(exit_code=_code(failure.exitcode), rank=rank, message=_describe(rank, failure.exitcode))
 
 

@@ -28,7 +28,6 @@ def end_rank(termination: Termination) -> NoReturn:
     os._exit(int(termination.exit_code))
 
 
-def _as_error_file(termination: Termination) -> dict[str, object]:
-    """The form of torch's ErrorHandler; the agent orders failures by the time."""
-    time_ = {"timestamp": str(int(time.time()))}
-    return {"message": {"message": fit(termination).decode(), "extraInfo": time_}}
+def _as_error_file(termination: Termination) -> dict[str, str]:
+    """As torch.distributed.elastic.multiprocessing.errors.ProcessFailure reads it; it orders failures by the time."""
+    return {"message": fit(termination).decode(), "timestamp": str(int(time.time()))}

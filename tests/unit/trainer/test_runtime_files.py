@@ -1,0 +1,117 @@
+"""Lineage, results found again, and termination messages that are always whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sailvl_trainer.contract import (
+    Checkpoint,
+    CurateConfig,
+    ExitCode,
+    ModelConfig,
+    Result,
+    SourceConfig,
+    Stage,
+    Termination,
+)
+from sailvl_trainer.runtime.documents import decode, encode, read_stage
+from sailvl_trainer.runtime.errors import ConfigError
+from sailvl_trainer.runtime.files import StageFiles
+from sailvl_trainer.runtime.termination import fit
+
+
+def build_stage(root: Path, run: str = "demo") -> Stage:
+    return Stage(
+        namespace="team",
+        run=run,
+        stage="curate",
+        kind="curate",
+        attempt=1,
+        digest="d" * 64,
+        storage=str(root),
+        output=str(root / run / "curate"),
+        model=ModelConfig(preset="tiny"),
+        curate=CurateConfig(sources=(SourceConfig(path="/data/raw", format="imagefolder"),)),
+    )
+
+
+def complete(files: StageFiles, attempt: int, step: int) -> Checkpoint:
+    folder = files.checkpoint_dir(attempt, step)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    return Checkpoint(step=step, path=files.relative(folder))
+
+
+def test_an_attempt_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    files = StageFiles(build_stage(tmp_path))
+    assert files.begin_attempt(1) is None
+    complete(files, 1, 10)
+    newest = complete(files, 1, 20)
+    files.checkpoint_dir(1, 30).mkdir()  # killed while saving
+    assert files.begin_attempt(2) == newest
+
+
+def test_an_attempt_that_saved_nothing_hands_its_start_on(tmp_path: Path) -> None:
+    files = StageFiles(build_stage(tmp_path))
+    files.begin_attempt(1)
+    newest = complete(files, 1, 10)
+    files.begin_attempt(2)
+    assert files.begin_attempt(3) == newest
+
+
+def test_what_a_cut_off_attempt_writes_later_is_off_the_chain(tmp_path: Path) -> None:
+    files = StageFiles(build_stage(tmp_path))
+    files.begin_attempt(1)
+    start = complete(files, 1, 10)
+    files.begin_attempt(2)
+    complete(files, 1, 50)
+    assert files.begin_attempt(2) == start, "attempt 2 keeps the start that it recorded"
+    own = complete(files, 2, 20)
+    assert files.begin_attempt(3) == own
+
+
+def test_another_runs_result_is_found_by_the_memo(tmp_path: Path) -> None:
+    first, second = StageFiles(build_stage(tmp_path)), StageFiles(build_stage(tmp_path, run="again"))
+    assert second.find_result() is None
+    result = Result(stage="curate", kind="curate", digest="d" * 64, attempt=1, output="demo/curate")
+    first.write_result(result)
+    assert second.find_result() == replace(result, memoised=True)
+
+
+LONG = [
+    pytest.param({"message": "m" * 9000}, id="a long message"),
+    pytest.param({"traceback": "é" * 9000}, id="a long traceback of two-byte letters"),
+    pytest.param({"message": '"\\' * 4000, "traceback": "\n" * 5000}, id="letters that JSON escapes"),
+]
+
+
+@pytest.mark.parametrize("words", LONG)
+def test_a_termination_message_is_whole_and_short_enough(words: dict[str, str]) -> None:
+    data = fit(Termination(exit_code=1, rank=3, **words))
+    assert len(data) <= 4096
+    assert decode(Termination, data).rank == 3
+
+
+def test_a_result_of_many_metrics_still_fits() -> None:
+    result = Result(
+        stage="e",
+        kind="evaluate",
+        digest="d",
+        attempt=1,
+        output="o",
+        metrics={f"metric-{i:04d}": 1 / 3 for i in range(300)},
+    )
+    found = decode(Termination, fit(Termination(exit_code=0, result=result)))
+    assert found.result is not None
+    assert found.result.metrics["metric-0000"] == pytest.approx(1 / 3)
+
+
+def test_a_stage_document_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stage.json"
+    path.write_bytes(encode(replace(build_stage(tmp_path), schema_version=2)))
+    with pytest.raises(ConfigError, match="schema version 2") as error:
+        read_stage(path)
+    assert error.value.exit_code == ExitCode.CONFIG
