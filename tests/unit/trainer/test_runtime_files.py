@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from runtime_builders import build_stage
 from sailvl_trainer.contract import (
     Checkpoint,
-    CurateConfig,
     ExitCode,
-    ModelConfig,
     Result,
-    SourceConfig,
-    Stage,
     Termination,
 )
 from sailvl_trainer.runtime.documents import decode, encode, read_stage
 from sailvl_trainer.runtime.errors import ConfigError
 from sailvl_trainer.runtime.files import StageFiles
 from sailvl_trainer.runtime.termination import fit
-
-
-def build_stage(root: Path, run: str = "demo") -> Stage:
-    return Stage(
-        namespace="team",
-        run=run,
-        stage="curate",
-        kind="curate",
-        attempt=1,
-        digest="d" * 64,
-        storage=str(root),
-        output=str(root / run / "curate"),
-        model=ModelConfig(preset="tiny"),
-        curate=CurateConfig(sources=(SourceConfig(path="/data/raw", format="imagefolder"),)),
-    )
 
 
 def complete(files: StageFiles, attempt: int, step: int) -> Checkpoint:
@@ -79,6 +62,20 @@ def test_another_runs_result_is_found_by_the_memo(tmp_path: Path) -> None:
     result = Result(stage="curate", kind="curate", digest="d" * 64, attempt=1, output="demo/curate")
     first.write_result(result)
     assert second.find_result() == replace(result, memoised=True)
+
+
+def test_a_result_of_another_digest_is_none(tmp_path: Path) -> None:
+    files = StageFiles(build_stage(tmp_path))
+    files.write_result(Result(stage="curate", kind="curate", digest="e" * 64, attempt=1, output="demo/curate"))
+    assert files.find_result() is None
+
+
+def test_a_lineage_left_empty_by_a_power_loss_is_written_again(tmp_path: Path) -> None:
+    files = StageFiles(build_stage(tmp_path))
+    files.attempts.mkdir(parents=True)
+    (files.attempts / "1.json").touch()
+    assert files.begin_attempt(1) is None
+    assert json.loads((files.attempts / "1.json").read_text()) == {"attempt": 1, "start": None}
 
 
 LONG = [

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from sailvl_trainer.contract import CurateConfig, Env, ModelConfig, Progress, Result, SourceConfig, Stage, Termination
+from runtime_builders import build_stage
+from sailvl_trainer.contract import Env, Progress, Result, Termination
 from sailvl_trainer.runtime.documents import decode, encode
 from sailvl_trainer.runtime.files import StageFiles
 
@@ -26,21 +27,6 @@ LIMIT = 60
 """Seconds that a worker may take."""
 HERE = Path(__file__).parent
 WORKER = "from sailvl_trainer.runtime.entry import main; main('runtime_rank')"
-
-
-def build_stage(root: Path) -> Stage:
-    return Stage(
-        namespace="team",
-        run="demo",
-        stage="curate",
-        kind="curate",
-        attempt=1,
-        digest="d" * 64,
-        storage=str(root),
-        output=str(root / "demo" / "curate"),
-        model=ModelConfig(preset="tiny"),
-        curate=CurateConfig(sources=(SourceConfig(path="/data/raw", format="imagefolder"),)),
-    )
 
 
 def free_port() -> int:
@@ -169,12 +155,15 @@ def test_a_crash_is_made_good_in_place_and_the_counts_go_on(attempt: Start) -> N
     assert any(counted in text for text in metrics), metrics[-1]
 
 
-def test_a_killed_rank_is_named(attempt: Start) -> None:
-    it = attempt("killed", environment={Env.PROCESSES_PER_NODE: 2})
-    it.start()
-    said = it.end()
-    assert (said.exit_code, said.rank) == (137, 1)
-    assert said.message == "rank 1 was ended by SIGKILL; out of memory?"
+def test_a_killed_rank_is_named_and_its_neighbour_says_that_it_is_not_to_blame(attempt: Start) -> None:
+    it = attempt("killed", nodes=2)
+    it.start(0)
+    it.start(1)
+    neighbour, killed = sorted((it.end(index) for index in range(2)), key=lambda said: said.exit_code)
+    assert (killed.exit_code, killed.rank) == (137, 1)
+    assert killed.message == "rank 1 was ended by SIGKILL; out of memory?"
+    assert (neighbour.exit_code, neighbour.rank) == (76, 0)
+    assert "another rank is gone" in neighbour.message
 
 
 def test_a_hang_ends_the_worker_and_shows_every_ranks_stack(attempt: Start) -> None:

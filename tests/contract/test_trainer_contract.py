@@ -1,0 +1,115 @@
+"""Operator and trainer against each other, without a cluster: what one writes, the other reads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from builders import build_pod, build_run
+from sailvl_operator.api.status import Cause
+from sailvl_operator.core import failure
+from sailvl_operator.core.desired.workload import build_env, encode_document
+from sailvl_operator.core.observe import Terminated
+from sailvl_operator.core.plan import Defaults, build_attempt, plan
+from sailvl_trainer.contract import FINAL_CODES, Checkpoint, Env, ExitCode, Result, Termination
+from sailvl_trainer.runtime.documents import read_stage
+from sailvl_trainer.runtime.settings import read_settings
+from sailvl_trainer.runtime.termination import fit
+
+OUTPUTS = {name: f"demo/{name}-0" for name in ("curate", "alignment", "knowledge", "evaluate")}
+FROM_THE_POD = {Env.NODE_RANK: "1", Env.NODE_NAME: "node-1"}
+"""What the downward API adds."""
+LEFT_OUT = {Env.METRICS_PORT_OFFSET}
+"""For workers that share a machine: local mode sets it."""
+
+
+@pytest.mark.parametrize("index", range(4), ids=["curate", "pretrain", "sft", "evaluate"])
+def test_the_trainer_reads_every_stage_document_of_the_operator(tmp_path: Path, index: int) -> None:
+    run = build_run()
+    document = build_attempt(run, plan(run)[index], attempt=2, outputs=OUTPUTS, defaults=Defaults()).document
+    path = tmp_path / "stage.json"
+    path.write_text(encode_document(document))
+    assert read_stage(path) == document
+
+
+def test_the_trainer_reads_every_variable_of_the_operator() -> None:
+    run = build_run()
+    attempt = build_attempt(run, plan(run)[1], attempt=2, outputs=OUTPUTS, defaults=Defaults(grace_seconds=90))
+    given = build_env(attempt) | FROM_THE_POD
+    assert set(given) == set(Env) - LEFT_OUT
+    settings = read_settings(given)
+    assert (settings.nodes, settings.node_rank, settings.rendezvous_host) == (2, 1, "demo-alignment-2-0.demo")
+    assert settings.grace_seconds < 90, "the worker ends before the kubelet ends it"
+    assert settings.stall_seconds == attempt.stall_seconds
+
+
+def end_with(termination: Termination) -> failure.Evidence:
+    terminated = Terminated(
+        exit_code=termination.exit_code, reason="Error", message=fit(termination).decode(), finished=1.0
+    )
+    pod = build_pod("alignment", terminated=terminated, phase="Failed")
+    return failure.diagnose(failure.collect_evidence([pod], was_running=True))
+
+
+CAUSES = [
+    (ExitCode.CONFIG, Cause.CONFIG),
+    (ExitCode.DATA, Cause.DATA),
+    (ExitCode.NON_FINITE, Cause.NON_FINITE),
+    (ExitCode.OUT_OF_MEMORY, Cause.OUT_OF_MEMORY),
+    (ExitCode.STALLED, Cause.STALLED),
+    (ExitCode.PREEMPTED, Cause.PREEMPTED),
+    (ExitCode.TERMINATED, Cause.PREEMPTED),
+    (ExitCode.PEER_LOST, Cause.INFRA),
+]
+
+
+@pytest.mark.parametrize(("code", "cause"), CAUSES, ids=[code.name for code, _ in CAUSES])
+def test_the_operator_knows_every_exit_code(code: ExitCode, cause: Cause) -> None:
+    said = Termination(exit_code=code, rank=3, message="what to change", traceback="é" * 9000)
+    evidence = end_with(said)
+    assert (evidence.cause, evidence.rank, evidence.message) == (cause, 3, "what to change")
+    assert evidence.is_peer_lost is (code is ExitCode.PEER_LOST)
+
+
+def test_the_table_above_has_every_exit_code() -> None:
+    assert {code for code, _ in CAUSES} == set(ExitCode) - {ExitCode.OK}
+    assert ExitCode.PEER_LOST not in FINAL_CODES, "a lost peer may come back"
+    assert ExitCode.STALLED not in FINAL_CODES
+
+
+def test_the_operator_reads_a_result_whatever_is_in_it() -> None:
+    result = Result(
+        stage="alignment",
+        kind="pretrain",
+        digest="d",
+        attempt=1,
+        output="demo/alignment-0",
+        metrics={"heldOutLoss": 2.0, "loss": float("nan")},
+    )
+    said = Termination(exit_code=0, result=result, checkpoint=Checkpoint(step=1, path="p"))
+    terminated = Terminated(exit_code=0, reason="Completed", message=fit(said).decode(), finished=1.0)
+    found = failure.find_result([build_pod("alignment", terminated=terminated)])
+    assert found is not None
+    assert found.metrics == {"heldOutLoss": 2.0}, "no gate can be asked of a NaN"
+
+
+def test_the_contract_is_pure_standard_library() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import sailvl_trainer.contract; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(*sorted(new - set(sys.stdlib_module_names)))"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["sailvl_trainer"]
+
+
+def test_documents_are_json_of_plain_fields() -> None:
+    """The operator's own JSON of a document is what the trainer would write."""
+    run = build_run()
+    document = build_attempt(run, plan(run)[0], attempt=1, outputs=OUTPUTS, defaults=Defaults()).document
+    assert msgspec.json.decode(encode_document(document)) == msgspec.json.decode(msgspec.json.encode(document))
