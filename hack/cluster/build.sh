@@ -3,7 +3,6 @@
 # The folder is keyed by all that it is made from, so another checkout finds it again. Needs Go >= 1.26.
 set -euo pipefail
 cd "$(dirname "$0")/tools"
-command -v go >/dev/null || { echo "missing: Go, at least 1.26" >&2; exit 1; }
 
 export CGO_ENABLED=0 GOFLAGS="-buildvcs=false -mod=readonly"
 strip="-s -w"

@@ -3,10 +3,12 @@
 #   cluster.sh up [NODES]     two nodes unless told; returns at once where it is up; clears what a killed one left
 #   cluster.sh add-node I     another node, or one that was killed
 #   cluster.sh kill-node I    as if its power failed
+#   cluster.sh remove-node I  for good
 #   cluster.sh load IMAGE     from buildah to the registry at $REGISTRY, from which the nodes pull
 #   cluster.sh env            shell lines that set KUBECONFIG, REGISTRY and PATH
 #   cluster.sh down           ends it; images stay
-# Needs root. State lies in $ROOT (default: build/cluster of this checkout); binaries come from build.sh. One a machine.
+# State lies in $ROOT (default: build/cluster of this checkout); binaries come from build.sh. One cluster a machine.
+# Exit code 3: this machine can't have one (no root, no mounts, a tool is missing).
 set -euo pipefail
 HERE=$(dirname "$(realpath "$0")")
 ROOT=$(realpath -m "${ROOT:-$HERE/../../build/cluster}")
@@ -40,7 +42,6 @@ is_up() { # NODES
 up() { # NODES
   local i
   if is_up "$1"; then return; fi
-  "$HERE/../require.sh" "${NEEDS[@]}"
   down
   # shellcheck disable=SC2046  # each node has two
   require_ports "${PORTS[@]}" $(for ((i = 0; i < $1; i++)); do node_ports "$i"; done)
@@ -60,7 +61,19 @@ down() { # and what one left that was killed: processes, mounts, cgroups, bridge
   stop_strays "$ROOT"
   for i in $(known_nodes); do clear_node "$i"; done
   clear_network
-  rm -rf "$ROOT/etcd"
+  rm -rf "$ROOT/etcd" "$KUBECONFIG"
+}
+
+require() {
+  [ "$(id -u)" -eq 0 ] || cannot "needs root"
+  unshare --mount --net true 2>/dev/null || cannot "needs the right to mount (CAP_SYS_ADMIN)"
+  "$HERE/../require.sh" "${NEEDS[@]}" || cannot "tools are missing"
+  command -v go >/dev/null || cannot "needs Go, at least 1.26"
+}
+
+cannot() {
+  echo "cluster: this machine can't have one: $*" >&2
+  exit 3
 }
 
 known_nodes() {
@@ -72,7 +85,7 @@ load() { # IMAGE: only changed layers travel
 }
 
 main() {
-  [ "$(id -u)" -eq 0 ] || die "needs root"
+  require
   mkdir -p "$PKI" "$ROOT/log"
   exec 9>"$ROOT/.lock"
   flock 9 # up and down wait for each other
@@ -89,16 +102,22 @@ main() {
       await_node "$2"
       ;;
     kill-node) kill_node "$2" ;;
+    remove-node)
+      kill_node "$2"
+      clear_node "$2"
+      rm -rf --one-file-system "$ROOT/node-$2"
+      kubectl delete node "node-$2" --ignore-not-found
+      ;;
     down) down ;;
   esac
 }
 
 case "${1:-} ${2:+argument}" in
-  'up ' | 'up argument' | 'down ' | 'add-node argument' | 'kill-node argument') main "$@" ;;
+  'up ' | 'up argument' | 'down ' | 'add-node argument' | 'kill-node argument' | 'remove-node argument') main "$@" ;;
   'load argument') load "$2" ;;
   'env ') echo "export KUBECONFIG=$KUBECONFIG REGISTRY=$REGISTRY PATH=$("$HERE/build.sh"):\$PATH" ;;
   *)
-    sed -n '3,8s/^# *//p' "$0"
+    sed -n '3,9s/^# *//p' "$0"
     exit 2
     ;;
 esac

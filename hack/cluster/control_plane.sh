@@ -69,6 +69,7 @@ dns() { # CoreDNS runs beside the control plane; a Service without selector poin
     kubeconfig $KUBECONFIG
     pods insecure
   }
+  forward . /etc/resolv.conf
   cache 5
 }
 CONF
