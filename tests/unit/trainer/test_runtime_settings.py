@@ -166,6 +166,6 @@ def test_sigterm_is_answered_before_torch_is_there() -> None:
 
 
 def test_a_child_of_a_dead_parent_does_not_begin() -> None:
-    command = [sys.executable, "-m", "sailvl_trainer.runtime.child", "999999999", "nowhere"]
+    command = [sys.executable, "-m", "sailvl_trainer.runtime.child", "999999999", "nowhere", "nothing"]
     done = subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path)}, check=False)
     assert done.returncode == 128 + signal.SIGKILL

@@ -100,7 +100,7 @@ def _build_spec(settings: Settings, rendezvous: RendezvousHandler, rank_module: 
         local_world_size=settings.processes_per_node,
         rdzv_handler=rendezvous,
         entrypoint=sys.executable,
-        args=("-u", "-m", child.__name__, str(os.getpid()), rank_module),
+        args=("-u", "-m", child.__name__, str(os.getpid()), str(Scratch(settings.scratch).stacks), rank_module),
         max_restarts=settings.in_place_restarts,
         monitor_interval=MONITOR_SECONDS,
     )

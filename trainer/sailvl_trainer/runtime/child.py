@@ -1,6 +1,6 @@
 """What a rank does before its heavy imports: it can't outlive its worker, and shows its stacks when asked.
 
-`python -m sailvl_trainer.runtime.child PARENT MODULE`, started by the worker's agent.
+`python -m sailvl_trainer.runtime.child PARENT STACKS MODULE`, started by the worker's agent.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 
 STACK_SIGNAL = signal.SIGUSR1
 PR_SET_PDEATHSIG = 1
@@ -18,9 +19,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> None:
-    parent, module = int(arguments[0]), arguments[1]
-    die_with(parent)
-    faulthandler.register(STACK_SIGNAL, all_threads=True)
+    """Be the rank whose main is `arguments[2]`."""
+    parent, stacks, module = arguments
+    die_with(int(parent))
+    stack = (Path(stacks) / f"{os.getpid()}.txt").open("w")
+    faulthandler.enable()
+    faulthandler.register(STACK_SIGNAL, file=stack, all_threads=True)  # a file each, else they mix in the log
     sys.argv = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

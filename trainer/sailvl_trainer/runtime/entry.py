@@ -71,12 +71,7 @@ def _work(settings: Settings, ranks: Ranks, rank_module: str, end: Exit) -> Term
         return _succeeded(settings, found)
     watch_for_result(files, ranks, lambda result: end(_succeeded(settings, result)))
     _serve(settings, stage, scratch)
-    start_watchdog(
-        ranks,
-        scratch.progress_file,
-        settings.stall_seconds,
-        lambda words: end(Termination(exit_code=ExitCode.STALLED, message=words)),
-    )
+    start_watchdog(ranks, scratch, settings.stall_seconds, lambda words, stacks: end(_stalled(words, stacks)))
     from sailvl_trainer.runtime.agent import run_ranks
 
     termination = run_ranks(settings, stage, ranks, rank_module, end)
@@ -97,6 +92,11 @@ def _serve(settings: Settings, stage: Stage, scratch: Scratch) -> None:
 
 def _succeeded(settings: Settings, result: Result) -> Termination:
     return Termination(exit_code=ExitCode.OK, result=result if settings.node_rank == 0 else None)
+
+
+def _stalled(words: str, stacks: str) -> Termination:
+    print(stacks, file=sys.stderr, flush=True)  # noqa: T201
+    return Termination(exit_code=ExitCode.STALLED, message=words, traceback=stacks)
 
 
 def _describe(error: BaseException) -> Termination:

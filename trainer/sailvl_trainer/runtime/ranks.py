@@ -37,6 +37,12 @@ class Ranks:
         with self._lock:
             return self._since if self._pids else None
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """By local rank."""
+        with self._lock:
+            return self._pids
+
     def signal(self, number: signal.Signals) -> None:
         """To all that still live. Each leads a process group, with whatever it has started in it."""
         with self._lock:

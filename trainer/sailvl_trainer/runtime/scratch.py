@@ -33,11 +33,16 @@ class Scratch:
         """The error files that torch's agent reads."""
         return self.root / "elastic"
 
+    @property
+    def stacks(self) -> Path:
+        """<pid>.txt: where each rank is, when it is asked."""
+        return self.root / "stacks"
+
     def prepare(self) -> None:
         """Make it, without what a predecessor left."""
         self.root.mkdir(parents=True, exist_ok=True)
         self.stop_file.unlink(missing_ok=True)
         self.progress_file.unlink(missing_ok=True)
-        for folder in (self.metrics, self.elastic):
+        for folder in (self.metrics, self.elastic, self.stacks):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
