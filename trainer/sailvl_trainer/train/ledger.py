@@ -20,15 +20,18 @@ class Ledger:
 
     def __init__(self, files: StageFiles, attempt: int) -> None:
         files.attempts.mkdir(parents=True, exist_ok=True)
-        path = ledger_path(files, attempt)
-        is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", buffering=1)
-        if is_torn:
-            self._file.write("\n")
+        self._path = ledger_path(files, attempt)
+        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
+            self._append("\n")
 
     def write(self, step: int, samples: tuple[int, ...]) -> None:
         """The samples of an optimizer step, over all ranks; `step` from 1."""
-        self._file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+        self._append(json.dumps({"step": step, "samples": samples}) + "\n")
+
+    def _append(self, text: str) -> None:
+        """Closed each time: other machines see the line, and a kill loses none."""
+        with self._path.open("a") as file:
+            file.write(text)
 
 
 def ledger_path(files: StageFiles, attempt: int) -> Path:
