@@ -51,6 +51,7 @@ up() { # NODES
   pause_image
   for ((i = 0; i < $1; i++)); do node "$i"; done
   for ((i = 0; i < $1; i++)); do await_node "$i"; done
+  await 30 kubectl -n default get serviceaccount default # without it pods are refused
 }
 
 down() { # and what one left that was killed: processes, mounts, cgroups, bridges, rules

@@ -26,6 +26,7 @@ content() { # NAME: a hash of all that goes in
 in_registry() { # IMAGE
   local path=${1#"$registry/"}
   curl -fs -o /dev/null -H 'Accept: application/vnd.oci.image.manifest.v1+json' \
+    -H 'Accept: application/vnd.docker.distribution.manifest.v2+json' \
     "http://$registry/v2/${path%:*}/manifests/${path##*:}"
 }
 
