@@ -2,49 +2,87 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sailvl
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+UV := $(CACHE)/uv-$(shell sha256sum hack/uv.txt | cut -c1-8)/bin/uv
 # One thread a process: the tests start several on few cores.
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup check test lock format clean
+.PHONY: help setup check test demo data cluster cluster-down images e2e bench generate lock format clean
 
 help:  ## this list
-	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## the virtual environment, from the locked requirements
 
 # uv links packages from its cache, so that a second clone takes seconds.
-$(STAMP): requirements.txt pyproject.toml
-	@hack/require.sh $(PYTHON) git c++
-	@[ -x $(CACHE)/uv/bin/uv ] || { $(PYTHON) -m venv $(CACHE)/uv && $(CACHE)/uv/bin/python -m pip install -q 'uv>=0.9'; }
-	$(CACHE)/uv/bin/uv venv -q --allow-existing --python $(PYTHON) $(VENV)
-	$(CACHE)/uv/bin/uv pip sync -q --python $(BIN)/python --require-hashes requirements.txt
-	$(CACHE)/uv/bin/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+$(STAMP): requirements.txt pyproject.toml $(UV)
+	@hack/require.sh git c++
+	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)
+	$(UV) pip sync -q --python $(BIN)/python --require-hashes requirements.txt
+	$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-check: setup  ## format, lint, types, layers, unit and contract tests: the fast part
+$(UV):
+	@hack/require.sh $(PYTHON)
+	$(PYTHON) -m venv $(@D)/..
+	$(@D)/python -m pip install -q --require-hashes -r hack/uv.txt
+
+check: setup  ## format, lint, types, layers, generated files, unit and contract tests: the fast part
+	@mkdir -p build
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
 	$(BIN)/mypy
-	PYTHONPATH=operator:trainer $(BIN)/lint-imports --no-cache >build/lint-imports.log 2>&1 || { cat build/lint-imports.log; exit 1; }
-	$(BIN)/pytest -q -m "not slow and not cluster and not e2e" tests
+	$(BIN)/lint-imports --no-cache >build/lint-imports.log 2>&1 || { cat build/lint-imports.log; exit 1; }
+	$(BIN)/sailvl generate crd | diff -u crds/sailvlruns.yaml - || { echo "crds/ is stale: make generate"; exit 1; }
+	$(BIN)/pytest -q -m "not slow and not cluster and not e2e" tests/unit tests/contract
 
 test: check  ## everything this machine can; says what it skipped and why
-	$(BIN)/pytest -q -m "slow" tests
+	hack/test.sh "slow or cluster or e2e"
 
-lock:  ## requirements.txt from pyproject.toml, with hashes and without the index's address
-	$(CACHE)/uv/bin/uv pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url \
-	  --no-emit-find-links --all-extras pyproject.toml -o requirements.txt
+demo: data  ## a whole tiny run on this machine, from raw pictures to an evaluated model
+	$(BIN)/sailvl run --local crds/samples/demo.yaml --root build/demo
+
+data: setup  ## the demo's raw data in build/demo
+	@mkdir -p build
+	hack/demo_data.sh $(BIN)/python build/demo
+
+cluster:  ## a real Kubernetes of two nodes on this machine; `hack/cluster/cluster.sh env` says how to reach it
+	@hack/cluster/cluster.sh up
+	@hack/cluster/cluster.sh env
+
+cluster-down:  ## end it
+	hack/cluster/cluster.sh down
+
+images: cluster  ## both images, in the cluster's registry, tagged by content
+	@mkdir -p build
+	hack/images/build.sh | tee build/images.env
+
+e2e: setup  ## whole runs on the cluster with the built images
+	hack/test.sh e2e
+
+bench: setup  ## every benchmark: a table and a JSON line each
+	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+generate: setup  ## crds/ from the types
+	$(BIN)/sailvl generate crd >build/sailvlruns.yaml && mv build/sailvlruns.yaml crds/sailvlruns.yaml
+
+LOCK = $(UV) pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
+lock: $(UV)  ## the locked requirements from pyproject.toml, with hashes and without the index's address
+	$(LOCK) --all-extras pyproject.toml -o requirements.txt
+	echo 'setuptools>=77' | $(LOCK) -c requirements.txt --extra operator pyproject.toml - -o images/operator/requirements.txt
+	echo 'setuptools>=77' | $(LOCK) -c requirements.txt --extra trainer --extra curate pyproject.toml - -o images/trainer/requirements.txt
 
 format:  ## format and mend what the linter can
 	$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
 clean:  ## what was built here; the caches stay
-	rm -rf build $(VENV)
+	hack/cluster/cluster.sh down
+	rm -rf --one-file-system build $(VENV)
