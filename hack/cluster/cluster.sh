@@ -40,11 +40,12 @@ is_up() { # NODES
 }
 
 up() { # NODES
-  local i
+  local i others
   if is_up "$1"; then return; fi
   down
   # shellcheck disable=SC2046  # each node has two
-  require_ports "${PORTS[@]}" $(for ((i = 0; i < $1; i++)); do node_ports "$i"; done)
+  others=$(holders "${PORTS[@]}" $(for ((i = 0; i < $1; i++)); do node_ports "$i"; done)) || true
+  [ -z "$others" ] || die "its ports are in use, by the cluster of another checkout? $others"
   control_plane
   registry
   dns
@@ -61,7 +62,7 @@ down() { # and what one left that was killed: processes, mounts, cgroups, bridge
   stop etcd
   stop_strays "$ROOT"
   for i in $(known_nodes); do clear_node "$i"; done
-  clear_network
+  [ -n "$(holders "${PORTS[@]}")" ] || clear_network # another checkout's cluster keeps its own
   rm -rf "$ROOT/etcd" "$KUBECONFIG"
 }
 

@@ -1,8 +1,9 @@
 # Nodes: node I is a containerd and a kubelet of its own under $ROOT/node-I, with pods on the bridge cniI (10.244.I.0/24)
-# in the cgroup sailvl-node-I. Sourced by cluster.sh.
+# in the cgroup $GROUP-I. Sourced by cluster.sh.
 # shellcheck shell=bash
 
 PAUSE=localhost/pause:1
+GROUP=sailvl-$(sha256sum <<<"$ROOT" | cut -c1-6)-node # of this checkout's cluster alone
 
 node() { # I
   local i=$1 dir=$ROOT/node-$1
@@ -44,9 +45,9 @@ hierarchies() { # the cgroup trees: version 1 has one for each controller
 cgroups() { # I
   local tree file
   for tree in $(hierarchies); do
-    mkdir -p "$tree/sailvl-node-$1"
+    mkdir -p "$tree/$GROUP-$1"
     for file in cpuset.cpus cpuset.mems; do # of version 1: empty in a new group, which then can hold no process
-      [ ! -f "$tree/$file" ] || cat "$tree/$file" >"$tree/sailvl-node-$1/$file"
+      [ ! -f "$tree/$file" ] || cat "$tree/$file" >"$tree/$GROUP-$1/$file"
     done
   done
 }
@@ -58,7 +59,7 @@ kill_node() { # I: as a machine that loses its power: kubelet, containerd, every
     rm -f "$ROOT/$name.pid"
   done
   for tree in $(hierarchies); do
-    mapfile -t -O ${#pids[@]} pids < <(find "$tree/sailvl-node-$1" -name cgroup.procs -exec cat {} + 2>/dev/null)
+    mapfile -t -O ${#pids[@]} pids < <(find "$tree/$GROUP-$1" -name cgroup.procs -exec cat {} + 2>/dev/null)
   done
   [ ${#pids[@]} -eq 0 ] || kill -9 "${pids[@]}" 2>/dev/null || true
 }
@@ -69,7 +70,7 @@ clear_node() { # I: what a machine forgets that is switched off; its images stay
   unmount "$dir"
   rm -rf --one-file-system "$dir/state" "$dir/ipam" "$dir/kubelet" "$dir/logs"
   for tree in $(hierarchies); do
-    [ ! -d "$tree/sailvl-node-$1" ] || find "$tree/sailvl-node-$1" -depth -type d -exec rmdir {} + 2>/dev/null || true
+    [ ! -d "$tree/$GROUP-$1" ] || find "$tree/$GROUP-$1" -depth -type d -exec rmdir {} + 2>/dev/null || true
   done
 }
 
@@ -143,7 +144,7 @@ kubelet_config() { # I
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 cgroupDriver: cgroupfs
-cgroupRoot: /sailvl-node-$1
+cgroupRoot: /$GROUP-$1
 oomScoreAdj: 0
 failSwapOn: false
 failCgroupV1: false

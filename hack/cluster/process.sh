@@ -61,13 +61,9 @@ stop_strays() { # FOLDER: what runs on from it after its pid file was lost, and 
   [ ${#pids[@]} -eq 0 ] || end "${pids[@]}"
 }
 
-require_ports() { # PORT...: free, once ours have been ended
-  local port found=()
-  for port in "$@"; do
-    mapfile -t -O ${#found[@]} found < <(ss -Hltnp "sport = :$port")
-  done
-  [ ${#found[@]} -eq 0 ] || die "ports in use, by the cluster of another checkout? $(printf '%s\n' "${found[@]}" |
-    grep -oE '\("[^"]+",pid=[0-9]+' | sort -u | tr '\n' ' ')"
+holders() { # PORT...: who listens there
+  local port
+  for port in "$@"; do ss -Hltnp "sport = :$port"; done | grep -oE '"[^"]+",pid=[0-9]+' | sort -u | tr '\n' ' '
 }
 
 die() {
