@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     InternVLConfig,
     InternVLForConditionalGeneration,
-    InternVLVisionConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -29,11 +28,12 @@ def build_config(preset_: Preset, tokenizer: PreTrainedTokenizerFast) -> InternV
     text.eos_token_id = tokenizer.convert_tokens_to_ids(IM_END)
     text.pad_token_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     return InternVLConfig(
-        vision_config=InternVLVisionConfig(**preset_.vision),
+        vision_config=AutoConfig.for_model(preset_.vision_type, **preset_.vision),
         text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
         image_seq_length=preset_.tokens_per_tile,
         downsample_ratio=DOWNSAMPLE,
+        vision_feature_select_strategy="default" if preset_.vision_type == "internvl_vision" else "full",
         tie_word_embeddings=preset_.text["tie_word_embeddings"],
     )
 
@@ -43,7 +43,7 @@ def build_model(
 ) -> InternVLForConditionalGeneration:
     """In float32 on the CPU, the same on every rank. Raises ConfigError for weights that don't fit the preset."""
     if init_from is not None:
-        return _load(InternVLForConditionalGeneration, init_from)
+        return straighten(_load(InternVLForConditionalGeneration, init_from))
     torch.manual_seed(seed)
     built = InternVLForConditionalGeneration(build_config(preset(model.preset), tokenizer)).float()
     if model.vision is not None:
@@ -53,7 +53,18 @@ def build_model(
         source.resize_token_embeddings(built.config.text_config.vocab_size)
         _copy(built.model.language_model, source.model, "model.language")
         _copy(built.lm_head, source.lm_head, "model.language")
-    return built
+    return straighten(built)
+
+
+def straighten(model: InternVLForConditionalGeneration) -> InternVLForConditionalGeneration:
+    """AIMv2 gives features in a memory order that transformers' pixel shuffle can't view; others are left alone."""
+
+    def make_contiguous(_: torch.nn.Module, __: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.contiguous()
+        return output
+
+    model.model.vision_tower.register_forward_hook(make_contiguous)
+    return model
 
 
 def count_parameters(model: torch.nn.Module) -> int:

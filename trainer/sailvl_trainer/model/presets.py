@@ -23,7 +23,9 @@ class Preset:
     """Pixels of a tile's side."""
     patch_size: int
     vision: dict[str, Any]
-    """Of transformers' InternVLVisionConfig."""
+    """Of the configuration that transformers has for `vision_type`."""
+    vision_type: str = "internvl_vision"
+    """internvl_vision (InternViT: a class token, which is dropped) or aimv2_vision_model (patches alone)."""
     text_type: str
     """qwen2 or qwen3."""
     text: dict[str, Any]
@@ -43,14 +45,19 @@ def preset(name: str) -> Preset:
 
 
 def tiny() -> Preset:
-    """Trains in seconds on a CPU; the same shape as the large ones."""
+    """Trains in seconds on a CPU; the same shape as the large ones.
+
+    Weights start at 1/sqrt(width). With the 0.02 of wide models a narrow one hardly learns to look anything up: reading
+    words from its context, the tiny language model came to a loss of 0.35 in 320 steps, and like this to 0.001 in 200.
+    """
     return Preset(
         name="tiny",
         image_size=112,
         patch_size=14,
-        vision=_vision(hidden=96, layers=3, heads=4, intermediate=384, image_size=112),
+        vision=_vision(hidden=96, layers=3, heads=4, intermediate=384, image_size=112) | {"initializer_range": 0.1},
         text_type="qwen2",
-        text=_text(hidden=128, layers=4, heads=4, kv_heads=2, intermediate=384, tied=True) | {"rope_theta": 10_000.0},
+        text=_text(hidden=128, layers=4, heads=4, kv_heads=2, intermediate=384, tied=True)
+        | {"rope_theta": 10_000.0, "initializer_range": 0.08},
     )
 
 
@@ -66,7 +73,35 @@ def sail_vl_8b() -> Preset:
     return _sail_vl("sail-vl-8b", text)
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"tiny": tiny, "sail-vl-2b": sail_vl_2b, "sail-vl-8b": sail_vl_8b}
+def sail_vl2_2b() -> Preset:
+    """SAILViT-Huge, which is of the shape of AIMv2-Huge, and Qwen3-1.7B (arXiv 2509.14033)."""
+    text = _text(hidden=2048, layers=28, heads=16, kv_heads=8, intermediate=6144, tied=True, vocabulary=151_936)
+    return Preset(
+        name="sail-vl2-2b",
+        image_size=448,
+        patch_size=14,
+        vision_type="aimv2_vision_model",
+        vision={
+            "hidden_size": 1536,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 12,
+            "intermediate_size": 4096,
+            "image_size": 448,
+            "patch_size": 14,
+            "use_head": False,
+            "is_native": False,
+        },
+        text_type="qwen3",
+        text=text | {"head_dim": 128},
+    )
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {
+    "tiny": tiny,
+    "sail-vl-2b": sail_vl_2b,
+    "sail-vl-8b": sail_vl_8b,
+    "sail-vl2-2b": sail_vl2_2b,
+}
 
 
 def _sail_vl(name: str, text: dict[str, Any]) -> Preset:

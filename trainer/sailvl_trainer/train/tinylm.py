@@ -29,7 +29,7 @@ TEXT_SEED = 4
 """Scenes that no other set is drawn from."""
 GRID = 4
 """Words a side: as many as a tile of `tiny` has positions."""
-ROWS, RATE, WARMUP = 24, 3e-3, 20
+ROWS, RATE, WARMUP = 16, 2e-3, 15
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,70 @@
+"""The files by which transformers' InternVLProcessor cuts pictures and writes dialogues as training did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sailvl_trainer.model.presets import Preset
+from sailvl_trainer.model.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE_CONTEXT, IMAGE_END, IMAGE_START
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet."""
+MAX_TILES = 12
+BICUBIC = 3
+"""Pillow's number of it."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    f"{{{{ '{IM_START}' + message['role'] + '\\n' }}}}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    f"{{% if part['type'] == 'image' %}}{{{{ '{IMAGE_CONTEXT}\\n' }}}}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    f"{{{{ '{IM_END}\\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
+)
+"""ChatML. The processor puts one IMAGE_CONTEXT a position, and the span's marks, in the place of each picture's one."""
+
+
+def write_processor(preset: Preset, folder: Path) -> None:
+    """Into a folder that holds the tokenizer already."""
+    pixels = {
+        "size": {"height": preset.image_size, "width": preset.image_size},
+        "image_mean": MEAN,
+        "image_std": STD,
+        "resample": BICUBIC,
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+    }
+    tiles = {"crop_to_patches": True, "min_patches": 1, "max_patches": MAX_TILES}
+    processor = {"processor_class": "InternVLProcessor", "image_seq_length": preset.tokens_per_tile}
+    _write(folder / "preprocessor_config.json", {"image_processor_type": "GotOcr2ImageProcessor"} | pixels | tiles)
+    _write(folder / "video_preprocessor_config.json", {"video_processor_type": "InternVLVideoProcessor"} | pixels)
+    _write(folder / "processor_config.json", processor)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    _name_marks(folder / "tokenizer_config.json")
+
+
+def _name_marks(path: Path) -> None:
+    """The processor asks the tokenizer for its marks by these names; no dialogue holds the one for videos."""
+    settings = json.loads(path.read_text())
+    settings.pop("additional_special_tokens", None)
+    settings["processor_class"] = "InternVLProcessor"
+    settings["extra_special_tokens"] = {
+        "start_image_token": IMAGE_START,
+        "end_image_token": IMAGE_END,
+        "context_image_token": IMAGE_CONTEXT,
+        "video_token": END_OF_TEXT,
+    }
+    _write(path, settings)
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
