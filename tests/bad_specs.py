@@ -57,7 +57,7 @@ _ALIGNMENT = "spec.stages.1.pretrain"
 
 BAD_SPECS = [
     BadSpec(id="no stages", bend=_set("spec.stages", []), field="spec.stages", words=""),
-    BadSpec(id="no storage", bend=_drop("spec.storage"), field="spec", words="storage"),
+    BadSpec(id="no storage", bend=_drop("spec.storage"), field="spec.storage", words="Required"),
     BadSpec(id="empty storage", bend=_set("spec.storage", {}), field="spec.storage", words="give exactly one of"),
     BadSpec(
         id="both kinds of storage",
@@ -66,7 +66,12 @@ BAD_SPECS = [
         words="give exactly one of volumeClaim, volumeClaimTemplate",
     ),
     BadSpec(id="unknown preset", bend=_set("spec.model.preset", "huge"), field="spec.model.preset", words="tiny"),
-    BadSpec(id="unknown field", bend=_set("spec.model.precision", "fp8"), field="spec.model", words="precision"),
+    BadSpec(
+        id="unknown field",
+        bend=_set("spec.model.precision", "fp8"),
+        field="spec.model.precision",
+        words="unknown field",
+    ),
     BadSpec(
         id="two kinds in a stage",
         bend=_set("spec.stages.1.evaluate", {"custom": []}),

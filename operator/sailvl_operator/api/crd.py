@@ -14,6 +14,7 @@ from msgspec import UNSET
 
 from sailvl_operator.api import names
 from sailvl_operator.api.rules import RULES, RUN, STAGES
+from sailvl_operator.api.scalars import BY_NAME
 from sailvl_operator.api.status import Status
 from sailvl_operator.api.types import Spec
 
@@ -65,11 +66,9 @@ def build_crd() -> dict[str, Any]:
 def build_schema() -> dict[str, Any]:
     """The schema of the whole object."""
     spec = struct_schema(Spec)
-    stages = spec["properties"]["stages"]
-    stages |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
-    stages["x-kubernetes-validations"] = STAGES
+    spec["properties"]["stages"]["x-kubernetes-validations"] = STAGES
     status = struct_schema(Status)
-    status["properties"]["stages"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+    status["properties"]["stages"] |= BY_NAME
     status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     return {
         "type": "object",
@@ -89,7 +88,7 @@ def build_schema() -> dict[str, Any]:
 def struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
     """A struct's schema: fields in their order, described by the docstrings under them."""
     fields = msgspec.structs.fields(struct)
-    words = _docstrings(struct)
+    words = describe_fields(struct)
     schema: dict[str, Any] = {"type": "object", "properties": {}}
     if struct.__doc__:
         schema["description"] = inspect.cleandoc(struct.__doc__)
@@ -112,7 +111,7 @@ def _default(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
     value = field.default
     if value is msgspec.NODEFAULT or value is UNSET or value is None or isinstance(value, msgspec.Struct):
         return {}
-    plain = msgspec.to_builtins(value)
+    plain = list(value) if isinstance(value, tuple) else value
     return {} if plain in ("", [], {}) or (plain == 0 and not isinstance(plain, bool)) else {"default": plain}
 
 
@@ -122,8 +121,8 @@ def _type_schema(info: msgspec.inspect.Type) -> dict[str, Any]:  # noqa: C901, P
         case msgspec.inspect.UnionType(types=members):
             (known,) = (m for m in members if not isinstance(m, msgspec.inspect.NoneType))
             return _type_schema(known)
-        case msgspec.inspect.Metadata(type=inner):
-            return _type_schema(inner)
+        case msgspec.inspect.Metadata(type=inner, extra_json_schema=extra):
+            return _type_schema(inner) | (extra or {})
         case msgspec.inspect.StructType(cls=cls):
             return struct_schema(cls)
         case msgspec.inspect.LiteralType(values=values):
@@ -148,7 +147,7 @@ def _given(**limits: Any) -> dict[str, Any]:
 
 
 @cache
-def _docstrings(struct: type) -> dict[str, str]:
+def describe_fields(struct: type) -> dict[str, str]:
     """The string under each field, its bases' first."""
     words: dict[str, str] = {}
     for base in reversed(struct.__mro__):

@@ -12,108 +12,70 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-Name = Annotated[str, Meta(min_length=1, max_length=30, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")]
-Path = Annotated[str, Meta(min_length=1, max_length=512)]
-Count = Annotated[str, Meta(max_length=16, pattern=r"^[0-9]+(\.[0-9]+)?[KMBT]?$")]
-"""A large count: 4096, 32K, 1.5M, 131B, 2T."""
-Decimal = Annotated[str, Meta(max_length=16, pattern=r"^[0-9]+(\.[0-9]+)?(e-?[0-9]{1,2})?$")]
-"""A decimal number as a string: "2e-4", "0.05"."""
-Seconds = Annotated[int, Meta(ge=0, le=31_536_000)]
-
-
-class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
-    """Base of the spec's structs: camelCase outside, unknown fields refused."""
+from sailvl_operator.api.scalars import (
+    BY_NAME,
+    NO_SPACE,
+    SET,
+    Count,
+    Decimal,
+    Name,
+    ObjectName,
+    Parts,
+    Path,
+    Quantity,
+    Seconds,
+    Server,
+    Struct,
+    Weights,
+)
+from sailvl_operator.api.workers import Workers as Workers  # noqa: PLC0414  # part of these types
 
 
 class VolumeClaimResources(Struct, frozen=True, kw_only=True):
-    requests: Annotated[dict[str, Annotated[str, Meta(max_length=32)]], Meta(max_length=4)]
+    """As in a PersistentVolumeClaim."""
+
+    requests: Annotated[dict[str, Quantity], Meta(max_length=4)]
+    """`storage`: the size."""
 
 
 class VolumeClaimTemplate(Struct, frozen=True, kw_only=True):
-    storage_class_name: Annotated[str, Meta(max_length=253)] | UnsetType = UNSET
+    """The claim that is created for a run: RUN-storage."""
+
+    storage_class_name: ObjectName | UnsetType = UNSET
     """Default: the cluster's default class."""
     access_modes: Annotated[tuple[Literal["ReadWriteMany", "ReadWriteOnce"], ...], Meta(max_length=2)] = (
         "ReadWriteMany",
     )
     """ReadWriteMany whenever a stage has more than one node."""
     resources: VolumeClaimResources
+    """The size asked for."""
 
 
 class Storage(Struct, frozen=True, kw_only=True):
     """Exactly one of volumeClaim and volumeClaimTemplate."""
 
-    volume_claim: Annotated[str, Meta(min_length=1, max_length=253)] | UnsetType = UNSET
+    volume_claim: ObjectName | UnsetType = UNSET
     """An existing PersistentVolumeClaim in the run's namespace, mounted at /data in every worker."""
     volume_claim_template: VolumeClaimTemplate | UnsetType = UNSET
     """A claim to create for this run; it goes with the run."""
 
 
 class Model(Struct, frozen=True, kw_only=True):
+    """A vision tower, a two-layer connector after a 2x2 pixel shuffle, and a language model."""
+
     preset: Literal["tiny", "sail-vl-2b", "sail-vl-8b", "sail-vl2-2b"]
     """The architecture."""
-    vision: Path | UnsetType = UNSET
+    vision: Weights | UnsetType = UNSET
     """Pretrained vision tower: a folder on the storage or a hub id. Default: random weights."""
-    language: Path | UnsetType = UNSET
+    language: Weights | UnsetType = UNSET
     """Pretrained language model: a folder on the storage or a hub id. Default: random weights."""
 
 
-class EnvVar(Struct, frozen=True, kw_only=True):
-    name: Annotated[str, Meta(min_length=1, max_length=128)]
-    value: Annotated[str, Meta(max_length=1024)] = ""
-
-
-class SourceRef(Struct, frozen=True, kw_only=True):
-    name: Annotated[str, Meta(min_length=1, max_length=253)]
-    optional: bool = False
-
-
-class EnvFrom(Struct, frozen=True, kw_only=True):
-    """Exactly one of secretRef and configMapRef."""
-
-    secret_ref: SourceRef | UnsetType = UNSET
-    config_map_ref: SourceRef | UnsetType = UNSET
-
-
-class Toleration(Struct, frozen=True, kw_only=True):
-    key: Annotated[str, Meta(max_length=316)] | UnsetType = UNSET
-    operator: Literal["Exists", "Equal"] | UnsetType = UNSET
-    value: Annotated[str, Meta(max_length=63)] | UnsetType = UNSET
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | UnsetType = UNSET
-    toleration_seconds: int | UnsetType = UNSET
-
-
-Quantity = Annotated[str, Meta(max_length=32)]
-Labels = Annotated[dict[str, Annotated[str, Meta(max_length=63)]], Meta(max_length=16)]
-
-
-class Resources(Struct, frozen=True, kw_only=True):
-    requests: Annotated[dict[str, Quantity], Meta(max_length=16)] = {}
-    limits: Annotated[dict[str, Quantity], Meta(max_length=16)] = {}
-
-
-class Workers(Struct, frozen=True, kw_only=True):
-    """Where a stage runs. Changed workers take effect at the next attempt; they are no part of a stage's digest."""
-
-    nodes: Annotated[int, Meta(ge=1, le=9999)] | UnsetType = UNSET
-    """Pods of the stage, each on a node of its own where there are enough. Default 1."""
-    gpus_per_node: Annotated[int, Meta(ge=0, le=64)] | UnsetType = UNSET
-    """GPUs a pod; 0: CPU and gloo. Default 8."""
-    resources: Resources | UnsetType = UNSET
-    """Requests and limits a pod; GPUs are added by gpusPerNode."""
-    node_selector: Labels | UnsetType = UNSET
-    tolerations: Annotated[tuple[Toleration, ...], Meta(max_length=16)] | UnsetType = UNSET
-    priority_class_name: Annotated[str, Meta(max_length=253)] | UnsetType = UNSET
-    scheduler_name: Annotated[str, Meta(max_length=253)] | UnsetType = UNSET
-    env: Annotated[tuple[EnvVar, ...], Meta(max_length=64)] | UnsetType = UNSET
-    env_from: Annotated[tuple[EnvFrom, ...], Meta(max_length=16)] | UnsetType = UNSET
-    labels: Labels | UnsetType = UNSET
-    """Extra labels of the pods, for pod groups of a gang scheduler and the like."""
-    queue_name: Annotated[str, Meta(min_length=1, max_length=63)] | UnsetType = UNSET
-    """Kueue's local queue; the Job's suspend is then Kueue's."""
-
-
 class Engine(Struct, frozen=True, kw_only=True):
+    """Of distributed training."""
+
     name: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    """Which library."""
     zero_stage: Annotated[int, Meta(ge=1, le=3)] = 1
     """DeepSpeed's ZeRO stage."""
 
@@ -152,23 +114,28 @@ class Source(Struct, frozen=True, kw_only=True):
 
 
 class Caption(Struct, frozen=True, kw_only=True):
+    """Where captions come from."""
+
     mode: Literal["keep", "caption", "recaption"] = "keep"
     """keep: the alt-text; caption: from the picture alone; recaption: from picture and alt-text."""
-    model: Path | UnsetType = UNSET
+    model: Weights | UnsetType = UNSET
     """A captioner to run in the workers."""
-    server: Annotated[str, Meta(max_length=512, pattern=r"^https?://")] | UnsetType = UNSET
+    server: Server | UnsetType = UNSET
     """An OpenAI-compatible server."""
 
 
 class Judge(Struct, frozen=True, kw_only=True):
     """Drops captions that a judge model scores low on information richness or alignment."""
 
-    model: Path | UnsetType = UNSET
-    server: Annotated[str, Meta(max_length=512, pattern=r"^https?://")] | UnsetType = UNSET
+    model: Weights | UnsetType = UNSET
+    server: Server | UnsetType = UNSET
     at_least: Annotated[int, Meta(ge=1, le=5)] = 3
+    """Captions below it are dropped."""
 
 
 class Dedup(Struct, frozen=True, kw_only=True):
+    """Duplicates are looked for over all sources."""
+
     exact: bool = True
     """Drop pictures whose pixels were seen before."""
     perceptual_distance: Annotated[int, Meta(ge=-1, le=16)] = 4
@@ -179,16 +146,22 @@ class Balance(Struct, frozen=True, kw_only=True):
     """Resampling against over-represented n-grams."""
 
     ngram: Annotated[int, Meta(ge=1, le=5)] = 2
+    """Words a group."""
 
 
 class Curate(Struct, frozen=True, kw_only=True):
     """Data curation: raw data sets in, verified and deduplicated shards out."""
 
     sources: Annotated[tuple[Source, ...], Meta(min_length=1, max_length=32)]
+    """The raw data sets."""
     caption: Caption = Caption()
+    """Where the captions come from."""
     judge: Judge | UnsetType = UNSET
+    """Default: nothing is judged."""
     dedup: Dedup = Dedup()
+    """Which pictures count as the same."""
     balance: Balance | UnsetType = UNSET
+    """Default: nothing is resampled."""
     min_side: Annotated[int, Meta(ge=1, le=4096)] = 28
     """Pixels; smaller pictures are dropped."""
     held_out: Decimal = "0.02"
@@ -196,6 +169,7 @@ class Curate(Struct, frozen=True, kw_only=True):
     shard_samples: Annotated[int, Meta(ge=1, le=1_000_000)] = 1024
     """Samples a shard, at most."""
     max_tiles: Annotated[int, Meta(ge=1, le=40)] = 12
+    """Tiles a picture, for the token counts of the shards' index."""
 
 
 class DataInput(Struct, frozen=True, kw_only=True):
@@ -211,6 +185,7 @@ class Training(Struct, frozen=True, kw_only=True):
     """What pretrain and sft share. Exactly one of tokens and epochs."""
 
     data: Annotated[tuple[DataInput, ...], Meta(min_length=1, max_length=16)]
+    """What it learns from: all of it, shuffled together."""
     tokens: Count | UnsetType = UNSET
     """Budget in language-model positions."""
     epochs: Decimal | UnsetType = UNSET
@@ -218,10 +193,13 @@ class Training(Struct, frozen=True, kw_only=True):
     learning_rate: Decimal | UnsetType = UNSET
     """Peak. Default: 2e-4 when the connector learns alone, 2e-5 in other pretraining, 1e-5 in sft."""
     schedule: Literal["cosine", "adalrs"] = "cosine"
+    """Of the learning rate after the warm-up."""
     warmup: Decimal = "0.03"
     """Part of the budget."""
     weight_decay: Decimal = "0.05"
+    """AdamW's."""
     clip_norm: Decimal = "1.0"
+    """The gradient's norm is clipped to it."""
     batch_tokens: Count | UnsetType = UNSET
     """Tokens an optimizer step over all workers. Default: 4M when the connector learns alone, else 1M; tiny: 4096."""
     pack_tokens: Count | UnsetType = UNSET
@@ -239,23 +217,20 @@ class Training(Struct, frozen=True, kw_only=True):
 
 
 class Pretrain(Training, frozen=True, kw_only=True):
-    train: Annotated[tuple[Literal["vision", "connector", "language"], ...], Meta(min_length=1, max_length=3)] = (
-        "connector",
-    )
+    train: Parts = ("connector",)
     """The parts that learn; the others are frozen."""
 
 
 class Sft(Training, frozen=True, kw_only=True):
-    train: Annotated[tuple[Literal["vision", "connector", "language"], ...], Meta(min_length=1, max_length=3)] = (
-        "vision",
-        "connector",
-        "language",
-    )
+    train: Parts = ("vision", "connector", "language")
     """The parts that learn; the others are frozen."""
 
 
 class CustomBenchmark(Struct, frozen=True, kw_only=True):
+    """A benchmark that the table doesn't have."""
+
     name: Name
+    """The key of its score in status.stages[].metrics."""
     path: Path
     """A VLMEvalKit-style TSV on the storage; for caption_loss a directory of shards."""
     metric: Literal[
@@ -267,38 +242,48 @@ class CustomBenchmark(Struct, frozen=True, kw_only=True):
         "yes_no_f1",
         "caption_loss",
     ]
+    """How an answer is scored."""
     group: Annotated[str, Meta(min_length=1, max_length=30)] = "Custom"
     """Means are taken by group."""
     max_tiles: Annotated[int, Meta(ge=1, le=40)] = 6
+    """Tiles a picture."""
 
 
 class Evaluate(Struct, frozen=True, kw_only=True):
     """Benchmarks, answered greedily by the model of the training stage before."""
 
-    benchmarks: Annotated[tuple[Annotated[str, Meta(max_length=30)], ...], Meta(max_length=32)] = ()
+    benchmarks: Annotated[
+        tuple[Annotated[str, Meta(max_length=30)], ...], Meta(max_length=32, extra_json_schema=SET)
+    ] = ()
     """Names of the table (all: every one), read from DATA/<name>.tsv."""
     data: Path | UnsetType = UNSET
     """Folder of the named benchmarks' TSVs on the storage."""
-    custom: Annotated[tuple[CustomBenchmark, ...], Meta(max_length=32)] = ()
+    custom: Annotated[tuple[CustomBenchmark, ...], Meta(max_length=32, extra_json_schema=BY_NAME)] = ()
+    """Benchmarks of your own."""
     limit: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     """Questions a benchmark, at most; 0: all."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64
+    """Length of an answer, at most."""
 
 
 class Gate(Struct, frozen=True, kw_only=True):
     """The next stages wait until a metric of this one holds."""
 
     metric: Annotated[str, Meta(min_length=1, max_length=63)]
+    """One of status.stages[].metrics, say heldOutLoss or score."""
     at_most: Decimal | UnsetType = UNSET
+    """The largest value that passes."""
     at_least: Decimal | UnsetType = UNSET
+    """The smallest value that passes."""
     on_fail: Literal["Stop", "Continue", "Pause"] = "Stop"
+    """Stop: the run fails; Continue: go on with a warning; Pause: wait for people."""
 
 
 class Stage(Struct, frozen=True, kw_only=True):
     """One step of the recipe: exactly one of curate, pretrain, sft, evaluate."""
 
     name: Name
-    depends_on: Annotated[tuple[Name, ...], Meta(max_length=8)] | UnsetType = UNSET
+    depends_on: Annotated[tuple[Name, ...], Meta(max_length=8, extra_json_schema=SET)] | UnsetType = UNSET
     """Stages before this one that must have succeeded. Default: the one before."""
     init_from: Name | UnsetType = UNSET
     """The training stage whose weights this one starts from. Default: the training stage before."""
@@ -307,10 +292,15 @@ class Stage(Struct, frozen=True, kw_only=True):
     engine: Engine | UnsetType = UNSET
     """Overrides spec.engine."""
     curate: Curate | UnsetType = UNSET
+    """Raw data sets in, shards out."""
     pretrain: Pretrain | UnsetType = UNSET
+    """Learn from captions."""
     sft: Sft | UnsetType = UNSET
+    """Learn from conversations."""
     evaluate: Evaluate | UnsetType = UNSET
+    """Score the model."""
     gate: Gate | UnsetType = UNSET
+    """Default: the next stages wait for this one's success alone."""
 
     @property
     def kind(self) -> Literal["curate", "pretrain", "sft", "evaluate"]:
@@ -326,22 +316,28 @@ class Spec(Struct, frozen=True, kw_only=True):
 
     suspend: bool = False
     """true: save a checkpoint and give the GPUs back; false: go on."""
-    image: Annotated[str, Meta(min_length=1, max_length=512)] | UnsetType = UNSET
+    image: Annotated[str, Meta(min_length=1, max_length=512, pattern=NO_SPACE)] | UnsetType = UNSET
     """The trainer's image. Default: the one the operator was installed with."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When nodes ask the registry for the image."""
     storage: Storage
+    """Where data, checkpoints and results are: one volume, shared by all workers, at /data."""
     model: Model
+    """What is trained."""
     workers: Workers = Workers()
     """Default for every stage; each stage may override."""
     engine: Engine = Engine()
+    """How optimizer states are spread over the GPUs."""
     restart_policy: RestartPolicy = RestartPolicy()
+    """How often a stage is tried again."""
     seed: Annotated[int, Meta(ge=0, le=2_147_483_647)] = 0
     """Of data order, initial weights and everything else drawn."""
     active_deadline_seconds: Seconds | UnsetType = UNSET
     """The run fails when it has been active for so long."""
     ttl_seconds_after_finished: Seconds | UnsetType = UNSET
     """The run and its children are deleted so long after its end."""
-    stages: Annotated[tuple[Stage, ...], Meta(min_length=1, max_length=32)]
+    stages: Annotated[tuple[Stage, ...], Meta(min_length=1, max_length=32, extra_json_schema=BY_NAME)]
+    """Run in this order, unless dependsOn says otherwise. New ones may be appended to a run at any time."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ import sys
 import yaml
 
 from sailvl_operator.api.crd import build_crd
+from sailvl_operator.api.reference import build_reference
 
 HEADER = "# Generated from the types by `make generate`; do not edit.\n"
 
@@ -20,10 +21,18 @@ class _Dumper(yaml.SafeDumper):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    parser.add_argument("what", choices=("crd",), help="what to print")
+    parser.add_argument("what", choices=WHAT, help="what to print")
 
 
-def run(_: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print it."""
-    sys.stdout.write(HEADER + yaml.dump(build_crd(), Dumper=_Dumper, sort_keys=False, width=120))
+    sys.stdout.write(WHAT[args.what]())
     return 0
+
+
+def dump_crd() -> str:
+    """crds/sailvlruns.yaml."""
+    return HEADER + yaml.dump(build_crd(), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+WHAT = {"crd": dump_crd, "reference": build_reference}

@@ -7,35 +7,41 @@ import sys
 from pathlib import Path
 
 from sailvl_operator.api.validation import validate
-from sailvl_operator.cli.documents import read_documents
+from sailvl_operator.cli.documents import Document, is_ours, read_all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="YAML or JSON; other kinds are passed over")
 
 
 def run(args: argparse.Namespace) -> int:
     """0: all are good; 1: something is wrong; each error on a line of its own."""
-    bad = 0
-    for path in args.files:
-        bad += _check(path)
+    bad = sum(not _check_file(path) for path in args.files)
     return 1 if bad else 0
 
 
-def _check(path: Path) -> int:
+def _check_file(path: Path) -> bool:
     try:
-        documents = read_documents(path)
+        documents = read_all(path)
     except ValueError as error:
         print(error, file=sys.stderr)
-        return 1
-    bad = 0
-    for document in documents:
-        name = (document.get("metadata") or {}).get("name", "?")
-        errors = validate(document)
-        for wrong in errors:
-            print(f"{path}: {name}: {wrong}", file=sys.stderr)
-        if not errors:
-            print(f"{path}: {name}: ok")
-        bad += bool(errors)
-    return bad
+        return False
+    if not any(is_ours(document) for document in documents):
+        print(f"{path}: holds no SailVLRun; write kind: SailVLRun", file=sys.stderr)
+        return False
+    return not sum(not _check(path, document) for document in documents)
+
+
+def _check(path: Path, document: Document) -> bool:
+    metadata = document.get("metadata")
+    label = f"{path}: {metadata.get('name', '?') if isinstance(metadata, dict) else '?'}"
+    if not is_ours(document):
+        print(f"{label}: {document.get('kind', 'no kind')}, passed over")
+        return True
+    errors = validate(document)
+    for error in errors:
+        print(f"{label}: {error}", file=sys.stderr)
+    if not errors:
+        print(f"{label}: ok")
+    return not errors

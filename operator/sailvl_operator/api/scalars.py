@@ -1,0 +1,60 @@
+"""What the spec's types are made of: strings and lists with their limits, and what a pattern asks for in words."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from sailvl_operator.api import names
+
+SET: dict[str, Any] = {"x-kubernetes-list-type": "set"}
+"""A list that names nothing twice."""
+BY_NAME: dict[str, Any] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+"""A list whose items have names of their own."""
+
+COUNT = r"^([1-9][0-9]*(\.[0-9]+)?[KMBT]?|0\.[0-9]*[1-9][0-9]*[KMBT])$"
+DECIMAL = r"^[0-9]+(\.[0-9]+)?(e-?[0-9]{1,2})?$"
+QUANTITY = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?$"
+SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+LABEL_VALUE = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
+ABSOLUTE = "^/"
+VARIABLE = "^[A-Za-z_][-A-Za-z0-9_.]*$"
+SERVER = "^https?://"
+NO_SPACE = r"^\S+$"
+
+HINTS = {
+    COUNT: 'a count as a string: "4096", "32K", "1.5M", "131B"',
+    DECIMAL: 'a decimal number as a string: "2e-4", "0.05"',
+    QUANTITY: 'a quantity as a string: "500m", "4", "64Gi"',
+    SUBDOMAIN: "lower-case letters, digits, - and .",
+    LABEL_VALUE: "letters, digits, -, _ and .",
+    names.NAME_PATTERN: "lower-case letters, digits and -, beginning with a letter",
+    ABSOLUTE: "an absolute path, as in /data/raw/pictures: /data is the storage",
+    VARIABLE: "a variable's name",
+    SERVER: "an http:// or https:// address",
+    NO_SPACE: "no spaces",
+}
+"""What a pattern asks for, in words."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=30, pattern=names.NAME_PATTERN)]
+Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=ABSOLUTE)]
+Weights = Annotated[str, Meta(min_length=1, max_length=512, pattern=NO_SPACE)]
+"""A folder on the storage (/data/models/x) or a hub id (owner/name)."""
+Count = Annotated[str, Meta(max_length=16, pattern=COUNT)]
+"""A large count: 4096, 32K, 1.5M, 131B, 2T."""
+Decimal = Annotated[str, Meta(max_length=16, pattern=DECIMAL)]
+"""A decimal number as a string: "2e-4", "0.05"."""
+Seconds = Annotated[int, Meta(ge=0, le=31_536_000)]
+ObjectName = Annotated[str, Meta(min_length=1, max_length=253, pattern=SUBDOMAIN)]
+LabelValue = Annotated[str, Meta(max_length=63, pattern=LABEL_VALUE)]
+Quantity = Annotated[str, Meta(max_length=32, pattern=QUANTITY)]
+Labels = Annotated[dict[str, LabelValue], Meta(max_length=16)]
+Server = Annotated[str, Meta(max_length=512, pattern=SERVER)]
+Part = Literal["vision", "connector", "language"]
+Parts = Annotated[tuple[Part, ...], Meta(min_length=1, max_length=3, extra_json_schema=SET)]
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
+    """Base of the spec's structs: camelCase outside, unknown fields refused."""

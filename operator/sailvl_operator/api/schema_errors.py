@@ -1,0 +1,107 @@
+"""jsonschema's errors in the API server's words, each with the path of its field; called by `validation.py`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import jsonschema
+
+from sailvl_operator.api.scalars import HINTS
+
+Found = tuple[str, str]
+"""Path of a field, and what is wrong with it."""
+
+_WORDS = {
+    "minimum": "should be greater than or equal to {limit}",
+    "maximum": "should be less than or equal to {limit}",
+    "minLength": "should be at least {limit} chars long",
+    "maxLength": "may not be more than {limit} bytes",
+    "minItems": "should have at least {limit} items",
+    "maxItems": "must have at most {limit} items",
+    "maxProperties": "must have at most {limit} items",
+}
+
+
+def check_schema(document: Any, schema: dict[str, Any]) -> Iterator[Found]:
+    """Everything in a document that its schema doesn't allow."""
+    for error in jsonschema.Draft202012Validator(_closed(schema)).iter_errors(document):
+        yield from _describe(error)
+    yield from _check_doubles(document, schema, "")
+
+
+def format_path(parts: Iterable[str | int]) -> str:
+    """spec.stages[0].name."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+
+
+def _describe(error: jsonschema.ValidationError) -> Iterator[Found]:
+    path = format_path(error.absolute_path)
+    rule, limit, value = str(error.validator), cast(Any, error.validator_value), cast(Any, error.instance)
+    match rule:
+        case "required":
+            yield from ((f"{path}.{name}".lstrip("."), "Required value") for name in limit if name not in value)
+        case "additionalProperties":
+            yield from _unknown_fields(path, value, error.schema)
+        case "enum":
+            known = ", ".join(map(_quote, limit))
+            yield path, f"Unsupported value: {_quote(value)}: supported values: {known}"
+        case "type":
+            yield path, f"Invalid value: {_quote(value)}: must be of type {limit}{_hint_quotes(value, limit)}"
+        case "pattern":
+            yield path, f"Invalid value: {_quote(value)}: should match '{limit}': {HINTS[limit]}"
+        case _:
+            yield path, f"Invalid value: {_quote(value)}: {_WORDS[rule].format(limit=limit)}"
+
+
+def _unknown_fields(path: str, value: Any, schema: Any) -> Iterator[Found]:
+    known = schema["properties"]
+    for name in value:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            yield f"{path}.{name}".lstrip("."), f"unknown field{hint}"
+
+
+def _hint_quotes(value: Any, kind: str) -> str:
+    return "; write it in quotes" if isinstance(value, int | float) and kind == "string" else ""
+
+
+def _quote(value: Any) -> str:
+    words = json.dumps(value, default=str)
+    return words if len(words) <= 80 else f"{words[:80]}…"
+
+
+def _check_doubles(value: Any, schema: dict[str, Any], path: str) -> Iterator[Found]:
+    """Items that are there twice where a list is a set or a map."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            property_ = schema.get("properties", {}).get(name, {})
+            yield from _check_doubles(child, property_, f"{path}.{name}".lstrip("."))
+    if isinstance(value, list):
+        yield from _check_items(value, schema, path)
+        for index, child in enumerate(value):
+            yield from _check_doubles(child, schema.get("items", {}), f"{path}[{index}]")
+
+
+def _check_items(items: list[Any], schema: dict[str, Any], path: str) -> Iterator[Found]:
+    kind = schema.get("x-kubernetes-list-type")
+    seen: list[Any] = []
+    for index, item in enumerate(items):
+        key = {"name": item.get("name")} if kind == "map" and isinstance(item, dict) else item
+        if kind in ("set", "map") and key in seen:
+            yield f"{path}[{index}]", f"Duplicate value: {_quote(key)}"
+        seen.append(key)
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema, with fields that it doesn't name refused, as kubectl and strict field validation do."""
+    closed = dict(schema)
+    if "properties" in schema:
+        closed["properties"] = {name: _closed(property_) for name, property_ in schema["properties"].items()}
+        closed["additionalProperties"] = False
+    if "items" in schema:
+        closed["items"] = _closed(schema["items"])
+    return closed
