@@ -30,6 +30,10 @@ in_registry() { # IMAGE
     "http://$registry/v2/${path%:*}/manifests/${path##*:}"
 }
 
+forget_others() { # IMAGE: its older builds; they are in the registry still
+  buildah images --format '{{.Name}}:{{.Tag}}' | grep -F "${1%:*}:" | grep -vxF "$1" | xargs -r buildah rmi >/dev/null || true
+}
+
 hack/require.sh buildah curl
 base=${BASE:-$(hack/images/base.sh)}
 [ $# -gt 0 ] || set -- operator trainer
@@ -39,6 +43,7 @@ for name in "$@"; do
     buildah build --layers --isolation chroot --network host --build-arg "BASE=$base" "${lent[@]}" \
       -f "images/$name/Dockerfile" -t "$image" . >&2
     hack/cluster/cluster.sh load "$image"
+    forget_others "$image"
   fi
   echo "SAILVL_${name^^}_IMAGE=$image"
 done
