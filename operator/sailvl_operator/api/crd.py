@@ -14,7 +14,7 @@ from msgspec import UNSET
 
 from sailvl_operator.api import names
 from sailvl_operator.api.rules import RULES, RUN, STAGES
-from sailvl_operator.api.scalars import BY_NAME
+from sailvl_operator.api.scalars import BY_NAME, Struct
 from sailvl_operator.api.status import Status
 from sailvl_operator.api.types import Spec
 
@@ -99,7 +99,8 @@ def struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
         property_ = _type_schema(msgspec.inspect.type_info(field.type))
         if field.name in words:
             property_["description"] = words[field.name]
-        property_ |= _default(field)
+        if issubclass(struct, Struct):
+            property_ |= _default(field)
         schema["properties"][field.encode_name] = property_
     if struct in RULES:
         schema["x-kubernetes-validations"] = RULES[struct]
@@ -107,12 +108,12 @@ def struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def _default(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
-    """Plain defaults are the API server's to fill in; those of structs come with their fields' own."""
+    """Plain defaults of the spec are the API server's to fill in; those of structs come with their fields' own."""
     value = field.default
     if value is msgspec.NODEFAULT or value is UNSET or value is None or isinstance(value, msgspec.Struct):
         return {}
     plain = list(value) if isinstance(value, tuple) else value
-    return {} if plain in ("", [], {}) or (plain == 0 and not isinstance(plain, bool)) else {"default": plain}
+    return {} if plain in ("", [], {}) else {"default": plain}
 
 
 def _type_schema(info: msgspec.inspect.Type) -> dict[str, Any]:  # noqa: C901, PLR0911  # a table of types

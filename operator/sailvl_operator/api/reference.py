@@ -104,4 +104,4 @@ def _default_of(field: msgspec.structs.FieldInfo, property_: dict[str, Any]) -> 
         return "required"
     if "default" in property_:
         return f"`{json.dumps(property_['default'])}`"
-    return f"`{field.default}`" if isinstance(field.default, int) and field.default is not None else ""
+    return f"`{json.dumps(field.default)}`" if isinstance(field.default, int) and field.default is not None else ""

@@ -24,13 +24,18 @@ def _exactly_one(*fields: str) -> Rule:
     return _rule(f"[{listed}].exists_one(k, k)", f"give exactly one of {', '.join(fields)}")
 
 
+def _number(field: str, holds: str, message: str) -> Rule:
+    """What is no number is the pattern's to refuse, and only its."""
+    is_number = f"self.{field}.matches('^[0-9]+([.][0-9]+)?(e-?[0-9]+)?$')"
+    return _rule(f"!has(self.{field}) || !{is_number} || double(self.{field}) {holds}", message, f".{field}")
+
+
 def _more_than_nothing(field: str) -> Rule:
-    return _rule(f"!has(self.{field}) || double(self.{field}) > 0.0", f"{field} must be more than 0", f".{field}")
+    return _number(field, "> 0.0", f"{field} must be more than 0")
 
 
 def _part_of_one(field: str) -> Rule:
-    rule = f"!has(self.{field}) || double(self.{field}) < 1.0"
-    return _rule(rule, f"{field} is a part of the whole: less than 1", f".{field}")
+    return _number(field, "< 1.0", f"{field} is a part of the whole: less than 1")
 
 
 _TRAINING = [

@@ -22,7 +22,7 @@ LABEL_VALUE = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
 ABSOLUTE = "^/"
 VARIABLE = "^[A-Za-z_][-A-Za-z0-9_.]*$"
 SERVER = "^https?://"
-NO_SPACE = r"^\S+$"
+NO_SPACE = r"^\S*$"
 
 HINTS = {
     COUNT: 'a count as a string: "4096", "32K", "1.5M", "131B"',
