@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sailvl_operator.api.validation import validate
 
 pytestmark = pytest.mark.cluster
 
+SAMPLES = sorted((Path(__file__).parents[2] / "crds/samples").glob("*.yaml"))
 Kubectl = Callable[..., subprocess.CompletedProcess[str]]
 FIELD = re.compile(r"^(?:\* |The SailVLRun .* is invalid: )([a-zA-Z][\w.\[\]]*): ", re.MULTILINE)
 UNKNOWN = re.compile(r'unknown field "([^"]+)"')
@@ -44,6 +46,12 @@ def test_what_is_left_to_the_operator_is_in_the_schema(bad: BadSpec, kubectl: Ku
 
 def test_the_good_one_is_taken(kubectl: Kubectl, resource: None) -> None:
     answer = _try_create(kubectl, build_document())
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_samples_are_taken(path: Path, kubectl: Kubectl, resource: None) -> None:
+    answer = kubectl("create", "--dry-run=server", "--validate=strict", "-f", str(path))
     assert answer.returncode == 0, answer.stderr
 
 

@@ -103,6 +103,7 @@ class Source(Struct, frozen=True, kw_only=True):
     """
 
     format: Literal["imagefolder", "webdataset", "procedural", "parquet", "jsonl"]
+    """How it is stored."""
     path: Path | UnsetType = UNSET
     """On the storage. Not for procedural."""
     name: Annotated[str, Meta(max_length=63)] | UnsetType = UNSET
@@ -128,7 +129,9 @@ class Judge(Struct, frozen=True, kw_only=True):
     """Drops captions that a judge model scores low on information richness or alignment."""
 
     model: Weights | UnsetType = UNSET
+    """A judge to run in the workers."""
     server: Server | UnsetType = UNSET
+    """An OpenAI-compatible server."""
     at_least: Annotated[int, Meta(ge=1, le=5)] = 3
     """Captions below it are dropped."""
 
@@ -283,6 +286,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     """One step of the recipe: exactly one of curate, pretrain, sft, evaluate."""
 
     name: Name
+    """Part of the names of its Jobs and of its directory on the storage."""
     depends_on: Annotated[tuple[Name, ...], Meta(max_length=8, extra_json_schema=SET)] | UnsetType = UNSET
     """Stages before this one that must have succeeded. Default: the one before."""
     init_from: Name | UnsetType = UNSET

@@ -14,7 +14,9 @@ class EnvVar(Struct, frozen=True, kw_only=True):
     """A variable of the workers' environment."""
 
     name: Annotated[str, Meta(min_length=1, max_length=128, pattern=VARIABLE)]
+    """SAILVL_* is the operator's."""
     value: Annotated[str, Meta(max_length=1024)] = ""
+    """Default: empty."""
 
 
 class SourceRef(Struct, frozen=True, kw_only=True):
