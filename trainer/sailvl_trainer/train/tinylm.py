@@ -1,14 +1,16 @@
-"""A tiny language model that has read something: `python -m sailvl_trainer.train.tinylm DIR`, half a minute on a core.
+"""A tiny language model that has read something: `python -m sailvl_trainer.train.tinylm DIR`, under a minute on a core.
 
 The recipe starts from a pretrained language model, which stays frozen while the connector learns; random weights could
 not answer whatever the connector says. This one reads dialogues of the procedural generator in which a picture is a
 grid of words ("red circle …"), so that it answers from what stands between <img> and </img>. `model.language: DIR`.
+A folder that is there already is left as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +31,7 @@ TEXT_SEED = 4
 """Scenes that no other set is drawn from."""
 GRID = 4
 """Words a side: as many as a tile of `tiny` has positions."""
-ROWS, RATE, WARMUP = 16, 2e-3, 15
+ROWS, STEPS, RATE, WARMUP = 16, 200, 2e-3, 15
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default 400)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
     args = parser.parse_args()
-    if (args.directory / "config.json").exists():
+    if args.directory.exists():
         return
     loss = train(args.directory, steps=args.steps)
     logger.info("%s: loss %.3f after %d steps", args.directory, loss, args.steps)
@@ -53,23 +55,17 @@ def train(directory: Path, *, steps: int) -> float:
     tokenizer = load_tokenizer(ModelConfig(preset="tiny"))
     model = AutoModelForCausalLM.from_config(build_config(preset("tiny"), tokenizer).text_config).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=max(2, steps), pct_start=min(0.5, WARMUP / max(2, steps))
-    )
     loss = float("nan")
-    for input_ids_BT, labels_BT in _batches(tokenizer, steps):
+    for step, (input_ids_BT, labels_BT) in enumerate(_batches(tokenizer, steps)):
+        optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 1 - step / steps)
         loss = _step(model, optimizer, input_ids_BT, labels_BT)
-        schedule.step()
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    _save(model, tokenizer, directory)
     return loss
 
 
 def spell(scene: Scene, rng: np.random.Generator) -> list[str]:
     """A scene as GRID x GRID words, row by row: each quarter says what is in it, in any order; else it is blank."""
     grid = np.full((GRID, GRID), ".", dtype=object)
-    if scene.word:
-        grid[GRID // 2, rng.integers(1, GRID - 1)] = scene.word
     half = GRID // 2
     for group in scene.groups:
         count, colour, shape = group.words.split()
@@ -77,7 +73,19 @@ def spell(scene: Scene, rng: np.random.Generator) -> list[str]:
         top = half if group.place.startswith("bottom") else 0
         left = half if group.place.endswith("right") else 0
         grid[top : top + half, left : left + half] = words.reshape(half, half)
+    if scene.word:
+        grid.flat[rng.choice(np.flatnonzero(grid == "."))] = scene.word
     return [str(word) for word in grid.ravel()]
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Beside its place, then renamed: a folder of this name is whole."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
 
 
 def _step(
