@@ -26,6 +26,9 @@ pytestmark = pytest.mark.slow
 TINY, CPU = ModelConfig(preset="tiny"), torch.device("cpu")
 ALL: tuple[Part, ...] = ("vision", "connector", "language")
 
+WITHOUT_GRADIENT = "attention.k_proj.bias"
+"""Softmax does not see what is added to all keys: the gradient is rounding alone, and Adam makes steps of its sign."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def group() -> None:
@@ -76,7 +79,8 @@ def test_the_engine_steps_as_plain_adamw_does(
     require_frozen(engine, learning)
     assert norms == pytest.approx(expected, rel=1e-4)
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=2e-6, rtol=0, msg=name)
+        if not name.endswith(WITHOUT_GRADIENT):
+            torch.testing.assert_close(p, q, atol=2e-6, rtol=0, msg=name)
 
 
 def test_what_learns_in_secret_is_found(encoder: Encoder, tmp_path: Path) -> None:
