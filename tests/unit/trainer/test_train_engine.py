@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow
 TINY, CPU = ModelConfig(preset="tiny"), torch.device("cpu")
 ALL: tuple[Part, ...] = ("vision", "connector", "language")
 
+RATE = 1e-3
+"""Two steps of it; one percent of that may be rounding, where a gradient is next to nothing."""
 WITHOUT_GRADIENT = "attention.k_proj.bias"
 """Softmax does not see what is added to all keys: the gradient is rounding alone, and Adam makes steps of its sign."""
 
@@ -75,12 +77,12 @@ def test_the_engine_steps_as_plain_adamw_does(
         labels = sum(batch.labels for batch in batches)
         for batch in batches:
             engine.backward(ours(**arguments(batch, CPU)), labels)
-        norms.append(engine.step(1e-3))
+        norms.append(engine.step(RATE))
     require_frozen(engine, learning)
     assert norms == pytest.approx(expected, rel=1e-4)
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
         if not name.endswith(WITHOUT_GRADIENT):
-            torch.testing.assert_close(p, q, atol=2e-6, rtol=0, msg=name)
+            torch.testing.assert_close(p, q, atol=0.01 * 2 * RATE, rtol=0, msg=name)
 
 
 def test_what_learns_in_secret_is_found(encoder: Encoder, tmp_path: Path) -> None:
