@@ -71,8 +71,10 @@ e2e: setup  ## whole runs on the cluster with the built images
 bench: setup  ## every benchmark: a table and a JSON line each
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-generate: setup  ## crds/ from the types
+generate: setup  ## crds/, the chart's copy and the reference from the types
+	@mkdir -p build
 	$(BIN)/sailvl generate crd >build/sailvlruns.yaml && mv build/sailvlruns.yaml crds/sailvlruns.yaml
+	$(BIN)/sailvl generate reference >build/sailvlrun.md && mv build/sailvlrun.md docs/reference/sailvlrun.md
 
 LOCK = $(UV) pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 lock: $(UV)  ## the locked requirements from pyproject.toml, with hashes and without the index's address

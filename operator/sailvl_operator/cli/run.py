@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sailvl_operator.api.parse import SpecError, parse_run
 from sailvl_operator.api.status import ConditionType, StageStatus, Status
+from sailvl_operator.api.validation import validate
 from sailvl_operator.cli.documents import read_documents
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.numbers import format_duration
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
         (document, *more) = read_documents(args.file)
         if more:
             raise ValueError(f"{args.file}: holds {1 + len(more)} runs; give one")
+        if errors := validate(document):
+            raise ValueError("\n".join(f"{args.file}: {error}" for error in errors))
         local = LocalRun(parse_local(document, parse_run), args.root)
         with Display(console) as display:
             status = local.carry_out(display.show)

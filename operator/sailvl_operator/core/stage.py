@@ -137,16 +137,7 @@ def _resume(view: View) -> Step:
 def _start_or_wait(view: View) -> Step:
     """No Job and no pod: it is to be made, now or after the backoff; if it had run before, somebody removed it."""
     if view.status.state == "Running":
-        return _fail(
-            view,
-            Cause.INFRA,
-            LastFailure(
-                cause=Cause.INFRA,
-                attempt=view.status.attempt,
-                message="the Job was removed from outside",
-                time=format_time(view.now),
-            ),
-        )
+        return _fail_infra(view, "the Job was removed from outside")
     not_before = parse_time(view.status.not_before)
     if not_before > view.now:
         return Step(status=view.status, requeue_at=not_before)
@@ -161,6 +152,9 @@ def _watch(view: View) -> Step:
         if not is_whole and settled_at > view.now:
             return Step(status=_with_progress(view), requeue_at=settled_at)
         return _fail_by(view, failure.diagnose(evidence))
+    missing = sorted(set(range(view.nodes)) - {pod.index for pod in view.pods})
+    if missing and view.status.state == "Running":
+        return _fail_infra(view, f"the pod of index {missing[0]} was removed from outside")
     if view.is_running and view.status.state != "Running":
         return Step(status=msgspec.structs.replace(_with_progress(view), state="Running", not_before=""))
     return _await_start(view)
@@ -176,11 +170,13 @@ def _await_start(view: View) -> Step:
         return Step(status=_with_progress(view), requeue_at=deadline)
     ready = sum(p.is_ready for p in view.pods)
     message = f"{ready} of {view.nodes} workers ran within startTimeoutSeconds ({timeout})"
-    return _fail(
-        view,
-        Cause.INFRA,
-        LastFailure(cause=Cause.INFRA, attempt=view.status.attempt, message=message, time=format_time(view.now)),
-    )
+    return _fail_infra(view, message)
+
+
+def _fail_infra(view: View, message: str) -> Step:
+    """What no pod can tell of itself."""
+    last = LastFailure(cause=Cause.INFRA, attempt=view.status.attempt, message=message, time=format_time(view.now))
+    return _fail(view, Cause.INFRA, last)
 
 
 def _fail_by(view: View, evidence: failure.Evidence) -> Step:

@@ -2,98 +2,51 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-from collections import Counter
+import warnings
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import matplotlib as mpl
-import pyarrow.parquet as pq
-from matplotlib.figure import Figure
-from PIL import Image
 
-from sailvl_trainer.data.images import open_image
-from sailvl_trainer.data.shards import ShardReader, read_manifest
+from sailvl_trainer.contract import CurateConfig
+from sailvl_trainer.curate import gallery
+from sailvl_trainer.curate.parts import Parts
+from sailvl_trainer.curate.plots import draw_plots
+from sailvl_trainer.curate.statistics import KEPT, REPORT_JSON, measure, open_decided
 from sailvl_trainer.runtime.documents import encode, write_atomic
 
-mpl.use("Agg")
-PICTURES = 24
-THUMBNAIL = 160
-"""Pixels of a picture's longer side in the gallery."""
+REASONS = {
+    "kept": "kept for training",
+    "held_out": "kept for the held-out loss",
+    "duplicate": "the same pixels as an earlier one",
+    "near_duplicate": "looks like an earlier one",
+    "no_caption": "no caption",
+    "long_caption": "caption too long",
+    "too_small": "picture too small",
+    "too_large": "picture too large to decode safely",
+    "unreadable": "picture broken",
+    "missing": "file not there",
+    "bad_record": "line of a caption file that is no record",
+    "broken_tar": "tar breaks off",
+}
 
 
-def write(output: Path, folder: Path) -> None:
-    """Both files, from the parts and the shards of a finished stage."""
-    rows = pq.read_table(output / "parts" / "rows").to_pylist()
-    repeats = json.loads((output / "parts" / "repeats.json").read_bytes())
-    for row in rows:
-        row["outcome"] = repeats.get(str(row["item"]), [row["outcome"]])[0]
-    facts = summarise(rows)
-    write_atomic(folder / "report.json", encode(facts))
-    page = jinja2.Template((files("sailvl_trainer.curate") / "report.html.jinja").read_text(), autoescape=True)
-    html = page.render(facts=facts, plots=_plots(rows), pictures=_pictures(output / "shards"))
-    write_atomic(folder / "index.html", html.encode())
-
-
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts by outcome and source, and the vocabulary of what was kept."""
-    kept = [row for row in rows if row["outcome"] == "ok"]
-    words = [row["caption"].lower().split() for row in kept]
-    return {
-        "samples": len(rows),
-        "kept": len(kept),
-        "outcomes": dict(Counter(row["outcome"] for row in rows).most_common()),
-        "sources": {
-            source: dict(Counter(r["outcome"] for r in rows if r["source"] == source).most_common())
-            for source in sorted({row["source"] for row in rows})
-        },
-        "caption": {
-            "meanWords": round(sum(map(len, words)) / max(1, len(words)), 2),
-            "unigrams": len({w for caption in words for w in caption}),
-            "bigrams": len({pair for caption in words for pair in pairwise(caption)}),
-            "frequent": Counter(w for caption in words for w in caption).most_common(20),
-        },
-    }
-
-
-def _plots(rows: list[dict[str, Any]]) -> dict[str, str]:
-    kept = [row for row in rows if row["outcome"] == "ok"]
-    return {
-        "Words a caption": _histogram([len(row["caption"].split()) for row in kept], "words"),
-        "Longer side": _histogram([max(row["width"], row["height"]) for row in kept], "pixels"),
-        "Aspect ratio": _histogram([row["width"] / row["height"] for row in kept], "width / height"),
-    }
-
-
-def _histogram(values: list[float], label: str) -> str:
-    figure = Figure(figsize=(4, 2.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.hist(values, bins=min(30, max(1, len(set(values)))), color="#3b6ea8")
-    axes.set_xlabel(label)
-    axes.set_ylabel("samples")
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _pictures(shards: Path) -> list[dict[str, str]]:
-    """Some kept samples, spread evenly over the first shard."""
-    reader = ShardReader(shards, read_manifest(shards).shards[0].name)
-    stride = max(1, len(reader) // PICTURES)
-    return [_picture(reader, row) for row in range(0, len(reader), stride)][:PICTURES]
-
-
-def _picture(reader: ShardReader, row: int) -> dict[str, str]:
-    sample = reader.sample(row)
-    assert sample.image is not None, "curated samples have pictures"
-    image = open_image(sample.image)
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return {"caption": str(sample.meta["caption"]), "data": base64.b64encode(buffer.getvalue()).decode()}
+def write_report(parts: Parts, folder: Path, config: CurateConfig) -> None:
+    """Both files, from the parts of a finished stage; report.json last."""
+    statistics = measure(parts)
+    with open_decided(parts) as db, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of metadata
+        kept, dropped = gallery.choose_kept(db), gallery.choose_dropped(db)
+    template = (files("sailvl_trainer.curate") / "report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(template).render(
+        statistics=statistics,
+        config=config,
+        reasons=REASONS,
+        kept_names=KEPT,
+        plots=draw_plots(statistics),
+        kept=kept,
+        dropped=dropped,
+    )
+    write_atomic(folder / "index.html", page.encode())
+    write_atomic(folder / REPORT_JSON, encode(statistics))

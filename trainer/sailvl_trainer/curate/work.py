@@ -1,34 +1,102 @@
-"""Units of work dealt to the ranks as they come for more; a unit that is done is done for good."""
+"""Units of work dealt to the ranks as they come for more, and waiting for each other; used by all passes of curation.
+
+A unit's output appears whole or not at all, so a run that is killed does only those units again that were open.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from sailvl_trainer.runtime.context import Context
-from sailvl_trainer.runtime.distributed import gather
+
+PATIENCE = timedelta(days=30)
+"""Of a rank that waits for the others: the first may look for duplicates for hours. A rank that dies breaks its
+connections at once, whatever the patience."""
+POLL_SECONDS = 0.2
+BEAT_SECONDS = 2.0
 
 
-def share(context: Context, name: str, units: int, is_done: Callable[[int], bool], do: Callable[[int], None]) -> None:
-    """Carry out all units over all ranks, and wait for the last; a killed run does only those again that were open."""
-    counter = f"curate/{name}"
-    while (unit := context.store.add(counter, 1) - 1) < units:
-        if not is_done(unit):
-            do(unit)
-        context.telemetry.update()
-    gather(None)
+class Crew:
+    """All ranks of the stage at work together. COLLECTIVE: every rank makes one and makes the same calls."""
 
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+        self._group = group
 
-@contextmanager
-def first_alone(context: Context) -> Iterator[bool]:
-    """A block whose work the first rank does while the others wait at its end."""
-    yield context.is_first
-    dist.barrier()
+    def share(
+        self,
+        name: str,
+        units: int,
+        is_done: Callable[[int], bool],
+        do: Callable[[int], None],
+        samples: Callable[[int], int] | None = None,
+    ) -> None:
+        """Carry out units 0 … units - 1 over all ranks, each by one, and wait for the last.
 
+        `samples`: how many a unit holds; they are told as progress, summed over all ranks.
+        """
+        telemetry, store = self._context.telemetry, self._context.store
+        with telemetry.activity(name):
+            while (unit := store.add(f"curate/{name}", 1) - 1) < units:
+                if not is_done(unit):
+                    do(unit)
+                if samples is not None:
+                    store.add(f"curate/{name}/samples", samples(unit))
+                self._tell(name, samples is not None)
+        self.wait()
+        self._tell(name, samples is not None)
 
-def part_path(folder: Path, unit: int) -> Path:
-    """Where a unit of verification leaves its rows."""
-    return folder / "rows" / f"{unit:06d}.parquet"
+    @contextmanager
+    def first_alone(self, name: str) -> Iterator[bool]:
+        """A block whose work the first rank does; the others wait at its end. Yields whether this rank is the one."""
+        if self._context.is_first:
+            with self._context.telemetry.activity(name), self._beating():
+                yield True
+        else:
+            yield False
+        self.wait()
+
+    def wait(self) -> None:
+        """Until every rank is here; the heartbeat goes on, as waiting is no stall of this rank's."""
+        with self._context.telemetry.activity("waiting"):
+            barrier = dist.barrier(group=self._group, async_op=True)
+            assert barrier is not None, "every rank is in the group"
+            pause = 0.001
+            while not barrier.is_completed():
+                self._context.telemetry.update()
+                time.sleep(pause)
+                pause = min(POLL_SECONDS, 2 * pause)
+            barrier.wait()
+
+    def _tell(self, name: str, is_counted: bool) -> None:
+        """The heartbeat, with the progress of all ranks."""
+        if not is_counted:
+            self._context.telemetry.update()
+            return
+        done = self._context.store.add(f"curate/{name}/samples", 0)
+        self._context.telemetry.update(step=done, samples=done)
+
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """A heartbeat from a thread: a query over all rows is one call that may take long."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(BEAT_SECONDS):
+                self._context.telemetry.update()
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()

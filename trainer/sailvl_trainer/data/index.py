@@ -1,20 +1,51 @@
-"""What planning needs of every sample, without its pixels: tiles and tokens under one tokenizer and one tiling."""
+"""What planning needs of every sample, without its pixels: tiles and tokens under one tokenizer and one tiling.
+
+Positions of words are in the shards' own index where it was counted by the same tokenizer; tiles follow from widths
+and heights. Called by the training stage, once before its first step. Suffixes: S samples, R rows, W samples asked for.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from sailvl_trainer.data.chat import Encoded, encode_messages
-from sailvl_trainer.data.shards import ShardReader, read_manifest
-from sailvl_trainer.data.tiling import choose_grid, count_tiles
+from sailvl_trainer.data.chat import Encoded, build_template, count_positions, cut, encode_messages
+from sailvl_trainer.data.samples import Sample, require_mark
+from sailvl_trainer.data.shards import ShardPool, ShardReader, read_manifest
+from sailvl_trainer.data.tiling import choose_grid, choose_grids
 from sailvl_trainer.model.presets import Preset
+from sailvl_trainer.runtime.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+LENGTHS = np.dtype([("tokens", np.int32), ("tiles", np.int16), ("is_cut", np.bool_)])
+"""A sample: positions in its pack, tiles with the thumbnail, and whether it lost a part to fit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenCounter:
+    """Counts what curation writes into a shard's index, so that training need not; see shards.Counter."""
+
+    tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer and the template."""
+        return build_template(self.tokenizer).fingerprint
+
+    def count(self, sample: Sample) -> tuple[int, int]:
+        """Positions without the picture's, and labels."""
+        return count_positions(sample.messages, self.tokenizer, has_picture=sample.image is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,64 +58,154 @@ class Encoder:
     pack_tokens: int
     """Longer samples lose their end."""
 
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Columns and rows of a picture; as many tiles as leave half of a pack for the words."""
-        fits = max(1, self.pack_tokens // 2 // self.preset.tokens_per_tile - 1)
-        return choose_grid(width, height, min(self.max_tiles, fits), self.preset.image_size)
-
-    def encode(self, reader: ShardReader, row: int) -> Encoded:
-        """A sample's ids and labels, cut to the length of a pack."""
-        encoded = encode_messages(reader.sample(row).messages, self.tokenizer, self.image_tokens(reader, row))
-        n = self.pack_tokens
-        return Encoded(input_ids_T=encoded.input_ids_T[:n], labels_T=encoded.labels_T[:n])
-
-    def tiles(self, reader: ShardReader, row: int) -> int:
-        """Tiles of a row's picture, 0 without one."""
-        entry = reader.rows[row]
-        return count_tiles(self.grid(entry["width"], entry["height"])) if entry["image_size"] else 0
-
-    def image_tokens(self, reader: ShardReader, row: int) -> int:
-        """Positions of a row's picture."""
-        return self.tiles(reader, row) * self.preset.tokens_per_tile
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Index:
-    """All samples of some directories, in a fixed order; S samples."""
-
-    readers: tuple[ShardReader, ...]
-    shard_S: np.ndarray
-    row_S: np.ndarray
-    tokens_S: np.ndarray
-    tiles_S: np.ndarray
-    truncated: int = field(default=0)
-    """Samples that lost their end."""
-
-    def __len__(self) -> int:
-        return len(self.shard_S)
+    def __post_init__(self) -> None:
+        least = 2 * self.preset.tokens_per_tile
+        if self.pack_tokens < least:
+            raise ConfigError(
+                f"packTokens is {self.pack_tokens} and a tile of preset {self.preset.name} has "
+                f"{self.preset.tokens_per_tile} positions; write at least {least}"
+            )
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any sample, its length, or the order."""
-        digest = hashlib.sha256(self.tokens_S.tobytes() + self.tiles_S.tobytes())
-        digest.update(json.dumps([[entry["key"] for entry in reader.rows] for reader in self.readers]).encode())
-        return digest.hexdigest()[:16]
+        """Changes with any length."""
+        tiling = f"{self.preset.image_size} {self.preset.tokens_per_tile} {self._tile_limit} {self.pack_tokens}"
+        return f"{build_template(self.tokenizer).fingerprint} {tiling}"
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Columns and rows of a picture; as many tiles as leave half of a pack for the words."""
+        return choose_grid(width, height, self._tile_limit, self.preset.image_size)
+
+    def encode(self, reader: ShardReader, row: int, tiles: int) -> Encoded:
+        """A sample's ids and labels, cut to the length of a pack. Raises DataError that names shard and record."""
+        sample = reader.sample(row)
+        try:
+            require_mark(sample.messages, has_picture=tiles > 0)
+        except ValueError as error:
+            raise reader.error(row, error) from error
+        encoded = encode_messages(sample.messages, self.tokenizer, tiles * self.preset.tokens_per_tile)
+        return cut(encoded, self.pack_tokens, build_template(self.tokenizer).image_context)
+
+    def measure(self, reader: ShardReader) -> np.ndarray:
+        """LENGTHS of all rows of a shard."""
+        lengths_R = np.empty(len(reader), dtype=LENGTHS)
+        cols_R, rows_R = choose_grids(
+            reader.column("width"), reader.column("height"), self._tile_limit, self.preset.image_size
+        )
+        tiles_R = np.where(reader.column("image_size") > 0, cols_R * rows_R + (cols_R * rows_R > 1), 0)
+        tokens_R = self._positions(reader) + tiles_R * self.preset.tokens_per_tile
+        lengths_R["tiles"], lengths_R["is_cut"] = tiles_R, tokens_R > self.pack_tokens
+        lengths_R["tokens"] = np.minimum(tokens_R, self.pack_tokens)
+        return lengths_R
+
+    @property
+    def _tile_limit(self) -> int:
+        return min(self.max_tiles, max(1, self.pack_tokens // 2 // self.preset.tokens_per_tile - 1))
+
+    def _positions(self, reader: ShardReader) -> np.ndarray:
+        """Positions of all rows' words: as the shard says, or counted now where another tokenizer counted."""
+        counter = TokenCounter(tokenizer=self.tokenizer)
+        if reader.counted_by == counter.fingerprint:
+            return reader.column("positions")
+        return np.array([_count(counter, reader, row) for row in range(len(reader))], dtype=np.int32)
 
 
-def build_index(directories: Sequence[Path], split: str, encoder: Encoder) -> Index:
-    """Read every shard's index and count its samples' tokens. `split`: shards or held-out."""
-    readers = tuple(
-        ShardReader(directory / split, shard.name)
-        for directory in directories
-        for shard in read_manifest(directory / split).shards
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """All samples of some directories, in a fixed order; a sample's number is its place in it."""
+
+    pool: ShardPool
+    starts: np.ndarray
+    """First sample of every shard, and the number of samples."""
+    lengths_S: np.ndarray
+    """LENGTHS, in memory or mapped."""
+    fingerprint: str
+    """Changes with any sample, its length, or the order."""
+    tokens_per_tile: int
+
+    def __len__(self) -> int:
+        return len(self.lengths_S)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of an epoch."""
+        return int(self.lengths_S["tokens"].sum(dtype=np.int64))
+
+    @cached_property
+    def most_tiles(self) -> int:
+        """Of a picture."""
+        return int(self.lengths_S["tiles"].max(initial=0))
+
+    @cached_property
+    def truncated(self) -> int:
+        """Samples that lost a part to fit a pack."""
+        return int(self.lengths_S["is_cut"].sum())
+
+    def lengths(self, samples_W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and tiles of samples."""
+        lengths_W = self.lengths_S[samples_W]
+        return lengths_W["tokens"].astype(np.int64), lengths_W["tiles"].astype(np.int64)
+
+    def locate(self, sample: int) -> tuple[ShardReader, int]:
+        """A sample's shard and row."""
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return self.pool[shard], sample - int(self.starts[shard])
+
+
+def build_index(directories: Sequence[Path], split: str, encoder: Encoder, cache: Path | None = None) -> Index:
+    """Measure every sample. `split`: shards or held-out. `cache`: where lengths are kept for the next start, mapped.
+
+    Raises DataError for a directory without a set, or a shard without its index.
+    """
+    shards = [(folder / split, info) for folder in directories for info in read_manifest(folder / split).shards]
+    hashes = json.dumps([encoder.fingerprint, *(info.sha256 for _, info in shards)])
+    fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
+    pool = ShardPool([(folder, info.name) for folder, info in shards])
+    starts = np.cumsum([0, *(info.samples for _, info in shards)])
+    path = None if cache is None else cache / f"{split}-{fingerprint}.npy"
+    index = Index(
+        pool=pool,
+        starts=starts,
+        lengths_S=_load_or_measure(pool, starts, encoder, path),
+        fingerprint=fingerprint,
+        tokens_per_tile=encoder.preset.tokens_per_tile,
     )
-    rows = [(s, r) for s, reader in enumerate(readers) for r in range(len(reader))]
-    tokens = [len(encoder.encode(readers[s], r).input_ids_T) for s, r in rows]
-    return Index(
-        readers=readers,
-        shard_S=np.array([s for s, _ in rows], dtype=np.int32),
-        row_S=np.array([r for _, r in rows], dtype=np.int32),
-        tokens_S=np.array(tokens, dtype=np.int32),
-        tiles_S=np.array([encoder.tiles(readers[s], r) for s, r in rows], dtype=np.int32),
-        truncated=sum(t == encoder.pack_tokens for t in tokens),
-    )
+    if index.truncated:
+        logger.warning(
+            "%d of %d samples are longer than packTokens, %d, and lose their end", index.truncated, len(index),
+            encoder.pack_tokens,
+        )  # fmt: skip
+    return index
+
+
+def _load_or_measure(pool: ShardPool, starts: np.ndarray, encoder: Encoder, path: Path | None) -> np.ndarray:
+    if path is None:
+        return _measure(pool, starts, encoder, np.empty(starts[-1], dtype=LENGTHS))
+    if not path.exists() and starts[-1]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # ranks in containers share process ids
+        mapped_S = np.lib.format.open_memmap(temporary, mode="w+", dtype=LENGTHS, shape=(int(starts[-1]),))
+        _measure(pool, starts, encoder, mapped_S)
+        mapped_S.flush()
+        os.replace(temporary, path)
+    found: np.ndarray = np.load(path, mmap_mode="r") if starts[-1] else np.empty(0, dtype=LENGTHS)
+    return found
+
+
+def _count(counter: TokenCounter, reader: ShardReader, row: int) -> int:
+    try:
+        return counter.count(reader.sample(row))[0]
+    except ValueError as error:
+        raise reader.error(row, error) from error
+
+
+def _measure(pool: ShardPool, starts: np.ndarray, encoder: Encoder, lengths_S: np.ndarray) -> np.ndarray:
+    for shard in range(len(starts) - 1):
+        reader = pool[shard]
+        first, end = int(starts[shard]), int(starts[shard + 1])
+        if len(reader) != end - first:
+            raise DataError(
+                f"shard {reader.path}: {len(reader)} rows and {end - first} in the manifest; copy the set again"
+            )
+        lengths_S[first:end] = encoder.measure(reader)
+    return lengths_S

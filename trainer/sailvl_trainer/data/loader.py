@@ -1,4 +1,5 @@
-"""Optimizer steps as batches of one rank, decoded ahead by threads; called by the training loop."""
+"""Optimizer steps as batches of one rank, planned and decoded ahead by threads; called by the training loop, and by
+the held-out loss."""
 
 from __future__ import annotations
 
@@ -11,16 +12,20 @@ import numpy as np
 
 from sailvl_trainer.data.collate import Batch, collate
 from sailvl_trainer.data.index import Encoder, Index
-from sailvl_trainer.data.planner import Pack, Planner, PlanState, Step, deal, pack_best_fit
+from sailvl_trainer.data.packing import Pack, deal, pack_best_fit
+from sailvl_trainer.data.planner import Planner, PlanState, Step
 
-AHEAD = 3
-"""Steps that are decoded before they are asked for."""
+AHEAD = 4
+"""Packs that are decoded before they are asked for, at least; always whole steps."""
+THREADS = 2
+"""That decode; a pack's work is mostly outside Python's lock."""
+HELD_OUT_SEED = 20250109
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedStep:
     batches: list[Batch]
-    """This rank's microbatches."""
+    """This rank's microbatches: equally many on every rank, some may be empty."""
     samples: tuple[int, ...]
     """All samples of the step, over all ranks."""
     tokens: int
@@ -29,51 +34,68 @@ class LoadedStep:
 
 
 def load_steps(
-    planner: Planner, index: Index, encoder: Encoder, state: PlanState, *, rank: int, world_size: int
+    planner: Planner,
+    index: Index,
+    encoder: Encoder,
+    state: PlanState,
+    *,
+    rank: int,
+    world_size: int,
+    threads: int = THREADS,
 ) -> Iterator[LoadedStep]:
-    """Steps from a state on, without end."""
-    cost_S = estimate_cost(index)
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode") as pool:
+    """Steps from a state on, epoch after epoch, without end. An unreadable record raises DataError at its step."""
+    planned = planner.steps(state)
+    decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
+    plans = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
+    try:
         waiting: deque[tuple[Step, list[Future[Batch]]]] = deque()
-        for step in planner.steps(state):
-            mine = [microstep[rank] for microstep in deal(step.packs, cost_S, world_size)]
-            waiting.append((step, [pool.submit(collate, index, encoder, pack) for pack in mine]))
-            if len(waiting) > AHEAD:
-                yield _finish(*waiting.popleft(), index)
+        coming = plans.submit(next, planned)
+        while True:
+            while sum(len(futures) for _, futures in waiting) < AHEAD or len(waiting) < 2:
+                step = coming.result()
+                coming = plans.submit(next, planned)
+                mine = [microstep[rank] for microstep in deal(step.packs, step.costs, world_size)]
+                waiting.append((step, [decoders.submit(collate, index, encoder, pack) for pack in mine]))
+            yield _finish(*waiting.popleft())
+    finally:
+        decoders.shutdown(wait=False, cancel_futures=True)
+        plans.shutdown(wait=False, cancel_futures=True)
 
 
 def held_out_batches(
     index: Index, encoder: Encoder, *, samples: int, pack_tiles: int, rank: int, world_size: int, shuffle: bool
 ) -> Iterator[Batch]:
-    """The first `samples` samples in packs, dealt to the ranks; every rank gets equally many, some may be empty.
+    """At most so many samples, the same ones every time and from all parts of the set, in packs dealt to the ranks.
 
-    `shuffle`: each sample shows another one's picture, to see whether the model looks at it.
+    Every rank gets equally many batches, some may be empty. `shuffle`: each sample shows another one's picture, cut
+    to its own tiles so that every length stays, to see whether the model looks at it.
     """
-    chosen = np.arange(min(samples, len(index)))
-    packs = pack_best_fit(chosen, index.tokens_S, index.tiles_S, encoder.pack_tokens, pack_tiles)
-    shown = _derange(index, chosen) if shuffle else {}
-    for microstep in deal(packs, estimate_cost(index), world_size):
+    chosen = choose_samples(len(index), samples)
+    tokens_W, tiles_W = index.lengths(chosen)
+    packs = [tuple(chosen[p].tolist()) for p in pack_best_fit(tokens_W, tiles_W, encoder.pack_tokens, pack_tiles)]
+    cost_W = tokens_W + index.tokens_per_tile * tiles_W
+    cost_of = dict(zip(chosen.tolist(), cost_W.tolist(), strict=True))
+    shown = _derange(chosen[tiles_W > 0].tolist()) if shuffle else {}
+    for microstep in deal(packs, [sum(cost_of[s] for s in pack) for pack in packs], world_size):
         pack: Pack = microstep[rank]
         yield collate(index, encoder, pack, pictures=tuple(shown.get(s, s) for s in pack))
 
 
-def estimate_cost(index: Index) -> np.ndarray:
-    """Relative work of every sample: a tile's vision forward is about that of its positions in the language model."""
-    return index.tokens_S + 256.0 * index.tiles_S
+def choose_samples(total: int, number: int) -> np.ndarray:
+    """So many of 0..total-1, spread at random by a fixed seed, in order."""
+    return np.sort(np.random.default_rng(HELD_OUT_SEED).permutation(total)[:number])
 
 
-def _derange(index: Index, chosen: np.ndarray) -> dict[int, int]:
-    """Every sample with a picture shows that of the next one half the set away."""
-    pictured = [int(s) for s in chosen if index.tiles_S[s]]
+def _derange(pictured: list[int]) -> dict[int, int]:
+    """Every sample shows the picture of the one half the set away; a single one its own."""
     shift = max(1, len(pictured) // 2)
-    return {s: pictured[(i + shift) % len(pictured)] for i, s in enumerate(pictured)}
+    return {sample: pictured[(i + shift) % len(pictured)] for i, sample in enumerate(pictured)}
 
 
-def _finish(step: Step, futures: list[Future[Batch]], index: Index) -> LoadedStep:
-    samples = tuple(s for pack in step.packs for s in pack)
+def _finish(step: Step, futures: list[Future[Batch]]) -> LoadedStep:
     return LoadedStep(
         batches=[future.result() for future in futures],
-        samples=samples,
-        tokens=int(index.tokens_S[list(samples)].sum()),
+        samples=tuple(s for pack in step.packs for s in pack),
+        tokens=step.tokens,
         after=step.after,
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
-import re
-import shutil
 from pathlib import Path
 
-from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR
+from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, ModelConfig
+from sailvl_trainer.data.index import TokenCounter
 from sailvl_trainer.data.procedural import SIDE, ask, draw_caption, draw_question, draw_scene, render
 from sailvl_trainer.data.shards import ShardWriter, write_manifest
+from sailvl_trainer.data.stamps import copy_stamps
+from sailvl_trainer.model.tokenizer import load_tokenizer
 
 SFT_LEVELS = {"knowledge": 1, "instruction": 2, "preference": 3}
 BENCHMARK_SEED, SFT_SEED, CAPTION_SEED = 3, 2, 1
@@ -57,27 +58,11 @@ def make_shapes(directory: Path, number: int) -> int:
     return number
 
 
-def copy_stamps(tree: Path, directory: Path) -> int:
-    """Every stamp that has a picture and an English caption, as NAME.png and NAME.txt."""
-    directory.mkdir(parents=True, exist_ok=True)
-    found = 0
-    for text in sorted(tree.rglob("*.txt")):
-        picture = text.with_suffix(".png")
-        caption = text.read_text(errors="replace").splitlines()[:1]
-        if not picture.exists() or not caption or not caption[0].strip():
-            continue
-        name = re.sub(r"[^a-z0-9]+", "-", "-".join(text.with_suffix("").parts[-3:]).lower()).strip("-")
-        shutil.copyfile(picture, directory / f"{name}.png")
-        (directory / f"{name}.txt").write_text(caption[0].strip())
-        found += 1
-    return found
-
-
 def make_questions(directory: Path, level: int, number: int) -> int:
     """A prepared set: questions with exact answers, one in ten a caption, one in twenty held out."""
-    held_out = max(8, number // 20)
+    held_out, counter = max(8, number // 20), TokenCounter(tokenizer=load_tokenizer(ModelConfig(preset="tiny")))
     for split, first, count in ((SHARDS_DIR, 0, number), (HELD_OUT_DIR, number, held_out)):
-        with ShardWriter(directory / split, "00000") as writer:
+        with ShardWriter(directory / split, "00000", counter) as writer:
             for index in range(first, first + count):
                 draw = draw_caption if index % 10 == 0 else draw_question
                 writer.write(draw(SFT_SEED, index, level), (SIDE, SIDE))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 IMAGE_MARK = "<image>"
-"""Stands in a user turn where the picture belongs."""
+"""Stands in a user turn where the picture belongs; anywhere else it is a word like any other."""
 CAPTION_INSTRUCTION = "Describe the image."
+KEY = re.compile(r"[^./\x00]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +22,7 @@ class Message:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     key: str
-    """Unique in its data set; no dot and no slash, as WebDataset asks."""
+    """Unique in its shard; no dot and no slash, as WebDataset asks."""
     image: bytes | None
     """The encoded file as it came."""
     suffix: str
@@ -42,7 +45,15 @@ def build_dialogue(
     key: str, image: bytes | None, suffix: str, turns: tuple[Message, ...], meta: dict[str, Any]
 ) -> Sample:
     """A dialogue about a picture. Raises ValueError when picture and mark don't go together."""
-    marks = sum(turn.content.count(IMAGE_MARK) for turn in turns)
-    if marks != (0 if image is None else 1):
-        raise ValueError(f"sample {key}: {marks} {IMAGE_MARK} marks; write one for a picture and none without")
+    require_mark(turns, has_picture=image is not None)
     return Sample(key=key, image=image, suffix=suffix, messages=turns, meta=meta)
+
+
+def require_mark(turns: Iterable[Message], *, has_picture: bool) -> None:
+    """Raises ValueError unless the user's turns hold one mark for a picture and none without."""
+    marks = sum(turn.content.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+    if marks != int(has_picture):
+        picture = "a picture" if has_picture else "no picture"
+        raise ValueError(
+            f"{marks} {IMAGE_MARK} marks in the user's turns and {picture}; write one mark for a picture, none without"
+        )

@@ -1,29 +1,44 @@
 """Pictures cut into tiles, as InternVL2 does (arXiv 2404.16821, §3): the grid of the closest shape, and a thumbnail.
 
-Shapes: N tiles, H = W = image_size.
+Called by the index (which grid, for many pictures at once), by collate and by evaluation.
+Suffixes: N tiles, H = W = image_size, S pictures, G grids.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+SCALE, SHIFT = 1.0 / (255.0 * STD), -MEAN / STD
+"""(value / 255 - MEAN) / STD as one multiplication and one addition."""
 
 
 def choose_grid(width: int, height: int, max_tiles: int, image_size: int) -> tuple[int, int]:
     """Columns and rows. Closest aspect ratio wins; on a tie the larger grid if the picture fills half of it."""
-    grids = sorted(
-        ((c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)), key=lambda g: (g[0] * g[1], g)
-    )
-    ratio, area, best, best_gap = width / height, width * height, (1, 1), float("inf")
-    for cols, rows in grids:
-        gap = abs(ratio - cols / rows)
-        is_filled = gap == best_gap and area > 0.5 * image_size**2 * cols * rows
-        if gap < best_gap or is_filled:
-            best, best_gap = (cols, rows), gap
-    return best
+    cols_S, rows_S = choose_grids(np.array([width]), np.array([height]), max_tiles, image_size)
+    return int(cols_S[0]), int(rows_S[0])
+
+
+def choose_grids(
+    width_S: np.ndarray, height_S: np.ndarray, max_tiles: int, image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`choose_grid` of many pictures: columns and rows."""
+    grids_G2 = _all_grids(max_tiles)
+    ratio_S = width_S / np.maximum(height_S, 1)
+    area_S = width_S.astype(np.int64) * height_S
+    best_S = np.zeros(len(width_S), dtype=np.int64)
+    gap_S = np.full(len(width_S), np.inf)
+    for number, (cols, rows) in enumerate(grids_G2.tolist()):
+        distance_S = np.abs(ratio_S - cols / rows)
+        is_filled_S = area_S > 0.5 * image_size**2 * cols * rows
+        is_better_S = (distance_S < gap_S) | ((distance_S == gap_S) & is_filled_S)
+        best_S[is_better_S] = number
+        gap_S = np.minimum(gap_S, distance_S)
+    return grids_G2[best_S, 0], grids_G2[best_S, 1]
 
 
 def count_tiles(grid: tuple[int, int]) -> int:
@@ -35,13 +50,21 @@ def count_tiles(grid: tuple[int, int]) -> int:
 def cut_tiles(image: Image.Image, grid: tuple[int, int], image_size: int) -> np.ndarray:
     """(N, 3, H, W) float32, normalised with ImageNet's mean and deviation; row by row, the thumbnail last."""
     cols, rows = grid
-    resized = image.resize((cols * image_size, rows * image_size), Image.Resampling.BICUBIC)
-    parts = [
-        resized.crop((x * image_size, y * image_size, (x + 1) * image_size, (y + 1) * image_size))
-        for y in range(rows)
-        for x in range(cols)
-    ]
-    if len(parts) > 1:
-        parts.append(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
-    pixels_NHW3 = np.stack([np.asarray(part, dtype=np.float32) for part in parts]) / 255.0
-    return np.ascontiguousarray(((pixels_NHW3 - MEAN) / STD).transpose(0, 3, 1, 2))
+    size = image_size
+    resized = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
+    pixels_NHW3 = np.asarray(resized).reshape(rows, size, cols, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    if cols * rows > 1:
+        thumbnail_HW3 = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        pixels_NHW3 = np.concatenate([pixels_NHW3, thumbnail_HW3[None]])
+    pixels_N3HW = np.empty((len(pixels_NHW3), 3, size, size), dtype=np.float32)
+    for channel in range(3):
+        np.multiply(pixels_NHW3[..., channel], SCALE[channel], out=pixels_N3HW[:, channel])
+        pixels_N3HW[:, channel] += SHIFT[channel]
+    return pixels_N3HW
+
+
+@lru_cache(maxsize=32)
+def _all_grids(max_tiles: int) -> np.ndarray:
+    """All (columns, rows) with at most so many tiles, small ones first: later ones win ties only if filled."""
+    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
+    return np.array(sorted(grids, key=lambda g: (g[0] * g[1], g)), dtype=np.int64)

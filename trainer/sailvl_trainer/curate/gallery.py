@@ -1,0 +1,96 @@
+"""The report's pictures: some kept ones of every source, some dropped ones of every reason; called by report.py."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+from PIL import Image
+
+from sailvl_trainer.curate.items import Item, read_item
+from sailvl_trainer.curate.parts import to_items
+from sailvl_trainer.curate.statistics import DUPLICATES, KEPT
+from sailvl_trainer.curate.verify import FORMATS
+from sailvl_trainer.data.images import open_image
+
+KEPT_PICTURES = 24
+DROPPED_PICTURES = 4
+"""A reason."""
+SIDE = 180
+"""Pixels of a thumbnail's longer side; shown at half, which is sharp on every screen."""
+DECODED = (*KEPT, *DUPLICATES, "too_small", "no_caption", "long_caption")
+"""Outcomes of pictures that are worth a try: bombs and broken files are not."""
+MAX_PIXELS = 50_000_000
+"""What had no caption was never measured: larger ones are not shown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """One picture of the report; data in base64, empty where there is nothing to show."""
+
+    name: str
+    caption: str
+    detail: str
+    data: str
+    beside: str = ""
+    """Of a duplicate: the kept picture that stands for it."""
+
+
+def choose_kept(db: duckdb.DuckDBPyConnection) -> list[Tile]:
+    """Sources take turns; within one the order is that of the pixels' hashes: as good as random, and repeatable."""
+    query = (
+        "SELECT * EXCLUDE (turn) FROM "
+        "(SELECT *, row_number() OVER (PARTITION BY source ORDER BY pixels_sha256, item) AS turn "
+        f"FROM decided WHERE outcome IN $1) ORDER BY turn, item LIMIT {KEPT_PICTURES}"
+    )
+    return [_tile(row, item) for row, item in _fetch(db, query, [list(KEPT)])]
+
+
+def choose_dropped(db: duckdb.DuckDBPyConnection) -> dict[str, list[Tile]]:
+    """Reason to the first few of it."""
+    reasons = db.execute(
+        "SELECT outcome FROM decided WHERE outcome NOT IN $1 GROUP BY 1 ORDER BY count(*) DESC, 1", [list(KEPT)]
+    ).fetchall()
+    query = f"SELECT * FROM decided WHERE outcome = $1 ORDER BY item LIMIT {DROPPED_PICTURES}"
+    return {
+        reason: [_tile(row, item, _beside(db, row)) for row, item in _fetch(db, query, [reason])]
+        for (reason,) in reasons
+    }
+
+
+def _fetch(db: duckdb.DuckDBPyConnection, query: str, values: list[Any]) -> list[tuple[dict[str, Any], Item]]:
+    table = db.execute(query, values).to_arrow_table()
+    return list(zip(table.to_pylist(), to_items(table), strict=True))
+
+
+def _beside(db: duckdb.DuckDBPyConnection, row: dict[str, Any]) -> str:
+    if row["first"] is None:
+        return ""
+    ((_, item),) = _fetch(db, "SELECT * FROM decided WHERE item = $1", [row["first"]])
+    return draw_thumbnail(item)
+
+
+def _tile(row: dict[str, Any], item: Item, beside: str = "") -> Tile:
+    data = draw_thumbnail(item) if row["outcome"] in DECODED else ""
+    return Tile(
+        name=f"{item.source}/{item.key}", caption=row["text"][:160], detail=row["detail"], data=data, beside=beside
+    )
+
+
+def draw_thumbnail(item: Item) -> str:
+    """A small JPEG; empty for what can't be shown, which a report must not fail of."""
+    try:
+        data = read_item(item).data
+        with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+            if header.width * header.height > MAX_PIXELS:
+                return ""
+        image = open_image(data)
+    except Exception:  # noqa: BLE001  # decoders raise anything, and the file may be gone since
+        return ""
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode()
