@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The demo's raw data: the procedural set, and the captioned stamps of Debian's tuxpaint-stamps-default where they can be had.
-#   demo_data.sh PYTHON DIRECTORY
+# The demo's raw data: the procedural set, a tiny language model that has read, and the captioned stamps of Debian's
+# tuxpaint-stamps-default where they can be had:  demo_data.sh PYTHON DIRECTORY
 set -euo pipefail
 python=$1 directory=$2
 tree=build/stamps
 
+[ ! -f "$directory/.whole" ] || exit 0
+mkdir -p "$directory/raw/stamps"
 if [ ! -d "$tree/usr" ] && command -v apt-get >/dev/null && command -v dpkg >/dev/null; then
   mkdir -p "$tree"
   (cd "$tree" && apt-get download -q tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb .) \
     >build/stamps.log 2>&1 || echo "no stamps (see build/stamps.log); the drawn pictures alone" >&2
 fi
 stamps=()
-[ -d "$tree/usr" ] && stamps=(--stamps "$tree")
-if [ ! -f "$directory/.whole" ]; then
-  "$python" -m sailvl_trainer.data.make "$directory" "${stamps[@]}" --shapes 900 --questions 600
-  mkdir -p "$directory/raw/stamps"
-  touch "$directory/.whole"
-fi
+[ ! -d "$tree/usr" ] || stamps=(--stamps "$tree")
+"$python" -m sailvl_trainer.data.make "$directory" "${stamps[@]}" --shapes 1800 --questions 1500
+"$python" -m sailvl_trainer.train.tinylm "$directory/models/tiny-language"
+touch "$directory/.whole"

@@ -19,6 +19,8 @@ from sailvl_operator.core.numbers import format_duration
 from sailvl_operator.core.observe import parse_time
 from sailvl_operator.local import LocalRun, LockedError, parse_local
 
+PLAIN_WIDTH = 120
+"""Columns of a log."""
 SHOWN = ("loss", "heldOutLoss", "score", "kept")
 """Metrics beside a stage's bar."""
 
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0: succeeded; 1: failed; 2: the file can't be carried out."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     try:
         (document, *more) = read_documents(args.file)
         if more:
@@ -96,21 +98,25 @@ def build_table(status: Status) -> Table:
     """The stages with what they took and what they reached."""
     table = Table("Stage", "State", "Time", "Steps", "Tokens", "Held-out loss", "Shuffled", "Score", "Attempts")
     for stage in status.stages:
-        metrics = stage.metrics
-        seconds = parse_time(stage.completion_time) - parse_time(stage.start_time) if stage.completion_time else 0
-        loss = f"{metrics['heldOutLossBefore']} → {metrics['heldOutLoss']}" if "heldOutLoss" in metrics else ""
+        took = parse_time(stage.completion_time) - parse_time(stage.start_time) if stage.completion_time else None
+        progress = stage.progress
         table.add_row(
             stage.name,
-            stage.state + (" (memoised)" if stage.memoised else ""),
-            format_duration(seconds) if stage.completion_time else "",
-            str(stage.progress.step) if stage.progress else "",
-            str(stage.progress.tokens) if stage.progress else "",
-            loss,
-            metrics.get("heldOutLossShuffled", ""),
-            metrics.get("score", ""),
+            stage.state + (", memoised" if stage.memoised else ""),
+            "" if took is None else format_duration(took),
+            str(progress.step) if progress else "",
+            str(progress.tokens) if progress and progress.tokens else "",
+            " → ".join(_round(stage, name) for name in ("heldOutLossBefore", "heldOutLoss") if name in stage.metrics),
+            _round(stage, "heldOutLossShuffled"),
+            _round(stage, "score"),
             str(stage.attempt),
         )
     return table
+
+
+def _round(stage: StageStatus, metric: str) -> str:
+    """A metric as people compare it; empty where the stage has none."""
+    return f"{float(stage.metrics[metric]):.2f}" if metric in stage.metrics else ""
 
 
 def _conclude(console: Console, local: LocalRun, status: Status) -> int:
