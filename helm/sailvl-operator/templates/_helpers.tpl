@@ -1,0 +1,111 @@
+{{- define "sailvl.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "sailvl.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 63 | trimSuffix "-" -}}
+{{- else if contains (include "sailvl.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "sailvl.name" .) | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Cluster-wide names: the same release may be in several namespaces. */ -}}
+{{- define "sailvl.clusterName" -}}
+{{- printf "%s:%s" .Release.Namespace (include "sailvl.fullname" .) -}}
+{{- end -}}
+
+{{- define "sailvl.selector" -}}
+app.kubernetes.io/name: {{ include "sailvl.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- /* managed-by is never `sailvl-operator` here: that marks the workers. */ -}}
+{{- define "sailvl.labels" -}}
+{{ include "sailvl.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- end -}}
+
+{{- define "sailvl.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "sailvl.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "sailvl.image" -}}
+{{- if .Values.image.digest -}}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* The operator's flags: one value each, see `sailvl operator --help`. */ -}}
+{{- define "sailvl.args" -}}
+- operator
+{{- with .Values.watchNamespaces }}
+- --namespaces={{ join "," . }}
+{{- end }}
+- --lease-name={{ include "sailvl.fullname" . }}
+- --lease-namespace={{ .Release.Namespace }}
+{{- with .Values.leaderElection }}
+- --lease-duration={{ .durationSeconds }}
+- --lease-renew-deadline={{ .renewDeadlineSeconds }}
+- --lease-renew-interval={{ .renewIntervalSeconds }}
+{{- end }}
+{{- with .Values.runs }}
+{{- with .trainerImage }}
+- --trainer-image={{ . }}
+{{- end }}
+- --grace-seconds={{ int64 .graceSeconds }}
+- --settle-seconds={{ .settleSeconds }}
+- --backoff-seconds={{ .backoffSeconds }}
+- --backoff-limit-seconds={{ .backoffLimitSeconds }}
+{{- end }}
+{{- with .Values.operator }}
+- --workers={{ int64 .workers }}
+- --progress-interval={{ .progressIntervalSeconds }}
+- --events={{ .events }}
+- --log-level={{ .logLevel }}
+- --log-format={{ .logFormat }}
+{{- end }}
+- --metrics-port=8080
+{{- end -}}
+
+{{- /* What the operator does to runs and their children, and no more. */ -}}
+{{- define "sailvl.rules" -}}
+- apiGroups: [sailvl.dev]
+  resources: [sailvlruns]
+  verbs: [get, list, watch]
+- apiGroups: [sailvl.dev]
+  resources: [sailvlruns/status]
+  verbs: [patch]
+# Children name their run with blockOwnerDeletion; some clusters ask for this right then.
+- apiGroups: [sailvl.dev]
+  resources: [sailvlruns/finalizers]
+  verbs: [update]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [list, watch, deletecollection]
+- apiGroups: [""]
+  resources: [services, persistentvolumeclaims]
+  verbs: [get, create]
+- apiGroups: [""]
+  resources: [events]
+  verbs: [create]
+{{- end -}}
+
+{{- define "sailvl.subject" -}}
+- kind: ServiceAccount
+  name: {{ include "sailvl.serviceAccount" . }}
+  namespace: {{ .Release.Namespace }}
+{{- end -}}
