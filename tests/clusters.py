@@ -1,4 +1,4 @@
-"""The cluster of the tests: the one that KUBECONFIG names, else that of `make cluster`, brought up if it is not."""
+"""Fixtures of the cluster: the one that KUBECONFIG names, else that of `make cluster`, brought up if it is not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "hack/cluster/cluster.sh"
 IMPOSSIBLE = 3
 """The script's exit code where the machine can't have a cluster."""

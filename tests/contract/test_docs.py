@@ -1,0 +1,213 @@
+"""What the docs say is there: links, targets, verbs, runs, settings, metrics, causes, codes and reasons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from sailvl_operator.api import names
+from sailvl_operator.api.status import Cause, Reason
+from sailvl_operator.api.types import RestartPolicy
+from sailvl_operator.api.unsupported import unsupported
+from sailvl_operator.api.validation import validate
+from sailvl_operator.cli.main import VERBS
+from sailvl_operator.core.failure import _CAUSE_OF_CODE, _PRECEDENCE
+from sailvl_operator.core.restart import budget
+from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
+from sailvl_operator.settings import OPTIONS, Option, Settings
+from sailvl_trainer.contract import ExitCode
+from sailvl_trainer.model.presets import PRESETS, preset
+from sailvl_trainer.runtime.metrics import TrainerMetrics
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+OPERATIONS, QUICKSTART, RECIPE = (
+    ROOT / "docs" / name for name in ("guide/operations.md", "quickstart.md", "guide/recipe.md")
+)
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`|^    [^\n]*$", re.M | re.S)
+BLOCK = re.compile(r"^```ya?ml\n(.*?)^```", re.M | re.S)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def read_code(page: Path) -> str:
+    """Spans and blocks of code: where commands are."""
+    return "\n".join(CODE.findall(page.read_text()))
+
+
+def read_section(page: Path, title: str) -> str:
+    """The text below a heading, up to the next one."""
+    _, found, rest = page.read_text().partition(f"# {title}\n")
+    assert found, f"{page.name} has no section {title}"
+    return re.split(r"^#", rest, maxsplit=1, flags=re.M)[0]
+
+
+def read_table(text: str) -> list[list[str]]:
+    """The rows of the first table, without its head; cells without backticks."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def slugs(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def metric_names(*, operator: bool = True, trainer: bool = True) -> dict[str, str]:
+    """Every metric by its exposed name, with its type."""
+    found: dict[str, str] = {}
+    registry = CollectorRegistry()
+    if operator:
+        Metrics(registry)
+        registry.register(OperatorCollector(queue=lambda: (0, 0.0), watches=lambda: (), is_leading=lambda: True))
+        registry.register(RunCollector(lambda: ()))
+    if trainer:
+        TrainerMetrics(registry)
+    for family in registry.collect():
+        found[family.name + ("_total" if family.type == "counter" else "")] = family.type
+    return found
+
+
+def codes_in(text: str) -> set[int]:
+    return {int(number) for number in re.findall(r"\b\d{2,3}\b", text)}
+
+
+@each_page
+def test_relative_links_resolve(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link} leads nowhere"
+        assert not anchor or anchor in slugs(target), f"{link}: no such heading"
+
+
+@each_page
+def test_make_targets_exist(page: Path) -> None:
+    known = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", read_code(page))) <= known
+
+
+def test_every_make_target_is_documented() -> None:
+    known = set(re.findall(r"^([a-z][a-z0-9-]*):.*##", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"make ([a-z][a-z0-9-]*)", read_section(ROOT / "docs/development.md", "Targets")))
+    assert known - named <= {"help", "data"}
+
+
+@each_page
+def test_verbs_exist(page: Path) -> None:
+    assert set(re.findall(r"(?<![\w/.-])sailvl ([a-z][a-z-]*+)(?![\w/])", read_code(page))) <= set(VERBS)
+
+
+@each_page
+def test_metrics_exist(page: Path) -> None:
+    named = set(re.findall(r"`(sailvl_[a-z_]+)`", page.read_text())) - {"sailvl_operator", "sailvl_trainer"}
+    assert named <= set(metric_names())
+
+
+def find_runs() -> Iterator[tuple[str, dict[str, object]]]:
+    for page in PAGES:
+        for block in BLOCK.findall(page.read_text()):
+            for document in yaml.safe_load_all(block):
+                if isinstance(document, dict) and document.get("kind") == names.KIND:
+                    yield page.name, document
+
+
+def test_runs_are_valid() -> None:
+    runs = list(find_runs())
+    assert runs, "no page shows a run"
+    for page, document in runs:
+        assert validate(document) == [], page
+
+
+def shown_default(option: Option) -> str:
+    """As the table writes it; empty: nothing is set."""
+    if option.flag == "--identity":
+        return "the host's name"
+    group, _, name = option.target.rpartition(".")
+    settings = Settings()
+    value = getattr(getattr(settings, group) if group else settings, name)
+    if value in ("", ()):
+        return ""
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_settings_are_those_of_the_code() -> None:
+    wanted = [[o.flag, o.variable, shown_default(o), o.help] for o in OPTIONS]
+    assert read_table(read_section(OPERATIONS, "Settings")) == wanted
+
+
+@pytest.mark.parametrize(
+    ("titles", "side"),
+    [
+        (["Metrics of the operator"], {"trainer": False}),
+        (["Metrics of the workers"], {"operator": False}),
+    ],
+    ids=["operator", "workers"],
+)
+def test_metrics_are_those_of_the_code(titles: list[str], side: dict[str, bool]) -> None:
+    text = "".join(read_section(OPERATIONS, title) for title in titles)
+    listed = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.M))
+    assert listed == metric_names(**side)
+
+
+def test_causes_stand_in_the_order_of_precedence() -> None:
+    rows = read_table(read_section(OPERATIONS, "Causes and budgets"))
+    assert [row[0] for row in rows] == [cause.value for cause in _PRECEDENCE]
+
+
+@pytest.mark.parametrize("cause", Cause, ids=str)
+def test_budgets_and_codes_are_those_of_the_code(cause: Cause) -> None:
+    rows = {row[0]: row[1:] for row in read_table(read_section(OPERATIONS, "Causes and budgets"))}
+    seen_as, restarts = rows[cause]
+    assert codes_in(seen_as) == {code for code, of in _CAUSE_OF_CODE.items() if of is cause}
+    policy = RestartPolicy(max_restarts=111, max_infra_restarts=222)
+    words = {None: "any number", 111: "maxRestarts", 222: "maxInfraRestarts"}
+    allowed = budget(cause, policy)
+    assert restarts.split(",")[0] == words.get(allowed, str(allowed))
+
+
+def test_exit_codes_have_their_causes_and_advice() -> None:
+    rows = read_table(read_section(QUICKSTART, "StageFailed"))
+    told = {code: row[1] for row in rows for code in codes_in(row[0])}
+    assert told == {int(code): cause.value for code, cause in _CAUSE_OF_CODE.items()}
+    assert {int(code) for code in ExitCode} - {0} <= set(told)
+
+
+def test_reasons_exist_and_what_can_be_stuck_is_explained() -> None:
+    _, _, text = QUICKSTART.read_text().partition("## Troubleshooting by reason\n")
+    explained = set(re.findall(r"^### (\w+)$", text, re.M))
+    assert explained <= {reason.value for reason in Reason}
+    assert explained >= {Reason.UNSCHEDULABLE, Reason.VOLUME, Reason.IMAGE, Reason.CONTAINER_CONFIG}
+
+
+def test_presets_are_those_of_the_code() -> None:
+    rows = {row[0]: row for row in read_table(read_section(RECIPE, "The model"))}
+    assert set(rows) == set(PRESETS)
+    for name, row in rows.items():
+        assert row[3:] == [f"{preset(name).image_size} px", str(preset(name).tokens_per_tile)], name
+
+
+def test_limits_name_what_is_refused() -> None:
+    """Every field that the operator refuses stands in the README's table."""
+    text = read_section(ROOT / "README.md", "Status and limits")
+    source = Path(unsupported.__code__.co_filename).read_text()
+    for field in re.findall(
+        r"[.{]?\b(activeDeadlineSeconds|ttlSecondsAfterFinished|gate|schedule|zeroStage)\b", source
+    ):
+        assert field in text
+    for value in ("fsdp2", "adalrs", "caption", "judge", "balance", "parquet", "jsonl"):
+        assert value in text
+
+
+@each_page
+def test_no_path_of_a_machine(page: Path) -> None:
+    assert not re.search(r"(?<![\w.])/(work|home|root)/", page.read_text())

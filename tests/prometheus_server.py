@@ -1,0 +1,120 @@
+"""A real Prometheus that discovers its targets by the chart's PodMonitor and ServiceMonitor, without their operator."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prometheus:
+    url: str
+
+    def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
+        """The vector of an expression."""
+        arguments = {"query": expression} | ({} if at is None else {"time": str(at)})
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?{urllib.parse.urlencode(arguments)}") as answer:
+            result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+        return result
+
+
+@contextmanager
+def start_prometheus(
+    folder: Path, kubeconfig: str, monitors: list[dict[str, Any]], namespaces: list[str]
+) -> Iterator[Prometheus]:
+    """Debian's prometheus with the chart's rules as scrape configuration; ended with the block."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed (Debian: prometheus)")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    jobs = [build_scrape_config(monitor, kubeconfig, namespaces) for monitor in monitors]
+    config = folder / "prometheus.yml"
+    config.write_text(yaml.safe_dump({"global": {"scrape_interval": "5s"}, "scrape_configs": jobs}))
+    port = _free_port()
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={config}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        _await_ready(f"http://127.0.0.1:{port}/-/ready", folder / "log")
+        yield Prometheus(url=f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def render_monitors(chart: Path, release: str, system: str) -> list[dict[str, Any]]:
+    """The chart's PodMonitor and ServiceMonitor."""
+    flags = ["--set", "metrics.podMonitor.enabled=true", "--set", "metrics.serviceMonitor.enabled=true"]
+    command = ["helm", "template", release, str(chart), "-n", system, "--kube-version=1.34.0", *flags]
+    rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kinds = ("PodMonitor", "ServiceMonitor")
+    return [d for d in yaml.safe_load_all(rendered) if d and d["kind"] in kinds]
+
+
+def build_scrape_config(monitor: dict[str, Any], kubeconfig: str, namespaces: list[str]) -> dict[str, Any]:
+    """What Prometheus' operator would make of a monitor: labels and port select, then its own relabelings."""
+    is_pod = monitor["kind"] == "PodMonitor"
+    role, prefix = ("pod", "__meta_kubernetes_pod") if is_pod else ("endpoints", "__meta_kubernetes_service")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints" if is_pod else "endpoints"]
+    port = "__meta_kubernetes_pod_container_port_name" if is_pod else "__meta_kubernetes_endpoint_port_name"
+    selected = monitor["spec"]["selector"]["matchLabels"]
+    keep = [_keep(f"{prefix}_label_{_label(name)}", value) for name, value in selected.items()]
+    return {
+        "job_name": f"{monitor['kind']}/{monitor['metadata']['name']}",
+        "metrics_path": endpoint.get("path", "/metrics"),
+        "honor_labels": endpoint.get("honorLabels", False),
+        "kubernetes_sd_configs": [{"role": role, "kubeconfig_file": kubeconfig, "namespaces": {"names": namespaces}}],
+        "relabel_configs": [*keep, _keep(port, endpoint["port"]), *map(_snake, endpoint.get("relabelings", []))],
+    }
+
+
+def _keep(label: str, value: str) -> dict[str, Any]:
+    return {"action": "keep", "source_labels": [label], "regex": value}
+
+
+def _label(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def _snake(rule: dict[str, Any]) -> dict[str, Any]:
+    names = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
+    return {names.get(key, key): value for key, value in rule.items()}
+
+
+def _await_ready(url: str, log: Path) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            urllib.request.urlopen(url).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
+    pytest.fail(f"prometheus is not ready: {log.read_text()[-2000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
