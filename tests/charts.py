@@ -97,3 +97,8 @@ def find(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     """The only object of a kind."""
     [found] = [o for o in objects if o["kind"] == kind]
     return found
+
+
+def get_pod(scenario: str) -> dict[str, Any]:
+    template: dict[str, Any] = find(render(scenario), "Deployment")["spec"]["template"]
+    return template

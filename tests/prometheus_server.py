@@ -30,14 +30,23 @@ class Prometheus:
             result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
         return result
 
+    def query_range(self, expression: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
+        """The matrix of an expression between two times, in seconds since 1970."""
+        arguments = {"query": expression, "start": start, "end": end, "step": step}
+        with urllib.request.urlopen(f"{self.url}/api/v1/query_range?{urllib.parse.urlencode(arguments)}") as answer:
+            result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+        return result
+
 
 @contextmanager
 def start_prometheus(
     folder: Path, kubeconfig: str, monitors: list[dict[str, Any]], namespaces: list[str]
 ) -> Iterator[Prometheus]:
-    """Debian's prometheus with the chart's rules as scrape configuration; ended with the block."""
+    """prometheus with the chart's rules as scrape configuration; ended with the block."""
     if shutil.which("prometheus") is None:
-        pytest.skip("prometheus is not installed (Debian: prometheus)")
+        pytest.skip(
+            "prometheus is not installed: put one with discovery of Kubernetes on PATH (`make cluster` builds it)"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     jobs = [build_scrape_config(monitor, kubeconfig, namespaces) for monitor in monitors]

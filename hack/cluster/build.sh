@@ -1,35 +1,44 @@
 #!/usr/bin/env bash
-# Kubernetes from the Go modules pinned under tools/: prints the folder of its binaries, built at the first call.
-# The folder is keyed by all that it is made from, so another checkout finds it again. Needs Go >= 1.26.
+# Kubernetes and the tools of its tests from the Go modules pinned under tools/: prints the folder of their binaries.
+# What a module's binaries are made from is their key, so another checkout finds them again. Needs Go >= 1.26.
 set -euo pipefail
+shopt -s inherit_errexit
 cd "$(dirname "$0")/tools"
 
 export CGO_ENABLED=0 GOFLAGS="-buildvcs=false -mod=readonly"
-strip="-s -w"
-stamp=k8s.io/component-base/version
-kubernetes="$strip -X $stamp.gitVersion=v1.34.4 -X $stamp.gitMajor=1 -X $stamp.gitMinor=34"
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/sailvl/bin
+declare -A flags=(
+  [kubernetes]="-X k8s.io/component-base/version.gitVersion=v1.34.4
+    -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=34"
+  # what it takes for the cluster's version where it renders without one
+  [helm]="-X helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor=1 -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor=34"
+)
+declare -A tags=([prometheus]=remove_all_sd,enable_kubernetes_sd) # Debian's has no discovery of Kubernetes
 
-key=$({ go version; echo "$GOFLAGS $kubernetes"; cat ./*/go.mod ./*/go.sum; } | sha256sum | cut -c1-16)
-out=${XDG_CACHE_HOME:-$HOME/.cache}/sailvl/bin/$key
-
-build() { # MODULE: every `tool` line of its go.mod
-  local flags=$strip package name
-  [ "$1" != kubernetes ] || flags=$kubernetes
+build() { # MODULE: every `tool` line of its go.mod; says where
+  local linker="-s -w $(tr -s '\n ' ' ' <<<"${flags[$1]:-}")" tag=${tags[$1]:-} key out package name
+  key=$({ go version; echo "$GOFLAGS $linker $tag"; cat "$1/go.mod" "$1/go.sum"; } | sha256sum | cut -c1-16)
+  out=$cache/$1-$key
+  echo "$out"
+  [ ! -f "$out/.whole" ] || return 0
+  mkdir -p "$out"
   cd "$1"
   for package in $(go list -f '{{.ImportPath}}' tool); do
     name=$(basename "$package")
     [ "$package" != go.etcd.io/etcd/server/v3 ] || name=etcd
     echo "building $name" >&2
-    go build -trimpath -ldflags "$flags" -o "$out/$name" "$package"
+    go build -trimpath -tags "$tag" -ldflags "$linker" -o "$out/$name" "$package"
   done
   cd ..
+  touch "$out/.whole"
 }
 
-mkdir -p "$out"
-exec 8>"$out/.lock"
+mkdir -p "$cache"
+exec 8>"$cache/.lock"
 flock 8 # two checkouts may come at once
-if [ ! -f "$out/.whole" ]; then
-  for module in */; do build "${module%/}"; done
-  touch "$out/.whole"
-fi
+folders=()
+for module in */; do folders+=("$(build "${module%/}")"); done
+out=$cache/$(sha256sum <<<"${folders[*]}" | cut -c1-16)
+mkdir -p "$out"
+for folder in "${folders[@]}"; do ln -sf "$folder"/* "$out"; done
 echo "$out"

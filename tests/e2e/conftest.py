@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +15,21 @@ import yaml
 
 from clusters import Cluster, Kubectl
 from prometheus_server import Prometheus, render_monitors, start_prometheus
+from run_picture import draw_run
+from whole_run import RUN, Fault, Story, follow, kill_operators, kill_second_rank, must
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm/sailvl-operator"
+FOLDER = ROOT / "build/e2e"
 NAMESPACE, SYSTEM, RELEASE = "sailvl-e2e", "sailvl-e2e-system", "sailvl-e2e"
 WORKER_USER = 65532
 LIMIT = 1500
 """Seconds that the run may take."""
-KILL_RANK = (
-    "import os, signal, pathlib\n"
-    "ranks = [int(p.name) for p in pathlib.Path('/proc').iterdir() if p.name.isdigit()\n"
-    "         and b'sailvl_trainer.rank' in (p / 'cmdline').read_bytes()]\n"
-    "os.kill(min(ranks), signal.SIGKILL)\n"
-)
-
-
-@dataclass
-class Story:
-    """What was seen of the run, and what it left."""
-
-    storage: Path
-    namespace: str
-    status: dict[str, Any] = field(default_factory=dict)
-    columns: list[str] = field(default_factory=list)
-    """`kubectl get svr`, a line whenever it changed."""
-    events: list[dict[str, Any]] = field(default_factory=list)
-    jobs: dict[str, str] = field(default_factory=dict)
-    """Every Job that was ever seen: name to uid."""
-    doubled: list[str] = field(default_factory=list)
-    nodes: dict[str, set[str]] = field(default_factory=dict)
-    """Job to the nodes of its pods."""
-    prometheus: Prometheus | None = None
-
-    def stage(self, name: str) -> dict[str, Any]:
-        """A stage's status."""
-        found: dict[str, Any] = next(s for s in self.status["stages"] if s["name"] == name)
-        return found
+FAULTS = [
+    Fault(stage="alignment", step=30, what="kill -9 of a rank", do=kill_second_rank),
+    Fault(stage="knowledge", step=20, what="kill -9 of the operators", do=kill_operators),
+    Fault(stage="instruction", step=20, what="kill -9 of the operators", do=kill_operators),
+]
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +46,7 @@ def storage(cluster: Cluster) -> Path:
     """The volume's folder on the nodes' file system, with the demo's raw data."""
     if not cluster.is_ours:
         pytest.skip("the data is put on the nodes' own file system: needs the cluster of `make cluster`")
-    data = ROOT / "build/e2e/data"
+    data = FOLDER / "data"
     subprocess.run([ROOT / "hack/demo_data.sh", ROOT / ".venv/bin/python", ROOT / "build/demo"], cwd=ROOT, check=True)
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
@@ -107,34 +84,23 @@ def release(kubectl: Kubectl, kubeconfig: str, images: dict[str, str], storage: 
 @pytest.fixture(scope="session")
 def prometheus(kubectl: Kubectl, kubeconfig: str, release: str) -> Iterator[Prometheus]:
     """A real Prometheus that discovers what the chart's monitors say."""
-    folder, monitors = ROOT / "build/e2e/prometheus", render_monitors(CHART, release, SYSTEM)
+    folder, monitors = FOLDER / "prometheus", render_monitors(CHART, release, SYSTEM)
     with start_prometheus(folder, kubeconfig, monitors, [SYSTEM, NAMESPACE]) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def story(kubectl: Kubectl, prometheus: Prometheus, storage: Path) -> Story:
-    """The whole run, killed at on its way, to its end."""
+    """The whole run to its end, killed at on its way; told in build/e2e."""
     must(kubectl("-n", NAMESPACE, "apply", "-f", "-", stdin=json.dumps(build_demo())))
-    story = Story(storage=storage, namespace=NAMESPACE, prometheus=prometheus)
-    faults = iter(
-        [
-            (at_step("alignment", 30), lambda: kill_rank(kubectl, story, "alignment")),
-            (at_step("knowledge", 20), lambda: kill_operators(kubectl)),
-            (at_step("instruction", 20), lambda: kill_operators(kubectl)),
-        ]
-    )
-    when, do = next(faults)
-    until = time.monotonic() + LIMIT
-    while time.monotonic() < until:
-        look(kubectl, story)
-        if when(story):
-            do()
-            when, do = next(faults, (lambda _: False, lambda: None))
-        if any(c["status"] == "True" and c["type"] in ("Succeeded", "Failed") for c in conditions(story)):
-            break
-        time.sleep(1)
-    write(story)
+    story = Story(storage=storage, namespace=NAMESPACE)
+    try:
+        follow(kubectl, story, FAULTS, LIMIT)
+    finally:
+        (FOLDER / "get.txt").write_text("\n".join(story.columns) + "\n")
+        (FOLDER / "status.json").write_text(json.dumps(story.status, indent=2))
+        (FOLDER / "describe.txt").write_text(kubectl("-n", NAMESPACE, "describe", "svr", RUN).stdout)
+    draw_run(FOLDER / "run.png", prometheus, story.status, story.faults)
     return story
 
 
@@ -168,66 +134,6 @@ def build_volume(folder: Path) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "List", "items": [volume, claim]}
 
 
-def at_step(stage: str, step: int) -> Callable[[Story], bool]:
-    """Whether a stage runs and has come so far."""
-
-    def is_there(story: Story) -> bool:
-        found = [s for s in story.status.get("stages", []) if s["name"] == stage and s["state"] == "Running"]
-        return bool(found) and (found[0].get("progress") or {}).get("step", 0) >= step
-
-    return is_there
-
-
-def kill_rank(kubectl: Kubectl, story: Story, stage: str) -> None:
-    """kill -9 of the rank in the second worker."""
-    selector = f"sailvl.dev/stage={stage},batch.kubernetes.io/job-completion-index=1"
-    pod = must(kubectl("-n", story.namespace, "get", "pod", "-l", selector, "-o", "name")).strip()
-    must(kubectl("-n", story.namespace, "exec", pod, "--", "python", "-c", KILL_RANK))
-
-
-def kill_operators(kubectl: Kubectl) -> None:
-    """kill -9 of every replica's process, from the nodes: inside its container PID 1 can't be killed."""
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            command, group = (folder / "cmdline").read_bytes(), (folder / "cgroup").read_text()
-        except OSError:
-            continue
-        if b"sailvl\0operator" in command and "kubepods" in group:
-            os.kill(int(folder.name), 9)
-
-
-def look(kubectl: Kubectl, story: Story) -> None:
-    """Add what is new."""
-    answer = kubectl("-n", story.namespace, "get", "svr", "demo", "-o", "json")
-    story.status = json.loads(answer.stdout).get("status", {}) if answer.returncode == 0 else story.status
-    for job in json.loads(must(kubectl("-n", story.namespace, "get", "jobs", "-o", "json")))["items"]:
-        name, uid = job["metadata"]["name"], job["metadata"]["uid"]
-        if story.jobs.setdefault(name, uid) != uid:
-            story.doubled.append(name)
-    for pod in json.loads(must(kubectl("-n", story.namespace, "get", "pods", "-o", "json")))["items"]:
-        if pod["spec"].get("nodeName"):
-            job = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
-            story.nodes.setdefault(job, set()).add(pod["spec"]["nodeName"])
-    lines = kubectl("-n", story.namespace, "get", "svr").stdout.splitlines()
-    if len(lines) == 2 and [lines[1].split()[:-1]] != [line.split()[:-1] for line in story.columns[-1:]]:
-        story.columns += lines if not story.columns else lines[1:]
-
-
-def conditions(story: Story) -> list[dict[str, Any]]:
-    """Of the newest status."""
-    found: list[dict[str, Any]] = story.status.get("conditions", [])
-    return found
-
-
-def write(story: Story) -> None:
-    """The story for people, in build/e2e."""
-    folder = ROOT / "build/e2e"
-    (folder / "get.txt").write_text("\n".join(story.columns) + "\n")
-    (folder / "status.json").write_text(json.dumps(story.status, indent=2))
-
-
 def remove(kubectl: Kubectl, kubeconfig: str) -> None:
     """Whatever an earlier test left."""
     subprocess.run(
@@ -237,9 +143,3 @@ def remove(kubectl: Kubectl, kubeconfig: str) -> None:
     )
     kubectl("delete", "namespace", NAMESPACE, SYSTEM, "--ignore-not-found", "--timeout=100s")
     kubectl("delete", "pv", RELEASE, "--ignore-not-found", "--timeout=30s")
-
-
-def must(done: subprocess.CompletedProcess[str]) -> str:
-    """Its output; what it said when it failed."""
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from prometheus_server import Prometheus
+from whole_run import Story
+
 pytestmark = pytest.mark.e2e
 
 DASHBOARDS = Path(__file__).parents[2] / "helm/sailvl-operator/dashboards"
@@ -27,12 +30,12 @@ def list_queries() -> list[Any]:
 
 
 @pytest.mark.parametrize("expression", list_queries())
-def test_a_panel_has_data(expression: str, story: Any) -> None:
+def test_a_panel_has_data(expression: str, story: Story, prometheus: Prometheus) -> None:
     filled = expression
     for name, value in VARIABLES.items():
         filled = filled.replace(name, value)
     filled = re.sub(r'=~?"\$\{?\w+\}?"', '=~".*"', filled)
     # instant selectors only look back five minutes; the run was longer
-    newest = story.prometheus.query(filled)
-    over_run = newest or story.prometheus.query(f"last_over_time(({filled})[1h:15s])")
+    newest = prometheus.query(filled)
+    over_run = newest or prometheus.query(f"last_over_time(({filled})[1h:15s])")
     assert over_run, filled

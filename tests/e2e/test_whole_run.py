@@ -20,6 +20,7 @@ from sailvl_trainer.model.presets import preset
 from sailvl_trainer.runtime.documents import decode
 from sailvl_trainer.runtime.files import StageFiles
 from sailvl_trainer.train.ledger import read_ledger
+from whole_run import Story
 
 pytestmark = pytest.mark.e2e
 
@@ -27,26 +28,26 @@ TRAINING = ("alignment", "advance", "knowledge", "instruction", "preference")
 STAGES = ("curate", *TRAINING, "evaluate")
 
 
-def test_the_run_succeeds(story: Any) -> None:
+def test_the_run_succeeds(story: Story) -> None:
     told = {c["type"]: (c["status"], c["message"]) for c in story.status["conditions"]}
     assert told["Succeeded"][0] == "True", told
     assert [(s["name"], s["state"]) for s in story.status["stages"]] == [(name, "Succeeded") for name in STAGES]
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_workers_of_a_stage_run_on_different_nodes(story: Any, name: str) -> None:
+def test_workers_of_a_stage_run_on_different_nodes(story: Story, name: str) -> None:
     last = f"demo-{name}-{story.stage(name)['attempt']}"
     assert len(story.nodes[last]) == 2
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_held_out_loss_falls_and_pictures_matter(story: Any, name: str) -> None:
+def test_held_out_loss_falls_and_pictures_matter(story: Story, name: str) -> None:
     metrics = {key: float(value) for key, value in story.stage(name)["metrics"].items()}
     assert metrics["heldOutLoss"] < metrics["heldOutLossBefore"]
     assert metrics["heldOutLossShuffled"] > metrics["heldOutLoss"] + 0.05
 
 
-def test_a_killed_rank_is_the_next_attempts_start(story: Any) -> None:
+def test_a_killed_rank_is_the_next_attempts_start(story: Story) -> None:
     alignment = story.stage("alignment")
     assert alignment["attempt"] == 2
     assert alignment["restarts"] == {"Crash": 1}
@@ -56,7 +57,7 @@ def test_a_killed_rank_is_the_next_attempts_start(story: Any) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_every_sample_is_used_as_often_as_the_budget_says(story: Any, name: str) -> None:
+def test_every_sample_is_used_as_often_as_the_budget_says(story: Story, name: str) -> None:
     stage = story.stage(name)
     files = files_of(story, stage)
     ledger = read_ledger(files, last_attempt=stage["attempt"])
@@ -70,14 +71,14 @@ def test_every_sample_is_used_as_often_as_the_budget_says(story: Any, name: str)
         assert used == Counter(range(total)), "one epoch: every sample exactly once"
 
 
-def test_killed_operators_double_and_lose_nothing(story: Any) -> None:
+def test_killed_operators_double_and_lose_nothing(story: Story) -> None:
     attempts = {f"demo-{s['name']}-{n}" for s in story.status["stages"] for n in range(1, s["attempt"] + 1)}
     assert set(story.jobs) == attempts
     assert story.doubled == []
     assert [s["attempt"] for s in story.status["stages"]] == [1, 2, 1, 1, 1, 1, 1]
 
 
-def test_the_export_answers(story: Any) -> None:
+def test_the_export_answers(story: Story) -> None:
     export = story.storage / story.stage("preference")["output"] / "export"
     tokenizer = AutoTokenizer.from_pretrained(export)
     model = AutoModelForImageTextToText.from_pretrained(export).eval()
@@ -91,32 +92,32 @@ def test_the_export_answers(story: Any) -> None:
     assert right >= 1, list(zip(answers, questions, strict=True))
 
 
-def test_the_benchmarks_are_scored(story: Any) -> None:
+def test_the_benchmarks_are_scored(story: Story) -> None:
     metrics = story.stage("evaluate")["metrics"]
     assert float(metrics["score"]) > 20
     report = story.storage / story.stage("evaluate")["output"] / "report"
     assert (report / "index.html").exists()
 
 
-def test_the_columns_tell_the_story(story: Any) -> None:
+def test_the_columns_tell_the_story(story: Story) -> None:
     text = "\n".join(story.columns)
     assert all(f"{name} ({number}/7)" in text for number, name in enumerate(STAGES, 1))
     assert "Completed" in story.columns[-1]
 
 
-def test_the_events_tell_the_story(story: Any, kubectl: Kubectl) -> None:
+def test_the_events_tell_the_story(story: Story, kubectl: Kubectl) -> None:
     described = kubectl("-n", story.namespace, "describe", "svr", "demo").stdout
     for words in ("Stage curate starts", "attempt 2 follows", "Stage evaluate succeeded", "All 7 stages succeeded"):
         assert words in described
 
 
-def test_no_worker_held_a_token(story: Any, kubectl: Kubectl) -> None:
+def test_no_worker_held_a_token(story: Story, kubectl: Kubectl) -> None:
     pods = json.loads(kubectl("-n", story.namespace, "get", "pods", "-o", "json").stdout)["items"]
     assert pods
     assert all(pod["spec"]["automountServiceAccountToken"] is False for pod in pods)
 
 
-def files_of(story: Any, stage: dict[str, Any]) -> StageFiles:
+def files_of(story: Story, stage: dict[str, Any]) -> StageFiles:
     """The stage's files as they lie on this machine."""
     output = str(story.storage / stage["output"])
     return StageFiles(
@@ -134,11 +135,11 @@ def files_of(story: Any, stage: dict[str, Any]) -> StageFiles:
     )
 
 
-def document_of(story: Any, stage: dict[str, Any]) -> dict[str, Any]:
+def document_of(story: Story, stage: dict[str, Any]) -> dict[str, Any]:
     """What the stage was told."""
     return decode(dict[str, Any], (story.storage / stage["output"] / "config.json").read_bytes())
 
 
-def on_host(story: Any, path: str) -> Path:
+def on_host(story: Story, path: str) -> Path:
     """A path in the workers on this machine."""
     return Path(str(story.storage) + path.removeprefix("/data"))
