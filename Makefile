@@ -74,6 +74,7 @@ bench: setup  ## every benchmark: a table and a JSON line each
 generate: setup  ## crds/, the chart's copy and the reference from the types
 	@mkdir -p build
 	$(BIN)/sailvl generate crd >build/sailvlruns.yaml && mv build/sailvlruns.yaml crds/sailvlruns.yaml
+	cp crds/sailvlruns.yaml helm/sailvl-operator/crds/
 	$(BIN)/sailvl generate reference >build/sailvlrun.md && mv build/sailvlrun.md docs/reference/sailvlrun.md
 
 LOCK = $(UV) pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links

@@ -71,7 +71,7 @@ def build_job(stage: str, attempt: int = 1, *, nodes: int = 1, **fields: Any) ->
 def build_pod(stage: str, attempt: int = 1, index: int = 0, **fields: Any) -> PodRecord:
     """A pod that runs, unless `fields` say otherwise."""
     name = f"{names.job_name('demo', stage, attempt)}-{index}"
-    known = {"phase": "Running", "is_ready": True, "node": f"node-{index}", "uid": f"uid-{name}"}
+    known = {"phase": "Running", "is_ready": True, "placed": 1.0, "node": f"node-{index}", "uid": f"uid-{name}"}
     return PodRecord(
         namespace="team", name=name, run="demo", stage=stage, attempt=attempt, index=index, **(known | fields)
     )

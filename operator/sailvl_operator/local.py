@@ -125,6 +125,7 @@ class LocalRun:
                 index=index,
                 phase="Running" if code is None else "Failed" if code else "Succeeded",
                 node=socket.gethostname(),
+                placed=attempt.record.created,
                 is_ready=code is None,
                 terminated=None if code is None else _terminated(code, attempt.folder / str(index)),
             )

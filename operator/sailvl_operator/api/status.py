@@ -82,6 +82,10 @@ class StageProgress(Struct, frozen=True, kw_only=True, omit_defaults=False):
     """How many there will be; 0: not known yet."""
     tokens: int = 0
     eta_seconds: int | None = None
+    seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    """Seconds of the newest attempt's workers by bucket, as they were last read."""
+    unsaved_seconds: int = 0
+    """Seconds of training since the newest checkpoint: what a failure would cost."""
 
 
 class StageCheckpoint(Struct, frozen=True, kw_only=True):
@@ -135,8 +139,9 @@ class Summary(Struct, frozen=True, kw_only=True):
 
 
 class Goodput(Struct, frozen=True, kw_only=True):
-    """Where the time went: seconds by bucket, whole."""
+    """Where the time went: whole seconds by bucket, which add up to the time from start to `settledAt`."""
 
+    settled_at: Time = ""
     seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
     gpu_seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -25,3 +27,17 @@ def format_duration(seconds: float) -> str:
         if amount:
             parts.append(f"{amount}{unit}")
     return "".join(parts[:2]) or "0s"
+
+
+def apportion(total: int, weights: Mapping[str, int]) -> dict[str, int]:
+    """Whole shares in proportion to the weights that add up to `total`: the largest remainders get what is left.
+
+    Weights that are all zero count as equal.
+    """
+    known = weights if sum(weights.values()) > 0 else dict.fromkeys(weights, 1)
+    whole = sum(known.values())
+    shares = {name: total * weight // whole for name, weight in known.items()}
+    by_remainder = sorted(known, key=lambda name: (-(total * known[name] % whole), name))
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares

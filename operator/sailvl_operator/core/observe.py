@@ -39,6 +39,8 @@ class PodRecord:
     node: str = ""
     ip: str = ""
     created: float = 0.0
+    placed: float = 0.0
+    """Unix seconds at which it was given to a node; 0: not yet."""
     is_ready: bool = False
     is_deleting: bool = False
     is_gone: bool = False
@@ -133,6 +135,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
         node=spec.get("nodeName", ""),
         ip=status.get("podIP", ""),
         created=parse_time(metadata.get("creationTimestamp")),
+        placed=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else 0.0,
         is_ready=conditions.get("Ready", {}).get("status") == "True",
         is_deleting="deletionTimestamp" in metadata,
         terminated=_parse_terminated(state.get("terminated")),

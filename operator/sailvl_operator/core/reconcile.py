@@ -10,6 +10,7 @@ import msgspec
 from sailvl_operator.api.status import Cause, ConditionType, Reason, StageStatus, Status
 from sailvl_operator.api.types import Run
 from sailvl_operator.api.unsupported import unsupported
+from sailvl_operator.core import goodput
 from sailvl_operator.core import stage as stages
 from sailvl_operator.core.decision import Attempt, Decision, Event
 from sailvl_operator.core.observe import JobRecord, Observed
@@ -126,7 +127,7 @@ def _step(view: stages.View, *, may_begin: bool) -> stages.Step:
 def _decide(
     run: Run, old: Status, outcome: _Outcome, observed: Observed, *, defaults: Defaults, now: float
 ) -> Decision:
-    new = _build_status(run, old, outcome, now)
+    new = _settle(old, _build_status(run, old, outcome, now), outcome, now)
     events = tuple(event for step in outcome.steps for event in step.events) + _finish_events(old, new)
     outputs = {v.planned.stage.name: v.status.output or v.planned.directory for v in outcome.views}
     times = [step.requeue_at for step in outcome.steps if step.requeue_at is not None]
@@ -164,16 +165,26 @@ def _leftovers(stage_statuses: Sequence[StageStatus], observed: Observed) -> tup
 def _build_status(run: Run, old: Status, outcome: _Outcome, now: float) -> Status:
     verdicts = _judge(run, outcome)
     is_over = verdicts[ConditionType.SUCCEEDED].is_true or verdicts[ConditionType.FAILED].is_true
-    reason = _headline(verdicts)
     return Status(
         observed_generation=run.generation,
         start_time=old.start_time or format_time(now),
         completion_time=(old.completion_time or format_time(now)) if is_over else "",
-        summary=summarise(outcome.statuses, reason, _ready(outcome)),
+        summary=summarise(
+            outcome.statuses, reason=_headline(verdicts), ready=_ready(outcome), goodput=old.summary.goodput
+        ),
         conditions=set_conditions(old, verdicts, generation=run.generation, now=now),
         stages=outcome.statuses,
         goodput=old.goodput,
     )
+
+
+def _settle(old: Status, new: Status, outcome: _Outcome, now: float) -> Status:
+    """The ledger is brought up to date with whatever else is written, and is never a reason to write."""
+    if new == old:
+        return old
+    ledger, statuses = goodput.settle(old, outcome.views, new.stages, now=now)
+    summary = msgspec.structs.replace(new.summary, goodput=goodput.share(ledger))
+    return msgspec.structs.replace(new, goodput=ledger, stages=statuses, summary=summary)
 
 
 def _judge(run: Run, outcome: _Outcome) -> dict[ConditionType, Verdict]:

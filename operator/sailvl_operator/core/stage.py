@@ -20,6 +20,7 @@ from sailvl_operator.api.status import (
 )
 from sailvl_operator.api.types import Run
 from sailvl_operator.core import failure, restart
+from sailvl_operator.core.activities import count_seconds
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.desired.workload import count_nodes
 from sailvl_operator.core.numbers import format_decimal, format_duration
@@ -129,7 +130,7 @@ def _suspend(view: View) -> Step:
 
 def _resume(view: View) -> Step:
     """A new attempt, so that nothing of the suspended Job's bookkeeping counts against it."""
-    status = msgspec.structs.replace(view.status, state="Restarting", attempt=view.status.attempt + 1)
+    status = msgspec.structs.replace(_next_attempt(view.status), state="Restarting")
     message = f"Stage {status.name} goes on with attempt {status.attempt}"
     return Step(status=status, events=(Event(reason=Reason.RESUMED, message=message),))
 
@@ -210,9 +211,8 @@ def _again(view: View, cause: Cause, message: str, last: LastFailure | None = No
     wait = restart.backoff_seconds(cause, restarts, key, view.defaults)
     restarts[cause] = restarts.get(cause, 0) + 1
     new = msgspec.structs.replace(
-        status,
+        _next_attempt(status),
         state="Restarting",
-        attempt=status.attempt + 1,
         restarts=restarts,
         not_before=format_time(view.now + wait) if wait else "",
         last_failure=last or status.last_failure,
@@ -220,6 +220,12 @@ def _again(view: View, cause: Cause, message: str, last: LastFailure | None = No
     words = f"Stage {status.name}, attempt {status.attempt}: {cause}: {message}; attempt {new.attempt} follows"
     event = Event(reason=Reason.RESTARTING, message=words[:1000], type="Warning")
     return Step(status=new, events=(event,))
+
+
+def _next_attempt(status: StageStatus) -> StageStatus:
+    """The next number; its workers' clocks begin at zero."""
+    progress = status.progress and msgspec.structs.replace(status.progress, seconds={})
+    return msgspec.structs.replace(status, attempt=status.attempt + 1, progress=progress)
 
 
 def _with_progress(view: View) -> StageStatus:
@@ -235,6 +241,8 @@ def _with_progress(view: View) -> StageStatus:
             steps=seen.steps,
             tokens=seen.tokens,
             eta_seconds=None if seen.eta_seconds is None else round(seen.eta_seconds),
+            seconds=count_seconds(seen, view.planned.stage.kind),
+            unsaved_seconds=0 if view.status.progress is None else view.status.progress.unsaved_seconds,
         ),
         metrics={name: format_decimal(value) for name, value in sorted(seen.metrics.items())[:64]},
         checkpoint=view.status.checkpoint

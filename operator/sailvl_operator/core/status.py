@@ -41,7 +41,7 @@ def _condition(old: Condition | None, type_: ConditionType, verdict: Verdict, ge
     )
 
 
-def summarise(stages: Sequence[StageStatus], reason: str, ready: str) -> Summary:
+def summarise(stages: Sequence[StageStatus], *, reason: str, ready: str, goodput: str) -> Summary:
     """The columns: the stage that matters now, how far it is, what its workers do."""
     position, current = _current(stages)
     progress = current.progress
@@ -53,6 +53,7 @@ def summarise(stages: Sequence[StageStatus], reason: str, ready: str) -> Summary
         progress=f"{100 if current.state == 'Succeeded' else share}%",
         ready=ready,
         restarts=sum(sum(s.restarts.values()) for s in stages),
+        goodput=goodput,
         eta="" if eta is None else format_duration(eta),
         reason=reason,
     )

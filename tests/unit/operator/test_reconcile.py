@@ -3,95 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import msgspec
 import pytest
 
-from builders import SPEC, build_end, build_job, build_pod, build_result, build_run
-from sailvl_operator.api.status import Cause, ConditionType, Reason, StageStatus, Status
-from sailvl_operator.core.decision import Attempt, Event
-from sailvl_operator.core.desired.workload import count_nodes
-from sailvl_operator.core.observe import JobRecord, PodRecord, observe
-from sailvl_operator.core.plan import Defaults, plan
-from sailvl_operator.core.reconcile import reconcile
+from builders import SPEC, build_end, build_run
+from sailvl_operator.api.status import Cause, ConditionType, Reason
+from sailvl_operator.core.plan import plan
 from sailvl_operator.core.status import decode_status, encode_status
-
-DEFAULTS = Defaults(image="trainer:test")
-
-
-@dataclass
-class World:
-    """Jobs and pods that obey; time moves only when nothing is left to do."""
-
-    spec: dict[str, object] = field(default_factory=dict)
-    status: Status = field(default_factory=Status)
-    jobs: dict[str, JobRecord] = field(default_factory=dict)
-    pods: dict[str, PodRecord] = field(default_factory=dict)
-    started: list[Attempt] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    now: float = 1000.0
-    generation: int = 1
-
-    def step(self) -> bool:
-        """One reconcile, carried out; whether anything was to be done."""
-        run = build_run(status=encode_status(self.status), generation=self.generation, **self.spec)
-        seen = observe(self.jobs.values(), self.pods.values())
-        decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS)
-        for job in decision.end:
-            self.jobs.pop(job.name)
-            self.pods = {n: p for n, p in self.pods.items() if (p.stage, p.attempt) != (job.stage, job.attempt)}
-        for job, suspend in decision.suspend:
-            self.jobs[job.name] = replace(job, is_suspended=suspend)
-        for attempt in decision.start:
-            self._start(attempt)
-        self.events += decision.events
-        self.status = decision.status or self.status
-        if decision.requeue_at is not None and decision.status is None and not decision.start:
-            self.now = max(self.now, decision.requeue_at)
-            return False
-        return bool(decision.end or decision.suspend or decision.start or decision.status)
-
-    def settle(self) -> StageStatus | None:
-        """Reconcile until nothing changes; the stage that is active then."""
-        for _ in range(50):
-            if not self.step():
-                break
-        else:
-            pytest.fail("the world never settles: a reconcile undoes another")
-        return next((s for s in self.status.stages if s.state not in ("Pending", "Succeeded", "Failed")), None)
-
-    def _start(self, attempt: Attempt) -> None:
-        document, nodes = attempt.document, count_nodes(attempt.workers)
-        job = build_job(document.stage, document.attempt, nodes=nodes, created=self.now)
-        self.started.append(attempt)
-        self.jobs[job.name] = job
-        for index in range(nodes):
-            pod = build_pod(document.stage, document.attempt, index, created=self.now)
-            self.pods[pod.name] = pod
-
-    def end(self, index: int, exit_code: int, **message: object) -> None:
-        """A worker of the active stage ends."""
-        pod = next(p for p in self.pods.values() if p.index == index and p.terminated is None)
-        end = build_end(exit_code, at=self.now, **message)
-        phase = "Failed" if exit_code else "Succeeded"
-        self.pods[pod.name] = replace(pod, phase=phase, is_ready=False, terminated=end)
-
-    def succeed(self, stage: StageStatus, **result: object) -> None:
-        """All workers of the active stage end well."""
-        for pod in [p for p in self.pods.values() if p.stage == stage.name and p.terminated is None]:
-            own = {"result": build_result(stage.name, **result)} if pod.index == 0 else {}
-            self.end(pod.index, 0, **own)
-
-    def stage(self, name: str) -> StageStatus:
-        """A stage's status."""
-        return next(s for s in self.status.stages if s.name == name)
-
-
-def finish(world: World) -> None:
-    """Let every stage that comes succeed."""
-    while (active := world.settle()) is not None:
-        world.succeed(active)
+from worlds import DEFAULTS, World, finish
 
 
 def test_a_run_goes_through_its_stages_in_order() -> None:
