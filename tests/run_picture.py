@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from prometheus_server import Prometheus
 
@@ -32,15 +33,16 @@ def draw_run(path: Path, prometheus: Prometheus, status: dict[str, Any], faults:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[5, 2])
     draw_losses(above, prometheus, start, end, stages)
     draw_stages(below, stages, start)
-    for at, what in faults:
+    for number, (at, what) in enumerate(faults):
         for axes in (above, below):
             axes.axvline(at - start, color=RED, linewidth=1, linestyle=(0, (4, 3)))
         above.annotate(
-            what, (at - start, 0.97), xycoords=("data", "axes fraction"), xytext=(5, 0), textcoords="offset points",
-            color=RED, fontsize=8, va="top",
+            what, (at - start, 0.97 - 0.06 * (number % 2)), xycoords=("data", "axes fraction"), xytext=(5, 0),
+            textcoords="offset points", color=RED, fontsize=8, va="top",
         )  # fmt: skip
     below.set_xlim(0, end - start)
-    below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{int(value) // 60}:{int(value) % 60:02d}"))
+    below.xaxis.set_major_locator(MultipleLocator(60))
+    below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 60:.0f}"))
     below.set_xlabel("minutes since the start", color=GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -48,9 +50,8 @@ def draw_run(path: Path, prometheus: Prometheus, status: dict[str, Any], faults:
 
 def draw_losses(axes: Axes, prometheus: Prometheus, start: float, end: float, stages: list[dict[str, Any]]) -> None:
     """Training loss as lines, the held-out losses at both ends of a stage as points."""
-    for series in prometheus.query_range('max by (stage) (sailvl_loss{run="demo"})', start, end, step=2):
-        times = [float(at) - start for at, _ in series["values"]]
-        losses = [float(value) for _, value in series["values"]]
+    for series in prometheus.query_range('max by (stage) (sailvl_loss{run="demo"})', start, end, step=1):
+        times, losses = break_at_gaps([(float(at) - start, float(value)) for at, value in series["values"]])
         axes.plot(times, losses, color=COLORS[series["metric"]["stage"]], linewidth=1.3, alpha=0.85)
     for stage in stages:
         metrics, color = stage.get("metrics", {}), COLORS[stage["name"]]
@@ -68,6 +69,16 @@ def draw_losses(axes: Axes, prometheus: Prometheus, start: float, end: float, st
         loc="left", fontsize=9, color=GREY,
     )  # fmt: skip
     quiet(axes)
+
+
+def break_at_gaps(points: list[tuple[float, float]], longest: float = 10) -> tuple[list[float], list[float]]:
+    """Times and values, with a NaN where nobody was there to scrape."""
+    whole = points[:1]
+    for before, point in pairwise(points):
+        if point[0] - before[0] > longest:
+            whole.append((before[0], float("nan")))
+        whole.append(point)
+    return [at for at, _ in whole], [value for _, value in whole]
 
 
 def draw_stages(axes: Axes, stages: list[dict[str, Any]], start: float) -> None:

@@ -201,8 +201,9 @@ def test_packs_keep_both_budgets_and_lose_nothing(samples: list[tuple[int, int]]
 def test_packing_is_best_fit_as_one_would_do_it_by_hand(samples: list[tuple[int, int]]) -> None:
     tokens, tiles = (np.array(column) for column in zip(*samples, strict=True))
     free: list[tuple[int, int]] = []
-    order = sorted(range(len(samples)), key=lambda i: (-max(tokens[i] / 64, tiles[i] / 4), -tokens[i]))
-    for i in order:
+    sizes = [max(t / 64, n / 4) for t, n in zip(tokens, tiles, strict=True)]
+    large = sorted((i for i, size in enumerate(sizes) if size >= 0.25), key=lambda i: (-sizes[i], -tokens[i]))
+    for i in [*large, *(i for i, size in enumerate(sizes) if size < 0.25)]:
         rooms = [room for room in free if room[0] >= tokens[i] and room[1] >= tiles[i]]
         room = min(rooms, default=(64, 4))
         if rooms:
@@ -229,3 +230,13 @@ FILLS = [
 def test_packs_are_full(tokens: np.ndarray, tiles: np.ndarray, pack_tokens: int, pack_tiles: int, least: float) -> None:
     packs = pack_best_fit(tokens, tiles, pack_tokens, pack_tiles)
     assert tokens.sum() / (len(packs) * pack_tokens) >= least
+
+
+def test_packs_of_short_samples_are_as_mixed_as_the_data() -> None:
+    rng = np.random.default_rng(0)
+    is_long = rng.random(4000) < 0.3
+    tokens = np.where(is_long, rng.integers(50, 70, 4000), rng.integers(25, 40, 4000))
+    packs = pack_best_fit(tokens, np.ones(4000, dtype=int), 1024, 48)
+    shares = np.array([is_long[pack].mean() for pack in packs[:-1]])
+    by_chance = (0.3 * 0.7 / 24) ** 0.5
+    assert shares.std() < 1.3 * by_chance

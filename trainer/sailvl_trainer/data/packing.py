@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+LARGE = 0.25
+"""Part of a budget from which on a sample is hard to place."""
 Pack = tuple[int, ...]
 """Sample numbers of one packed sequence."""
 
@@ -47,13 +49,15 @@ class _Open:
 
 
 def pack_best_fit(tokens_W: np.ndarray, tiles_W: np.ndarray, pack_tokens: int, pack_tiles: int) -> list[list[int]]:
-    """Best fit decreasing: the sample that fills most of a budget first, each into the fullest pack with room.
+    """Best fit: large samples first, then the small ones as they come, each into the fullest pack with room.
 
-    Returns places 0..W-1. Equal samples keep their order, so that another permutation gives other packs. A sample
-    beyond a budget gets a pack of its own; the index and `build_planner` see to it that there is none.
+    Returns places 0..W-1. Small ones aren't sorted: packs of one length are packs of one source, which makes a step's
+    loss and gradient those of that source alone. A sample beyond a budget gets a pack of its own; the index and
+    `build_planner` see to it that there is none.
     """
     size_W = np.maximum(tokens_W / pack_tokens, tiles_W / pack_tiles)
-    order_W = np.lexsort((-tokens_W, -size_W))
+    is_large_W = size_W >= LARGE
+    order_W = np.lexsort((np.where(is_large_W, -tokens_W, 0), np.where(is_large_W, -size_W, 0)))
     room, packs = _Open(), list[list[int]]()
     for place, tokens, tiles in zip(
         order_W.tolist(), tokens_W[order_W].tolist(), tiles_W[order_W].tolist(), strict=True
