@@ -42,7 +42,7 @@ check: setup  ## format, lint, types, layers, generated files, unit and contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache >build/lint-imports.log 2>&1 || { cat build/lint-imports.log; exit 1; }
 	$(BIN)/sailvl generate crd | diff -u crds/sailvlruns.yaml - || { echo "crds/ is stale: make generate"; exit 1; }
-	$(BIN)/pytest -q -m "not slow and not cluster and not e2e" tests/unit tests/contract
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not slow and not cluster and not e2e" tests/unit tests/contract
 
 test: check  ## everything this machine can; says what it skipped and why
 	hack/test.sh "slow or cluster or e2e"
