@@ -1,0 +1,137 @@
+"""Time and bytes of a checkpoint, beside torch's own: distributed checkpoint (DCP) and torch.save.
+
+All write the same float32 weights and moments from one process, and are followed by the file system's sync. Ours also
+writes and checks a SHA-256 of every byte, which the others don't. Prints a table and, last, a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from sailvl_trainer.data.planner import PlanState
+from sailvl_trainer.runtime.distributed import start_group
+from sailvl_trainer.train import checkpoint
+from sailvl_trainer.train.fragments import KEYS, Fragment
+
+POSITION = checkpoint.Position(step=1, data=PlanState(seed=0, fingerprint="bench"))
+Tensors = dict[str, dict[str, torch.Tensor]]
+"""By parameter name, then by key."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    name: str
+    save: Callable[[Path, Tensors], None]
+    load: Callable[[Path, Tensors], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=480, help="size of weights and moments")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    start_group(torch.device("cpu"))
+    tensors = build_tensors(given.megabytes)
+    seconds = {(peer.name, what): [] for peer in PEERS for what in ("save", "load")}
+    sizes = {}
+    for _ in range(given.rounds):
+        for peer in PEERS:
+            took, sizes[peer.name] = measure(peer, tensors)
+            for what, value in took.items():
+                seconds[peer.name, what].append(value)
+    report({key: statistics.median(values) for key, values in seconds.items()}, sizes)
+
+
+def build_tensors(megabytes: int, width: int = 1024) -> Tensors:
+    """Square layers, as a language model has them."""
+    layers = max(1, megabytes * 2**20 // (len(KEYS) * 4 * width * width))
+    return {f"layers.{i}.weight": {key: torch.randn(width, width) for key in KEYS} for i in range(layers)}
+
+
+def measure(peer: Peer, tensors: Tensors) -> tuple[dict[str, float], int]:
+    """Seconds of a save and a load, and the bytes on disk. Raises AssertionError when something else comes back."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    try:
+        started = time.perf_counter()
+        peer.save(folder / "c", tensors)
+        os.sync()
+        saved = time.perf_counter()
+        empty = {name: {key: torch.zeros_like(t) for key, t in keys.items()} for name, keys in tensors.items()}
+        ready = time.perf_counter()
+        peer.load(folder / "c", empty)
+        loaded = time.perf_counter()
+        assert all(torch.equal(empty[name][key], tensors[name][key]) for name in tensors for key in KEYS)
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    finally:
+        shutil.rmtree(folder)
+    return {"save": saved - started, "load": loaded - ready}, size
+
+
+def as_fragments(tensors: Tensors) -> Iterator[Fragment]:
+    for name, keys in tensors.items():
+        shape = tuple(keys["weight"].shape)
+        yield Fragment(name=name, shape=shape, start=0, tensors={key: t.view(-1) for key, t in keys.items()})
+
+
+def save_ours(folder: Path, tensors: Tensors) -> None:
+    checkpoint.save(folder, as_fragments(tensors), digest="d", position=POSITION)
+
+
+def load_ours(folder: Path, tensors: Tensors) -> None:
+    checkpoint.load(folder, checkpoint.read_manifest(folder, "d"), as_fragments(tensors))
+
+
+def save_dcp(folder: Path, tensors: Tensors) -> None:
+    dcp.save(tensors, checkpoint_id=folder)
+
+
+def load_dcp(folder: Path, tensors: Tensors) -> None:
+    dcp.load(tensors, checkpoint_id=folder)
+
+
+def save_torch(folder: Path, tensors: Tensors) -> None:
+    folder.mkdir()
+    torch.save(tensors, folder / "state.pt")
+
+
+def load_torch(folder: Path, tensors: Tensors) -> None:
+    for name, keys in torch.load(folder / "state.pt").items():
+        for key, value in keys.items():
+            tensors[name][key].copy_(value)
+
+
+PEERS = (
+    Peer(name="ours", save=save_ours, load=load_ours),
+    Peer(name="DCP", save=save_dcp, load=load_dcp),
+    Peer(name="torch.save", save=save_torch, load=load_torch),
+)
+
+
+def report(seconds: dict[tuple[str, str], float], sizes: dict[str, int]) -> None:
+    print(f"{'':12}{'save s':>10}{'load s':>10}{'MB':>8}{'save/DCP':>12}{'load/DCP':>12}")
+    ratios = {}
+    for peer in PEERS:
+        save, load = (seconds[peer.name, what] for what in ("save", "load"))
+        ratios[peer.name] = round(save / seconds["DCP", "save"], 2), round(load / seconds["DCP", "load"], 2)
+        row = f"{save:>10.2f}{load:>10.2f}{sizes[peer.name] / 1e6:>8.0f}"
+        print(f"{peer.name:12}{row}{ratios[peer.name][0]:>12.2f}{ratios[peer.name][1]:>12.2f}")
+    ours = ratios["ours"]
+    print(json.dumps({"bench": "checkpoint", "save_vs_dcp": ours[0], "load_vs_dcp": ours[1]}))
+
+
+if __name__ == "__main__":
+    main()
