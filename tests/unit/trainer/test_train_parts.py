@@ -58,14 +58,14 @@ def test_an_engine_that_is_not_built_yet_says_what_to_write(engine: EngineConfig
 
 
 def test_the_meter_tells_where_a_step_went() -> None:
-    meter = Meter(world_size=2, pack_tokens=100, _before=10.0)
+    meter = Meter(world_size=2, pack_tokens=100, peak=10.0, _before=10.0)
     with meter.part("forward"):
         pass
-    first = meter.end_step(tokens=300, microsteps=2, now=12.0)
-    second = meter.end_step(tokens=400, microsteps=2, now=13.0)
-    assert first.keys() == {"forward_seconds", "tokens_per_second", "pack_fill"}
+    first = meter.end_step(tokens=300, microsteps=2, operations=8.0, now=12.0)
+    second = meter.end_step(tokens=400, microsteps=2, operations=8.0, now=13.0)
+    assert first.keys() == {"forward_seconds", "tokens_per_second", "pack_fill", "mfu"}
     assert (first["tokens_per_second"], first["pack_fill"]) == (150.0, 0.75)
-    assert second == {"tokens_per_second": 400.0, "pack_fill": 1.0}
+    assert second == {"tokens_per_second": 400.0, "pack_fill": 1.0, "mfu": 0.4}
     assert meter.seconds_a_step == pytest.approx(1.9)
 
 

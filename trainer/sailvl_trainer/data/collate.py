@@ -40,6 +40,8 @@ class Batch:
     """Positions with loss."""
     tiles: int
     """Of pictures; 0 where the only tile is the black one."""
+    pairs: int
+    """Of positions of the same sample: attention's work."""
 
 
 def collate(index: Index, encoder: Encoder, pack: Pack, *, pictures: Pack | None = None) -> Batch:
@@ -75,6 +77,7 @@ def collate(index: Index, encoder: Encoder, pack: Pack, *, pictures: Pack | None
         tokens=at,
         labels=int((labels_T != IGNORE).sum()),
         tiles=int(tiles_W.sum()),
+        pairs=int((tokens_W**2).sum()),
     )
 
 

@@ -31,6 +31,8 @@ class LoadedStep:
     tokens: int
     """Over all ranks."""
     after: PlanState
+    ready: int
+    """Microbatches of this rank that were decoded when the step was asked for."""
 
 
 def load_steps(
@@ -56,7 +58,8 @@ def load_steps(
                 coming = plans.submit(next, planned)
                 mine = [microstep[rank] for microstep in deal(step.packs, step.costs, world_size)]
                 waiting.append((step, [decoders.submit(collate, index, encoder, pack) for pack in mine]))
-            yield _finish(*waiting.popleft())
+            ready = sum(future.done() for _, futures in waiting for future in futures)
+            yield _finish(*waiting.popleft(), ready)
     finally:
         decoders.shutdown(wait=False, cancel_futures=True)
         plans.shutdown(wait=False, cancel_futures=True)
@@ -92,10 +95,11 @@ def _derange(pictured: list[int]) -> dict[int, int]:
     return {sample: pictured[(i + shift) % len(pictured)] for i, sample in enumerate(pictured)}
 
 
-def _finish(step: Step, futures: list[Future[Batch]]) -> LoadedStep:
+def _finish(step: Step, futures: list[Future[Batch]], ready: int) -> LoadedStep:
     return LoadedStep(
         batches=[future.result() for future in futures],
         samples=tuple(s for pack in step.packs for s in pack),
         tokens=step.tokens,
         after=step.after,
+        ready=ready,
     )

@@ -13,6 +13,7 @@ from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.distributed import sum_over_ranks
 from sailvl_trainer.runtime.errors import NonFiniteError, Preempted
 from sailvl_trainer.train import checkpoint as checkpoints
+from sailvl_trainer.train.arithmetic import Arithmetic, build_arithmetic, find_peak
 from sailvl_trainer.train.checkpoint import Position
 from sailvl_trainer.train.engines import Engine
 from sailvl_trainer.train.forward import arguments
@@ -34,12 +35,19 @@ class Loop:
     position: Position
     rate: Callable[[int], float] = field(init=False)
     meter: Meter = field(init=False)
+    arithmetic: Arithmetic = field(init=False)
     ledger: Ledger | None = field(init=False)
 
     def __post_init__(self) -> None:
         context = self.context
         self.rate = build_schedule(self.config, self.steps)
-        self.meter = Meter(world_size=context.world_size, pack_tokens=self.config.pack_tokens)
+        is_bf16 = self.config.precision == "bf16" and context.device.type != "cpu"
+        self.meter = Meter(
+            world_size=context.world_size,
+            pack_tokens=self.config.pack_tokens,
+            peak=find_peak(context.device, is_bf16=is_bf16),
+        )
+        self.arithmetic = build_arithmetic(self.prepared.model, self.prepared.preset, self.config.train)
         self.ledger = Ledger(context.files, context.stage.attempt) if context.is_first else None
 
     def run(self) -> None:
@@ -66,7 +74,8 @@ class Loop:
 
     def _train(self, step: LoadedStep) -> None:
         """One optimizer step. The gradient is that of the mean over the labels of all ranks and microsteps."""
-        labels = int(sum_over_ranks(sum(batch.labels for batch in step.batches))[0])
+        counted = sum_over_ranks(sum(batch.labels for batch in step.batches), self.arithmetic.count(step.batches))
+        labels, operations = int(counted[0]), counted[1]
         total = 0.0
         for batch in step.batches:
             with self.meter.part("forward"):
@@ -80,9 +89,9 @@ class Loop:
         with self.meter.part("step"):
             norm = self.engine.step(rate)
         self._require_finite(norm, "gradient norm")
-        self._advance(step, mean, {"learning_rate": rate, "gradient_norm": norm})
+        self._advance(step, mean, operations, {"learning_rate": rate, "gradient_norm": norm})
 
-    def _advance(self, step: LoadedStep, loss: float, metrics: dict[str, float]) -> None:
+    def _advance(self, step: LoadedStep, loss: float, operations: float, metrics: dict[str, float]) -> None:
         before = self.position
         self.position = replace(
             before,
@@ -94,13 +103,16 @@ class Loop:
         )
         if self.ledger is not None:
             self.ledger.write(self.position.step, step.samples)
-        measured = self.meter.end_step(tokens=step.tokens, microsteps=len(step.batches), now=time.monotonic())
+        measured = self.meter.end_step(
+            tokens=step.tokens, microsteps=len(step.batches), operations=operations, now=time.monotonic()
+        )
+        self.context.telemetry.count_samples("trained", sum(len(batch.samples) for batch in step.batches))
         self.context.telemetry.update(
             step=self.position.step,
             tokens=self.position.tokens,
             samples=self.position.samples,
             eta_seconds=self.meter.seconds_a_step * (self.steps - self.position.step),
-            metrics={"loss": loss} | metrics | measured,
+            metrics={"loss": loss, "loader_queue": step.ready} | metrics | measured,
         )
 
     def _require_finite(self, value: float, what: str) -> None:

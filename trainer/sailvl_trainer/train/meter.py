@@ -16,6 +16,8 @@ SMOOTHING = 0.1
 class Meter:
     world_size: int
     pack_tokens: int
+    peak: float = 0.0
+    """Operations a second that a rank's device can do; 0: not known."""
     seconds_a_step: float = 0.0
     """Wall clock, smoothed, with waiting and saving."""
     _parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -30,12 +32,16 @@ class Meter:
         finally:
             self._parts[name] += time.monotonic() - start
 
-    def end_step(self, *, tokens: int, microsteps: int, now: float) -> dict[str, float]:
-        """Metrics of the step that ended; `tokens`: over all ranks. A checkpoint counts to the step after it."""
+    def end_step(self, *, tokens: int, microsteps: int, operations: float, now: float) -> dict[str, float]:
+        """Metrics of the step that ended; `tokens`, `operations`: over all ranks.
+
+        A checkpoint counts to the step after it.
+        """
         seconds, self._before = max(1e-9, now - self._before), now
         weight = SMOOTHING if self.seconds_a_step else 1.0
         self.seconds_a_step += weight * (seconds - self.seconds_a_step)
         parts = {f"{name}_seconds": spent for name, spent in self._parts.items()}
         self._parts.clear()
         capacity = self.pack_tokens * self.world_size * max(1, microsteps)
-        return parts | {"tokens_per_second": tokens / seconds, "pack_fill": tokens / capacity}
+        used = {"mfu": operations / seconds / (self.peak * self.world_size)} if self.peak else {}
+        return parts | used | {"tokens_per_second": tokens / seconds, "pack_fill": tokens / capacity}
