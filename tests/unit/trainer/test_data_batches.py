@@ -21,11 +21,11 @@ from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.data.procedural import draw_question
 from sailvl_trainer.data.samples import Message, Sample
 from sailvl_trainer.data.shards import ShardWriter, write_manifest
+from sailvl_trainer.loss.forward import PackedModel
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import IMAGE_CONTEXT, load_tokenizer
 from sailvl_trainer.runtime.errors import ConfigError, DataError
-from sailvl_trainer.train.forward import PackedModel
 
 TINY = ModelConfig(preset="tiny")
 

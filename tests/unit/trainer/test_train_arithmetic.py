@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sailvl_trainer.contract import ModelConfig, Part
 from sailvl_trainer.data.collate import Batch
+from sailvl_trainer.loss.forward import PackedModel, arguments
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.freeze import set_trainable
 from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.train.arithmetic import PEAKS, build_arithmetic, find_peak
-from sailvl_trainer.train.forward import PackedModel, arguments
 
 LENGTH = 256
 

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from sailvl_trainer.contract import ModelConfig, Part, TrainConfig
 from sailvl_trainer.data.collate import Batch, collate
 from sailvl_trainer.data.index import Encoder, Index, build_index
+from sailvl_trainer.loss.forward import PackedModel, arguments
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.freeze import set_trainable
 from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.runtime.distributed import start_group
 from sailvl_trainer.train.engines import build_engine
-from sailvl_trainer.train.forward import PackedModel, arguments
 from sailvl_trainer.train.frozen import require_frozen
 from sailvl_trainer.train.optimizer import build_optimizer
 from train_builders import build_set, build_stage

@@ -11,11 +11,11 @@ from sailvl_trainer.contract import ModelConfig
 from sailvl_trainer.data.chat import IGNORE
 from sailvl_trainer.data.collate import Batch, collate
 from sailvl_trainer.data.index import Encoder, Index, build_index
+from sailvl_trainer.loss.forward import PackedModel, arguments
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.freeze import set_trainable
 from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
-from sailvl_trainer.train.forward import PackedModel, arguments
 from train_builders import build_set
 
 TINY, CPU = ModelConfig(preset="tiny"), torch.device("cpu")

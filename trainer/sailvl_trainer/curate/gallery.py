@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
-from PIL import Image
 
 from sailvl_trainer.curate.items import Item, read_item
 from sailvl_trainer.curate.parts import to_items
 from sailvl_trainer.curate.statistics import DUPLICATES, KEPT
-from sailvl_trainer.curate.verify import FORMATS
-from sailvl_trainer.data.images import open_image
+from sailvl_trainer.pages.thumbnails import draw_thumbnail
 
 KEPT_PICTURES = 24
 DROPPED_PICTURES = 4
 """A reason."""
-SIDE = 180
-"""Pixels of a thumbnail's longer side; shown at half, which is sharp on every screen."""
 DECODED = (*KEPT, *DUPLICATES, "too_small", "no_caption", "long_caption")
 """Outcomes of pictures that are worth a try: bombs and broken files are not."""
-MAX_PIXELS = 50_000_000
-"""What had no caption was never measured: larger ones are not shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +54,7 @@ def choose_dropped(db: duckdb.DuckDBPyConnection) -> dict[str, list[Tile]]:
 
 
 def _fetch(db: duckdb.DuckDBPyConnection, query: str, values: list[Any]) -> list[tuple[dict[str, Any], Item]]:
-    table = db.execute(query, values).to_arrow_table()
+    table = db.sql(query, params=values).to_arrow_table()
     return list(zip(table.to_pylist(), to_items(table), strict=True))
 
 
@@ -70,27 +62,19 @@ def _beside(db: duckdb.DuckDBPyConnection, row: dict[str, Any]) -> str:
     if row["first"] is None:
         return ""
     ((_, item),) = _fetch(db, "SELECT * FROM decided WHERE item = $1", [row["first"]])
-    return draw_thumbnail(item)
+    return _draw(item)
 
 
 def _tile(row: dict[str, Any], item: Item, beside: str = "") -> Tile:
-    data = draw_thumbnail(item) if row["outcome"] in DECODED else ""
+    data = _draw(item) if row["outcome"] in DECODED else ""
     return Tile(
         name=f"{item.source}/{item.key}", caption=row["text"][:160], detail=row["detail"], data=data, beside=beside
     )
 
 
-def draw_thumbnail(item: Item) -> str:
-    """A small JPEG; empty for what can't be shown, which a report must not fail of."""
+def _draw(item: Item) -> str:
+    """Empty for what can't be shown."""
     try:
-        data = read_item(item).data
-        with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-            if header.width * header.height > MAX_PIXELS:
-                return ""
-        image = open_image(data)
-    except Exception:  # noqa: BLE001  # decoders raise anything, and the file may be gone since
+        return draw_thumbnail(read_item(item).data)
+    except Exception:  # noqa: BLE001  # containers raise anything, and the file may be gone since
         return ""
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from importlib.resources import files
 from pathlib import Path
-
-import jinja2
 
 from sailvl_trainer.contract import CurateConfig
 from sailvl_trainer.curate import gallery
 from sailvl_trainer.curate.parts import Parts
 from sailvl_trainer.curate.plots import draw_plots
 from sailvl_trainer.curate.statistics import KEPT, REPORT_JSON, measure, open_decided
+from sailvl_trainer.pages.render import render
 from sailvl_trainer.runtime.documents import encode, write_atomic
 
 REASONS = {
@@ -34,12 +31,10 @@ REASONS = {
 def write_report(parts: Parts, folder: Path, config: CurateConfig) -> None:
     """Both files, from the parts of a finished stage; report.json last."""
     statistics = measure(parts)
-    with open_decided(parts) as db, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of metadata
+    with open_decided(parts) as db:
         kept, dropped = gallery.choose_kept(db), gallery.choose_dropped(db)
-    template = (files("sailvl_trainer.curate") / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(template).render(
+    page = render(
+        "curate/report.html.jinja",
         statistics=statistics,
         config=config,
         reasons=REASONS,
@@ -48,5 +43,5 @@ def write_report(parts: Parts, folder: Path, config: CurateConfig) -> None:
         kept=kept,
         dropped=dropped,
     )
-    write_atomic(folder / "index.html", page.encode())
+    write_atomic(folder / "index.html", page)
     write_atomic(folder / REPORT_JSON, encode(statistics))

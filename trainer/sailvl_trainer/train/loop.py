@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from sailvl_trainer.contract import Checkpoint, TrainConfig
 from sailvl_trainer.data.loader import LoadedStep, load_steps
+from sailvl_trainer.loss.forward import arguments
 from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.distributed import sum_over_ranks
 from sailvl_trainer.runtime.errors import NonFiniteError, Preempted
@@ -16,7 +17,6 @@ from sailvl_trainer.train import checkpoint as checkpoints
 from sailvl_trainer.train.arithmetic import Arithmetic, build_arithmetic, find_peak
 from sailvl_trainer.train.checkpoint import Position
 from sailvl_trainer.train.engines import Engine
-from sailvl_trainer.train.forward import arguments
 from sailvl_trainer.train.frozen import require_frozen
 from sailvl_trainer.train.ledger import Ledger
 from sailvl_trainer.train.meter import Meter

@@ -8,14 +8,14 @@ import time
 import torch.distributed as dist
 
 from sailvl_trainer.contract import Checkpoint, Result, TrainConfig
+from sailvl_trainer.loss import held_out
+from sailvl_trainer.loss.forward import PackedModel
 from sailvl_trainer.model.export import export_model
 from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.distributed import broadcast
 from sailvl_trainer.train import checkpoint as checkpoints
-from sailvl_trainer.train import held_out
 from sailvl_trainer.train.checkpoint import Position
 from sailvl_trainer.train.engines import Engine, build_engine
-from sailvl_trainer.train.forward import PackedModel
 from sailvl_trainer.train.loop import Loop
 from sailvl_trainer.train.prepare import Prepared, prepare
 

@@ -6,9 +6,9 @@ import torch
 
 from sailvl_trainer.data.index import Encoder, Index
 from sailvl_trainer.data.loader import held_out_batches
+from sailvl_trainer.loss.forward import PackedModel, arguments
 from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.distributed import sum_over_ranks
-from sailvl_trainer.train.forward import PackedModel, arguments
 
 
 @torch.no_grad()
