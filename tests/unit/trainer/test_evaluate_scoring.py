@@ -9,7 +9,7 @@ from sailvl_trainer.evaluate.tsv import Question
 
 
 def ask(answer: str, **choices: str) -> Question:
-    return Question(index="0", image=None, question="?", answer=answer, choices=choices)
+    return Question(index="0", images=(), question="?", answer=answer, choices=choices)
 
 
 CASES = [

@@ -19,8 +19,8 @@ LOSSES: list[float] = []
 advance = loop.Loop._advance
 
 
-def advance_and_die(self: loop.Loop, step: Any, loss: float, metrics: dict[str, float]) -> None:
-    advance(self, step, loss, metrics)
+def advance_and_die(self: loop.Loop, step: Any, loss: float, *rest: Any) -> None:
+    advance(self, step, loss, *rest)
     LOSSES.append(loss)
     if self.position.step == KILL_AT:
         os.kill(os.getpid(), signal.SIGKILL)

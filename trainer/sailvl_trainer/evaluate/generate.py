@@ -11,11 +11,12 @@ import torch
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from sailvl_trainer.data.chat import encode_prompt
-from sailvl_trainer.data.images import open_image
+from sailvl_trainer.data.images import UnreadableImage, open_image
 from sailvl_trainer.data.samples import IMAGE_MARK, Message
-from sailvl_trainer.data.tiling import choose_grid, count_tiles, cut_tiles
+from sailvl_trainer.data.tiling import choose_grid, cut_tiles
 from sailvl_trainer.evaluate.tsv import Question
 from sailvl_trainer.model.presets import Preset
+from sailvl_trainer.runtime.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,17 +29,21 @@ class Generator:
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], max_tiles: int) -> list[str]:
-        """One answer a question, in order; prompts are padded on the left."""
+        """One answer a question, in order; prompts are padded on the left.
+
+        Raises DataError for a picture that breaks off.
+        """
         prompts, tiles = zip(*(self._encode(question, max_tiles) for question in questions), strict=True)
         length, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
         ids_BT = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=self.device)
         mask_BT = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         pixels = [t for t in tiles if t is not None]
+        joined_N3HW = torch.from_numpy(np.concatenate(pixels)).to(self.device) if pixels else None
         output_BT = self.model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            pixel_values=torch.from_numpy(np.concatenate(pixels)).to(self.device) if pixels else None,
-            vision_feature_layer=-1,
+            # transformers calls the vision tower for any argument of it
+            **({} if joined_N3HW is None else {"pixel_values": joined_N3HW, "vision_feature_layer": -1}),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             pad_token_id=pad,
@@ -47,14 +52,21 @@ class Generator:
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output_BT[:, length:]]
 
     def _encode(self, question: Question, max_tiles: int) -> tuple[list[int], np.ndarray | None]:
-        text, pixels, image_tokens = build_prompt(question), None, 0
-        if question.image is not None:
-            image = open_image(question.image)
-            grid = choose_grid(image.width, image.height, max_tiles, self.preset.image_size)
-            pixels = cut_tiles(image, grid, self.preset.image_size)
-            image_tokens = count_tiles(grid) * self.preset.tokens_per_tile
-            text = f"{IMAGE_MARK}\n{text}"
-        return encode_prompt((Message(role="user", content=text),), self.tokenizer, image_tokens), pixels
+        text = build_prompt(question)
+        if not question.images:
+            return encode_prompt((Message(role="user", content=text),), self.tokenizer, 0), None
+        pixels_N3HW = np.concatenate([self._cut(question, data, max_tiles) for data in question.images])
+        message = Message(role="user", content=f"{IMAGE_MARK}\n{text}")
+        positions = len(pixels_N3HW) * self.preset.tokens_per_tile
+        return encode_prompt((message,), self.tokenizer, positions), pixels_N3HW
+
+    def _cut(self, question: Question, data: bytes, max_tiles: int) -> np.ndarray:
+        try:
+            image = open_image(data)
+        except UnreadableImage as error:
+            raise DataError(f"question {question.index} of a benchmark: image can't be read: {error}") from error
+        grid = choose_grid(image.width, image.height, max_tiles, self.preset.image_size)
+        return cut_tiles(image, grid, self.preset.image_size)
 
 
 def build_prompt(question: Question) -> str:

@@ -1,0 +1,93 @@
+"""Builders for tests of evaluation: pictures, benchmark files, a stage with an untrained model."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sailvl_trainer.contract import BenchmarkConfig, EvaluateConfig, Metric, ModelConfig, Stage
+from sailvl_trainer.model.build import build_model
+from sailvl_trainer.model.export import export_model
+from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.tokenizer import load_tokenizer
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white", "pink")
+
+
+@cache
+def draw(colour: str) -> bytes:
+    """A PNG of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def encode(data: bytes) -> str:
+    """As a TSV holds it."""
+    return base64.b64encode(data).decode()
+
+
+def write_tsv(path: Path, rows: list[dict[str, Any]], *, encoding: str = "utf-8") -> Path:
+    """A benchmark as VLMEvalKit's tools write it; the columns are those of all rows."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def build_questions(path: Path, number: int = 7) -> Path:
+    """What colour it is; questions of different lengths, the last one without a picture."""
+    rows = [
+        {
+            "index": i,
+            "image": encode(draw(colour)) if i < number - 1 else "",
+            "question": "What colour is " + "really " * i + "this?",
+            "answer": colour,
+        }
+        for i, colour in enumerate(COLOURS[:number])
+    ]
+    return write_tsv(path, rows)
+
+
+def build_benchmark(path: Path, metric: Metric = "exact_match", **fields: Any) -> BenchmarkConfig:
+    """One of percent."""
+    known: dict[str, Any] = {"name": path.stem, "group": "Custom", "max_tiles": 1, "scale": 100.0}
+    return BenchmarkConfig(path=str(path), metric=metric, **(known | fields))
+
+
+def build_stage(
+    root: Path, *benchmarks: BenchmarkConfig, run: str = "demo", attempt: int = 1, **settings: Any
+) -> Stage:
+    """It reads the model that `export_untrained` has put below `root`."""
+    known: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 4}
+    return Stage(
+        namespace="team",
+        run=run,
+        stage="evaluate",
+        kind="evaluate",
+        attempt=attempt,
+        digest=f"digest-of-{run}",
+        storage=str(root),
+        output=str(root / run / "evaluate"),
+        model=ModelConfig(preset="tiny"),
+        init_from=str(root / "model"),
+        evaluate=EvaluateConfig(benchmarks=benchmarks, **(known | settings)),
+    )
+
+
+def export_untrained(root: Path) -> Path:
+    """A model of random weights where `build_stage` looks for it."""
+    config = ModelConfig(preset="tiny")
+    tokenizer = load_tokenizer(config)
+    model = build_model(config, tokenizer, init_from=None, seed=0)
+    export_model(model, tokenizer, preset("tiny"), root / "model" / "export")
+    return root
