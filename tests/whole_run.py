@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ class Story:
     storage: Path
     namespace: str
     status: dict[str, Any] = field(default_factory=dict)
-    columns: list[str] = field(default_factory=list)
-    """`kubectl get svr`, a line whenever more than the age changed."""
+    columns: list[list[str]] = field(default_factory=list)
+    """Cells of `kubectl get svr`: its header, then a row whenever more than the age changed."""
     jobs: dict[str, str] = field(default_factory=dict)
     """Every Job that was ever seen: name to uid."""
     doubled: list[str] = field(default_factory=list)
@@ -92,9 +94,22 @@ def look(kubectl: Kubectl, story: Story) -> None:
         if pod["spec"].get("nodeName"):
             job = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
             story.nodes.setdefault(job, set()).add(pod["spec"]["nodeName"])
-    lines = kubectl("-n", story.namespace, "get", "svr").stdout.splitlines()
-    if len(lines) == 2 and [lines[1].split()[:-1]] != [line.split()[:-1] for line in story.columns[-1:]]:
-        story.columns += lines if not story.columns else lines[1:]
+    rows = split_columns(kubectl("-n", story.namespace, "get", "svr").stdout)
+    if len(rows) == 2 and (not story.columns or rows[1][:-1] != story.columns[-1][:-1]):
+        story.columns += rows[1 if story.columns else 0 :]
+
+
+def split_columns(table: str) -> list[list[str]]:
+    """The cells of what kubectl prints, empty ones too: they begin where their headers do."""
+    lines = table.splitlines()
+    starts = [match.start() for match in re.finditer(r"\S+", lines[0])] if lines else []
+    return [[line[a:b].strip() for a, b in zip_longest(starts, starts[1:])] for line in lines]
+
+
+def align(rows: list[list[str]]) -> str:
+    """As kubectl would print them at once."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join("   ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
 
 
 def kill_second_rank(kubectl: Kubectl, story: Story) -> None:

@@ -16,7 +16,7 @@ import yaml
 from clusters import Cluster, Kubectl
 from prometheus_server import Prometheus, render_monitors, start_prometheus
 from run_picture import draw_run
-from whole_run import RUN, Fault, Story, follow, kill_operators, kill_second_rank, must
+from whole_run import RUN, Fault, Story, align, follow, kill_operators, kill_second_rank, must
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm/sailvl-operator"
@@ -97,7 +97,7 @@ def story(kubectl: Kubectl, prometheus: Prometheus, storage: Path) -> Story:
     try:
         follow(kubectl, story, FAULTS, LIMIT)
     finally:
-        (FOLDER / "get.txt").write_text("\n".join(story.columns) + "\n")
+        (FOLDER / "get.txt").write_text(align(story.columns))
         (FOLDER / "status.json").write_text(json.dumps(story.status, indent=2))
         (FOLDER / "describe.txt").write_text(kubectl("-n", NAMESPACE, "describe", "svr", RUN).stdout)
     draw_run(FOLDER / "run.png", prometheus, story.status, story.faults)

@@ -20,7 +20,7 @@ from sailvl_trainer.model.presets import preset
 from sailvl_trainer.runtime.documents import decode
 from sailvl_trainer.runtime.files import StageFiles
 from sailvl_trainer.train.ledger import read_ledger
-from whole_run import Story
+from whole_run import Story, align
 
 pytestmark = pytest.mark.e2e
 
@@ -100,7 +100,7 @@ def test_the_benchmarks_are_scored(story: Story) -> None:
 
 
 def test_the_columns_tell_the_story(story: Story) -> None:
-    text = "\n".join(story.columns)
+    text = align(story.columns)
     assert all(f"{name} ({number}/7)" in text for number, name in enumerate(STAGES, 1))
     assert "Completed" in story.columns[-1]
 

@@ -130,8 +130,8 @@ def _is_lost(view: stages.View, new: StageStatus) -> bool:
 
 
 def _is_saved(view: stages.View, new: StageStatus) -> bool:
-    """Whether nothing is unsaved now: a new checkpoint, or an attempt that ended with one."""
-    return new.checkpoint != view.status.checkpoint or new.attempt != view.status.attempt
+    """Whether nothing is unsaved now: a new checkpoint, an attempt that ended with one, or the stage's end."""
+    return new.state == "Succeeded" or new.checkpoint != view.status.checkpoint or new.attempt != view.status.attempt
 
 
 def _count_unsaved(view: stages.View) -> int:
