@@ -14,6 +14,7 @@ UV := $(CACHE)/uv-$(shell sha256sum hack/uv.txt | cut -c1-8)/bin/uv
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= cpu
 export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 .PHONY: help setup check test demo data cluster cluster-down images e2e bench generate lock format clean
 
@@ -24,7 +25,7 @@ setup: $(STAMP)  ## the virtual environment, from the locked requirements
 
 # uv links packages from its cache; compiled once, every process of the tests starts in half the time.
 $(STAMP): requirements.txt pyproject.toml $(UV)
-	@hack/require.sh git c++
+	@hack/require.sh git
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)
 	$(UV) pip sync -q --compile-bytecode --python $(BIN)/python --require-hashes requirements.txt
 	$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .

@@ -50,6 +50,7 @@ ENV = [
     {"name": "HOME", "value": "/tmp"},
     {"name": "USER", "value": "sailvl"},
     {"name": "HF_HOME", "value": "/tmp/hf"},
+    {"name": "HF_HUB_DISABLE_PROGRESS_BARS", "value": "1"},
     {"name": "SAILVL_STAGE_FILE", "value": "/etc/sailvl/stage.json"},
     {"name": "SAILVL_NODES", "value": "2"},
     {"name": "SAILVL_PROCESSES_PER_NODE", "value": "1"},

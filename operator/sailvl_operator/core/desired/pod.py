@@ -18,7 +18,7 @@ USER = 65532
 NODE_LOSS_SECONDS = 20
 """From a node's silence until its pods are evicted; Kubernetes' default is 300."""
 
-_HOME = {"HOME": "/tmp", "USER": "sailvl", "HF_HOME": "/tmp/hf"}
+_HOME = {"HOME": "/tmp", "USER": "sailvl", "HF_HOME": "/tmp/hf", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 _GPU = "nvidia.com/gpu"
 
 

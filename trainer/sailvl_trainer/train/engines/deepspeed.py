@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +25,8 @@ class DeepSpeedEngine:
     def __init__(self, module: nn.Module, engine: EngineConfig, config: TrainConfig, *, device: torch.device) -> None:
         import deepspeed
 
+        # All its kernels count as not to be had: none is used, and on the CPU it would compile one of inference's
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.module = module
         self._world_size = dist.get_world_size()
