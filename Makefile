@@ -14,6 +14,8 @@ UV := $(CACHE)/uv-$(shell sha256sum hack/uv.txt | cut -c1-8)/bin/uv
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= cpu
 export HF_HUB_OFFLINE ?= 1
+# Compiled modules are kept, whatever the shell says: half of the fast tests' time would be compiling.
+unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 .PHONY: help setup check test demo data cluster cluster-down images e2e bench generate lock format clean

@@ -155,6 +155,19 @@ def test_mistakes_come_before_the_first_answer(name: str, metric: Any, error: An
         carry_out(stage)
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        pytest.param(["a", "a"], "a stands twice", id="twice"),
+        pytest.param(["a", "scoreCustom"], "scoreCustom is the name of a mean", id="a mean"),
+    ],
+)
+def test_every_benchmark_has_a_name_of_its_own(names: list[str], words: str, root: Path) -> None:
+    same = [build_benchmark(root / "benchmarks/more.tsv", name=name) for name in names]
+    with pytest.raises(ConfigError, match=words):
+        carry_out(build_stage(root, *same, run="names"))
+
+
 def test_a_stage_without_a_model(root: Path, benchmarks: tuple[BenchmarkConfig, ...]) -> None:
     with pytest.raises(ConfigError, match="initFrom"):
         carry_out(replace(build_stage(root, *benchmarks, run="none"), init_from=None))

@@ -64,14 +64,28 @@ def test_a_limit_still_finds_pictures_of_later_rows(tmp_path: Path) -> None:
     assert question.images == (draw("red"),)
 
 
+def test_pandas_words_for_nothing_are_nothing(tmp_path: Path) -> None:
+    (question,) = read(tmp_path, GOOD | {"A": "red", "B": "nan", "hint": "NaN"})
+    assert (question.choices, question.hint) == ({"A": "red"}, "")
+
+
+def test_base64_in_lines(tmp_path: Path) -> None:
+    (question,) = read(tmp_path, GOOD | {"image": f"{RED[:76]}\n{RED[76:]}", "image_path": "name.png"})
+    assert question.images == (draw("red"),)
+
+
 BROKEN = [
+    pytest.param([{**GOOD, "Image": RED}], "a column 'Image'; write image", id="a column in other letters"),
+    pytest.param([GOOD | {"answer": "nan"}], "row 2: answer empty", id="an answer that isn't there"),
     pytest.param([GOOD, GOOD], "index 0 stands twice", id="an index twice"),
     pytest.param([GOOD | {"answer": " "}], "row 2: answer empty", id="no answer"),
     pytest.param([{"index": "0", "question": "?"}], "no column answer; it has index, question", id="no column"),
     pytest.param([GOOD | {"image": "7"}], "row 2: image is '7': neither base64 nor the index", id="a row not there"),
     pytest.param([GOOD | {"image": "?" * 80}], "row 2: image is no base64", id="no base64"),
     pytest.param([GOOD | {"image": encode(b"x" * 100)}], "row 2: image can't be read", id="no picture"),
-    pytest.param([GOOD | {"image_path": "gone.png"}], "row 2: image_path: .*gone.png", id="a file not there"),
+    pytest.param(
+        [GOOD | {"image": "", "image_path": "gone.png"}], "row 2: image_path: .*gone.png", id="a file not there"
+    ),
     pytest.param([], "no column index", id="an empty file"),
 ]
 
@@ -102,6 +116,7 @@ def test_another_encoding(tmp_path: Path) -> None:
 UNSCORABLE: list[Any] = [
     pytest.param("multiple_choice", {"answer": "C", "A": "x", "B": "y"}, "its choices are A, B", id="no such choice"),
     pytest.param("multiple_choice", {"answer": "A"}, "its choices are none", id="no choices"),
+    pytest.param("anls", {"answer": "[]"}, "an empty list", id="no accepted answer"),
     pytest.param("yes_no_f1", {"answer": "maybe"}, "needs yes or no", id="neither yes nor no"),
 ]
 

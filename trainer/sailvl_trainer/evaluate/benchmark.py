@@ -9,8 +9,8 @@ from pathlib import Path
 from sailvl_trainer.contract import HELD_OUT_DIR, MANIFEST_FILE, BenchmarkConfig
 from sailvl_trainer.data.index import Encoder, build_index
 from sailvl_trainer.evaluate.generate import Generator
-from sailvl_trainer.evaluate.kept import Batches, KeptAnswers
-from sailvl_trainer.evaluate.scoring import is_yes, score_answers
+from sailvl_trainer.evaluate.kept import KeptAnswers
+from sailvl_trainer.evaluate.scoring import answers_of, is_yes, score_answers
 from sailvl_trainer.evaluate.tsv import Question, read_tsv
 from sailvl_trainer.loss.forward import PackedModel
 from sailvl_trainer.loss.held_out import measure
@@ -87,6 +87,8 @@ def evaluate(
 
 def _find_problem(benchmark: BenchmarkConfig, question: Question) -> str:
     answer, letters = question.answer.strip(), ", ".join(question.choices)
+    if not answers_of(question):
+        return "answer is an empty list; write at least one accepted answer"
     if benchmark.metric == "multiple_choice" and answer.upper() not in question.choices:
         return f"answer is {answer!r}, its choices are {letters or 'none'}; write one of their letters"
     if benchmark.metric == "yes_no_f1" and not is_yes(answer) and not answer.lower().startswith("no"):
@@ -102,7 +104,9 @@ def _answer(
     batches: Sequence[Sequence[Question]],
 ) -> list[str]:
     """Rounds of a batch a rank, so that all ranks hear of a stop in the same one."""
-    before, mine = kept.get(benchmark.name), Batches()
+    found = [kept.find(benchmark.name, batch) for batch in batches]
+    before = {number: answers for number, answers in enumerate(found) if answers is not None}
+    mine: dict[int, list[str]] = {}
     todo = [number for number in range(len(batches)) if number not in before]
     step = context.telemetry.progress.step + sum(len(batches[number]) for number in before)
     for at in range(0, len(todo), context.world_size):
@@ -110,7 +114,7 @@ def _answer(
         for number in now[context.rank : context.rank + 1]:
             with context.telemetry.activity("evaluating"):
                 mine[number] = generator.answer(batches[number], benchmark.max_tiles)
-            kept.add(benchmark.name, number, mine[number])
+            kept.add(benchmark.name, batches[number], mine[number])
         step += sum(len(batches[number]) for number in now)
         context.telemetry.update(step=step)
         if context.preemption.requested():
@@ -130,6 +134,8 @@ def _measure_loss(context: Context, generator: Generator, benchmark: BenchmarkCo
         pack_tokens=WORDS + most * generator.preset.tokens_per_tile,
     )
     index = build_index([folder.parent], folder.name, encoder)
+    if not len(index):
+        raise DataError(f"benchmark {folder}: it holds no sample, so it has no loss")
     with context.telemetry.activity("evaluating"):
         return measure(
             context,

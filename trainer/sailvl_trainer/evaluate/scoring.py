@@ -17,19 +17,23 @@ _NUMBERS = {
 
 
 def normalise(text: str) -> str:
-    """VQA's normalisation: lower case, no punctuation, no articles, numbers as digits."""
-    words = re.sub(r"[^\w\s.:]", " ", text.lower()).replace(". ", " ").strip(" .").split()
-    return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
+    """VQA's normalisation: lower case, no punctuation but a number's, no articles, numbers as digits."""
+    bare = re.sub(r"['’`]", "", text.lower())
+    words = re.sub(r"(?!(?<!\w)-\d)[^\w\s.:]", " ", bare)  # a minus stays
+    kept = words.replace(". ", " ").strip(" .").split()
+    return " ".join(_NUMBERS.get(word, word) for word in kept if word not in _ARTICLES) or bare.strip()
 
 
 def answers_of(question: Question) -> list[str]:
-    """The accepted answers: one, or a list written as in Python."""
+    """The accepted answers: one, or a list of strings written as in Python; a list of numbers is one answer."""
     text = question.answer.strip()
     if text.startswith("[") and text.endswith("]"):
         try:
-            return [str(answer) for answer in ast.literal_eval(text)]
+            found = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             return [text]
+        if all(isinstance(answer, str) for answer in found):
+            return list(found)
     return [text]
 
 
@@ -45,13 +49,24 @@ def multiple_choice(prediction: str, question: Question) -> float:
 
 def find_choice(prediction: str, choices: dict[str, str]) -> str | None:
     """The letter that an answer means; None when it means none or several."""
-    text = prediction.strip()
-    letters: set[str] = {m.upper() for m in re.findall(r"(?<![\w'])\(?([A-Z])\)?(?![\w'])", text)} & set(choices)
-    if len(letters) == 1:
-        return next(iter(letters))
-    given = normalise(text)
-    named = [letter for letter, words in choices.items() if normalise(words) and normalise(words) in given]
-    return named[0] if len(named) == 1 and not letters else None
+    text, by_words = prediction.strip(), {letter: normalise(words) for letter, words in choices.items()}
+    if alone := re.fullmatch(r"\W*([A-Za-z])\W*", text):
+        return alone.group(1).upper() if alone.group(1).upper() in choices else None
+    equal = [letter for letter, words in by_words.items() if words == normalise(text)]
+    if len(equal) == 1:
+        return equal[0]
+    # an A before a small letter is the article
+    letters = set(re.findall(r"(?<![\w'])(?!A (?!or |and |is )[a-z])([A-Z])(?![\w'])", text)) & set(choices)
+    return next(iter(letters)) if len(letters) == 1 else None if letters else _find_named(normalise(text), by_words)
+
+
+def _find_named(given: str, by_words: dict[str, str]) -> str | None:
+    """The one choice whose words stand in the answer; of choices that contain each other the longest."""
+    named = {
+        letter: words for letter, words in by_words.items() if re.search(rf"(?<!\S){re.escape(words)}(?!\S)", given)
+    }
+    longest = [letter for letter, words in named.items() if all(other in words for other in named.values())]
+    return longest[0] if len(longest) == 1 else None
 
 
 def vqa_accuracy(prediction: str, question: Question) -> float:
@@ -64,7 +79,7 @@ def vqa_accuracy(prediction: str, question: Question) -> float:
 
 
 def relaxed_accuracy(prediction: str, question: Question) -> float:
-    """ChartQA (arXiv 2203.10244): numbers within 5 %, words exactly."""
+    """ChartQA (arXiv 2203.10244): numbers within 5 %, words exactly; a number with commas is words, as there."""
     given = _number(prediction)
     for answer in answers_of(question):
         wanted = _number(answer)
@@ -77,9 +92,9 @@ def relaxed_accuracy(prediction: str, question: Question) -> float:
 
 
 def anls(prediction: str, question: Question) -> float:
-    """DocVQA (arXiv 2007.00398): 1 - normalised edit distance to the closest answer, 0 below one half."""
+    """DocVQA (arXiv 2007.00398): 1 - normalised edit distance to the closest answer, 0 up to one half."""
     best = max(_similarity(prediction.strip().lower(), a.strip().lower()) for a in answers_of(question))
-    return best if best >= 0.5 else 0.0
+    return best if best > 0.5 else 0.0
 
 
 def yes_no_f1(predictions: Sequence[str], questions: Sequence[Question]) -> float:
@@ -92,8 +107,12 @@ def yes_no_f1(predictions: Sequence[str], questions: Sequence[Question]) -> floa
 
 def is_yes(text: str) -> bool:
     """Whether the first word of yes and no that stands in a text is yes."""
+    return _say(text) == "yes"
+
+
+def _say(text: str) -> str:
     found = re.search(r"\b(yes|no|not)\b", text.lower())
-    return found is not None and found.group(1) == "yes"
+    return "" if found is None else found.group(1)[:3].replace("not", "no")
 
 
 _BY_ANSWER: dict[str, Callable[[str, Question], float]] = {
@@ -110,14 +129,14 @@ def score_answers(
 ) -> tuple[float, list[float]]:
     """The benchmark's score in 0..1, and each answer's own."""
     if metric == "yes_no_f1":
-        own = [float(is_yes(p) == is_yes(q.answer)) for p, q in zip(predictions, questions, strict=True)]
+        own = [float(_say(p) == _say(q.answer)) for p, q in zip(predictions, questions, strict=True)]
         return yes_no_f1(predictions, questions), own
     own = [_BY_ANSWER[metric](p, q) for p, q in zip(predictions, questions, strict=True)]
     return sum(own) / max(1, len(own)), own
 
 
 def _number(text: str) -> float | None:
-    cleaned = text.strip().rstrip("%").replace(",", "")
+    cleaned = text.strip().rstrip("%")
     try:
         return float(cleaned) / (100 if text.strip().endswith("%") else 1)
     except ValueError:

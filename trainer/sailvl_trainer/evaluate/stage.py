@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from sailvl_trainer.contract import EXPORT_DIR, EvaluateConfig, Result
@@ -23,6 +23,7 @@ def run(context: Context) -> Result:
     """Carry the stage out; the same scores on any number of ranks."""
     started, config = time.time(), context.stage.evaluate
     assert config is not None, "read_stage has checked the kind"
+    _require_names([entry.name for entry in config.benchmarks], {entry.group for entry in config.benchmarks})
     total = sum(benchmarks.check(entry, config.limit) for entry in config.benchmarks)
     generator, kept = _load(context, config), KeptAnswers(context)
     context.telemetry.update(phase="running", unit="questions", step=0, steps=total)
@@ -57,6 +58,15 @@ def summarise(scored: list[Scored]) -> dict[str, float]:
     metrics = {"score": _mean(scores)} if scores else {}
     metrics |= {f"score{group}": _mean(of_group) for group, of_group in groups.items()}
     return metrics | {entry.benchmark.name: entry.score for entry in scored}
+
+
+def _require_names(names: list[str], groups: set[str]) -> None:
+    """Each has a place of its own among the metrics."""
+    taken = {"score", *(f"score{group}" for group in groups)}
+    for name, number in Counter(names).items():
+        if number > 1 or name in taken:
+            problem = "stands twice" if number > 1 else "is the name of a mean"
+            raise ConfigError(f"benchmark {name} {problem}; give it a name of its own")
 
 
 def _load(context: Context, config: EvaluateConfig) -> Generator:

@@ -18,6 +18,9 @@ from sailvl_trainer.runtime.errors import DataError
 
 csv.field_size_limit(sys.maxsize)
 REQUIRED = ("index", "question", "answer")
+KNOWN = (*REQUIRED, "image", "image_path", "hint")
+EMPTY = frozenset({"", "nan", "NaN"})
+"""Cells that hold nothing, in pandas' words too."""
 REFERENCE = 64
 """Image cells up to so many characters are the index of the row that has the picture."""
 
@@ -50,9 +53,9 @@ def read_tsv(path: Path, limit: int = 0) -> list[Question]:
     """All questions, or the first `limit`. Raises DataError that names the row and what to write instead.
 
     Row 1 is the header. A picture is base64, the index of the row that has it, a list of these as Python writes it, or
-    a path in `image_path`, relative to the TSV's folder.
+    a path in `image_path`, relative to the TSV's folder, which is looked at where `image` is empty.
     """
-    rows = _read_rows(path)
+    rows = [{name: "" if cell.strip() in EMPTY else cell for name, cell in row.items()} for row in _read_rows(path)]
     file = _File(path=path, images={row["index"]: row.get("image", "") for row in rows})
     if len(file.images) < len(rows):
         twice, _ = Counter(row["index"] for row in rows).most_common(1)[0]
@@ -71,6 +74,9 @@ def _read_rows(path: Path) -> list[Row]:
     missing = [name for name in REQUIRED if name not in columns]
     if missing:
         raise DataError(f"benchmark {path}: no column {', '.join(missing)}; it has {', '.join(columns) or 'none'}")
+    for name in columns:
+        if name not in KNOWN and name.strip().lower() in KNOWN:
+            raise DataError(f"benchmark {path}: a column {name!r}; write {name.strip().lower()}")
     if not rows:
         raise DataError(f"benchmark {path}: no question")
     for number, row in enumerate(rows, 2):
@@ -85,7 +91,7 @@ def _question(file: _File, line: int, row: Row) -> Question:
         raise file.error(line, f"{', '.join(empty)} empty; leave rows out that can't be scored")
     return Question(
         index=row["index"],
-        images=_read_paths(file, line, row["image_path"]) if row.get("image_path") else _decode(file, line, row),
+        images=_decode(file, line, row) if row.get("image") else _read_paths(file, line, row.get("image_path", "")),
         question=row["question"],
         answer=row["answer"],
         choices={letter: text for letter in ascii_uppercase if (text := row.get(letter, ""))},
@@ -112,7 +118,7 @@ def _decode(file: _File, line: int, row: Row) -> tuple[bytes, ...]:
             raise file.error(line, f"image is {part!r}: neither base64 nor the index of a row with a picture")
         for encoded in _split(text):
             try:
-                data = base64.b64decode(encoded, validate=True)
+                data = base64.b64decode("".join(encoded.split()), validate=True)
             except binascii.Error as error:
                 raise file.error(line, f"image is no base64: {error}") from error
             pictures.append(_require_picture(file, line, data))
