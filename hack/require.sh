@@ -2,7 +2,7 @@
 # Says which Debian package lacks for a command, and installs it where it may: require.sh COMMAND...
 set -euo pipefail
 
-declare -A package=([git]=git [python3.11]="python3.11 python3.11-venv" [chromium]=chromium [prometheus]=prometheus
+declare -A package=([git]=git [python3.11]="python3.11 python3.11-venv"
   [busybox]=busybox-static [ip]=iproute2 [nft]=nftables)
 
 missing=()

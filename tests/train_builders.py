@@ -10,9 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sailvl_trainer.contract import ModelConfig, Stage, TrainConfig
 from sailvl_trainer.data.make import make_questions
-from sailvl_trainer.runtime.documents import encode
+from sailvl_trainer.runtime.context import Context, build_context
+from sailvl_trainer.runtime.documents import encode, read_stage
+from sailvl_trainer.runtime.scratch import Scratch
 
 SAMPLES = 40
 
@@ -50,6 +54,16 @@ def build_stage(root: Path, *, run: str = "demo", attempt: int = 1, **train: Any
         model=ModelConfig(preset="tiny"),
         train=replace(settings, **train),
     )
+
+
+def join_ranks() -> Context:
+    """What a rank that `start_ranks` has started begins with."""
+    torch.set_num_threads(1)
+    rank, scratch = int(os.environ["RANK"]), Path(os.environ["SCRATCH"])
+    own = scratch / f"rank-{rank}"
+    own.mkdir()
+    stage = read_stage(Path(os.environ["STAGE"]))
+    return build_context(stage, device=torch.device("cpu"), rank=rank, local_rank=0, scratch=Scratch(own))
 
 
 def start_ranks(script: Path, stage: Stage, world_size: int, scratch: Path) -> list[subprocess.Popen[bytes]]:

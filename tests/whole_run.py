@@ -122,6 +122,7 @@ def kill_second_rank(kubectl: Kubectl, story: Story) -> None:
 
 def kill_operators(kubectl: Kubectl, story: Story) -> None:
     """kill -9 of every replica's process, from the nodes: inside its container PID 1 can't be killed."""
+    killed = 0
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -131,6 +132,8 @@ def kill_operators(kubectl: Kubectl, story: Story) -> None:
             continue
         if b"sailvl\0operator" in command and "kubepods" in group:
             os.kill(int(folder.name), 9)
+            killed += 1
+    assert killed, "no operator's process was found"
 
 
 def must(done: subprocess.CompletedProcess[str]) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from sailvl_trainer.contract import Env, ModelConfig, Stage, Termination, TrainConfig
+import train_builders
+from sailvl_trainer.contract import Env, Stage, Termination
 from sailvl_trainer.data.make import make_questions
 from sailvl_trainer.runtime.documents import decode, encode
 from sailvl_trainer.runtime.files import StageFiles
@@ -27,31 +28,8 @@ LIMIT = 120
 
 
 def build_stage(root: Path, *, name: str = "knowledge", attempt: int = 1) -> Stage:
-    train = TrainConfig(
-        train=("vision", "connector", "language"),
-        data=(str(root / "set"),),
-        learning_rate=1e-3,
-        epochs=2.0,
-        batch_tokens=1024,
-        pack_tokens=512,
-        pack_tiles=16,
-        max_tiles=1,
-        precision="fp32",
-        checkpoint_steps=3,
-        held_out_samples=4,
-    )
-    return Stage(
-        namespace="team",
-        run="demo",
-        stage=name,
-        kind="sft",
-        attempt=attempt,
-        digest=name,
-        storage=str(root),
-        output=str(root / "demo" / name),
-        model=ModelConfig(preset="tiny"),
-        train=train,
-    )
+    stage = train_builders.build_stage(root, attempt=attempt, batch_tokens=1024, pack_tokens=512)
+    return replace(stage, stage=name, digest=name, output=str(root / "demo" / name))
 
 
 @dataclass

@@ -7,14 +7,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sailvl_trainer.runtime.context import build_context
-from sailvl_trainer.runtime.documents import encode, read_stage, write_atomic
-from sailvl_trainer.runtime.scratch import Scratch
+from sailvl_trainer.runtime.documents import encode, write_atomic
 from sailvl_trainer.train import loop, stage
+from train_builders import join_ranks
 
-RANK, SCRATCH, KILL_AT = int(os.environ["RANK"]), Path(os.environ["SCRATCH"]), int(os.environ.get("KILL_AT", "0"))
+SCRATCH, KILL_AT = Path(os.environ["SCRATCH"]), int(os.environ.get("KILL_AT", "0"))
 LOSSES: list[float] = []
 advance = loop.Loop._advance
 
@@ -27,19 +24,10 @@ def advance_and_die(self: loop.Loop, step: Any, loss: float, *rest: Any) -> None
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     loop.Loop._advance = advance_and_die  # type: ignore[method-assign]
-    scratch = SCRATCH / f"rank-{RANK}"
-    scratch.mkdir()
-    context = build_context(
-        read_stage(Path(os.environ["STAGE"])),
-        device=torch.device("cpu"),
-        rank=RANK,
-        local_rank=0,
-        scratch=Scratch(scratch),
-    )
+    context = join_ranks()
     result = stage.run(context)
-    if RANK == 0:
+    if context.is_first:
         write_atomic(SCRATCH / "losses.json", encode(LOSSES))
         write_atomic(SCRATCH / "result.json", encode(result))
     os._exit(0)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable, Sequence
 
 from sailvl_trainer.contract import Metric
-from sailvl_trainer.evaluate.tsv import Question
+from sailvl_trainer.evaluate.tsv import Question, parse_list
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = {
@@ -27,14 +26,9 @@ def normalise(text: str) -> str:
 def answers_of(question: Question) -> list[str]:
     """The accepted answers: one, or a list of strings written as in Python; a list of numbers is one answer."""
     text = question.answer.strip()
-    if text.startswith("[") and text.endswith("]"):
-        try:
-            found = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return [text]
-        if all(isinstance(answer, str) for answer in found):
-            return list(found)
-    return [text]
+    found = parse_list(text)
+    strings = [answer for answer in found or () if isinstance(answer, str)]
+    return [text] if found is None or len(strings) < len(found) else strings
 
 
 def exact_match(prediction: str, question: Question) -> float:
@@ -111,8 +105,11 @@ def is_yes(text: str) -> bool:
 
 
 def _say(text: str) -> str:
+    """yes, no, or nothing of the two."""
     found = re.search(r"\b(yes|no|not)\b", text.lower())
-    return "" if found is None else found.group(1)[:3].replace("not", "no")
+    if found is None:
+        return ""
+    return "yes" if found.group(1) == "yes" else "no"
 
 
 _BY_ANSWER: dict[str, Callable[[str, Question], float]] = {

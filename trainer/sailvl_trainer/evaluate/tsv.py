@@ -63,6 +63,16 @@ def read_tsv(path: Path, limit: int = 0) -> list[Question]:
     return [_question(file, number, row) for number, row in enumerate(rows[:limit] if limit else rows, 2)]
 
 
+def parse_list(text: str) -> list[object] | None:
+    """A list as Python writes it; None for anything else."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        return list(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        return None
+
+
 def _read_rows(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -128,12 +138,10 @@ def _decode(file: _File, line: int, row: Row) -> tuple[bytes, ...]:
 def _split(cell: str) -> list[str]:
     """One, or several as Python writes a list of strings."""
     text = cell.strip()
-    if not (text.startswith("[") and text.endswith("]")):
+    found = parse_list(text)
+    if found is None:
         return [text] if text else []
-    try:
-        return [str(part) for part in ast.literal_eval(text)]
-    except (ValueError, SyntaxError):
-        return [text]
+    return [str(part) for part in found]
 
 
 def _require_picture(file: _File, line: int, data: bytes) -> bytes:
