@@ -323,12 +323,4 @@ OPERATOR = _table(
     ),
     ("a judge", {"spec.stages.0.curate.judge": {"model": "/data/j"}}, "spec.stages[0].curate.judge", "leave it out"),
     ("balance", {"spec.stages.0.curate.balance": {}}, "spec.stages[0].curate.balance", "leave it out"),
-    (
-        "a gate",
-        {"spec.stages.1.gate": {"metric": "heldOutLoss", "atMost": "2.1"}},
-        "spec.stages[1].gate",
-        "leave it out",
-    ),
-    ("a deadline", {"spec.activeDeadlineSeconds": 60}, "spec.activeDeadlineSeconds", "leave it out"),
-    ("a time to live", {"spec.ttlSecondsAfterFinished": 60}, "spec.ttlSecondsAfterFinished", "leave it out"),
 )

@@ -65,6 +65,7 @@ def build_job(stage: str, attempt: int = 1, *, nodes: int = 1, **fields: Any) ->
     """A Job of the run."""
     name = names.job_name("demo", stage, attempt)
     known = {"uid": f"uid-{name}", "owner_uid": "run-uid", "nodes": nodes, "created": 0.0}
+    known["started"] = fields.get("created", 0.0)
     return JobRecord(namespace="team", name=name, run="demo", stage=stage, attempt=attempt, **(known | fields))
 
 

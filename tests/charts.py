@@ -25,14 +25,15 @@ def _rights(group: str, resource: str, verbs: str, name: str = "") -> set[Right]
 
 
 RUN_RIGHTS = (
-    _rights("sailvl.dev", "sailvlruns", "get list watch")
+    _rights("sailvl.dev", "sailvlruns", "get list watch patch delete")
     | _rights("sailvl.dev", "sailvlruns/status", "patch")
     | _rights("sailvl.dev", "sailvlruns/finalizers", "update")
     | _rights("batch", "jobs", "get list watch create patch delete")
     | _rights("", "pods", "list watch deletecollection")
     | _rights("", "services", "get create")
     | _rights("", "persistentvolumeclaims", "get create")
-    | _rights("", "events", "create")
+    | _rights("", "events", "create list")
+    | _rights("kueue.x-k8s.io", "workloads", "list")
 )
 """In every namespace that is served."""
 

@@ -180,7 +180,11 @@ class FakeApi:
         return web.json_response(await self.put(plural, body | {"metadata": metadata | {"namespace": namespace}}))
 
     def _list(self, plural: str, namespace: str, query: Mapping[str, str]) -> web.Response:
-        items = [o for o in self.all(plural) if _matches(o, namespace, query.get("labelSelector", ""))]
+        items = [
+            o
+            for o in self.all(plural)
+            if _matches(o, namespace, query.get("labelSelector", "")) and _has_fields(o, query.get("fieldSelector", ""))
+        ]
         start, limit = int(query.get("continue") or 0), int(query.get("limit") or 0)
         end = start + limit if limit else len(items)
         metadata = {"resourceVersion": str(self.version)}
@@ -233,7 +237,9 @@ class FakeApi:
         if method == "PATCH":
             change = {"status": new.get("status", {})} if subresource == "status" else new
             new = _merge(found, change)
-        new["metadata"] = found["metadata"] | {"generation": found["metadata"]["generation"]}
+        kept = ("uid", "namespace", "name", "generation", "creationTimestamp")
+        given = found["metadata"] if subresource else new.get("metadata", {})
+        new["metadata"] = given | {name: found["metadata"][name] for name in kept}
         return web.json_response(await self.put(plural, json.loads(json.dumps(new))))
 
     async def _delete_collection(self, plural: str, namespace: str, query: Mapping[str, str]) -> web.Response:
@@ -271,6 +277,17 @@ def _matches(body: Object, namespace: str, selector: str) -> bool:
     labels = metadata.get("labels", {})
     pairs = [term.split("=") for term in selector.split(",") if term]
     return namespace in ("", metadata["namespace"]) and all(labels.get(name) == value for name, value in pairs)
+
+
+def _has_fields(body: Object, selector: str) -> bool:
+    pairs = [term.split("=") for term in selector.split(",") if term]
+    return all(_look_up(body, path.split(".")) == value for path, value in pairs)
+
+
+def _look_up(body: Any, path: list[str]) -> Any:
+    for part in path:
+        body = body.get(part, {})
+    return body
 
 
 def _merge(old: Any, patch: Any) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import msgspec
 import pytest
 
 from builders import build_end, build_job, build_pod, build_result, build_run
 from sailvl_operator.api.status import StageStatus, Status
-from sailvl_operator.core.decision import Attempt, Event
+from sailvl_operator.core.decision import Attempt, Decision, Event
 from sailvl_operator.core.desired.workload import count_nodes
 from sailvl_operator.core.observe import JobRecord, PodRecord, observe
 from sailvl_operator.core.plan import Defaults
@@ -29,6 +31,11 @@ class World:
     pods: dict[str, PodRecord] = field(default_factory=dict)
     progress: dict[tuple[str, int], Progress] = field(default_factory=dict)
     """What the workers say, by stage and attempt."""
+    complaints: dict[tuple[str, int], str] = field(default_factory=dict)
+    """Why attempts don't start, by stage and attempt."""
+    restart_stage: str = ""
+    """The annotation by which a person asks for a restart."""
+    is_deleted: bool = False
     started: list[Attempt] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     now: float = 1000.0
@@ -39,21 +46,27 @@ class World:
     def step(self) -> bool:
         """One reconcile, carried out; whether anything was to be done."""
         run = build_run(status=encode_status(self.status), generation=self.generation, **self.spec)
-        seen = observe(self.jobs.values(), self.pods.values(), self.progress)
+        run = msgspec.structs.replace(run, restart_stage=self.restart_stage)
+        seen = observe(self.jobs.values(), self.pods.values(), self.progress, self.complaints)
         decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS)
         for job in decision.end:
             self.jobs.pop(job.name)
             self.pods = {n: p for n, p in self.pods.items() if (p.stage, p.attempt) != (job.stage, job.attempt)}
         for job, suspend in decision.suspend:
             self.jobs[job.name] = replace(job, is_suspended=suspend)
+        for job in decision.withdraw:
+            self.jobs.pop(job.name)
+            self.pods = {n: replace(p, is_gone=True) for n, p in self.pods.items()}
         for attempt in decision.start:
             self._start(attempt)
+        self.is_deleted = self.is_deleted or decision.delete_run
+        self.restart_stage = "" if decision.take_off_request else self.restart_stage
         self.events += decision.events
         self.status = decision.status or self.status
         if self.is_patient and decision.requeue_at is not None and decision.status is None and not decision.start:
             self.now = max(self.now, decision.requeue_at)
             return False
-        return bool(decision.end or decision.suspend or decision.start or decision.status)
+        return decision != Decision(requeue_at=decision.requeue_at)
 
     def settle(self) -> StageStatus | None:
         """Reconcile until nothing changes; the stage that is active then."""
@@ -66,12 +79,23 @@ class World:
 
     def _start(self, attempt: Attempt) -> None:
         document, nodes = attempt.document, count_nodes(attempt.workers)
-        job = build_job(document.stage, document.attempt, nodes=nodes, created=self.now)
+        is_queued = isinstance(attempt.workers.queue_name, str)
+        job = build_job(document.stage, document.attempt, nodes=nodes, created=self.now, is_suspended=is_queued)
         self.started.append(attempt)
         self.jobs[job.name] = job
-        for index in range(nodes):
-            pod = build_pod(document.stage, document.attempt, index, created=self.now)
+        if not is_queued:
+            self.add_pods(job)
+
+    def add_pods(self, job: JobRecord) -> None:
+        """What the Job controller, the scheduler and the kubelets do with a Job that isn't suspended."""
+        for index in range(job.nodes):
+            pod = build_pod(job.stage, job.attempt, index, created=self.now, placed=self.now)
             self.pods[pod.name] = pod
+
+    def hold(self, **fields: Any) -> None:
+        """What the cluster does with all pods."""
+        self.pods = {n: replace(p, **fields) for n, p in self.pods.items()}
+        self.settle()
 
     def end(self, index: int, exit_code: int, **message: object) -> None:
         """A worker of the active stage ends."""

@@ -10,13 +10,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
-from sailvl_operator.api.status import Reason
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.actions import Actions
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.complaints import ComplaintReader
 from sailvl_operator.cluster.merge_patch import build_merge_patch, drop_nulls
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
@@ -32,8 +33,8 @@ from sailvl_operator.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-CREATE_FAILED = "CreateFailed"
-"""Reason of the event when the API server refuses a child: a quota, an admission policy, missing rights."""
+PROGRESS_WRITES = 10.0
+"""Writes a second, over all runs, for the sake of progress alone."""
 
 
 class Engine:
@@ -46,6 +47,7 @@ class Engine:
         runs: RunStore,
         children: Children,
         progress: ProgressReader,
+        complaints: ComplaintReader,
         recorder: Recorder,
         queue: WorkQueue[Key],
         metrics: Metrics,
@@ -56,6 +58,7 @@ class Engine:
         self._runs = runs
         self._children = children
         self._progress = progress
+        self._complaints = complaints
         self._recorder = recorder
         self._queue = queue
         self._metrics = metrics
@@ -92,7 +95,6 @@ class Engine:
             self._queue.retry(key)
             return "conflict"
         except (ApiError, NameTaken) as error:
-            self._tell(key, error)
             log_of_run.warning("tried again in %.1f s: %s", self._queue.retry(key), error)
             return "error"
         except Exception:
@@ -108,26 +110,49 @@ class Engine:
             self._drop(key)
             return "unchanged"
         decision = self._decide(entry, key)
-        await self._actions.carry_out(entry.run, decision)
-        if await self._write_status(entry.run, decision):
+        refusal = await self._carry_out(entry.run, decision)
+        if refusal is not None:
+            decision = self._decide(entry, key)  # the status says who refuses
+        is_written = await self._write_status(entry.run, decision)
+        if is_written:
             self._record(entry.run, decision)
+        if refusal is not None:
+            raise refusal
+        if is_written:
             self._queue.add(key)  # the written status may ask for more: an attempt's number comes before its Job
             return "written"
         self._schedule(key, decision)
         self._forget_closed(entry.run, key)
         return "unchanged"
 
+    async def _carry_out(self, run: Run, decision: Decision) -> NameTaken | Forbidden | Invalid | None:
+        """What a person must mend comes back; what passes by itself is raised."""
+        key = run.namespace, run.name
+        try:
+            await self._actions.carry_out(run, decision)
+        except (NameTaken, Forbidden, Invalid) as error:
+            attempts = [(a.document.stage, a.document.attempt) for a in decision.start]
+            self._complaints.refuse(key, attempts, str(error))
+            return error
+        self._complaints.accept(key)
+        return None
+
     def _decide(self, entry: RunEntry, key: Key) -> Decision:
         now = self._clock()
         if entry.problem:
             return refuse(entry.run, entry.problem, now=now)
-        return reconcile(entry.run, self._observe(entry.run, key), now=now, defaults=self._defaults)
+        return reconcile(entry.run, self._observe(entry.run, key), now=now, defaults=self._pace())
+
+    def _pace(self) -> Defaults:
+        """Many runs at once write their progress less often each: together they stay below a rate."""
+        seconds = max(self._defaults.progress_seconds, len(self._progress) / PROGRESS_WRITES)
+        return replace(self._defaults, progress_seconds=seconds)
 
     def _observe(self, run: Run, key: Key) -> Observed:
         """This run's children, not those that a deleted run of the same name left behind."""
         jobs = (job for job in self._children.jobs.get(key) if job.owner_uid == run.uid)
         pods = (pod for pod in self._children.pods.get(key) if pod.created >= run.created)
-        return observe(jobs, pods, self._progress.get(key))
+        return observe(jobs, pods, self._progress.get(key), self._complaints.get(key))
 
     async def _write_status(self, run: Run, decision: Decision) -> bool:
         """Patch what changed, against the very version that was looked at; tells whether anything had."""
@@ -168,19 +193,12 @@ class Engine:
         except ApiError as error:
             log.info("%s/%s could not be read: %s", *key, error)
 
-    def _tell(self, key: Key, error: Exception) -> None:
-        """What a person must mend becomes an event on the run."""
-        entry = self._runs.get(key)
-        if entry is None or not isinstance(error, NameTaken | Forbidden | Invalid):
-            return
-        reason = Reason.NAME_TAKEN if isinstance(error, NameTaken) else CREATE_FAILED
-        self._recorder.record(entry.run, type_="Warning", reason=reason, message=str(error))
-
     def _drop(self, key: Key) -> None:
         """The run is gone; the garbage collector takes its children."""
         self._queue.cancel_timer(key)
         self._children.pods.forget(key, lambda _: True)
         self._progress.forget(key, lambda *_: True)
+        self._complaints.forget(key)
 
     def _forget_closed(self, run: Run, key: Key) -> None:
         """Let the evidence of closed attempts go: a newer one has begun, or the stage is over."""

@@ -52,6 +52,8 @@ class LocalAttempt:
     app_id: str
     record: JobRecord
     folder: Path
+    ended: dict[int, Terminated] = field(default_factory=dict)
+    """How workers ended, as first seen."""
 
 
 @dataclass(slots=True)
@@ -114,7 +116,7 @@ class LocalRun:
     def _observe_workers(self, attempt: LocalAttempt) -> Iterator[PodRecord]:
         replicas = self.scheduler._apps[attempt.app_id].role_replicas[names.CONTAINER]
         for index, replica in enumerate(replicas):
-            code = replica.proc.poll()
+            end = _observe_end(attempt, index, replica.proc.poll())
             yield PodRecord(
                 namespace=attempt.record.namespace,
                 name=f"{attempt.record.name}-{index}",
@@ -123,11 +125,12 @@ class LocalRun:
                 stage=attempt.record.stage,
                 attempt=attempt.record.attempt,
                 index=index,
-                phase="Running" if code is None else "Failed" if code else "Succeeded",
+                phase="Running" if end is None else "Failed" if end.exit_code else "Succeeded",
                 node=socket.gethostname(),
                 placed=attempt.record.created,
-                is_ready=code is None,
-                terminated=None if code is None else _terminated(code, attempt.folder / str(index)),
+                is_ready=end is None,
+                terminated=end,
+                ended_seen=0.0 if end is None else end.finished,
             )
 
     def _start(self, attempt: Attempt) -> None:
@@ -147,6 +150,7 @@ class LocalRun:
             owner_uid=self.run.uid,
             nodes=count_nodes(attempt.workers),
             created=time.time(),
+            started=time.time(),
         )
         self.attempts[document.stage, document.attempt] = LocalAttempt(app_id=app_id, record=record, folder=folder)
         replicas = self.scheduler._apps[app_id].role_replicas[names.CONTAINER]
@@ -200,6 +204,12 @@ def localise(app: AppDef, folder: Path, python: str, rendezvous_port: int, metri
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // role.num_replicas)),
     }
     return replace(app, roles=[replace(role, image=".", entrypoint=python, env=role.env | here, mounts=[])])
+
+
+def _observe_end(attempt: LocalAttempt, index: int, code: int | None) -> Terminated | None:
+    if code is not None and index not in attempt.ended:
+        attempt.ended[index] = _terminated(code, attempt.folder / str(index))
+    return attempt.ended.get(index)
 
 
 def _terminated(code: int, folder: Path) -> Terminated:

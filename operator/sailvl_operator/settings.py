@@ -69,6 +69,18 @@ class ProgressSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ComplaintSettings:
+    """Reading why attempts don't start: events of their Jobs and pods, and Kueue's workloads."""
+
+    interval: float = 5.0
+    """Seconds between rounds; 0: never."""
+    patience: float = 10.0
+    """Seconds for which an attempt may be starting before anybody is asked."""
+    reads: int = 8
+    """Attempts asked about a round, those first that waited longest for it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseSettings:
     """Which of several replicas leads."""
 
@@ -108,6 +120,7 @@ class Settings:
     api: ApiSettings = ApiSettings()
     queue: QueueSettings = QueueSettings()
     progress: ProgressSettings = ProgressSettings()
+    complaints: ComplaintSettings = ComplaintSettings()
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     server: ServerSettings = ServerSettings()
     defaults: Defaults = field(default_factory=Defaults)
@@ -151,6 +164,7 @@ OPTIONS = (
     Option(flag="--events", target="api.events", help="write Kubernetes events"),
     Option(flag="--workers", target="queue.workers", help="runs reconciled at once"),
     Option(flag="--progress-interval", target="progress.interval", help="seconds between reads of /progress; 0: never"),
+    Option(flag="--complaint-interval", target="complaints.interval", help="seconds between asking why; 0: never"),
     Option(flag="--leader-election", target="lease.enabled", help="take a Lease before acting"),
     Option(flag="--lease-name", target="lease.name", help="name of the Lease"),
     Option(flag="--lease-namespace", target="lease.namespace", help="namespace of the Lease"),

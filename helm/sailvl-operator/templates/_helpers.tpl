@@ -82,7 +82,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- define "sailvl.rules" -}}
 - apiGroups: [sailvl.dev]
   resources: [sailvlruns]
-  verbs: [get, list, watch]
+  verbs: [get, list, watch, patch, delete] # patch takes the annotation off that asked for a restart; delete is the TTL's
 - apiGroups: [sailvl.dev]
   resources: [sailvlruns/status]
   verbs: [patch]
@@ -101,7 +101,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
   verbs: [get, create]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create]
+  verbs: [create, list]
+- apiGroups: [kueue.x-k8s.io]
+  resources: [workloads]
+  verbs: [list]
 {{- end -}}
 
 {{- define "sailvl.subject" -}}

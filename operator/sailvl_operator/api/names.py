@@ -14,11 +14,14 @@ LABEL_RUN = f"{GROUP}/run"
 LABEL_STAGE = f"{GROUP}/stage"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+LABEL_KUEUE_JOB = "kueue.x-k8s.io/job-uid"
 LABEL_JOB_NAME = "batch.kubernetes.io/job-name"
 LABEL_COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 
 ANNOTATION_STAGE = f"{GROUP}/stage.json"
 """The stage document, mounted into the worker by the downward API."""
+ANNOTATION_RESTART = f"{GROUP}/restart-stage"
+"""People's: the name of a stage to start again; taken off once it was."""
 
 MANAGED_SELECTOR = f"{LABEL_MANAGED_BY}={FIELD_MANAGER}"
 

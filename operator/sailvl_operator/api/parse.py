@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from sailvl_operator.api import names
 from sailvl_operator.api.types import Run, Spec
 
 
@@ -29,6 +30,7 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
         deleting="deletionTimestamp" in metadata,
         spec=parse_spec(raw.get("spec") or {}),
         status=dict(raw.get("status") or {}),
+        restart_stage=(metadata.get("annotations") or {}).get(names.ANNOTATION_RESTART, ""),
     )
 
 

@@ -24,6 +24,7 @@ class ConditionType(enum.StrEnum):
     RUNNING = "Running"
     SUSPENDED = "Suspended"
     STUCK = "Stuck"
+    GATES_PASSED = "GatesPassed"
 
 
 class Reason(enum.StrEnum):
@@ -40,12 +41,22 @@ class Reason(enum.StrEnum):
     STAGE_STARTED = "StageStarted"
     STAGE_SUCCEEDED = "StageSucceeded"
     STAGE_FAILED = "StageFailed"
+    GATE_PASSED = "GatePassed"
+    GATE_FAILED = "GateFailed"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    RESTART_ASKED = "RestartAsked"
+    NODE_AVOIDED = "NodeAvoided"
     NAME_TAKEN = "NameTaken"
+    FORBIDDEN = "Forbidden"
+    REJECTED = "Rejected"
+    QUOTA = "QuotaExceeded"
+    ADMISSION = "AdmissionDenied"
+    QUEUED = "Queued"
     UNSCHEDULABLE = "Unschedulable"
     IMAGE = "ImagePull"
     CONTAINER_CONFIG = "ContainerConfig"
     VOLUME = "Volume"
-    START_TIMEOUT = "StartTimeout"
+    GATE = "Gate"
     NOT_STUCK = "NotStuck"
 
 
@@ -101,6 +112,8 @@ class LastFailure(Struct, frozen=True, kw_only=True):
     node: Annotated[str, Meta(max_length=253)] = ""
     exit_code: int | None = None
     message: Text = ""
+    traceback: Annotated[str, Meta(max_length=2048)] = ""
+    """The last lines of the rank's traceback."""
     time: Time
 
 
@@ -111,6 +124,12 @@ class StageStatus(Struct, frozen=True, kw_only=True):
     """Number of the newest attempt; written before its Job exists."""
     restarts: Annotated[dict[str, int], Meta(max_length=16)] = {}
     """New attempts by the cause of the failure before them."""
+    charged: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    """Those of them that count against the budgets: since the saved progress last grew."""
+    charged_step: int = 0
+    """The saved progress at the last of them."""
+    node_failures: Annotated[dict[str, int], Meta(max_length=32)] = {}
+    """Attempts that a node took down."""
     digest: Annotated[str, Meta(max_length=64)] = ""
     memoised: bool = False
     """The result was found on the storage, not computed again."""
@@ -123,6 +142,8 @@ class StageStatus(Struct, frozen=True, kw_only=True):
     checkpoint: StageCheckpoint | None = None
     output: Annotated[str, Meta(max_length=1024)] = ""
     """Directory of the stage, relative to the storage."""
+    gate: Text = ""
+    """What became of the stage's gate, in words; empty: it has none, or it was not come to yet."""
     last_failure: LastFailure | None = None
 
 
@@ -144,6 +165,12 @@ class Goodput(Struct, frozen=True, kw_only=True):
     settled_at: Time = ""
     seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
     gpu_seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    lost_steps: int = 0
+    """Steps done and lost with an attempt: those after its newest checkpoint."""
+    cost: Short = ""
+    """Of all GPU seconds at spec.pricePerGpuHour."""
+    lost_cost: Short = ""
+    """Of those that were not for training, curating or evaluating."""
 
 
 class Status(Struct, frozen=True, kw_only=True):
@@ -154,6 +181,8 @@ class Status(Struct, frozen=True, kw_only=True):
     conditions: Annotated[list[Condition], Meta(max_length=16)] = []
     stages: Annotated[list[StageStatus], Meta(max_length=32)] = []
     goodput: Goodput = Goodput()
+    restart_handled: Short = ""
+    """The value of the annotation sailvl.dev/restart-stage that was acted upon."""
 
     def condition(self, type_: ConditionType) -> Condition | None:
         """The condition of a type, if it was ever set."""

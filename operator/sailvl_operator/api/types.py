@@ -57,7 +57,10 @@ class Storage(Struct, frozen=True, kw_only=True):
     volume_claim: ObjectName | UnsetType = UNSET
     """An existing PersistentVolumeClaim in the run's namespace, mounted at /data in every worker."""
     volume_claim_template: VolumeClaimTemplate | UnsetType = UNSET
-    """A claim to create for this run; it goes with the run."""
+    """A claim to create for this run."""
+    when_deleted: Literal["Retain", "Delete"] = "Retain"
+    """Whether the claim of volumeClaimTemplate, and with it every output, stays or goes when the run is deleted. A run
+    of the same name takes over a claim that stayed."""
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -81,7 +84,8 @@ class Engine(Struct, frozen=True, kw_only=True):
 
 
 class RestartPolicy(Struct, frozen=True, kw_only=True):
-    """How many new attempts a stage gets, by the kind of failure."""
+    """How many new attempts a stage gets, by the kind of failure. Budgets refill whenever a stage's saved progress has
+    grown since the failure before."""
 
     max_restarts: Annotated[int, Meta(ge=0, le=1000)] = 10
     """After crashes."""
@@ -93,6 +97,8 @@ class RestartPolicy(Struct, frozen=True, kw_only=True):
     """Without progress for so long an attempt counts as hung; 0: never."""
     start_timeout_seconds: Seconds = 900
     """All pods must run by then, else the attempt makes room and is tried again."""
+    node_failures: Annotated[int, Meta(ge=0, le=100)] = 3
+    """A node that took so many attempts of a stage down gets no more of its workers; 0: never."""
 
 
 class Source(Struct, frozen=True, kw_only=True):
@@ -270,7 +276,7 @@ class Evaluate(Struct, frozen=True, kw_only=True):
 
 
 class Gate(Struct, frozen=True, kw_only=True):
-    """The next stages wait until a metric of this one holds."""
+    """The next stages wait until a metric of this one holds. May be changed at any time: a raised gate opens."""
 
     metric: Annotated[str, Meta(min_length=1, max_length=63)]
     """One of status.stages[].metrics, say heldOutLoss or score."""
@@ -337,9 +343,11 @@ class Spec(Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=0, le=2_147_483_647)] = 0
     """Of data order, initial weights and everything else drawn."""
     active_deadline_seconds: Seconds | UnsetType = UNSET
-    """The run fails when it has been active for so long."""
+    """The run fails when it has been active for so long, suspension not counted. Raised, the run goes on."""
     ttl_seconds_after_finished: Seconds | UnsetType = UNSET
-    """The run and its children are deleted so long after its end."""
+    """The run and its children are deleted so long after its end; outputs stay, see storage."""
+    price_per_gpu_hour: Decimal | UnsetType = UNSET
+    """What a GPU costs an hour, in any currency: status.goodput then tells the cost."""
     stages: Annotated[tuple[Stage, ...], Meta(min_length=1, max_length=32, extra_json_schema=BY_NAME)]
     """Run in this order, unless dependsOn says otherwise. New ones may be appended to a run at any time."""
 
@@ -357,3 +365,5 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     deleting: bool
     spec: Spec
     status: dict[str, Any]
+    restart_stage: str = ""
+    """Value of the annotation sailvl.dev/restart-stage."""

@@ -20,18 +20,12 @@ def unsupported(spec: Spec) -> tuple[Problem, ...]:
 
 
 def _of_spec(spec: Spec) -> Iterator[Problem]:
-    if spec.active_deadline_seconds is not UNSET:
-        yield "spec.activeDeadlineSeconds", "not supported yet; leave it out and set spec.suspend by hand"
-    if spec.ttl_seconds_after_finished is not UNSET:
-        yield "spec.ttlSecondsAfterFinished", "not supported yet; leave it out and delete the run by hand"
     yield from _of_engine("spec.engine", spec.engine)
     for index, stage in enumerate(spec.stages):
         yield from _of_stage(f"spec.stages[{index}]", stage)
 
 
 def _of_stage(path: str, stage: Stage) -> Iterator[Problem]:
-    if stage.gate is not UNSET:
-        yield f"{path}.gate", "not supported yet; leave it out and look at status.stages[].metrics"
     if stage.engine is not UNSET:
         yield from _of_engine(f"{path}.engine", stage.engine)
     for kind in ("pretrain", "sft"):

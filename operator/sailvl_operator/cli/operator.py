@@ -19,6 +19,7 @@ from sailvl_operator.api import names
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.complaints import ComplaintReader, find_waiting
 from sailvl_operator.cluster.credentials import Credentials, load_credentials
 from sailvl_operator.cluster.lease import Leadership
 from sailvl_operator.cluster.progress import ProgressReader
@@ -124,12 +125,13 @@ class Operator:
                 await asyncio.sleep(_DEFINITION_SECONDS)
 
     async def _lead(self) -> None:
-        recorder, progress = self._build_recorder(), self._build_progress()
+        recorder, progress, complaints = self._build_recorder(), self._build_progress(), self._build_complaints()
         engine = Engine(
             client=self.client,
             runs=self.runs,
             children=self.children,
             progress=progress,
+            complaints=complaints,
             recorder=recorder,
             queue=self.queue,
             metrics=self.metrics,
@@ -142,6 +144,7 @@ class Operator:
                 group.create_task(self.leadership.keep())
             group.create_task(recorder.run())
             group.create_task(progress.run())
+            group.create_task(complaints.run())
             group.create_task(engine.run(self.settings.queue.workers))
 
     def _build_recorder(self) -> Recorder:
@@ -159,6 +162,14 @@ class Operator:
             pods=lambda: self.children.pods,
             on_change=self.queue.add,
             count=lambda outcome: self.metrics.progress_reads.labels(outcome).inc(),
+        )
+
+    def _build_complaints(self) -> ComplaintReader:
+        return ComplaintReader(
+            self.client,
+            self.settings.complaints,
+            subjects=lambda: find_waiting(self.children, self.runs),
+            on_change=self.queue.add,
         )
 
     def find_problems(self) -> list[str]:

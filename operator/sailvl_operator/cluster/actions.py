@@ -36,21 +36,35 @@ class Actions:
             await self._end(job)
         for job, is_suspended in decision.suspend:
             await self._suspend(job, is_suspended)
+        for job in decision.withdraw:
+            await self._delete(resources.JOBS, job.namespace, job.name, job.uid)
         for attempt in decision.start:
             await self._prepare(run)
             await self._start(attempt)
+        if decision.take_off_request:
+            await self._take_off_request(run)
+        if decision.delete_run:
+            await self._delete(resources.RUNS, run.namespace, run.name, run.uid)
 
     async def _end(self, job: JobRecord) -> None:
         selector = f"{names.MANAGED_SELECTOR},{names.LABEL_JOB_NAME}={job.name}"
         await self._client.delete_collection(
             resources.PODS, job.namespace, selector=selector, grace_seconds=_DEAD_GRACE_SECONDS
         )
-        if not job.uid:
-            return
+        if job.uid:
+            await self._delete(resources.JOBS, job.namespace, job.name, job.uid)
+
+    async def _delete(self, resource: Resource, namespace: str, name: str, uid: str) -> None:
         try:
-            await self._client.delete(resources.JOBS, job.namespace, job.name, uid=job.uid)
+            await self._client.delete(resource, namespace, name, uid=uid)
         except (NotFound, Conflict):
             return  # it is gone, or its name is another's by now
+
+    async def _take_off_request(self, run: Run) -> None:
+        """Only the value that was acted upon: a newer one changes the resourceVersion."""
+        guard = {"uid": run.uid, "resourceVersion": run.resource_version}
+        body = {"metadata": guard | {"annotations": {names.ANNOTATION_RESTART: None}}}
+        await self._client.patch(resources.RUNS, run.namespace, run.name, body)
 
     async def _suspend(self, job: JobRecord, is_suspended: bool) -> None:
         body = {"metadata": {"uid": job.uid}, "spec": {"suspend": is_suspended}}
@@ -80,9 +94,15 @@ class Actions:
             return await self._client.create(resource, metadata["namespace"], body)
         except Conflict:
             existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
-        owners = existing["metadata"].get("ownerReferences", [])
-        if not any(owner["uid"] == owner_uid for owner in owners):
+        if not _is_ours(existing["metadata"], body["metadata"], owner_uid):
             raise NameTaken(
                 f"{body['kind']} {metadata['name']} exists and isn't this run's; delete it or rename the run"
             )
         return existing
+
+
+def _is_ours(existing: dict[str, Any], wanted: dict[str, Any], owner_uid: str) -> bool:
+    """Owned by this very run, or a claim that stayed behind when a run of this name was deleted."""
+    if "ownerReferences" not in wanted:
+        return bool(existing.get("labels", {}).get(names.LABEL_RUN) == wanted["labels"][names.LABEL_RUN])
+    return any(owner["uid"] == owner_uid for owner in existing.get("ownerReferences", []))

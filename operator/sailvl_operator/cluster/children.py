@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.informer import Informer, Key, Kind, Store, mark_pod_gone
-from sailvl_operator.core.observe import JobRecord, PodRecord, parse_job, parse_pod
+from sailvl_operator.core.observe import JobRecord, PodRecord, parse_job, parse_pod, stamp_pod
 
 _JOBS: Kind[JobRecord] = Kind(resource=resources.JOBS, parse=parse_job)
-_PODS: Kind[PodRecord] = Kind(resource=resources.PODS, parse=parse_pod, mark_gone=mark_pod_gone)
+_PODS: Kind[PodRecord] = Kind(resource=resources.PODS, parse=parse_pod, mark_gone=mark_pod_gone, stamp=stamp_pod)
 
 
 class Children:

@@ -59,13 +59,17 @@ class Client:
         return await self._request("get", "GET", resource.path(namespace, name))
 
     async def list_pages(
-        self, resource: Resource, namespace: str = "", *, selector: str = ""
+        self, resource: Resource, namespace: str = "", *, selector: str = "", field_selector: str = ""
     ) -> AsyncIterator[tuple[list[Object], str]]:
         """Pages of objects, each with the list's resourceVersion.
 
         Raises Gone when the list takes so long that its snapshot expires: start again.
         """
-        parameters = {"limit": str(self._settings.page_size), "labelSelector": selector}
+        parameters = {
+            "limit": str(self._settings.page_size),
+            "labelSelector": selector,
+            "fieldSelector": field_selector,
+        }
         while True:
             page = await self._request("list", "GET", resource.path(namespace), parameters)
             metadata = page["metadata"]

@@ -38,14 +38,19 @@ class Kind(Generic[Record]):
     parse: Callable[[dict[str, Any]], Record]
     mark_gone: Callable[[Record], Record] | None = None
     """How the last state of a deleted object is kept; None: it isn't."""
+    stamp: Callable[[Record, Record | None, float], Record] = lambda record, _known, _now: record
+    """What its earlier state and the time now (Unix seconds) add to a record."""
 
 
 class Store(Generic[Record]):
     """Records by run and uid. Every change reports its key."""
 
-    def __init__(self, kind: Kind[Record], on_change: Callable[[Key], None]) -> None:
+    def __init__(
+        self, kind: Kind[Record], on_change: Callable[[Key], None], clock: Callable[[], float] = time.time
+    ) -> None:
         self._kind = kind
         self._on_change = on_change
+        self._clock = clock
         self._by_key: dict[Key, dict[str, Record]] = {}
         self._deleted: dict[str, None] = {}  # uids, oldest first: an answer to our own POST may come after the deletion
 
@@ -60,12 +65,8 @@ class Store(Generic[Record]):
     def put(self, raw: Object) -> None:
         """A new or changed object, from the watch or from the answer to our own write."""
         record = self._kind.parse(raw)
-        if record.uid in self._deleted:
-            return
-        records = self._by_key.setdefault(_key(record), {})
-        if records.get(record.uid) != record:
-            records[record.uid] = record
-            self._on_change(_key(record))
+        if record.uid not in self._deleted:
+            self._keep(record)
 
     def put_created(self, raw: Object) -> None:
         """The answer to our own POST: what the watch says of the object is newer."""
@@ -83,10 +84,7 @@ class Store(Generic[Record]):
         for record in [r for r in self._all(within) if r.uid not in found]:
             self._remove(record)
         for record in found.values():
-            known = self._by_key.setdefault(_key(record), {})
-            if known.get(record.uid) != record:
-                known[record.uid] = record
-                self._on_change(_key(record))
+            self._keep(record)
 
     def forget(self, key: Key, is_closed: Callable[[Record], bool]) -> None:
         """Drop the gone records whose evidence has been used."""
@@ -95,6 +93,14 @@ class Store(Generic[Record]):
             del records[uid]
         if not records:
             self._by_key.pop(key, None)
+
+    def _keep(self, record: Record) -> None:
+        records = self._by_key.setdefault(_key(record), {})
+        known = records.get(record.uid)
+        record = self._kind.stamp(record, known, self._clock())
+        if known != record:
+            records[record.uid] = record
+            self._on_change(_key(record))
 
     def _all(self, within: str) -> list[Record]:
         return [r for key, rs in self._by_key.items() if within in ("", key[0]) for r in rs.values()]
@@ -106,7 +112,7 @@ class Store(Generic[Record]):
         if known is not None and _is_gone(known):
             return
         if self._kind.mark_gone is not None:
-            records[record.uid] = self._kind.mark_gone(record)
+            records[record.uid] = self._kind.stamp(self._kind.mark_gone(record), known, self._clock())
         else:
             records.pop(record.uid, None)
             self._remember_deleted(record.uid)

@@ -47,6 +47,10 @@ class ProgressReader:
         """The newest document of each attempt of a run."""
         return self._documents.get(key, {})
 
+    def __len__(self) -> int:
+        """Runs whose workers were heard of."""
+        return len(self._documents)
+
     def forget(self, key: Key, is_closed: Callable[[str, int], bool]) -> None:
         """Drop the documents of closed attempts."""
         documents = self._documents.get(key, {})

@@ -31,7 +31,9 @@ class Attempt:
     owner_uid: str
     """The run, which owns the Job."""
     avoid_nodes: tuple[str, ...] = ()
-    """Machines that took attempts down."""
+    """Machines that took so many attempts down that they get none of these workers."""
+    doubted_nodes: tuple[str, ...] = ()
+    """Machines that are chosen last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +53,14 @@ class Decision:
     """Dead attempts: their pods deleted with 1 s of grace, then the Jobs. A record without uid: its pods only."""
     suspend: tuple[tuple[JobRecord, bool], ...] = ()
     """Jobs whose `suspend` has to change."""
+    withdraw: tuple[JobRecord, ...] = ()
+    """Jobs to delete, their workers with the whole grace: for a suspension where a queue holds the Job's `suspend`."""
     start: tuple[Attempt, ...] = ()
     """Attempts whose number is in status already; create claim and Service where missing, then the Job."""
+    delete_run: bool = False
+    """The run itself goes, its children with it."""
+    take_off_request: bool = False
+    """The annotation that asked for a restart was acted upon."""
     status: Status | None = None
     """The whole new status; None: nothing changed, nothing is written."""
     events: tuple[Event, ...] = ()

@@ -54,8 +54,11 @@ class Evidence:
     exit_code: int | None
     rank: int | None
     message: str
+    traceback: str
     at: float
-    """Unix seconds; 0: not known."""
+    """Unix seconds, by its node's clock; 0: not known."""
+    seen: float
+    """Unix seconds, by ours, at which it was first seen."""
 
 
 def decode_termination(pod: PodRecord) -> Termination | None:
@@ -78,6 +81,11 @@ def has_succeeded(pods: Sequence[PodRecord], nodes: int) -> bool:
     """Whether every index has a pod that ended with 0."""
     done = {pod.index for pod in pods if pod.terminated is not None and pod.terminated.exit_code == 0}
     return len(done) == nodes
+
+
+def was_saved(pods: Sequence[PodRecord]) -> bool:
+    """Whether workers that were told to stop saved a checkpoint: all or none of them do."""
+    return any(pod.terminated is not None and pod.terminated.exit_code == ExitCode.PREEMPTED for pod in pods)
 
 
 def collect_evidence(pods: Sequence[PodRecord], *, was_running: bool) -> list[Evidence]:
@@ -128,6 +136,7 @@ def _exited(pod: PodRecord) -> Evidence:
         exit_code=code,
         rank=None if said is None else said.rank,
         is_peer_lost=code == ExitCode.PEER_LOST,
+        traceback="" if said is None else said.traceback,
     )
 
 
@@ -139,7 +148,9 @@ def _of(
     exit_code: int | None = None,
     rank: int | None = None,
     is_peer_lost: bool = False,
+    traceback: str = "",
 ) -> Evidence:
+    at = pod.terminated.finished if pod.terminated is not None else 0.0
     return Evidence(
         cause=cause,
         is_peer_lost=is_peer_lost,
@@ -147,5 +158,7 @@ def _of(
         exit_code=exit_code,
         rank=rank,
         message=message[:1000],
-        at=pod.terminated.finished if pod.terminated is not None else 0.0,
+        traceback=traceback[-2000:],
+        at=at,
+        seen=pod.ended_seen or at,
     )

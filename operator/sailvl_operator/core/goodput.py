@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from sailvl_operator.api.status import Goodput, StageProgress, StageStatus, Status
-from sailvl_operator.core import stage as stages
+from sailvl_operator.api.status import ConditionType, Goodput, StageProgress, StageStatus, Status
 from sailvl_operator.core.activities import MAIN, Buckets, count_seconds
 from sailvl_operator.core.desired.workload import count_gpus
+from sailvl_operator.core.failure import was_saved
 from sailvl_operator.core.numbers import apportion
 from sailvl_operator.core.observe import parse_time
 from sailvl_operator.core.times import format_time
+from sailvl_operator.core.view import ACTIVE, View
 from sailvl_trainer.contract import ExitCode
 
 PRODUCTIVE = ("training", "curating", "evaluating")
@@ -33,18 +35,19 @@ class _Entry:
     lost: int
     """Seconds of training, these or earlier ones, whose steps are done again."""
     lost_gpu: int
+    lost_steps: int
     status: StageStatus
 
 
 def settle(
-    old: Status, views: Sequence[stages.View], statuses: Sequence[StageStatus], *, now: float
+    old: Status, views: Sequence[View], statuses: Sequence[StageStatus], *, now: float
 ) -> tuple[Goodput, list[StageStatus]]:
     """The ledger at `now` (Unix seconds), and the stages with what they need of it next time."""
     since = _last_settlement(old, now)
     elapsed = max(0, int(now - since))
     entries = [_enter(view, status, since, elapsed) for view, status in zip(views, statuses, strict=True)]
     active = [entry for entry in entries if entry.seconds]
-    spent = _add(*(entry.seconds for entry in active)) or _idle(views, elapsed)
+    spent = _add(*(entry.seconds for entry in active)) or _idle(old, elapsed)
     seconds = _add(old.goodput.seconds, apportion(elapsed, spent))
     gpu_seconds = _add(old.goodput.gpu_seconds, *(entry.gpu_seconds for entry in active))
     for entry in active:
@@ -54,6 +57,7 @@ def settle(
         settled_at=format_time(since + elapsed),
         seconds={name: value for name, value in seconds.items() if value},
         gpu_seconds={name: value for name, value in gpu_seconds.items() if value},
+        lost_steps=old.goodput.lost_steps + sum(entry.lost_steps for entry in active),
     )
     return ledger, [entry.status for entry in entries]
 
@@ -65,6 +69,21 @@ def share(ledger: Goodput) -> str:
     return f"{100 * useful // whole}%" if whole > 0 else ""
 
 
+def price(ledger: Goodput, per_gpu_hour: str | UnsetType) -> Goodput:
+    """The same with the cost of its GPU seconds, and of those in which nothing was done that lasts."""
+    if per_gpu_hour is UNSET:
+        return ledger
+    useful = sum(ledger.gpu_seconds.get(name, 0) for name in PRODUCTIVE)
+    whole = sum(ledger.gpu_seconds.values())
+    return msgspec.structs.replace(
+        ledger, cost=_cost(whole, per_gpu_hour), lost_cost=_cost(whole - useful, per_gpu_hour)
+    )
+
+
+def _cost(gpu_seconds: int, per_gpu_hour: str) -> str:
+    return f"{gpu_seconds * float(per_gpu_hour) / 3600:.2f}"
+
+
 def _last_settlement(old: Status, now: float) -> float:
     """A run that begins, or goes on after it had ended, owes nothing for before."""
     if old.completion_time or not old.start_time:
@@ -72,9 +91,9 @@ def _last_settlement(old: Status, now: float) -> float:
     return parse_time(old.goodput.settled_at or old.start_time)
 
 
-def _enter(view: stages.View, new: StageStatus, since: float, elapsed: int) -> _Entry:
-    if view.status.state not in stages.ACTIVE:
-        return _Entry(seconds={}, gpu_seconds={}, lost=0, lost_gpu=0, status=new)
+def _enter(view: View, new: StageStatus, since: float, elapsed: int) -> _Entry:
+    if view.status.state not in ACTIVE:
+        return _Entry(seconds={}, gpu_seconds={}, lost=0, lost_gpu=0, lost_steps=0, status=new)
     seconds = _attribute(view, since, elapsed)
     unsaved = _count_unsaved(view) + seconds.get("training", 0)
     is_lost, is_saved = _is_lost(view, new), _is_saved(view, new)
@@ -85,10 +104,17 @@ def _enter(view: stages.View, new: StageStatus, since: float, elapsed: int) -> _
     status = msgspec.structs.replace(new, progress=progress)
     lost, gpus = unsaved if is_lost else 0, _count_gpus(view)
     held = {name: value * gpus for name, value in seconds.items() if name != "queued" or _when_placed(view) is None}
-    return _Entry(seconds=seconds, gpu_seconds=held, lost=lost, lost_gpu=lost * gpus, status=status)
+    return _Entry(
+        seconds=seconds,
+        gpu_seconds=held,
+        lost=lost,
+        lost_gpu=lost * gpus,
+        lost_steps=_count_lost_steps(view, new) if is_lost else 0,
+        status=status,
+    )
 
 
-def _attribute(view: stages.View, since: float, elapsed: int) -> Buckets:
+def _attribute(view: View, since: float, elapsed: int) -> Buckets:
     match view.status.state:
         case "Running":
             return _divide(view, elapsed)
@@ -96,17 +122,19 @@ def _attribute(view: stages.View, since: float, elapsed: int) -> Buckets:
             placed = _when_placed(view)
             queued = elapsed if placed is None else min(elapsed, max(0, round(placed - since)))
             return {"queued": queued, "starting": elapsed - queued}
+        case "Restarting" if view.job is not None and view.job.is_suspended:
+            return {"queued": elapsed}
         case state:
             return {state.lower(): elapsed}
 
 
-def _when_placed(view: stages.View) -> float | None:
+def _when_placed(view: View) -> float | None:
     """When the last of its workers was given to a node (Unix seconds); None while one waits for that."""
     is_whole = len({pod.index for pod in view.pods if pod.placed}) == view.nodes
     return max(pod.placed for pod in view.pods) if is_whole else None
 
 
-def _divide(view: stages.View, elapsed: int) -> Buckets:
+def _divide(view: View, elapsed: int) -> Buckets:
     """By what the workers did since they were last read; what they don't name is their stage's work."""
     seen = view.observed.progress.get((view.status.name, view.status.attempt))
     kind = view.planned.stage.kind
@@ -120,36 +148,45 @@ def _divide(view: stages.View, elapsed: int) -> Buckets:
     return apportion(elapsed, spent)
 
 
-def _is_lost(view: stages.View, new: StageStatus) -> bool:
+def _is_lost(view: View, new: StageStatus) -> bool:
     """Whether steps since the checkpoint are done again: after a failure, or when ranks started again in place."""
     if new.last_failure is not None and new.last_failure != view.status.last_failure:
         return new.last_failure.exit_code != ExitCode.PREEMPTED
+    if new.state == "Suspended":
+        return view.status.state != "Suspended" and not was_saved(view.pods)
     before, after = view.status.progress, new.progress
     is_same = new.attempt == view.status.attempt
     return is_same and before is not None and after is not None and after.step < before.step
 
 
-def _is_saved(view: stages.View, new: StageStatus) -> bool:
+def _count_lost_steps(view: View, new: StageStatus) -> int:
+    """Steps after the checkpoint from which it goes on; curation and evaluation lose none."""
+    if MAIN[view.planned.stage.kind] != "training":
+        return 0
+    done = max(s.progress.step if s.progress is not None else 0 for s in (view.status, new))
+    return max(0, done - (new.checkpoint.step if new.checkpoint is not None else 0))
+
+
+def _is_saved(view: View, new: StageStatus) -> bool:
     """Whether nothing is unsaved now: a new checkpoint, an attempt that ended with one, or the stage's end."""
     return new.state == "Succeeded" or new.checkpoint != view.status.checkpoint or new.attempt != view.status.attempt
 
 
-def _count_unsaved(view: stages.View) -> int:
+def _count_unsaved(view: View) -> int:
     progress: StageProgress | None = view.status.progress
     return 0 if progress is None else progress.unsaved_seconds
 
 
-def _count_gpus(view: stages.View) -> int:
+def _count_gpus(view: View) -> int:
     """Those that its workers hold."""
     placed = {pod.index for pod in view.pods if pod.placed and not pod.is_gone}
     nodes = view.nodes if view.status.state == "Running" else len(placed)
     return nodes * count_gpus(view.planned.workers)
 
 
-def _idle(views: Sequence[stages.View], elapsed: int) -> Buckets:
-    """No stage has begun."""
-    is_suspended = any(view.run.spec.suspend for view in views)
-    return {"suspended" if is_suspended else "queued": elapsed}
+def _idle(old: Status, elapsed: int) -> Buckets:
+    """No stage was active."""
+    return {"suspended" if old.is_true(ConditionType.SUSPENDED) else "queued": elapsed}
 
 
 def _move(seconds: Buckets, lost: int) -> None:

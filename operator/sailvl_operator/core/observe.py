@@ -4,7 +4,7 @@ sorted once into an `Observed` for `reconcile`. Local mode makes the same record
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -46,6 +46,8 @@ class PodRecord:
     is_gone: bool = False
     """Deleted from the API; this is its last state, kept until its attempt is closed."""
     terminated: Terminated | None = None
+    ended_seen: float = 0.0
+    """Unix seconds by our own clock at which the first sign of its end was seen; 0: there is none."""
     waiting_reason: str = ""
     """ImagePullBackOff, CreateContainerConfigError, …"""
     waiting_message: str = ""
@@ -68,6 +70,10 @@ class JobRecord:
     is_deleting: bool = False
     nodes: int = 1
     created: float = 0.0
+    started: float = 0.0
+    """Unix seconds at which it was created or, where a queue holds Jobs back, let go."""
+    queue: str = ""
+    """Kueue's queue that holds it back and lets it go."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +84,15 @@ class Observed:
     pods: Mapping[tuple[str, int], tuple[PodRecord, ...]] = field(default_factory=dict)
     progress: Mapping[tuple[str, int], Progress] = field(default_factory=dict)
     """What the workers last said of themselves, by stage and attempt."""
+    complaints: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    """Why an attempt doesn't start, in the words of whoever holds it back, by stage and attempt."""
 
 
 def observe(
     jobs: Iterable[JobRecord],
     pods: Iterable[PodRecord],
     progress: Mapping[tuple[str, int], Progress] | None = None,
+    complaints: Mapping[tuple[str, int], str] | None = None,
 ) -> Observed:
     """Sort a run's children once; the newest pod of an index comes last."""
     by_attempt: dict[tuple[str, int], list[PodRecord]] = {}
@@ -93,6 +102,7 @@ def observe(
         jobs={(job.stage, job.attempt): job for job in jobs},
         pods={key: tuple(group) for key, group in by_attempt.items()},
         progress=progress or {},
+        complaints=complaints or {},
     )
 
 
@@ -113,6 +123,8 @@ def parse_job(raw: Mapping[str, Any]) -> JobRecord:
         is_deleting="deletionTimestamp" in metadata,
         nodes=spec.get("completions", 1),
         created=parse_time(metadata.get("creationTimestamp")),
+        started=parse_time(raw.get("status", {}).get("startTime") or metadata.get("creationTimestamp")),
+        queue=labels.get(names.LABEL_KUEUE_QUEUE, ""),
     )
 
 
@@ -144,6 +156,15 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
         unschedulable=scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else "",
         disrupted=_words(disruption) if disruption.get("status") == "True" else "",
     )
+
+
+def stamp_pod(pod: PodRecord, known: PodRecord | None, now: float) -> PodRecord:
+    """With the time of the first sign of its end: the cluster's clocks need not agree with ours."""
+    if known is not None and known.ended_seen:
+        return replace(pod, ended_seen=known.ended_seen)
+    went_silent = known is not None and known.is_ready and not pod.is_ready
+    is_over = pod.is_gone or pod.terminated is not None or pod.disrupted or pod.phase == "Failed"
+    return replace(pod, ended_seen=now) if is_over or went_silent else pod
 
 
 def parse_time(text: str | None) -> float:

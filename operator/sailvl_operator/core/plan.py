@@ -36,6 +36,8 @@ class Defaults:
     """Before the second attempt after a crash; doubled by each further one."""
     backoff_limit_seconds: float = 300.0
     """The longest wait between attempts."""
+    progress_seconds: float = 5.0
+    """A status that differs in nothing but progress is written so often at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +87,7 @@ def build_attempt(
     outputs: Mapping[str, str],
     defaults: Defaults,
     avoid_nodes: tuple[str, ...] = (),
+    doubted_nodes: tuple[str, ...] = (),
 ) -> Attempt:
     """What one attempt is told. `outputs`: directories of the stages so far, relative to the storage."""
     spec, policy = run.spec, run.spec.restart_policy
@@ -98,6 +101,7 @@ def build_attempt(
         grace_seconds=defaults.grace_seconds,
         claim=claim_of(run),
         avoid_nodes=avoid_nodes,
+        doubted_nodes=doubted_nodes,
         owner_name=run.name,
         owner_uid=run.uid,
     )

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import msgspec
 
 from sailvl_operator.api.status import Cause, ConditionType, Reason, StageStatus, Status
 from sailvl_operator.api.types import Run
 from sailvl_operator.api.unsupported import unsupported
-from sailvl_operator.core import goodput
-from sailvl_operator.core import stage as stages
+from sailvl_operator.core import gates, goodput, lifetime, requests, restart, stage
 from sailvl_operator.core.decision import Attempt, Decision, Event
+from sailvl_operator.core.ending import describe_failure, restart_by_hand
+from sailvl_operator.core.judge import Outcome, build_verdicts, headline, is_over, judge
 from sailvl_operator.core.observe import JobRecord, Observed
+from sailvl_operator.core.pace import put_off
 from sailvl_operator.core.plan import Defaults, PlannedStage, build_attempt, plan
-from sailvl_operator.core.status import Verdict, decode_status, set_conditions, summarise
-from sailvl_operator.core.stuck import find_stuck
+from sailvl_operator.core.status import decode_status, set_conditions, summarise
+from sailvl_operator.core.tell import collect_events
 from sailvl_operator.core.times import format_time
+from sailvl_operator.core.view import ACTIVE, Step, View
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Outcome:
-    """Where the run stands after all stages took their step."""
-
-    steps: tuple[stages.Step, ...]
-    views: tuple[stages.View, ...]
-
-    @property
-    def statuses(self) -> list[StageStatus]:
-        return [step.status for step in self.steps]
-
-    @property
-    def failure(self) -> str:
-        return next((step.failure for step in self.steps if step.failure), "")
+_MENDED_BY_SPEC = frozenset({Reason.INVALID_SPEC, Reason.DEADLINE_EXCEEDED, Reason.GATE_FAILED})
+"""Reasons of a failure that a changed spec may take away."""
 
 
 def reconcile(run: Run, observed: Observed, *, now: float, defaults: Defaults) -> Decision:
@@ -41,8 +31,8 @@ def reconcile(run: Run, observed: Observed, *, now: float, defaults: Defaults) -
     status = decode_status(run.status)
     if run.deleting:
         return Decision()
-    if status.is_finished and not _was_extended(run, status):
-        return Decision(end=_leftovers(status.stages, observed))
+    if status.is_finished and not _may_go_on(run, status):
+        return _retire(run, status, observed, now)
     problems = unsupported(run.spec)
     if problems:
         message = "; ".join(f"{path}: {words}" for path, words in problems)
@@ -56,7 +46,7 @@ def refuse(run: Run, message: str, *, now: float) -> Decision:
     old = decode_status(run.status)
     if old.observed_generation == run.generation and old.is_true(ConditionType.FAILED):
         return Decision()
-    verdicts = _verdicts(Reason.INVALID_SPEC, message, failed=True)
+    verdicts = build_verdicts(Reason.INVALID_SPEC, message, failed=True)
     status = msgspec.structs.replace(
         old,
         observed_generation=run.generation,
@@ -66,29 +56,52 @@ def refuse(run: Run, message: str, *, now: float) -> Decision:
     return Decision(status=status, events=(Event(reason=Reason.INVALID_SPEC, message=message[:1000], type="Warning"),))
 
 
-def _was_extended(run: Run, status: Status) -> bool:
-    """A finished run goes on when stages were appended; a refused one when its spec changed."""
+def _may_go_on(run: Run, status: Status) -> bool:
+    """A finished run goes on when stages were appended, a failed one when its spec was mended or a person asks."""
+    if requests.find_request(run, status):
+        return True
     failed = status.condition(ConditionType.FAILED)
     if failed is not None and failed.status == "True":
-        return failed.reason == Reason.INVALID_SPEC and status.observed_generation != run.generation
+        return failed.reason in _MENDED_BY_SPEC and status.observed_generation != run.generation
     return len(run.spec.stages) > len(status.stages)
 
 
-def _step_all(run: Run, status: Status, observed: Observed, defaults: Defaults, now: float) -> _Outcome:
+def _retire(run: Run, status: Status, observed: Observed, now: float) -> Decision:
+    """A finished run: what is left of its workers is ended, and it goes itself when its time has come."""
+    expiry = lifetime.find_expiry(run, status)
+    is_expired = expiry is not None and expiry <= now
+    is_noted_in_vain = bool(status.restart_handled) and not run.restart_stage
+    return Decision(
+        end=_leftovers(status.stages, observed, is_finished=True),
+        delete_run=is_expired,
+        take_off_request=requests.is_to_be_taken_off(run, status),
+        status=msgspec.structs.replace(status, restart_handled="") if is_noted_in_vain else None,
+        requeue_at=None if is_expired else expiry,
+    )
+
+
+def _step_all(run: Run, status: Status, observed: Observed, defaults: Defaults, now: float) -> Outcome:
     old = {s.name: s for s in status.stages}
-    steps: list[stages.Step] = []
-    views: list[stages.View] = []
+    asked = requests.find_request(run, status)
+    steps: list[Step] = []
+    views: list[View] = []
+    rulings: list[gates.Ruling] = []
     done: set[str] = set()
     may_begin = not run.spec.suspend
     for planned in plan(run):
         view = _view(run, planned, old, observed, defaults=defaults, now=now)
-        step = _step(view, may_begin=may_begin and done.issuperset(planned.depends_on))
-        if view.status.state == "Succeeded":
+        step = _step(view, asked=asked, may_begin=may_begin and done.issuperset(planned.depends_on))
+        ruling = gates.rule(planned.stage, step.status.metrics) if step.status.state == "Succeeded" else None
+        if view.status.state == "Succeeded" and (ruling is None or ruling.opens):
             done.add(view.status.name)
         may_begin = may_begin and step.status.state != "Failed"
-        steps.append(step)
+        steps.append(_note_gate(step, ruling))
         views.append(view)
-    return _Outcome(steps=tuple(steps), views=tuple(views))
+        rulings += [ruling] if ruling is not None else []
+    outcome = Outcome(
+        views=tuple(views), steps=tuple(steps), rulings=tuple(rulings), deadline=_judge_deadline(run, status, now)
+    )
+    return _stop_all(outcome) if outcome.failure is not None else outcome
 
 
 def _view(
@@ -99,12 +112,12 @@ def _view(
     *,
     defaults: Defaults,
     now: float,
-) -> stages.View:
+) -> View:
     name = planned.stage.name
     status = old.get(name) or StageStatus(name=name, state="Pending")
     key = (name, status.attempt)
     job = observed.jobs.get(key)
-    return stages.View(
+    return View(
         run=run,
         planned=planned,
         status=status,
@@ -116,127 +129,130 @@ def _view(
     )
 
 
-def _step(view: stages.View, *, may_begin: bool) -> stages.Step:
-    if view.status.state in stages.ACTIVE:
-        return stages.advance(view)
-    if view.status.state == "Pending" and may_begin:
-        return stages.begin(view)
-    return stages.Step(status=view.status)
+def _step(view: View, *, asked: str, may_begin: bool) -> Step:
+    may_be_asked = view.status.state == "Failed" or (view.status.state in ACTIVE and view.status.state != "Suspended")
+    if asked == view.status.name and may_be_asked and not view.run.spec.suspend:
+        return restart_by_hand(view)
+    if view.status.state == "Failed":  # until a person asks for it
+        return Step(status=view.status, failure=describe_failure(view.status))
+    return stage.step(view, may_begin=may_begin)
 
 
-def _decide(
-    run: Run, old: Status, outcome: _Outcome, observed: Observed, *, defaults: Defaults, now: float
-) -> Decision:
-    new = _settle(old, _build_status(run, old, outcome, now), outcome, now)
-    events = tuple(event for step in outcome.steps for event in step.events) + _finish_events(old, new)
-    outputs = {v.planned.stage.name: v.status.output or v.planned.directory for v in outcome.views}
-    times = [step.requeue_at for step in outcome.steps if step.requeue_at is not None]
+def _note_gate(step: Step, ruling: gates.Ruling | None) -> Step:
+    words = "" if ruling is None else ruling.message[:1000]
+    if words == step.status.gate:
+        return step
+    return replace(step, status=msgspec.structs.replace(step.status, gate=words))
+
+
+def _judge_deadline(run: Run, status: Status, now: float) -> str:
+    deadline = lifetime.find_deadline(run, status)
+    if deadline is None or deadline > now:
+        return ""
+    limit = run.spec.active_deadline_seconds
+    return f"the run was active for longer than activeDeadlineSeconds ({limit}); raise it to go on"
+
+
+def _stop_all(outcome: Outcome) -> Outcome:
+    """The run fails: what is still active stops where it is, and could go on from there."""
+    steps = [_stop(view, step) for view, step in zip(outcome.views, outcome.steps, strict=True)]
+    return replace(outcome, steps=tuple(steps))
+
+
+def _stop(view: View, step: Step) -> Step:
+    if step.status.state not in ACTIVE or step.status.state == "Suspended":
+        return step
+    if view.status.state == "Pending":
+        return Step(status=view.status)
+    status = msgspec.structs.replace(step.status, state="Suspended", not_before="")
+    return Step(status=status, events=step.events)
+
+
+def _decide(run: Run, old: Status, outcome: Outcome, observed: Observed, *, defaults: Defaults, now: float) -> Decision:
+    new = _build_status(run, old, outcome, now)
+    wait = put_off(old, new, interval=defaults.progress_seconds, now=now) if new != old else None
+    new = old if wait is not None else _settle(run, old, new, outcome, now)
+    times = [step.requeue_at for step in outcome.steps] + [lifetime.find_deadline(run, new), wait]
     pairs = list(zip(outcome.views, outcome.steps, strict=True))
     return Decision(
-        end=_leftovers(old.stages, observed),
+        end=_leftovers(old.stages, observed, is_finished=False),
         suspend=tuple((v.job, s.suspend) for v, s in pairs if s.suspend is not None and v.job is not None),
-        start=tuple(_start(run, view, outputs, defaults) for view, step in pairs if step.should_start),
+        withdraw=tuple(v.job for v, s in pairs if s.should_withdraw and v.job is not None),
+        start=_build_starts(run, outcome, defaults),
+        take_off_request=requests.is_to_be_taken_off(run, old),
         status=None if new == old else new,
-        events=events,
-        requeue_at=min(times, default=None),
+        events=collect_events(run, old, new, outcome),
+        requeue_at=min((t for t in times if t is not None and not new.is_finished), default=None),
     )
 
 
-def _start(run: Run, view: stages.View, outputs: Mapping[str, str], defaults: Defaults) -> Attempt:
+def _build_starts(run: Run, outcome: Outcome, defaults: Defaults) -> tuple[Attempt, ...]:
+    outputs = {v.planned.stage.name: v.status.output or v.planned.directory for v in outcome.views}
+    pairs = zip(outcome.views, outcome.steps, strict=True)
+    return tuple(_start(run, view, outputs, defaults) for view, step in pairs if step.should_start)
+
+
+def _start(run: Run, view: View, outputs: Mapping[str, str], defaults: Defaults) -> Attempt:
     last = view.status.last_failure
-    avoid = (last.node,) if last is not None and last.cause == Cause.INFRA and last.node else ()
+    avoided = restart.avoided_nodes(view.status, run.spec.restart_policy)
+    is_doubted = last is not None and last.cause == Cause.INFRA and last.node and last.node not in avoided
     return build_attempt(
-        run, view.planned, attempt=view.status.attempt, outputs=outputs, defaults=defaults, avoid_nodes=avoid
+        run,
+        view.planned,
+        attempt=view.status.attempt,
+        outputs=outputs,
+        defaults=defaults,
+        avoid_nodes=avoided,
+        doubted_nodes=(last.node,) if is_doubted and last is not None else (),
     )
 
 
-def _leftovers(stage_statuses: Sequence[StageStatus], observed: Observed) -> tuple[JobRecord, ...]:
-    """Jobs of older attempts, and those of a stage that failed: ended at once, since hung ranks hold GPUs."""
+def _leftovers(
+    stage_statuses: Sequence[StageStatus], observed: Observed, *, is_finished: bool
+) -> tuple[JobRecord, ...]:
+    """Jobs of older attempts, and those of stages that failed: ended at once, since hung ranks hold GPUs."""
     current = {s.name: s for s in stage_statuses}
     return tuple(
         job
         for (name, attempt), job in sorted(observed.jobs.items())
         if not job.is_deleting
         and name in current
-        and (attempt < current[name].attempt or current[name].state == "Failed")
+        and (
+            attempt < current[name].attempt
+            or current[name].state == "Failed"
+            or (is_finished and current[name].state == "Suspended")
+        )
     )
 
 
-def _build_status(run: Run, old: Status, outcome: _Outcome, now: float) -> Status:
-    verdicts = _judge(run, outcome)
-    is_over = verdicts[ConditionType.SUCCEEDED].is_true or verdicts[ConditionType.FAILED].is_true
+def _build_status(run: Run, old: Status, outcome: Outcome, now: float) -> Status:
+    verdicts = judge(run, outcome)
     return Status(
         observed_generation=run.generation,
         start_time=old.start_time or format_time(now),
-        completion_time=(old.completion_time or format_time(now)) if is_over else "",
+        completion_time=(old.completion_time or format_time(now)) if is_over(verdicts) else "",
         summary=summarise(
-            outcome.statuses, reason=_headline(verdicts), ready=_ready(outcome), goodput=old.summary.goodput
+            outcome.statuses, reason=headline(verdicts), ready=_ready(outcome), goodput=old.summary.goodput
         ),
         conditions=set_conditions(old, verdicts, generation=run.generation, now=now),
         stages=outcome.statuses,
         goodput=old.goodput,
+        restart_handled=run.restart_stage[: requests.NOTE_LENGTH],
     )
 
 
-def _settle(old: Status, new: Status, outcome: _Outcome, now: float) -> Status:
+def _settle(run: Run, old: Status, new: Status, outcome: Outcome, now: float) -> Status:
     """The ledger is brought up to date with whatever else is written, and is never a reason to write."""
     if new == old:
         return old
     ledger, statuses = goodput.settle(old, outcome.views, new.stages, now=now)
+    ledger = goodput.price(ledger, run.spec.price_per_gpu_hour)
     summary = msgspec.structs.replace(new.summary, goodput=goodput.share(ledger))
     return msgspec.structs.replace(new, goodput=ledger, stages=statuses, summary=summary)
 
 
-def _judge(run: Run, outcome: _Outcome) -> dict[ConditionType, Verdict]:
-    states = {s.state for s in outcome.statuses}
-    if outcome.failure:
-        return _verdicts(Reason.STAGE_FAILED, outcome.failure, failed=True)
-    if states == {"Succeeded"}:
-        return _verdicts(Reason.COMPLETED, f"all {len(outcome.statuses)} stages succeeded", succeeded=True)
-    if run.spec.suspend:
-        is_idle = not states & {"Starting", "Running", "Restarting"}
-        message = "spec.suspend is true" if is_idle else "the workers save a checkpoint"
-        return _verdicts(Reason.SUSPENDED, message, suspended=is_idle)
-    stuck = next((s for v in outcome.views if (s := find_stuck(v.pods)) and v.status.state in stages.ACTIVE), None)
-    message = ", ".join(f"{s.name} is {s.state.lower()}" for s in outcome.statuses if s.state in stages.ACTIVE)
-    reason = Reason.RUNNING if "Running" in states else Reason.RESTARTING if "Restarting" in states else Reason.STARTING
-    return _verdicts(reason, message, running="Running" in states, stuck=stuck)
-
-
-def _verdicts(
-    reason: Reason,
-    message: str,
-    *,
-    succeeded: bool = False,
-    failed: bool = False,
-    running: bool = False,
-    suspended: bool = False,
-    stuck: tuple[Reason, str] | None = None,
-) -> dict[ConditionType, Verdict]:
-    """The five conditions; those that aren't true say why the run is where it is."""
-    why_stuck = Verdict(is_true=True, reason=stuck[0], message=stuck[1]) if stuck else None
-    return {
-        ConditionType.SUCCEEDED: Verdict(is_true=succeeded, reason=reason, message=message),
-        ConditionType.FAILED: Verdict(is_true=failed, reason=reason, message=message),
-        ConditionType.RUNNING: Verdict(is_true=running, reason=reason, message=message),
-        ConditionType.SUSPENDED: Verdict(is_true=suspended, reason=reason, message=message),
-        ConditionType.STUCK: why_stuck or Verdict(is_true=False, reason=Reason.NOT_STUCK),
-    }
-
-
-def _headline(verdicts: Mapping[ConditionType, Verdict]) -> str:
-    stuck = verdicts[ConditionType.STUCK]
-    return stuck.reason if stuck.is_true else verdicts[ConditionType.RUNNING].reason
-
-
-def _ready(outcome: _Outcome) -> str:
+def _ready(outcome: Outcome) -> str:
     """Workers that run, of those wanted, over the active stages."""
-    active = [v for v, s in zip(outcome.views, outcome.steps, strict=True) if s.status.state in stages.ACTIVE]
+    active = [v for v, s in zip(outcome.views, outcome.steps, strict=True) if s.status.state in ACTIVE]
     ready = sum(p.is_ready and not p.is_gone for v in active for p in v.pods)
     return f"{ready}/{sum(v.nodes for v in active)}" if active else ""
-
-
-def _finish_events(old: Status, new: Status) -> tuple[Event, ...]:
-    if new.is_true(ConditionType.SUCCEEDED) and not old.is_true(ConditionType.SUCCEEDED):
-        return (Event(reason=Reason.COMPLETED, message=f"All {len(new.stages)} stages succeeded"),)
-    return ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from sailvl_operator.api.status import Cause
+from sailvl_operator.api.status import Cause, StageStatus
 from sailvl_operator.api.types import RestartPolicy
 from sailvl_operator.core.plan import Defaults
 
@@ -51,6 +51,13 @@ def backoff_seconds(cause: Cause, restarts: Mapping[str, int], key: str, default
     doubled = defaults.backoff_seconds * 2.0 ** min(restarts.get(cause, 0), 10)
     jitter = hashlib.sha256(key.encode()).digest()[0] / 255 / 4
     return float(min(doubled, defaults.backoff_limit_seconds) * (1 + jitter))
+
+
+def avoided_nodes(status: StageStatus, policy: RestartPolicy) -> tuple[str, ...]:
+    """Machines that get no more workers of a stage, by name: each took `nodeFailures` attempts down."""
+    if not policy.node_failures:
+        return ()
+    return tuple(sorted(node for node, n in status.node_failures.items() if n >= policy.node_failures))
 
 
 def advice(cause: Cause) -> str:

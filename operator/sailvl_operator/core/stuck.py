@@ -1,11 +1,17 @@
-"""Why an attempt's pods don't run, in the words of who holds them back."""
+"""Why a stage doesn't run, in the words of who holds it back: scheduler, quota, image, volume, admission, queue,
+gate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from sailvl_operator.api.status import Reason
+from sailvl_operator.core.gates import Ruling
 from sailvl_operator.core.observe import PodRecord
+from sailvl_operator.core.view import ACTIVE, View
+
+Stuck = tuple[Reason, str]
+"""Reason and message of the condition."""
 
 _REASON_OF_WAIT = {
     "ErrImagePull": Reason.IMAGE,
@@ -17,9 +23,35 @@ _REASON_OF_WAIT = {
     "RunContainerError": Reason.CONTAINER_CONFIG,
 }
 
+_REASON_OF_WORDS = (
+    ("exceeded quota", Reason.QUOTA),
+    ("admission webhook", Reason.ADMISSION),
+    ("violates PodSecurity", Reason.ADMISSION),
+    ("ValidatingAdmissionPolicy", Reason.ADMISSION),
+    ("isn't this run's", Reason.NAME_TAKEN),
+    ("volume", Reason.VOLUME),
+    ("Volume", Reason.VOLUME),
+    ("is forbidden", Reason.FORBIDDEN),
+)
+"""The first that the words of a refusal hold; others: Rejected."""
 
-def find_stuck(pods: Sequence[PodRecord]) -> tuple[Reason, str] | None:
-    """Reason and message of the first pod that can't start; None: no pod says so."""
+
+def find_stuck(views: Sequence[View], rulings: Sequence[Ruling]) -> Stuck | None:
+    """Of the first stage that is held back; None: none is."""
+    waiting = (find_stuck_stage(view) for view in views if view.status.state in ACTIVE)
+    found = next((stuck for stuck in waiting if stuck), None)
+    return found or next((_of_gate(ruling) for ruling in rulings if not ruling.opens), None)
+
+
+def find_stuck_stage(view: View) -> Stuck | None:
+    """Of one stage that should run."""
+    if view.status.state in ("Running", "Suspended") or view.run.spec.suspend:
+        return None
+    return _find_stuck_pod(view.pods) or _of_complaint(view) or _of_queue(view)
+
+
+def _find_stuck_pod(pods: Sequence[PodRecord]) -> Stuck | None:
+    """The first pod that can't start and says so itself."""
     for pod in pods:
         if pod.is_gone or pod.is_deleting:
             continue
@@ -29,3 +61,25 @@ def find_stuck(pods: Sequence[PodRecord]) -> tuple[Reason, str] | None:
         if pod.waiting_reason in _REASON_OF_WAIT:
             return _REASON_OF_WAIT[pod.waiting_reason], f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
     return None
+
+
+def _of_complaint(view: View) -> Stuck | None:
+    """What the API server, a controller or a kubelet said of the attempt's Job and pods."""
+    words = view.observed.complaints.get(view.key)
+    if not words:
+        return None
+    if view.job is not None and view.job.is_suspended:
+        return Reason.QUEUED, words
+    return next((reason for part, reason in _REASON_OF_WORDS if part in words), Reason.REJECTED), words
+
+
+def _of_queue(view: View) -> Stuck | None:
+    queue = view.planned.workers.queue_name
+    if view.job is None or not view.job.is_suspended or not isinstance(queue, str):
+        return None
+    return Reason.QUEUED, f"stage {view.status.name} waits in Kueue's queue {queue}"
+
+
+def _of_gate(ruling: Ruling) -> Stuck:
+    advice = "raise the gate, or set its onFail to Continue, to go on"
+    return Reason.GATE, f"stage {ruling.stage}: {ruling.message}; {advice}"

@@ -21,9 +21,9 @@ from sailvl_operator.core.plan import Defaults, build_attempt, plan
 OUTPUTS = {"curate": "demo/curate-0", "alignment": "demo/alignment-0", "knowledge": "demo/knowledge-0"}
 
 
-def make_attempt(run: Run, stage: int = 1, avoid_nodes: tuple[str, ...] = ()) -> Attempt:
+def make_attempt(run: Run, stage: int = 1, **nodes: tuple[str, ...]) -> Attempt:
     return build_attempt(
-        run, plan(run)[stage], attempt=2, outputs=OUTPUTS, defaults=Defaults(grace_seconds=90), avoid_nodes=avoid_nodes
+        run, plan(run)[stage], attempt=2, outputs=OUTPUTS, defaults=Defaults(grace_seconds=90), **nodes
     )
 
 
@@ -242,7 +242,15 @@ def test_workers_settings(workers, look, expected):
     assert look(bend(**workers)) == expected
 
 
-def test_machines_that_took_an_attempt_down_are_left_alone():
+def test_the_machine_of_the_last_failure_is_chosen_last():
+    job = make_job(make_attempt(build_run(), doubted_nodes=("node-a",)))
+    other = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-a"]}]}
+    assert pod_spec(job)["affinity"]["nodeAffinity"] == {
+        "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": other}]
+    }
+
+
+def test_machines_that_took_many_attempts_down_are_left_alone():
     job = make_job(make_attempt(build_run(), avoid_nodes=("node-b", "node-a")))
     assert pod_spec(job)["affinity"]["nodeAffinity"] == {
         "requiredDuringSchedulingIgnoredDuringExecution": {
@@ -309,6 +317,12 @@ def test_the_whole_service():
     ],
 )
 def test_the_claim(storage, spec):
-    metadata = {"name": "demo-storage", "namespace": "team", "labels": RUN_LABELS, "ownerReferences": [OWNER]}
+    metadata = {"name": "demo-storage", "namespace": "team", "labels": RUN_LABELS}
     claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
     assert build_claim(build_run(storage=storage)) == (spec and claim)
+
+
+def test_a_claim_that_is_to_go_with_its_run_is_owned_by_it():
+    template = {"resources": {"requests": {"storage": "1Ti"}}}
+    claim = build_claim(build_run(storage={"volumeClaimTemplate": template, "whenDeleted": "Delete"}))
+    assert claim["metadata"]["ownerReferences"] == [OWNER]

@@ -17,6 +17,7 @@ from fake_api import Anonymous, FakeApi, Refusal, serve
 from sailvl_operator.api import names
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.complaints import ComplaintReader, find_waiting
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
@@ -26,7 +27,7 @@ from sailvl_operator.core.plan import Defaults
 from sailvl_operator.core.status import decode_status
 from sailvl_operator.engine import Engine, handle_run_event
 from sailvl_operator.metrics import Metrics, RunCollector
-from sailvl_operator.settings import ApiSettings, ProgressSettings
+from sailvl_operator.settings import ApiSettings, ComplaintSettings, ProgressSettings
 
 KEY = ("team", "demo")
 NEW_YEAR_2026 = 1_767_225_600.0
@@ -48,11 +49,18 @@ class World:
         self.progress = ProgressReader(
             ProgressSettings(), pods=lambda: self.children.pods, on_change=self.queue.add, count=lambda _: None
         )
+        self.complaints = ComplaintReader(
+            client,
+            ComplaintSettings(patience=0.0),
+            subjects=lambda: find_waiting(self.children, self.runs),
+            on_change=self.queue.add,
+        )
         self.engine = Engine(
             client=client,
             runs=self.runs,
             children=self.children,
             progress=self.progress,
+            complaints=self.complaints,
             recorder=self.recorder,
             queue=self.queue,
             metrics=self.metrics,
@@ -204,7 +212,7 @@ async def test_a_lost_pod_is_followed_by_the_next_attempt_and_the_dead_one_is_cl
     await world.api.remove("pods", "demo-curate-1-0-x")
     await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
     await world.settled()
-    assert world.states()["curate"] == ("Starting", 2) or world.states()["curate"] == ("Restarting", 2)
+    assert world.states()["curate"] == ("Restarting", 2)
     assert world.status.stages[0].last_failure.cause == "Infra"
     assert world.children.pods.get(KEY) == [], "the evidence of a closed attempt is let go"
 
@@ -270,11 +278,84 @@ async def test_a_job_of_a_deleted_run_of_the_same_name_is_not_adopted(world):
     await world.api.put("jobs", old)
     await world.apply(build_document())
     await world.until(lambda: any(e["reason"] == "NameTaken" for e in world.api.all("events")))
+    assert "isn't this run's" in world.status.condition("Stuck").message
     assert world.api.all("jobs")[0]["metadata"]["ownerReferences"] == [{"uid": "old-run"}]
     await world.api.remove("jobs", "demo-curate-1")
     await world.until(lambda: world.api.names("jobs"))
     [job] = world.api.all("jobs")
     assert job["metadata"]["ownerReferences"][0]["uid"] == world.run["metadata"]["uid"]
+    await world.until(lambda: not world.status.is_true("Stuck"))
+
+
+async def hear(world, plural: str, **fields: Any) -> None:
+    """Somebody holds the first attempt back and says why; the operator asks around."""
+    await world.apply(build_document(**fields.pop("spec", {})))
+    await world.until(lambda: world.api.names("jobs"))
+    job = world.api.all("jobs")[0]["metadata"]
+    await world.api.put(plural, fields["said_of"](job))
+    await world.complaints.read_some()
+    await world.settled()
+
+
+def make_warning(uid: str, reason: str, message: str) -> dict[str, Any]:
+    about = {"type": "Warning", "involvedObject": {"uid": uid}, "lastTimestamp": "2026-01-01T00:00:00Z"}
+    return about | {"metadata": {"name": f"{uid}.1"}, "reason": reason, "message": message}
+
+
+async def test_what_the_job_controller_is_refused_is_shown(world):
+    words = 'pods "demo-curate-1-0" is forbidden: exceeded quota: gpus'
+    await hear(world, "events", said_of=lambda job: make_warning(job["uid"], "FailedCreate", words))
+    stuck = world.status.condition("Stuck")
+    assert (stuck.reason, stuck.message) == ("QuotaExceeded", f"Job demo-curate-1: FailedCreate: {words}")
+    await world.add_pods("curate")
+    await world.until(lambda: not world.status.is_true("Stuck"))
+
+
+async def test_what_a_kubelet_says_of_a_volume_is_shown(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    pod = await world.api.put("pods", make_pod("curate", 1, 0, "Pending"))
+    await world.api.put("events", make_warning(pod["metadata"]["uid"], "FailedMount", "volume x is gone"))
+    await world.until(lambda: world.children.pods.get(KEY))
+    await world.complaints.read_some()
+    await world.until(lambda: world.status.is_true("Stuck"))
+    assert world.status.condition("Stuck").reason == "Volume"
+
+
+async def test_what_kueue_says_is_shown(world):
+    def workload(job: dict[str, Any]) -> dict[str, Any]:
+        held = {"type": "QuotaReserved", "status": "False", "message": "insufficient unused quota for nvidia.com/gpu"}
+        labels = {"kueue.x-k8s.io/job-uid": job["uid"]}
+        return {"metadata": {"name": "w", "labels": labels}, "status": {"conditions": [held]}}
+
+    workers = {"nodes": 1, "gpusPerNode": 8, "queueName": "team"}
+    await hear(world, "workloads", spec={"workers": workers}, said_of=workload)
+    stuck = world.status.condition("Stuck")
+    assert (stuck.reason, stuck.message) == (
+        "Queued",
+        "Kueue's queue team: insufficient unused quota for nvidia.com/gpu",
+    )
+
+
+async def test_a_person_s_request_is_carried_out_once_and_taken_off(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    asked = copy.deepcopy(world.run)
+    asked["metadata"]["annotations"] = {names.ANNOTATION_RESTART: "curate"}
+    world.see(await world.api.put("sailvlruns", asked))
+    await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
+    await world.until(lambda: not world.run["metadata"].get("annotations"))
+    world.see(world.run)
+    await world.until(lambda: not world.status.restart_handled)
+    assert world.states()["curate"] == ("Starting", 2) or world.states()["curate"] == ("Restarting", 2)
+
+
+async def test_a_run_past_its_time_is_deleted(world):
+    await world.apply(build_document(ttlSecondsAfterFinished=0, stages=build_document()["spec"]["stages"][:1]))
+    await world.until(lambda: world.api.names("jobs"))
+    await world.add_pods("curate")
+    await world.end_pod("curate", 1, 0, 0, result=build_result("curate"))
+    await world.until(lambda: not world.api.all("sailvlruns"))
 
 
 async def test_an_unreadable_spec_is_refused_and_a_mended_one_taken(world):

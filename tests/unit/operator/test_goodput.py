@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,11 +32,6 @@ class Clock(World):
                 seconds=dict(spent),
                 checkpoint=Checkpoint(step=saved, path=f"c/{saved}") if saved else None,
             )
-        self.settle()
-
-    def hold(self, **fields: Any) -> None:
-        """What the cluster does with the pods."""
-        self.pods = {n: replace(p, **fields) for n, p in self.pods.items()}
         self.settle()
 
     @property

@@ -12,6 +12,7 @@ from builders import SPEC, build_end, build_run
 from sailvl_operator.api.status import Cause, ConditionType, Reason
 from sailvl_operator.core.plan import plan
 from sailvl_operator.core.status import decode_status, encode_status
+from sailvl_trainer.contract import Checkpoint, Progress
 from worlds import DEFAULTS, World, finish
 
 
@@ -182,6 +183,24 @@ def test_nothing_changed_nothing_written() -> None:
     world.settle()
     assert not world.step()
     assert decode_status(encode_status(world.status)) == world.status
+
+
+def test_progress_alone_is_written_now_and_then() -> None:
+    world = World(spec={"stages": SPEC["stages"][2:3]}, is_patient=False)
+    world.settle()
+
+    def tell(step: int, saved: int) -> bool:
+        checkpoint = Checkpoint(step=saved, path=f"c/{saved}")
+        world.progress["knowledge", 1] = Progress(attempt=1, phase="running", step=step, checkpoint=checkpoint)
+        return world.step()
+
+    world.now += 1
+    assert tell(1, saved=1), "a checkpoint is told at once"
+    world.now += DEFAULTS.progress_seconds - 1
+    assert not tell(2, saved=1)
+    world.now += 1
+    assert tell(3, saved=1)
+    assert world.stage("knowledge").progress.step == 3
 
 
 Change = Callable[[dict[str, object]], dict[str, object]]

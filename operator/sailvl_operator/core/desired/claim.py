@@ -12,7 +12,7 @@ from sailvl_operator.core.desired.metadata import build_labels, build_owner
 
 
 def build_claim(run: Run) -> dict[str, Any] | None:
-    """None: the run names an existing claim."""
+    """None: the run names an existing claim. One that is to stay when the run is deleted has no owner."""
     template = run.spec.storage.volume_claim_template
     if template is UNSET:
         return None
@@ -29,7 +29,7 @@ def build_claim(run: Run) -> dict[str, Any] | None:
             "name": names.claim_name(run.name),
             "namespace": run.namespace,
             "labels": build_labels(run.name),
-            "ownerReferences": build_owner(run.name, run.uid),
-        },
+        }
+        | ({"ownerReferences": build_owner(run.name, run.uid)} if run.spec.storage.when_deleted == "Delete" else {}),
         "spec": spec,
     }

@@ -121,19 +121,28 @@ def _build_volumes(attempt: Attempt) -> list[dict[str, Any]]:
 
 
 def _build_affinity(attempt: Attempt, labels: dict[str, str]) -> dict[str, Any]:
-    """Workers spread over the nodes where they can; machines that took an attempt down are left alone."""
+    """Workers spread over the nodes where they can; the one that took the last attempt down is chosen last, and
+    those that took too many down not at all."""
     apart = {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": "kubernetes.io/hostname"}
     affinity: dict[str, Any] = {
         "podAntiAffinity": {
             "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": apart}]
         }
     }
+    node_affinity: dict[str, Any] = {}
     if attempt.avoid_nodes:
-        away = [{"key": "metadata.name", "operator": "NotIn", "values": [n]} for n in sorted(attempt.avoid_nodes)]
-        affinity["nodeAffinity"] = {
-            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": away}]}
-        }
+        terms = [{"matchFields": _other_than(attempt.avoid_nodes)}]
+        node_affinity["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": terms}
+    if attempt.doubted_nodes:
+        rather = [{"weight": 100, "preference": {"matchFields": _other_than(attempt.doubted_nodes)}}]
+        node_affinity["preferredDuringSchedulingIgnoredDuringExecution"] = rather
+    if node_affinity:
+        affinity["nodeAffinity"] = node_affinity
     return affinity
+
+
+def _other_than(nodes: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in sorted(nodes)]
 
 
 def _build_tolerations(attempt: Attempt) -> list[dict[str, Any]]:

@@ -1,0 +1,94 @@
+"""What one stage's step looks at, and what comes of it; made by `reconcile`, filled in by `stage` and its policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from sailvl_operator.api.status import StageCheckpoint, StageProgress, StageStatus
+from sailvl_operator.api.types import Run
+from sailvl_operator.core.activities import count_seconds
+from sailvl_operator.core.decision import Event
+from sailvl_operator.core.desired.workload import count_nodes
+from sailvl_operator.core.numbers import format_decimal
+from sailvl_operator.core.observe import JobRecord, Observed, PodRecord
+from sailvl_operator.core.plan import Defaults, PlannedStage
+
+ACTIVE = frozenset({"Starting", "Running", "Restarting", "Suspended"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """All that one stage's step looks at."""
+
+    run: Run
+    planned: PlannedStage
+    status: StageStatus
+    job: JobRecord | None
+    pods: tuple[PodRecord, ...]
+    observed: Observed
+    defaults: Defaults
+    now: float
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Stage and attempt, as `Observed` sorts by."""
+        return self.status.name, self.status.attempt
+
+    @property
+    def nodes(self) -> int:
+        """Pods of the current attempt: the Job's own number, since changed workers wait for the next."""
+        return self.job.nodes if self.job is not None else count_nodes(self.planned.workers)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether every worker's container runs."""
+        ready = {p.index for p in self.pods if p.is_ready and not p.is_gone and p.terminated is None}
+        return len(ready) == self.nodes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What became of a stage."""
+
+    status: StageStatus
+    events: tuple[Event, ...] = ()
+    requeue_at: float | None = None
+    should_start: bool = False
+    """The current attempt's Job has to be created."""
+    suspend: bool | None = None
+    """What the Job's suspend has to become; None: leave it."""
+    should_withdraw: bool = False
+    """The Job has to go, its workers with their whole grace."""
+    failure: str = ""
+    """Why the run fails because of this stage."""
+
+
+def read_progress(view: View) -> StageStatus:
+    """The stage's status with the newest that its workers said of themselves."""
+    seen = view.observed.progress.get(view.key)
+    if seen is None:
+        return view.status
+    checkpoint = seen.checkpoint
+    return msgspec.structs.replace(
+        view.status,
+        progress=StageProgress(
+            step=seen.step,
+            steps=seen.steps,
+            tokens=seen.tokens,
+            eta_seconds=None if seen.eta_seconds is None else round(seen.eta_seconds),
+            seconds=count_seconds(seen, view.planned.stage.kind),
+            unsaved_seconds=0 if view.status.progress is None else view.status.progress.unsaved_seconds,
+        ),
+        metrics={name: format_decimal(value) for name, value in sorted(seen.metrics.items())[:64]},
+        checkpoint=view.status.checkpoint
+        if checkpoint is None
+        else StageCheckpoint(step=checkpoint.step, path=checkpoint.path),
+    )
+
+
+def next_attempt(status: StageStatus) -> StageStatus:
+    """The next number; its workers' clocks begin at zero."""
+    progress = status.progress and msgspec.structs.replace(status.progress, seconds={})
+    return msgspec.structs.replace(status, attempt=status.attempt + 1, progress=progress)
