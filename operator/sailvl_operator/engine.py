@@ -141,7 +141,8 @@ class Engine:
         now = self._clock()
         if entry.problem:
             return refuse(entry.run, entry.problem, now=now)
-        return reconcile(entry.run, self._observe(entry.run, key), now=now, defaults=self._pace())
+        observed = self._observe(entry.run, key)
+        return reconcile(entry.run, observed, now=now, defaults=self._pace(), planned=entry.planned)
 
     def _pace(self) -> Defaults:
         """Many runs at once write their progress less often each: together they stay below a rate."""

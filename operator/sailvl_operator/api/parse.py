@@ -20,15 +20,27 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
     """Raises SpecError for a spec that the types don't allow."""
     metadata = raw["metadata"]
     created = metadata.get("creationTimestamp")
-    return Run(
+    run = Run(
         namespace=metadata["namespace"],
         name=metadata["name"],
         uid=metadata["uid"],
         generation=metadata.get("generation", 1),
-        resource_version=metadata.get("resourceVersion", ""),
+        resource_version="",
         created=datetime.fromisoformat(created).timestamp() if created else 0.0,
-        deleting="deletionTimestamp" in metadata,
+        deleting=False,
         spec=parse_spec(raw.get("spec") or {}),
+        status={},
+    )
+    return renew_run(run, raw)
+
+
+def renew_run(run: Run, raw: Mapping[str, Any]) -> Run:
+    """The same run of the same generation as it is now."""
+    metadata = raw["metadata"]
+    return msgspec.structs.replace(
+        run,
+        resource_version=metadata.get("resourceVersion", ""),
+        deleting="deletionTimestamp" in metadata,
         status=dict(raw.get("status") or {}),
         restart_stage=(metadata.get("annotations") or {}).get(names.ANNOTATION_RESTART, ""),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from sailvl_operator.cluster import resources
@@ -24,9 +25,10 @@ class Children:
         namespaces: Sequence[str],
         on_change: Callable[[Key], None],
         count_restart: Callable[[str, str], None],
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self.jobs: Store[JobRecord] = Store(_JOBS, on_change)
-        self.pods: Store[PodRecord] = Store(_PODS, on_change)
+        self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock)
+        self.pods: Store[PodRecord] = Store(_PODS, on_change, clock)
         scopes = namespaces or ("",)
         self._jobs = [
             Informer(client, _JOBS, self.jobs, namespace=scope, count_restart=count_restart) for scope in scopes

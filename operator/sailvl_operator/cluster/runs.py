@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sailvl_operator.api.parse import SpecError, parse_run
+from sailvl_operator.api.parse import SpecError, parse_run, renew_run
 from sailvl_operator.api.types import Model, Run, Spec, Storage
 from sailvl_operator.core.observe import parse_time
+from sailvl_operator.core.plan import PlannedStage, plan
 
 Key = tuple[str, str]
 """namespace, name"""
@@ -17,6 +18,8 @@ Key = tuple[str, str]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEntry:
     run: Run
+    planned: tuple[PlannedStage, ...] = ()
+    """Its stages: they follow from the spec alone."""
     problem: str = ""
     """Why the spec can't be read; `run.spec` is then empty."""
 
@@ -43,7 +46,7 @@ class RunStore:
         known = self._entries.get(key)
         if known is not None and int(known.run.resource_version) >= version:
             return False
-        self._entries[key] = _parse(raw)
+        self._entries[key] = _parse_again(raw, known) if known is not None else _parse(raw)
         return True
 
     def put_patched(self, raw: dict[str, Any]) -> bool:
@@ -63,9 +66,18 @@ def key_of(raw: dict[str, Any]) -> Key:
     return raw["metadata"]["namespace"], raw["metadata"]["name"]
 
 
+def _parse_again(raw: dict[str, Any], known: RunEntry) -> RunEntry:
+    """Most changes are our own, of the status: the same generation has the same spec."""
+    metadata = raw["metadata"]
+    if (metadata["uid"], metadata.get("generation")) != (known.run.uid, known.run.generation):
+        return _parse(raw)
+    return replace(known, run=renew_run(known.run, raw))
+
+
 def _parse(raw: dict[str, Any]) -> RunEntry:
     try:
-        return RunEntry(run=parse_run(raw))
+        run = parse_run(raw)
+        return RunEntry(run=run, planned=plan(run))
     except SpecError as error:
         return RunEntry(run=_without_spec(raw), problem=str(error))
 

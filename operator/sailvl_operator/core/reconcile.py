@@ -26,8 +26,13 @@ _MENDED_BY_SPEC = frozenset({Reason.INVALID_SPEC, Reason.DEADLINE_EXCEEDED, Reas
 """Reasons of a failure that a changed spec may take away."""
 
 
-def reconcile(run: Run, observed: Observed, *, now: float, defaults: Defaults) -> Decision:
-    """What has to be done for a run as it stands now; the same again if nothing of it was done."""
+def reconcile(
+    run: Run, observed: Observed, *, now: float, defaults: Defaults, planned: Sequence[PlannedStage] | None = None
+) -> Decision:
+    """What has to be done for a run as it stands now; the same again if nothing of it was done.
+
+    `planned` is `plan(run)`, where that is known already.
+    """
     status = decode_status(run.status)
     if run.deleting:
         return Decision()
@@ -37,7 +42,7 @@ def reconcile(run: Run, observed: Observed, *, now: float, defaults: Defaults) -
     if problems:
         message = "; ".join(f"{path}: {words}" for path, words in problems)
         return refuse(run, message, now=now)
-    outcome = _step_all(run, status, observed, defaults, now)
+    outcome = _step_all(run, planned or plan(run), status, observed, defaults=defaults, now=now)
     return _decide(run, status, outcome, observed, defaults=defaults, now=now)
 
 
@@ -80,7 +85,15 @@ def _retire(run: Run, status: Status, observed: Observed, now: float) -> Decisio
     )
 
 
-def _step_all(run: Run, status: Status, observed: Observed, defaults: Defaults, now: float) -> Outcome:
+def _step_all(
+    run: Run,
+    planned_stages: Sequence[PlannedStage],
+    status: Status,
+    observed: Observed,
+    *,
+    defaults: Defaults,
+    now: float,
+) -> Outcome:
     old = {s.name: s for s in status.stages}
     asked = requests.find_request(run, status)
     steps: list[Step] = []
@@ -88,7 +101,7 @@ def _step_all(run: Run, status: Status, observed: Observed, defaults: Defaults, 
     rulings: list[gates.Ruling] = []
     done: set[str] = set()
     may_begin = not run.spec.suspend
-    for planned in plan(run):
+    for planned in planned_stages:
         view = _view(run, planned, old, observed, defaults=defaults, now=now)
         step = _step(view, asked=asked, may_begin=may_begin and done.issuperset(planned.depends_on))
         ruling = gates.rule(planned.stage, step.status.metrics) if step.status.state == "Succeeded" else None

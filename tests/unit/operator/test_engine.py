@@ -44,7 +44,9 @@ class World:
         self.runs = RunStore()
         self.metrics = Metrics(CollectorRegistry())
         self.queue: WorkQueue = WorkQueue(backoff=0.01, backoff_limit=0.05)
-        self.children = Children(client, namespaces=(), on_change=self.queue.add, count_restart=lambda *_: None)
+        self.children = Children(
+            client, namespaces=(), on_change=self.queue.add, count_restart=lambda *_: None, clock=self.clock
+        )
         self.recorder = Recorder(client, identity="test", enabled=True, count=lambda _: None, clock=self.clock)
         self.progress = ProgressReader(
             ProgressSettings(), pods=lambda: self.children.pods, on_change=self.queue.add, count=lambda _: None
