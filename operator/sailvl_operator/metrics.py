@@ -108,6 +108,7 @@ class RunCollector(Collector):
         yield _collect_values(statuses)
         yield _collect_restarts(statuses)
         yield from _collect_goodput(statuses)
+        yield _collect_stuck(statuses)
 
 
 def state_of(status: Status) -> str:
@@ -179,8 +180,22 @@ def _collect_goodput(statuses: list[RunStatus]) -> Iterator[Metric]:
     gpu_seconds = CounterMetricFamily(
         "sailvl_run_goodput_gpu_seconds", "Where a run's GPU time went, by bucket.", labels=[*_RUN, "bucket"]
     )
+    lost = CounterMetricFamily("sailvl_run_lost_steps", "Steps that were lost with an attempt.", labels=_RUN)
+    cost = CounterMetricFamily("sailvl_run_cost", "What the GPUs cost at the run's price.", labels=_RUN)
     for namespace, run, status in statuses:
         for metric, buckets in ((seconds, status.goodput.seconds), (gpu_seconds, status.goodput.gpu_seconds)):
             for bucket, value in buckets.items():
                 metric.add_metric([namespace, run, bucket], value)
-    yield from (seconds, gpu_seconds)
+        lost.add_metric([namespace, run], status.goodput.lost_steps)
+        if status.goodput.cost:
+            cost.add_metric([namespace, run], float(status.goodput.cost))
+    yield from (seconds, gpu_seconds, lost, cost)
+
+
+def _collect_stuck(statuses: list[RunStatus]) -> Metric:
+    metric = GaugeMetricFamily("sailvl_run_stuck", "1 while a run is stuck, by the reason.", labels=[*_RUN, "reason"])
+    for namespace, run, status in statuses:
+        stuck = status.condition(ConditionType.STUCK)
+        if stuck is not None and stuck.status == "True":
+            metric.add_metric([namespace, run, stuck.reason], 1)
+    return metric
