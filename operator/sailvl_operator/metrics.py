@@ -58,6 +58,11 @@ class Metrics:
             ("resource", "cause"),
             registry=registry,
         )
+        self.missed_changes = Counter(
+            "sailvl_operator_missed_changes",
+            "Changes of runs that their watch had not told of after a minute, and that were made up for.",
+            registry=registry,
+        )
         self.progress_reads = Counter(
             "sailvl_operator_progress_reads",
             "Reads of /progress from running attempts, by outcome: ok or failed.",

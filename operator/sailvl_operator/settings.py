@@ -42,6 +42,8 @@ class ApiSettings:
     """Seconds after which the server ends a watch, to be resumed."""
     events: bool = True
     """Whether Kubernetes events are written."""
+    resync: float = 60.0
+    """Seconds between looks whether the watch of runs has missed a change; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +111,8 @@ class ServerSettings:
     """0: any free port."""
     stale_watch: float = 420.0
     """Seconds without a sign of life of a watch after which /healthz fails; more than the watch timeout."""
+    stale_runs: float = 300.0
+    """Seconds for which the watch of runs may miss changes before /healthz fails."""
     stale_queue: float = 300.0
     """Seconds that the oldest key may wait before /healthz fails."""
 

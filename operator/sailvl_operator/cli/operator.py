@@ -24,6 +24,7 @@ from sailvl_operator.cluster.credentials import Credentials, load_credentials
 from sailvl_operator.cluster.lease import Leadership
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
+from sailvl_operator.cluster.resync import Resync
 from sailvl_operator.cluster.runs import Key, RunStore
 from sailvl_operator.cluster.server import Server
 from sailvl_operator.cluster.workqueue import WorkQueue
@@ -82,6 +83,14 @@ class Operator:
             on_change=self.queue.add,
             count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
         )
+        self.resync = Resync(
+            self.client,
+            self.runs,
+            namespaces=settings.api.namespaces,
+            interval=settings.api.resync,
+            tell=self._see_run,
+            count=self.metrics.missed_changes.inc,
+        )
         self.leadership = Leadership(self.client, settings.lease)
         self.server = Server(settings.server, self.registry, is_alive=self.find_problems, is_ready=self.find_unready)
         self._register_collectors()
@@ -96,7 +105,9 @@ class Operator:
         """The watches run from the start, also in a replica that waits; the engine only while it leads."""
         try:
             async with asyncio.TaskGroup() as group:
-                background = [group.create_task(part) for part in (self.children.run(), self._lead())]
+                background = [
+                    group.create_task(part) for part in (self.children.run(), self.resync.run(), self._lead())
+                ]
                 await self._run_kopf()
                 for task in background:
                     task.cancel()
@@ -107,11 +118,14 @@ class Operator:
         await self._wait_for_definition()
         namespaces = self.settings.api.namespaces
         registry = handlers.build_registry(
-            lambda type_, raw: handle_run_event(type_, raw, self.runs, self.queue),
+            self._see_run,
             self.credentials,
             watch_timeout=self.settings.api.watch_timeout,
         )
         await kopf.operator(registry=registry, standalone=True, clusterwide=not namespaces, namespaces=namespaces)
+
+    def _see_run(self, type_: str | None, raw: dict[str, Any]) -> None:
+        handle_run_event(type_, raw, self.runs, self.queue)
 
     async def _wait_for_definition(self) -> None:
         """kopf looks for the resource once, at its start: without the definition it would never see a run."""
@@ -178,6 +192,8 @@ class Operator:
         for resource, age in self.children.ages():
             if age > limits.stale_watch:
                 found.append(f"the watch of {resource} has been silent for {age:.0f} s")
+        if self.resync.deaf_for() > limits.stale_runs:
+            found.append(f"the watch of runs has missed changes for {self.resync.deaf_for():.0f} s")
         if self._is_leading() and self.queue.oldest() > limits.stale_queue:
             found.append(f"a key has waited for {self.queue.oldest():.0f} s")
         return found

@@ -24,6 +24,8 @@ EventType = Literal["ADDED", "MODIFIED", "DELETED", "BOOKMARK"]
 
 MERGE_PATCH = "application/merge-patch+json"
 APPLY_PATCH = "application/apply-patch+yaml"
+_JSON = "application/json"
+_METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _PASSING = frozenset({0, 429, 500, 502, 503, 504})
 _RETRY_AFTER_LIMIT = 30.0
 _SILENCE = 150.0
@@ -47,7 +49,7 @@ class Client:
             base_url=self._credentials.server + "/",
             connector=aiohttp.TCPConnector(limit=self._settings.connections, ssl=self._credentials.ssl or True),
             timeout=aiohttp.ClientTimeout(total=self._settings.request_timeout),
-            headers={"Accept": "application/json", "User-Agent": names.FIELD_MANAGER},
+            headers={"User-Agent": names.FIELD_MANAGER},
         )
         return self
 
@@ -59,9 +61,15 @@ class Client:
         return await self._request("get", "GET", resource.path(namespace, name))
 
     async def list_pages(
-        self, resource: Resource, namespace: str = "", *, selector: str = "", field_selector: str = ""
+        self,
+        resource: Resource,
+        namespace: str = "",
+        *,
+        selector: str = "",
+        field_selector: str = "",
+        metadata_only: bool = False,
     ) -> AsyncIterator[tuple[list[Object], str]]:
-        """Pages of objects, each with the list's resourceVersion.
+        """Pages of objects, or of their metadata alone, each with the list's resourceVersion.
 
         Raises Gone when the list takes so long that its snapshot expires: start again.
         """
@@ -71,7 +79,8 @@ class Client:
             "fieldSelector": field_selector,
         }
         while True:
-            page = await self._request("list", "GET", resource.path(namespace), parameters)
+            accept = _METADATA if metadata_only else _JSON
+            page = await self._request("list", "GET", resource.path(namespace), parameters, accept=accept)
             metadata = page["metadata"]
             yield page.get("items") or [], metadata["resourceVersion"]
             if not metadata.get("continue"):
@@ -147,10 +156,11 @@ class Client:
         parameters: Mapping[str, str] | None = None,
         *,
         body: Mapping[str, Any] | None = None,
-        content_type: str = "application/json",
+        content_type: str = _JSON,
+        accept: str = _JSON,
     ) -> Object:
         data = None if body is None else msgspec.json.encode(body)
-        headers = {} if data is None else {"Content-Type": content_type}
+        headers = {"Accept": accept} | ({} if data is None else {"Content-Type": content_type})
         failures = 0
         while True:
             try:

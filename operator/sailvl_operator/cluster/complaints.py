@@ -112,7 +112,7 @@ class ComplaintReader:
     async def _read_event(self, namespace: str, uid: str, subject: str) -> str:
         """The newest warning about an object."""
         fields = f"involvedObject.uid={uid},type=Warning"
-        found = await self._list(resources.EVENTS, namespace, field_selector=fields)
+        found = await self._first_page(resources.EVENTS, namespace, field_selector=fields)
         if not found:
             return ""
         newest = max(found, key=_when)
@@ -120,13 +120,17 @@ class ComplaintReader:
 
     async def _read_workload(self, job: JobRecord) -> str:
         """Why Kueue doesn't let a Job go."""
-        found = await self._list(resources.WORKLOADS, job.namespace, selector=f"{names.LABEL_KUEUE_JOB}={job.uid}")
+        selector = f"{names.LABEL_KUEUE_JOB}={job.uid}"
+        found = await self._first_page(resources.WORKLOADS, job.namespace, selector=selector)
         conditions = [c for workload in found for c in workload.get("status", {}).get("conditions", [])]
         held = next((c for c in conditions if c["type"] == "QuotaReserved" and c["status"] == "False"), None)
         return f"Kueue's queue {job.queue}: {held['message']}" if held is not None else ""
 
-    async def _list(self, resource: resources.Resource, namespace: str, **selectors: str) -> list[dict[str, Any]]:
-        async for items, _ in self._client.list_pages(resource, namespace, **selectors):
+    async def _first_page(
+        self, resource: resources.Resource, namespace: str, *, selector: str = "", field_selector: str = ""
+    ) -> list[dict[str, Any]]:
+        pages = self._client.list_pages(resource, namespace, selector=selector, field_selector=field_selector)
+        async for items, _ in pages:
             return items
         return []
 

@@ -254,17 +254,19 @@ async def test_the_server_answers_probes_and_scrapes():
 
 
 @pytest.mark.parametrize(
-    ("age", "oldest", "problems"),
+    ("age", "oldest", "deaf", "problems"),
     [
-        pytest.param(1.0, 1.0, [], id="well"),
-        pytest.param(500.0, 1.0, ["the watch of pods has been silent for 500 s"], id="a stale watch"),
-        pytest.param(1.0, 400.0, ["a key has waited for 400 s"], id="a stuck queue"),
+        pytest.param(1.0, 1.0, 0.0, [], id="well"),
+        pytest.param(500.0, 1.0, 0.0, ["the watch of pods has been silent for 500 s"], id="a stale watch"),
+        pytest.param(1.0, 400.0, 0.0, ["a key has waited for 400 s"], id="a stuck queue"),
+        pytest.param(1.0, 1.0, 360.0, ["the watch of runs has missed changes for 360 s"], id="a deaf watch of runs"),
     ],
 )
-def test_liveness(age, oldest, problems):
+def test_liveness(age, oldest, deaf, problems):
     operator = object.__new__(Operator)
     operator.settings = Settings()
     operator.children = SimpleNamespace(ages=lambda: [("pods", age)])
     operator.queue = SimpleNamespace(oldest=lambda: oldest)
+    operator.resync = SimpleNamespace(deaf_for=lambda: deaf)
     operator.leadership = SimpleNamespace(is_leading=True)
     assert operator.find_problems() == problems
