@@ -1,0 +1,306 @@
+"""The steps of the random walk: what people, workers, machines, the network and death may do to a run, and how often.
+
+Each says in words what it did, or nothing when there was nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from builders import build_document
+from model_api import may_run
+from sailvl_trainer.contract import ExitCode
+
+if TYPE_CHECKING:
+    from random_walk import Walk
+
+_POLICY = {"maxRestarts": 6, "maxInfraRestarts": 100, "startTimeoutSeconds": 300}
+_ENDS = (
+    (ExitCode.CONFIG, 1),
+    (ExitCode.DATA, 1),
+    (ExitCode.NON_FINITE, 3),
+    (ExitCode.OUT_OF_MEMORY, 2),
+    (ExitCode.STALLED, 4),
+    (ExitCode.PREEMPTED, 5),
+    (ExitCode.PEER_LOST, 4),
+    (ExitCode.TERMINATED, 4),
+    (126, 1),
+    (127, 1),
+    (1, 5),
+    (137, 4),
+    (139, 4),
+)
+"""Exit codes and how often."""
+
+
+def create_the_run(walk: Walk) -> str:
+    if walk.run is not None:
+        return ""
+    spec = build_document()["spec"]
+    stages = [s | {"workers": {"nodes": walk.rng.choice([1, 1, 2, 3])}} for s in spec["stages"]]
+    if walk.rng.random() < 0.2:  # two that may run side by side
+        stages[2] = stages[2] | {"dependsOn": ["curate"], "sft": stages[2]["sft"]}
+    spec = spec | {"stages": stages, "restartPolicy": dict(_POLICY)}
+    if walk.rng.random() < 0.1:
+        spec["suspend"] = True
+    document = build_document(**spec)
+    run = walk.api.create("sailvlruns", document, by="a person")
+    return str(run["metadata"]["uid"])
+
+
+def replace_an_ended_run(walk: Walk) -> str:
+    if walk.run is None or not walk.status.is_finished or walk.rng.random() < 0.5:
+        return ""
+    walk.api.remove("sailvlruns", walk.run, by="a person")
+    return create_the_run(walk) if walk.rng.random() < 0.5 else "later"
+
+
+def delete_the_run(walk: Walk) -> str:
+    if walk.run is None:
+        return ""
+    walk.api.remove("sailvlruns", walk.run, by="a person")
+    return create_the_run(walk) if walk.rng.random() < 0.5 else "and leave it"
+
+
+def suspend(walk: Walk) -> str:
+    if walk.run is None or walk.run["spec"].get("suspend"):
+        return ""
+    walk.edit(lambda spec: spec.update(suspend=True))
+    return "the run"
+
+
+def resume(walk: Walk) -> str:
+    if walk.run is None or not walk.run["spec"].get("suspend"):
+        return ""
+    walk.edit(lambda spec: spec.update(suspend=False))
+    return "the run"
+
+
+def edit_the_workers(walk: Walk) -> str:
+    if walk.run is None:
+        return ""
+    stage, nodes = walk.rng.randrange(len(walk.run["spec"]["stages"])), walk.rng.choice([1, 2, 3])
+    walk.edit(lambda spec: spec["stages"][stage].update(workers={"nodes": nodes}))
+    return f"stage {stage} has {nodes} nodes"
+
+
+def edit_the_policy(walk: Walk) -> str:
+    if walk.run is None:
+        return ""
+    policy = _POLICY | {"maxRestarts": walk.rng.choice([0, 2, 6, 10]), "maxInfraRestarts": walk.rng.choice([3, 100])}
+    walk.edit(lambda spec: spec.update(restartPolicy=policy))
+    return str(policy)
+
+
+def edit_the_image(walk: Walk) -> str:
+    if walk.run is None:
+        return ""
+    image = f"trainer:{walk.rng.randrange(100)}"
+    walk.edit(lambda spec: spec.update(image=image))
+    return image
+
+
+def append_a_stage(walk: Walk) -> str:
+    if walk.run is None or len(walk.run["spec"]["stages"]) >= 6:
+        return ""
+    name = f"extra-{len(walk.run['spec']['stages'])}"
+    stage = {"name": name, "sft": {"data": [{"path": "/data/sft/more"}], "epochs": "1"}}
+    walk.edit(lambda spec: spec["stages"].append(stage))
+    return name
+
+
+def delete_a_pod(walk: Walk) -> str:
+    pod = walk.pod()
+    if pod is None:
+        return ""
+    walk.api.delete("pods", pod, by="a person", grace=walk.rng.choice([None, 1]))
+    return str(pod["metadata"]["name"])
+
+
+def delete_a_job(walk: Walk) -> str:
+    jobs = walk.api.all("jobs")
+    if not jobs:
+        return ""
+    job = walk.rng.choice(jobs)
+    walk.api.remove("jobs", job, by="a person")
+    return str(job["metadata"]["name"])
+
+
+def delete_the_service(walk: Walk) -> str:
+    services = walk.api.all("services")
+    if not services:
+        return ""
+    walk.api.remove("services", services[0], by="a person")
+    return "gone"
+
+
+def evict_a_pod(walk: Walk) -> str:
+    pod = walk.pod(lambda p: may_run(p) and bool(p["spec"].get("nodeName")))
+    if pod is None:
+        return ""
+    walk.cluster.evict(pod, walk.rng.choice(["EvictionByEvictionAPI", "PreemptionByScheduler"]))
+    return str(pod["metadata"]["name"])
+
+
+def lose_a_node(walk: Walk) -> str:
+    node = walk.cluster.nodes[walk.rng.choice(sorted(walk.cluster.nodes))]
+    if sum(n.silent_since is not None for n in walk.cluster.nodes.values()) > 1 or node.silent_since is not None:
+        return ""
+    walk.cluster.silence(node)
+    walk.cluster.later(5.0, 900.0, walk.cluster.bring_back, node)
+    return node.name
+
+
+def a_node_returns(walk: Walk) -> str:
+    silent = [n for n in walk.cluster.nodes.values() if n.silent_since is not None]
+    if not silent:
+        return ""
+    node = walk.rng.choice(silent)
+    walk.cluster.bring_back(node)
+    return node.name
+
+
+def the_cluster_is_full(walk: Walk) -> str:
+    walk.cluster.is_full = True
+    walk.cluster.later(5.0, 500.0, lambda: setattr(walk.cluster, "is_full", False))
+    return "for a while"
+
+
+def the_image_is_gone(walk: Walk) -> str:
+    walk.cluster.is_image_gone = True
+    walk.cluster.later(5.0, 500.0, lambda: setattr(walk.cluster, "is_image_gone", False))
+    return "for a while"
+
+
+def workers_work(walk: Walk) -> str:
+    gang = walk.gang()
+    if gang is None:
+        return ""
+    walk.cluster.workers.work(gang, walk.rng.randrange(1, 80), saves=walk.rng.random() < 0.4)
+    return f"{gang.document.stage} {gang.document.attempt}: step {gang.step}"
+
+
+def ranks_restart_in_place(walk: Walk) -> str:
+    gang = walk.gang()
+    if gang is None:
+        return ""
+    walk.cluster.workers.restart_in_place(gang)
+    return f"{gang.document.stage} {gang.document.attempt}: step {gang.step}"
+
+
+def workers_succeed(walk: Walk) -> str:
+    gang = walk.gang()
+    if gang is None:
+        return ""
+    says = walk.rng.random() < 0.9
+    walk.cluster.workers.finish(gang, says_result=says)
+    return f"{gang.document.stage} {gang.document.attempt}{'' if says else ', the message is lost'}"
+
+
+def a_worker_fails(walk: Walk) -> str:
+    pod = walk.pod(lambda p: p["status"]["phase"] == "Running")
+    if pod is None:
+        return ""
+    code = walk.rng.choices([c for c, _ in _ENDS], [w for _, w in _ENDS])[0]
+    reason = "OOMKilled" if code == 137 and walk.rng.random() < 0.3 else "Error"
+    message = walk.rng.choice([None, None, "", "Killed\n", '{"exit_code": 1, "mess'])
+    walk.cluster.workers.crash(pod, int(code), reason=reason, message=message)
+    return f"{pod['metadata']['name']}: {int(code)} {reason}"
+
+
+def the_api_is_troubled(walk: Walk) -> str:
+    weather, draw = walk.weather, walk.rng.choice
+    weather.refused, weather.lost, weather.slow = draw([0.0, 0.1, 0.5]), draw([0.0, 0.1, 0.4]), draw([0.0, 0.0, 0.1])
+    weather.lag = draw([0.05, 1.0, 20.0])
+    walk.cluster.later(5.0, 200.0, weather.clear_up)
+    return str(weather)
+
+
+def a_watch_breaks(walk: Walk) -> str:
+    if not walk.api.watches:
+        return ""
+    watch = walk.rng.choice(walk.api.watches)
+    if walk.rng.random() < 0.2:
+        watch.is_hanging = True
+        return "it hangs"
+    watch.cut()
+    return "it is cut"
+
+
+def history_is_compacted(walk: Walk) -> str:
+    walk.api.forget_history()
+    for watch in walk.api.watches:
+        watch.cut()
+    return f"before {walk.api.oldest_version}"
+
+
+async def the_operator_is_killed(walk: Walk) -> str:
+    if walk.operator is None:
+        return ""
+    await walk.end()
+    if walk.rng.random() < 0.7:
+        walk.start()
+        return "and starts again"
+    return "and stays away"
+
+
+def the_operator_will_die_at_a_write(walk: Walk) -> str:
+    if walk.wire is None:
+        return ""
+    number, before = walk.rng.choice([1, 1, 2, 3]), walk.rng.random() < 0.5
+    walk.wire.die_at_write(number, before=before)
+    return f"{'before' if before else 'after'} {number} writes"
+
+
+def the_operator_starts(walk: Walk) -> str:
+    if walk.operator is not None:
+        return ""
+    walk.start()
+    return f"life {walk.lives}"
+
+
+def the_clock_jumps(walk: Walk) -> str:
+    seconds = walk.rng.choice([1.0, 30.0, 4000.0])
+    walk.jumped += seconds
+    return f"{seconds} s"
+
+
+async def all_calms_down(walk: Walk) -> str:
+    await walk.calm()
+    return "and nothing was written"
+
+
+Step = Callable[["Walk"], str | Awaitable[str]]
+STEPS: tuple[tuple[Step, int], ...] = (
+    (create_the_run, 40),
+    (replace_an_ended_run, 20),
+    (delete_the_run, 1),
+    (suspend, 2),
+    (resume, 8),
+    (edit_the_workers, 2),
+    (edit_the_policy, 2),
+    (edit_the_image, 1),
+    (append_a_stage, 1),
+    (delete_a_pod, 3),
+    (delete_a_job, 1),
+    (delete_the_service, 1),
+    (evict_a_pod, 2),
+    (lose_a_node, 2),
+    (a_node_returns, 1),
+    (the_cluster_is_full, 1),
+    (the_image_is_gone, 1),
+    (workers_work, 16),
+    (ranks_restart_in_place, 1),
+    (workers_succeed, 8),
+    (a_worker_fails, 8),
+    (the_api_is_troubled, 2),
+    (a_watch_breaks, 3),
+    (history_is_compacted, 1),
+    (the_operator_is_killed, 2),
+    (the_operator_will_die_at_a_write, 4),
+    (the_operator_starts, 30),
+    (the_clock_jumps, 1),
+    (all_calms_down, 1),
+)
+"""And how often, where they are possible."""
