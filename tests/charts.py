@@ -30,7 +30,7 @@ RUN_RIGHTS = (
     | _rights("sailvl.dev", "sailvlruns/finalizers", "update")
     | _rights("batch", "jobs", "get list watch create patch delete")
     | _rights("", "pods", "list watch deletecollection")
-    | _rights("", "services", "get create")
+    | _rights("", "services", "get list watch create")
     | _rights("", "persistentvolumeclaims", "get create")
     | _rights("", "events", "create list")
     | _rights("kueue.x-k8s.io", "workloads", "list")

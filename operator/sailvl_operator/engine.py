@@ -64,7 +64,7 @@ class Engine:
         self._metrics = metrics
         self._defaults = defaults
         self._clock = clock
-        self._actions = Actions(client, children.jobs)
+        self._actions = Actions(client, children)
 
     async def run(self, workers: int) -> None:
         """Serve keys until cancelled; waits for the informers first, since a missing Job means something."""
@@ -75,20 +75,20 @@ class Engine:
 
     async def _work(self) -> None:
         while True:
-            key, waited = await self._queue.get()
+            key, waited, is_due = await self._queue.get()
             self._metrics.queue_seconds.observe(waited)
             try:
                 with self._metrics.reconcile_seconds.time():
-                    outcome = await self._process(key)
+                    outcome = await self._process(key, may_wait=not is_due)
             finally:
                 self._queue.done(key)
             self._metrics.reconciles.labels(outcome).inc()
 
-    async def _process(self, key: Key) -> str:
+    async def _process(self, key: Key, *, may_wait: bool) -> str:
         """Look at one run. Whatever goes wrong is tried again later, and never ends the worker."""
         log_of_run = logging.LoggerAdapter(log, {"namespace": key[0], "run": key[1]})
         try:
-            outcome = await self.look(key)
+            outcome = await self.look(key, may_wait=may_wait)
         except Conflict as error:
             log_of_run.info("looked at an old state, looking again: %s", error)
             await self._refresh(key)
@@ -103,8 +103,9 @@ class Engine:
         self._queue.succeed(key)
         return outcome
 
-    async def look(self, key: Key) -> str:
-        """One reconcile: decide, act, write the status. Says whether the status was written or is unchanged."""
+    async def look(self, key: Key, *, may_wait: bool = False) -> str:
+        """One reconcile: decide, act, write the status. Says whether the status was written, is unchanged, or has to
+        wait because other runs wait to be started."""
         entry = self._runs.get(key)
         if entry is None:
             self._drop(key)
@@ -113,6 +114,11 @@ class Engine:
         refusal = await self._carry_out(entry.run, decision)
         if refusal is not None:
             decision = self._decide(entry, key)  # the status says who refuses
+        elif may_wait and not decision.is_pressing and self._has_bookkeeping(decision) and self._queue.is_crowded():
+            self._queue.put_off(key)
+            return "put off"
+        if decision.serve:
+            await self._actions.serve(entry.run)
         is_written = await self._write_status(entry.run, decision)
         if is_written:
             self._record(entry.run, decision)
@@ -124,6 +130,9 @@ class Engine:
         self._schedule(key, decision)
         self._forget_closed(entry.run, key)
         return "unchanged"
+
+    def _has_bookkeeping(self, decision: Decision) -> bool:
+        return decision.status is not None or decision.serve
 
     async def _carry_out(self, run: Run, decision: Decision) -> NameTaken | Forbidden | Invalid | None:
         """What a person must mend comes back; what passes by itself is raised."""
@@ -152,8 +161,9 @@ class Engine:
     def _observe(self, run: Run, key: Key) -> Observed:
         """This run's children, not those that a deleted run of the same name left behind."""
         jobs = (job for job in self._children.jobs.get(key) if job.owner_uid == run.uid)
+        is_served = any(service.owner_uid == run.uid for service in self._children.services.get(key))
         pods = (pod for pod in self._children.pods.get(key) if pod.created >= run.created)
-        return observe(jobs, pods, self._progress.get(key), self._complaints.get(key))
+        return observe(jobs, pods, self._progress.get(key), self._complaints.get(key), is_served=is_served)
 
     async def _write_status(self, run: Run, decision: Decision) -> bool:
         """Patch what changed, against the very version that was looked at; tells whether anything had."""
@@ -197,6 +207,7 @@ class Engine:
     def _drop(self, key: Key) -> None:
         """The run is gone; the garbage collector takes its children."""
         self._queue.cancel_timer(key)
+        self._children.jobs.forget(key, lambda _: True)
         self._children.pods.forget(key, lambda _: True)
         self._progress.forget(key, lambda *_: True)
         self._complaints.forget(key)
@@ -209,6 +220,7 @@ class Engine:
             status = current.get(stage)
             return status is None or attempt < status.attempt or status.state in ("Succeeded", "Failed")
 
+        self._children.jobs.forget(key, lambda job: is_closed(job.stage, job.attempt))
         self._children.pods.forget(key, lambda pod: is_closed(pod.stage, pod.attempt))
         self._progress.forget(key, is_closed)
 

@@ -36,7 +36,7 @@ class Metrics:
         )
         self.reconciles = Counter(
             "sailvl_operator_reconciles",
-            "Reconciles by outcome: unchanged, written, conflict or error.",
+            "Reconciles by outcome: unchanged, written, put off, conflict or error.",
             ("outcome",),
             registry=registry,
         )

@@ -7,15 +7,15 @@ from typing import Any
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.informer import Store
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.core.decision import Attempt, Decision
 from sailvl_operator.core.desired.claim import build_claim
 from sailvl_operator.core.desired.job import build_job
 from sailvl_operator.core.desired.service import build_service
 from sailvl_operator.core.desired.workload import build_appdef
-from sailvl_operator.core.observe import JobRecord
+from sailvl_operator.core.observe import JobRecord, parse_job
 from sailvl_operator.errors import Conflict, NameTaken, NotFound
 
 _DEAD_GRACE_SECONDS = 1
@@ -23,12 +23,12 @@ _DEAD_GRACE_SECONDS = 1
 
 
 class Actions:
-    """Writes through the client; the Jobs that it makes are in the store at once."""
+    """Writes through the client; what it makes is in the stores at once."""
 
-    def __init__(self, client: Client, jobs: Store[JobRecord]) -> None:
+    def __init__(self, client: Client, children: Children) -> None:
         self._client = client
-        self._jobs = jobs
-        self._prepared: dict[str, None] = {}  # uids of runs whose claim and Service exist, oldest first
+        self._children = children
+        self._prepared: dict[str, None] = {}  # uids of runs whose claim exists, oldest first
 
     async def carry_out(self, run: Run, decision: Decision) -> None:
         """Raises ApiError or NameTaken; what was done stays done, and the next reconcile goes on from there."""
@@ -45,6 +45,11 @@ class Actions:
             await self._take_off_request(run)
         if decision.delete_run:
             await self._delete(resources.RUNS, run.namespace, run.name, run.uid)
+
+    async def serve(self, run: Run) -> None:
+        """The Service by which workers find each other; they look for it once their programs are loaded."""
+        service = build_service(namespace=run.namespace, run=run.name, owner_uid=run.uid)
+        self._children.services.put_created(await self._create(resources.SERVICES, service, run.uid))
 
     async def _end(self, job: JobRecord) -> None:
         selector = f"{names.MANAGED_SELECTOR},{names.LABEL_JOB_NAME}={job.name}"
@@ -68,24 +73,26 @@ class Actions:
 
     async def _suspend(self, job: JobRecord, is_suspended: bool) -> None:
         body = {"metadata": {"uid": job.uid}, "spec": {"suspend": is_suspended}}
-        self._jobs.put(await self._client.patch(resources.JOBS, job.namespace, job.name, body))
+        self._children.jobs.put(await self._client.patch(resources.JOBS, job.namespace, job.name, body))
 
     async def _prepare(self, run: Run) -> None:
-        """Claim and Service, once for a run and process."""
+        """The claim, once for a run and process."""
         if run.uid in self._prepared:
             return
         claim = build_claim(run)
         if claim is not None:
             await self._create(resources.CLAIMS, claim, run.uid)
-        service = build_service(namespace=run.namespace, run=run.name, owner_uid=run.uid)
-        await self._create(resources.SERVICES, service, run.uid)
         self._prepared[run.uid] = None
         if len(self._prepared) > 10_000:
             del self._prepared[next(iter(self._prepared))]
 
     async def _start(self, attempt: Attempt) -> None:
         job = build_job(attempt, build_appdef(attempt))
-        self._jobs.put_created(await self._create(resources.JOBS, job, attempt.owner_uid))
+        found = await self._create(resources.JOBS, job, attempt.owner_uid)
+        if _digest(found) not in ("", _digest(job)):  # made before the spec was changed, which came before the status
+            await self._end(parse_job(found))
+            raise Conflict(f"Job {job['metadata']['name']} is of an earlier spec")
+        self._children.jobs.put_created(found)
 
     async def _create(self, resource: Resource, body: dict[str, Any], owner_uid: str) -> dict[str, Any]:
         """POST, or what is there already if it is ours: server-side apply would adopt a deleted run's leftovers."""
@@ -106,3 +113,8 @@ def _is_ours(existing: dict[str, Any], wanted: dict[str, Any], owner_uid: str) -
     if "ownerReferences" not in wanted:
         return bool(existing.get("labels", {}).get(names.LABEL_RUN) == wanted["labels"][names.LABEL_RUN])
     return any(owner["uid"] == owner_uid for owner in existing.get("ownerReferences", []))
+
+
+def _digest(job: dict[str, Any]) -> str:
+    """Of the stage that a Job carries out; empty: an earlier version made it, which didn't say."""
+    return str(job["metadata"]["labels"].get(names.LABEL_DIGEST, ""))

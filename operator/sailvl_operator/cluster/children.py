@@ -1,22 +1,32 @@
-"""The Jobs and pods of all runs, kept by informers; the engine's view of what exists."""
+"""The Jobs, pods and Services of all runs, kept by informers; the engine's view of what exists."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.informer import Informer, Key, Kind, Store, mark_pod_gone
-from sailvl_operator.core.observe import JobRecord, PodRecord, parse_job, parse_pod, stamp_pod
+from sailvl_operator.cluster.informer import Informer, Key, Kind, Record, Store, mark_gone
+from sailvl_operator.core.observe import (
+    JobRecord,
+    PodRecord,
+    ServiceRecord,
+    parse_job,
+    parse_pod,
+    parse_service,
+    stamp_pod,
+)
 
-_JOBS: Kind[JobRecord] = Kind(resource=resources.JOBS, parse=parse_job)
-_PODS: Kind[PodRecord] = Kind(resource=resources.PODS, parse=parse_pod, mark_gone=mark_pod_gone, stamp=stamp_pod)
+_JOBS: Kind[JobRecord] = Kind(resource=resources.JOBS, parse=parse_job, mark_gone=mark_gone)
+_SERVICES: Kind[ServiceRecord] = Kind(resource=resources.SERVICES, parse=parse_service)
+_PODS: Kind[PodRecord] = Kind(resource=resources.PODS, parse=parse_pod, mark_gone=mark_gone, stamp=stamp_pod)
 
 
 class Children:
-    """Stores of both kinds, and the tasks that fill them."""
+    """Stores of each kind, and the tasks that fill them."""
 
     def __init__(
         self,
@@ -29,14 +39,13 @@ class Children:
     ) -> None:
         self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock)
         self.pods: Store[PodRecord] = Store(_PODS, on_change, clock)
-        scopes = namespaces or ("",)
-        self._jobs = [
-            Informer(client, _JOBS, self.jobs, namespace=scope, count_restart=count_restart) for scope in scopes
-        ]
-        self._pods = [
-            Informer(client, _PODS, self.pods, namespace=scope, count_restart=count_restart) for scope in scopes
-        ]
-        self._informers: list[Informer[JobRecord] | Informer[PodRecord]] = [*self._jobs, *self._pods]
+        self.services: Store[ServiceRecord] = Store(_SERVICES, on_change, clock)
+
+        def watch(kind: Kind[Record], store: Store[Record]) -> list[Informer[Any]]:
+            scopes = namespaces or ("",)
+            return [Informer(client, kind, store, namespace=scope, count_restart=count_restart) for scope in scopes]
+
+        self._informers = watch(_JOBS, self.jobs) + watch(_PODS, self.pods) + watch(_SERVICES, self.services)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -55,5 +64,7 @@ class Children:
 
     def ages(self) -> Iterator[tuple[str, float]]:
         """Seconds since each kind's watch last said anything; the oldest where there are several."""
-        yield resources.JOBS.plural, max(informer.age() for informer in self._jobs)
-        yield resources.PODS.plural, max(informer.age() for informer in self._pods)
+        oldest: dict[str, float] = {}
+        for informer in self._informers:
+            oldest[informer.resource] = max(informer.age(), oldest.get(informer.resource, 0.0))
+        yield from oldest.items()

@@ -146,7 +146,7 @@ class ComplaintReader:
 
 def find_waiting(children: Children, runs: RunStore) -> Iterator[Subject]:
     """The current attempts that have yet to start."""
-    for job in children.jobs:
+    for job in [job for job in children.jobs if not job.is_gone]:
         key = job.namespace, job.run
         pods = tuple(p for p in children.pods.get(key) if (p.stage, p.attempt) == (job.stage, job.attempt))
         entry = runs.get(key)

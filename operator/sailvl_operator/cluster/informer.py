@@ -1,7 +1,7 @@
 """A list and a watch of one kind, trimmed at once to typed records that are indexed by run.
 
-`children.py` runs one for Jobs and one for pods; the engine reads the records. A deleted pod's last state stays, marked
-gone, until the engine forgets it: it is the evidence of how an attempt ended.
+`children.py` runs one for Jobs and one for pods; the engine reads the records. A deleted Job's or
+pod's last state stays, marked gone, until the engine forgets it: it is the evidence of how an attempt ended.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any, Generic, TypeVar
 from sailvl_operator.api import names
 from sailvl_operator.cluster.client import Client, EventType, Object
 from sailvl_operator.cluster.resources import Resource
-from sailvl_operator.core.observe import JobRecord, PodRecord
+from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
 from sailvl_operator.errors import ApiError, Gone
 
 log = logging.getLogger(__name__)
 
-Record = TypeVar("Record", bound=JobRecord | PodRecord)
+Record = TypeVar("Record", bound=JobRecord | PodRecord | ServiceRecord)
+Mortal = TypeVar("Mortal", JobRecord, PodRecord)
 Key = tuple[str, str]
 """namespace, run"""
 
@@ -97,6 +98,8 @@ class Store(Generic[Record]):
     def _keep(self, record: Record) -> None:
         records = self._by_key.setdefault(_key(record), {})
         known = records.get(record.uid)
+        if known is not None and _is_gone(known):
+            return  # an answer to our own write may come after the deletion
         record = self._kind.stamp(record, known, self._clock())
         if known != record:
             records[record.uid] = record
@@ -198,14 +201,14 @@ class Informer(Generic[Record]):
             self._store.put(raw)
 
 
-def mark_pod_gone(pod: PodRecord) -> PodRecord:
-    """The last state of a deleted pod."""
-    return replace(pod, is_gone=True)
+def mark_gone(record: Mortal) -> Mortal:
+    """The last state of a deleted Job or pod."""
+    return replace(record, is_gone=True)
 
 
-def _key(record: JobRecord | PodRecord) -> Key:
+def _key(record: JobRecord | PodRecord | ServiceRecord) -> Key:
     return record.namespace, record.run
 
 
-def _is_gone(record: JobRecord | PodRecord) -> bool:
-    return isinstance(record, PodRecord) and record.is_gone
+def _is_gone(record: JobRecord | PodRecord | ServiceRecord) -> bool:
+    return isinstance(record, JobRecord | PodRecord) and record.is_gone

@@ -79,7 +79,7 @@ class Resync:
         self._judge(is_clean=not missed and not gone)
 
     def _judge(self, *, is_clean: bool) -> None:
-        """What was just made up for isn't missed in the round after: two clean rounds say that the watch hears again."""
+        """What was just made up for isn't missed in the round after: two clean rounds say that it hears again."""
         self._clean_rounds = self._clean_rounds + 1 if is_clean else 0
         if self._clean_rounds >= 2:
             self._deaf_since = None

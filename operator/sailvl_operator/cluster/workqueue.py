@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -15,17 +16,24 @@ class WorkQueue(Generic[K]):
     """Not thread-safe: one event loop's own."""
 
     def __init__(
-        self, *, backoff: float, backoff_limit: float, jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25)
+        self,
+        *,
+        backoff: float,
+        backoff_limit: float,
+        patience: float = 5.0,
+        jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
     ) -> None:
         self._backoff = backoff
         self._backoff_limit = backoff_limit
+        self._patience = patience
         self._jitter = jitter
         self._waiting: dict[K, float] = {}  # in order of arrival, with the time of it
+        self._put_off: dict[K, float] = {}  # the same, of those that let the others go first
         self._active: set[K] = set()
         self._dirty: set[K] = set()
         self._failures: dict[K, int] = {}
         self._timers: dict[K, asyncio.TimerHandle] = {}
-        self._arrived = asyncio.Event()
+        self._idle: deque[asyncio.Future[None]] = deque()  # workers that wait for a key
 
     def add(self, key: K) -> None:
         """Look at a key soon. One that a worker holds is looked at again after it."""
@@ -33,7 +41,11 @@ class WorkQueue(Generic[K]):
             self._dirty.add(key)
         elif key not in self._waiting:
             self._waiting[key] = time.monotonic()
-            self._arrived.set()
+            self._wake()
+
+    def put_off(self, key: K) -> None:
+        """Look at a key again once no other waits, or when it has waited long enough for that."""
+        self._put_off.setdefault(key, time.monotonic())
 
     def add_after(self, key: K, seconds: float) -> None:
         """Look at a key later; replaces its earlier timer."""
@@ -58,15 +70,44 @@ class WorkQueue(Generic[K]):
         """The next failure of the key is its first again."""
         self._failures.pop(key, None)
 
-    async def get(self) -> tuple[K, float]:
-        """The key that waited longest, and for how many seconds; `done` must follow."""
-        while not self._waiting:
-            self._arrived.clear()
-            await self._arrived.wait()
-        key = next(iter(self._waiting))
-        since = self._waiting.pop(key)
+    async def get(self) -> tuple[K, float, bool]:
+        """The key that waited longest, for how many seconds, and whether it may not be put off; `done` must follow."""
+        while (found := self._next()) is None:
+            await self._sleep()
+        key, since, is_due = found
         self._active.add(key)
-        return key, time.monotonic() - since
+        return key, time.monotonic() - since, is_due
+
+    async def _sleep(self) -> None:
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle.append(woken)
+        try:
+            await woken
+        except asyncio.CancelledError:
+            if woken.done() and not woken.cancelled():
+                self._wake()  # another worker has to take what this one was woken for
+            raise
+
+    def _wake(self) -> None:
+        """One worker for one key."""
+        while self._idle:
+            woken = self._idle.popleft()
+            if not woken.done():
+                woken.set_result(None)
+                return
+
+    def _next(self) -> tuple[K, float, bool] | None:
+        """Those put off come after the others, but not for ever. None: nobody waits whom no worker holds."""
+        late = next(((k, t) for k, t in self._put_off.items() if k not in self._active), None)
+        if late is not None and (not self._waiting or time.monotonic() - late[1] > self._patience):
+            key, since = late
+            del self._put_off[key]
+            self._waiting.pop(key, None)
+            return key, since, True
+        if not self._waiting:
+            return None
+        key = next(iter(self._waiting))
+        return key, self._waiting.pop(key), False
 
     def done(self, key: K) -> None:
         """The worker has let go of the key."""
@@ -74,14 +115,21 @@ class WorkQueue(Generic[K]):
         if key in self._dirty:
             self._dirty.discard(key)
             self.add(key)
+        elif key in self._put_off:
+            self._wake()
 
     def depth(self) -> int:
         """Keys that wait for a worker."""
-        return len(self._waiting)
+        return len(self._waiting.keys() | self._put_off.keys())
+
+    def is_crowded(self) -> bool:
+        """Whether others wait, whom a write that can wait would hold up."""
+        return bool(self._waiting)
 
     def oldest(self) -> float:
         """Seconds that the oldest of them has waited."""
-        return time.monotonic() - next(iter(self._waiting.values())) if self._waiting else 0.0
+        since = [next(iter(group.values())) for group in (self._waiting, self._put_off) if group]
+        return time.monotonic() - min(since) if since else 0.0
 
     def _fire(self, key: K) -> None:
         self._timers.pop(key, None)

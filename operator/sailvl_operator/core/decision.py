@@ -56,13 +56,18 @@ class Decision:
     withdraw: tuple[JobRecord, ...] = ()
     """Jobs to delete, their workers with the whole grace: for a suspension where a queue holds the Job's `suspend`."""
     start: tuple[Attempt, ...] = ()
-    """Attempts whose number is in status already; create claim and Service where missing, then the Job."""
+    """First attempts, and later ones whose number is in status already; create the claim where missing, then the
+    Job."""
+    serve: bool = False
+    """The run's Service has to be created."""
     delete_run: bool = False
     """The run itself goes, its children with it."""
     take_off_request: bool = False
     """The annotation that asked for a restart was acted upon."""
     status: Status | None = None
     """The whole new status; None: nothing changed, nothing is written."""
+    is_pressing: bool = False
+    """Something waits for the status: a later attempt for its number."""
     events: tuple[Event, ...] = ()
     requeue_at: float | None = None
     """Unix seconds at which to look again though nothing happened."""

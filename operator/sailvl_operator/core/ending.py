@@ -61,7 +61,7 @@ def requeue(view: View) -> Step:
 
 def lose_result(view: View) -> Step:
     """It succeeded, and its words are gone: the next attempt finds the result."""
-    return _again(view, Cause.INFRA, "the result's message was lost; the stage finds its result on the storage")
+    return fail_infra(view, "the result's message was lost; the stage finds its result on the storage")
 
 
 def restart_by_hand(view: View) -> Step:
@@ -98,8 +98,7 @@ def describe_failure(status: StageStatus) -> str:
     return words[: 1000 - len(hint)] + (f"; {hint}" if hint else "")
 
 
-def _again(view: View, cause: Cause, message: str, failed: StageStatus | None = None) -> Step:
-    status = failed or read_progress(view)
+def _again(view: View, cause: Cause, message: str, status: StageStatus) -> Step:
     charged = _charged(view, status)
     wait = restart.backoff_seconds(cause, charged, f"{view.run.uid}/{status.name}/{status.attempt}", view.defaults)
     new = msgspec.structs.replace(

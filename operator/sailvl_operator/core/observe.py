@@ -72,8 +72,19 @@ class JobRecord:
     created: float = 0.0
     started: float = 0.0
     """Unix seconds at which it was created or, where a queue holds Jobs back, let go."""
+    is_gone: bool = False
+    """Deleted from the API; kept until its attempt is closed."""
     queue: str = ""
     """Kueue's queue that holds it back and lets it go."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceRecord:
+    namespace: str
+    name: str
+    uid: str
+    run: str
+    owner_uid: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,11 +92,15 @@ class Observed:
     """One run's children, by stage and attempt; pods by index."""
 
     jobs: Mapping[tuple[str, int], JobRecord] = field(default_factory=dict)
+    removed: frozenset[tuple[str, int]] = frozenset()
+    """Attempts whose Job was there and is gone."""
     pods: Mapping[tuple[str, int], tuple[PodRecord, ...]] = field(default_factory=dict)
     progress: Mapping[tuple[str, int], Progress] = field(default_factory=dict)
     """What the workers last said of themselves, by stage and attempt."""
     complaints: Mapping[tuple[str, int], str] = field(default_factory=dict)
     """Why an attempt doesn't start, in the words of whoever holds it back, by stage and attempt."""
+    is_served: bool = True
+    """Whether the run's Service is there."""
 
 
 def observe(
@@ -93,16 +108,21 @@ def observe(
     pods: Iterable[PodRecord],
     progress: Mapping[tuple[str, int], Progress] | None = None,
     complaints: Mapping[tuple[str, int], str] | None = None,
+    *,
+    is_served: bool = True,
 ) -> Observed:
     """Sort a run's children once; the newest pod of an index comes last."""
     by_attempt: dict[tuple[str, int], list[PodRecord]] = {}
     for pod in sorted(pods, key=lambda p: (p.index, p.created, p.uid)):
         by_attempt.setdefault((pod.stage, pod.attempt), []).append(pod)
+    sorted_jobs = {(job.stage, job.attempt): job for job in sorted(jobs, key=lambda job: not job.is_gone)}
     return Observed(
-        jobs={(job.stage, job.attempt): job for job in jobs},
+        jobs={key: job for key, job in sorted_jobs.items() if not job.is_gone},
+        removed=frozenset(key for key, job in sorted_jobs.items() if job.is_gone),
         pods={key: tuple(group) for key, group in by_attempt.items()},
         progress=progress or {},
         complaints=complaints or {},
+        is_served=is_served,
     )
 
 
@@ -110,7 +130,6 @@ def parse_job(raw: Mapping[str, Any]) -> JobRecord:
     """Trim a batch/v1 Job that carries our labels."""
     metadata, spec = raw["metadata"], raw.get("spec", {})
     labels = metadata.get("labels", {})
-    owners = metadata.get("ownerReferences", [])
     return JobRecord(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -118,13 +137,25 @@ def parse_job(raw: Mapping[str, Any]) -> JobRecord:
         run=labels.get(names.LABEL_RUN, ""),
         stage=labels.get(names.LABEL_STAGE, ""),
         attempt=int(labels.get(names.LABEL_ATTEMPT, 0)),
-        owner_uid=next((o["uid"] for o in owners if o.get("controller")), ""),
+        owner_uid=_find_owner(metadata),
         is_suspended=bool(spec.get("suspend")),
         is_deleting="deletionTimestamp" in metadata,
         nodes=spec.get("completions", 1),
         created=parse_time(metadata.get("creationTimestamp")),
         started=parse_time(raw.get("status", {}).get("startTime") or metadata.get("creationTimestamp")),
         queue=labels.get(names.LABEL_KUEUE_QUEUE, ""),
+    )
+
+
+def parse_service(raw: Mapping[str, Any]) -> ServiceRecord:
+    """Trim a v1 Service that carries our labels."""
+    metadata = raw["metadata"]
+    return ServiceRecord(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        run=metadata.get("labels", {}).get(names.LABEL_RUN, ""),
+        owner_uid=_find_owner(metadata),
     )
 
 
@@ -170,6 +201,10 @@ def stamp_pod(pod: PodRecord, known: PodRecord | None, now: float) -> PodRecord:
 def parse_time(text: str | None) -> float:
     """RFC 3339 to Unix seconds; nothing is 0."""
     return datetime.fromisoformat(text).timestamp() if text else 0.0
+
+
+def _find_owner(metadata: Mapping[str, Any]) -> str:
+    return next((o["uid"] for o in metadata.get("ownerReferences", []) if o.get("controller")), "")
 
 
 def _container_state(status: Mapping[str, Any]) -> Mapping[str, Any]:

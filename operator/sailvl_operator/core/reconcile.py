@@ -191,30 +191,38 @@ def _decide(run: Run, old: Status, outcome: Outcome, observed: Observed, *, defa
         end=_leftovers(old.stages, observed, is_finished=False),
         suspend=tuple((v.job, s.suspend) for v, s in pairs if s.suspend is not None and v.job is not None),
         withdraw=tuple(v.job for v, s in pairs if s.should_withdraw and v.job is not None),
-        start=_build_starts(run, outcome, defaults),
+        start=_build_starts(outcome),
+        serve=not observed.is_served and _needs_service(outcome),
         take_off_request=requests.is_to_be_taken_off(run, old),
         status=None if new == old else new,
+        is_pressing=any(s.status.attempt > max(1, v.status.attempt) for v, s in pairs),
         events=collect_events(run, old, new, outcome),
         requeue_at=min((t for t in times if t is not None and not new.is_finished), default=None),
     )
 
 
-def _build_starts(run: Run, outcome: Outcome, defaults: Defaults) -> tuple[Attempt, ...]:
+def _needs_service(outcome: Outcome) -> bool:
+    """Workers find each other by it; one alone needs none."""
+    pairs = zip(outcome.views, outcome.steps, strict=True)
+    return any(step.status.state in ACTIVE and view.nodes > 1 for view, step in pairs)
+
+
+def _build_starts(outcome: Outcome) -> tuple[Attempt, ...]:
     outputs = {v.planned.stage.name: v.status.output or v.planned.directory for v in outcome.views}
     pairs = zip(outcome.views, outcome.steps, strict=True)
-    return tuple(_start(run, view, outputs, defaults) for view, step in pairs if step.should_start)
+    return tuple(_start(view, step.status, outputs) for view, step in pairs if step.should_start)
 
 
-def _start(run: Run, view: View, outputs: Mapping[str, str], defaults: Defaults) -> Attempt:
-    last = view.status.last_failure
-    avoided = restart.avoided_nodes(view.status, run.spec.restart_policy)
+def _start(view: View, status: StageStatus, outputs: Mapping[str, str]) -> Attempt:
+    last = status.last_failure
+    avoided = restart.avoided_nodes(status, view.run.spec.restart_policy)
     is_doubted = last is not None and last.cause == Cause.INFRA and last.node and last.node not in avoided
     return build_attempt(
-        run,
+        view.run,
         view.planned,
-        attempt=view.status.attempt,
+        attempt=status.attempt,
         outputs=outputs,
-        defaults=defaults,
+        defaults=view.defaults,
         avoid_nodes=avoided,
         doubted_nodes=(last.node,) if is_doubted and last is not None else (),
     )

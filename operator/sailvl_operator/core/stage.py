@@ -1,6 +1,6 @@
 """One stage's next state, from its status and what is seen of its current attempt; called by `reconcile` for each.
 
-The status is the memory: actions follow from the status as last written, and a new attempt's number is written before
+The status is the memory: actions follow from the status as last written, and a later attempt's number is written before
 its Job exists. So a crash between any two writes is followed by the same decision again.
 """
 
@@ -19,7 +19,7 @@ from sailvl_trainer.contract import Result
 
 
 def begin(view: View) -> Step:
-    """The first attempt of a stage whose turn has come."""
+    """The first attempt of a stage whose turn has come. Its number needs no note: the Job may be made before."""
     status = msgspec.structs.replace(
         view.status,
         state="Starting",
@@ -28,7 +28,10 @@ def begin(view: View) -> Step:
         output=view.planned.directory,
         start_time=format_time(view.now),
     )
-    return Step(status=status, events=(Event(reason=Reason.STAGE_STARTED, message=f"Stage {status.name} starts"),))
+    events = (Event(reason=Reason.STAGE_STARTED, message=f"Stage {status.name} starts"),)
+    first = status.name, 1
+    is_made = first in view.observed.jobs or first in view.observed.removed
+    return Step(status=status, events=events, should_start=not is_made)
 
 
 def step(view: View, *, may_begin: bool) -> Step:
@@ -46,7 +49,7 @@ def advance(view: View) -> Step:
         return _succeed(view)
     if view.run.spec.suspend:
         return _suspend(view)
-    if view.status.state == "Suspended":
+    if view.status.state == "Suspended" or _is_to_be_resumed(view):
         return _resume(view)
     if view.job is None and not view.pods:
         return _start_or_wait(view)
@@ -93,6 +96,12 @@ def _is_queued(view: View) -> bool:
     return isinstance(view.planned.workers.queue_name, str)
 
 
+def _is_to_be_resumed(view: View) -> bool:
+    """Whether the Job was suspended by us, and the run was let go on before that was noted."""
+    is_ours = view.job is not None and view.job.is_suspended and not _is_queued(view)
+    return is_ours and not _has_workers(view)
+
+
 def _resume(view: View) -> Step:
     """A new attempt, so that nothing of the suspended Job's bookkeeping counts against it."""
     status = msgspec.structs.replace(next_attempt(view.status), state="Restarting")
@@ -101,8 +110,8 @@ def _resume(view: View) -> Step:
 
 
 def _start_or_wait(view: View) -> Step:
-    """No Job and no pod: it is to be made, now or after the backoff; if it had run before, somebody removed it."""
-    if view.status.state == "Running":
+    """No Job and no pod: it is to be made, now or after the backoff; if it was there before, somebody removed it."""
+    if view.status.state == "Running" or view.key in view.observed.removed:
         return ending.fail_infra(view, "the Job was removed from outside")
     not_before = parse_time(view.status.not_before)
     if not_before > view.now:

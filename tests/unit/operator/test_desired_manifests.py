@@ -147,7 +147,7 @@ def test_the_whole_job():
         "metadata": {
             "name": "demo-alignment-2",
             "namespace": "team",
-            "labels": LABELS,
+            "labels": LABELS | {"sailvl.dev/digest": plan(build_run())[1].digest[:12]},
             "ownerReferences": [OWNER],
         },
         "spec": {

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import time
+from collections import defaultdict
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -90,7 +91,7 @@ class World:
         return decode_status(self.run.get("status", {}))
 
     def states(self) -> dict[str, tuple[str, int]]:
-        return {s.name: (s.state, s.attempt) for s in self.status.stages}
+        return defaultdict(lambda: ("", 0), {s.name: (s.state, s.attempt) for s in self.status.stages})
 
     async def add_pods(self, stage: str, attempt: int = 1, nodes: int = 1, phase: str = "Running") -> None:
         """What the Job controller and the kubelet do."""
@@ -160,8 +161,15 @@ async def world():
         yield world
 
 
-async def test_a_run_starts_with_its_service_and_its_first_job(world):
-    await world.apply(build_document())
+def spread() -> dict[str, Any]:
+    """The good run with two workers in its first stage."""
+    document = build_document()
+    document["spec"]["stages"][0]["workers"] = {"nodes": 2}
+    return document
+
+
+async def test_a_run_starts_with_its_first_job_and_its_service(world):
+    await world.apply(spread())
     await world.until(lambda: world.api.names("jobs"))
     await world.settled()
     assert world.api.names("jobs") == {"demo-curate-1"}
@@ -172,11 +180,44 @@ async def test_a_run_starts_with_its_service_and_its_first_job(world):
     assert {e["reason"] for e in world.api.all("events")} == {"StageStarted"}
 
 
-async def test_the_attempt_is_in_the_status_before_its_job_exists(world):
+async def test_a_lone_worker_needs_no_service(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
+    await world.settled()
+    assert world.api.names("services") == set()
+
+
+async def test_a_removed_service_is_made_again(world):
+    await world.apply(spread())
+    await world.until(lambda: world.api.names("services"))
+    await world.api.remove("services", "demo")
+    await world.until(lambda: world.api.names("services"))
+
+
+async def test_a_later_attempt_is_in_the_status_before_its_job_exists(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
+    await world.add_pods("curate")
+    await world.until(lambda: world.states()["curate"] == ("Running", 1))
+    del world.api.requests[:]
+    await world.end_pod("curate", 1, 0, 1)
+    await world.until(lambda: "demo-curate-2" in world.api.names("jobs"))
     writes = [path.rsplit("/", 2)[-1] for _, path in world.api.writes()]
     assert writes.index("status") < writes.index("jobs")
+
+
+async def test_starts_come_before_other_writes(world):
+    """Ten runs at once: every Job is there before the first status."""
+    for number in range(10):
+        document = build_document()
+        document["metadata"]["name"] = f"run-{number}"
+        world.see(await world.api.put("sailvlruns", document), "ADDED")
+    await world.until(lambda: len(world.api.names("jobs")) == 10)
+    await world.settled()
+    writes = [path.rsplit("/", 2)[-1] for method, path in world.api.writes() if "events" not in path]
+    last_job = max(i for i, what in enumerate(writes) if what == "jobs")
+    assert writes[: last_job + 1].count("status") <= 2, "but for those that two workers were at already"
+    assert writes.count("status") == 10
 
 
 async def test_nothing_is_written_when_nothing_changed(world):
@@ -254,8 +295,10 @@ async def test_suspend_and_resume(world):
 )
 async def test_what_fails_is_done_later(world, refusal):
     world.api.refusals = [refusal]
-    await world.apply(build_document())
+    await world.apply(spread())
     await world.until(lambda: world.api.names("jobs") == {"demo-curate-1"})
+    await world.until(lambda: world.api.names("services") == {"demo"})
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.settled()
     assert world.states()["curate"] == ("Starting", 1)
 
@@ -292,7 +335,7 @@ async def test_a_job_of_a_deleted_run_of_the_same_name_is_not_adopted(world):
 async def hear(world, plural: str, **fields: Any) -> None:
     """Somebody holds the first attempt back and says why; the operator asks around."""
     await world.apply(build_document(**fields.pop("spec", {})))
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     job = world.api.all("jobs")[0]["metadata"]
     await world.api.put(plural, fields["said_of"](job))
     await world.complaints.read_some()
@@ -315,7 +358,7 @@ async def test_what_the_job_controller_is_refused_is_shown(world):
 
 async def test_what_a_kubelet_says_of_a_volume_is_shown(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     pod = await world.api.put("pods", make_pod("curate", 1, 0, "Pending"))
     await world.api.put("events", make_warning(pod["metadata"]["uid"], "FailedMount", "volume x is gone"))
     await world.until(lambda: world.children.pods.get(KEY))
@@ -341,7 +384,7 @@ async def test_what_kueue_says_is_shown(world):
 
 async def test_a_person_s_request_is_carried_out_once_and_taken_off(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     asked = copy.deepcopy(world.run)
     asked["metadata"]["annotations"] = {names.ANNOTATION_RESTART: "curate"}
     world.see(await world.api.put("sailvlruns", asked))
@@ -354,7 +397,7 @@ async def test_a_person_s_request_is_carried_out_once_and_taken_off(world):
 
 async def test_a_run_past_its_time_is_deleted(world):
     await world.apply(build_document(ttlSecondsAfterFinished=0, stages=build_document()["spec"]["stages"][:1]))
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.add_pods("curate")
     await world.end_pod("curate", 1, 0, 0, result=build_result("curate"))
     await world.until(lambda: not world.api.all("sailvlruns"))
@@ -368,13 +411,13 @@ async def test_an_unreadable_spec_is_refused_and_a_mended_one_taken(world):
     await world.settled()
     assert world.api.names("jobs") == set()
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     assert not world.status.is_true("Failed")
 
 
 async def test_a_deleted_run_is_forgotten(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.add_pods("curate")
     await world.settled()
     raw = world.run
@@ -389,7 +432,7 @@ async def test_a_deleted_run_is_forgotten(world):
 async def test_an_old_event_changes_nothing(world):
     await world.apply(build_document())
     first = copy.deepcopy(world.run)
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.settled()
     before = len(world.api.writes())
     world.see(first)
@@ -400,7 +443,7 @@ async def test_an_old_event_changes_nothing(world):
 
 async def test_series_of_a_run_go_with_it(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.settled()
     registry = CollectorRegistry()
     registry.register(RunCollector(lambda: [(*KEY, decode_status(e.run.status)) for e in world.runs]))

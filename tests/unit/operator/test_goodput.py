@@ -43,7 +43,6 @@ def begin() -> Clock:
     """Its pods are there and have no node yet."""
     clock = Clock(spec=ALIGNMENT, is_patient=False)
     clock.step()
-    clock.step()
     clock.hold(node="", placed=0.0, is_ready=False)
     return clock
 

@@ -48,7 +48,7 @@ async def watching(*namespaces: str, pods: int = 0):
         try:
             async with asyncio.timeout(10):
                 await children.wait_synced()
-                await until(lambda: api.open_watches == 2 * max(1, len(namespaces)))
+                await until(lambda: api.open_watches == 3 * max(1, len(namespaces)))
                 yield SimpleNamespace(api=api, children=children, changes=changes, restarts=restarts)
         finally:
             task.cancel()
@@ -107,14 +107,17 @@ async def test_a_watch_that_ends_is_resumed_without_a_list():
         assert ("pods", "timeout") in world.restarts
 
 
-async def test_deleted_jobs_go_at_once_and_late_answers_do_not_bring_them_back():
+async def test_a_deleted_job_stays_as_gone_and_late_answers_do_not_bring_it_back():
     labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo", names.LABEL_STAGE: "curate"}
     async with watching() as world:
         job = await world.api.put("jobs", {"metadata": {"name": "j", "labels": labels}, "spec": {}})
         await until(lambda: world.children.jobs.get(KEY))
         await world.api.remove("jobs", "j")
-        await until(lambda: not world.children.jobs.get(KEY))
+        await until(lambda: world.children.jobs.get(KEY)[0].is_gone)
         world.children.jobs.put_created(job)
+        world.children.jobs.put(job)
+        assert [found.is_gone for found in world.children.jobs.get(KEY)] == [True]
+        world.children.jobs.forget(KEY, lambda _: True)
         assert world.children.jobs.get(KEY) == []
 
 
@@ -132,7 +135,7 @@ async def test_ages_grow_while_nothing_is_heard():
     async with watching() as world:
         await asyncio.sleep(0.1)
         ages = dict(world.children.ages())
-        assert ages.keys() == {"jobs", "pods"}
+        assert ages.keys() == {"jobs", "pods", "services"}
         assert all(age >= 0.1 for age in ages.values())
 
 

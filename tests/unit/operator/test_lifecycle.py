@@ -337,3 +337,30 @@ def test_the_cost_of_gpus() -> None:
     world.now += 3600
     fail_at(world, saved=0)
     assert (world.status.goodput.cost, world.status.goodput.lost_cost) == ("40.00", "40.00")
+
+
+def test_a_run_let_go_on_before_its_suspension_was_noted() -> None:
+    world = World(is_patient=False)
+    world.settle()
+    job = next(iter(world.jobs.values()))
+    world.jobs[job.name], world.pods = replace(job, is_suspended=True), {}
+    assert settled(world).attempt == 2
+    assert [(j.attempt, j.is_suspended) for j in world.jobs.values()] == [(2, False)]
+
+
+def test_lost_results_use_the_budget_up() -> None:
+    world = World(spec={"restartPolicy": {"maxInfraRestarts": 2}})
+    while not world.status.is_true(ConditionType.FAILED):
+        if world.settle() is not None:
+            for pod in [p for p in world.pods.values() if p.terminated is None]:
+                world.end(pod.index, 0)
+    assert len(world.started) == 3
+
+
+def test_a_job_removed_before_its_pods_were_seen_is_not_made_again() -> None:
+    world = World(is_patient=False)
+    world.step()
+    (job,) = world.jobs.values()
+    world.jobs, world.pods = {job.name: replace(job, is_gone=True)}, {}
+    assert settled(world).attempt == 2
+    assert [a.document.attempt for a in world.started] == [1, 2]

@@ -144,7 +144,6 @@ def test_what_is_not_built_yet_is_refused_and_a_mended_spec_goes_on() -> None:
 def test_pods_that_wait_are_named() -> None:
     world = World()
     world.step()
-    world.step()
     (name,) = world.pods
     words = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
     world.pods[name] = replace(world.pods[name], phase="Pending", is_ready=False, unschedulable=words)
@@ -158,7 +157,6 @@ def test_pods_that_wait_are_named() -> None:
 
 def test_pods_that_never_run_make_room() -> None:
     world = World(spec={"restartPolicy": {"startTimeoutSeconds": 60}})
-    world.step()
     world.step()
     (name,) = world.pods
     world.pods[name] = replace(world.pods[name], phase="Pending", is_ready=False)

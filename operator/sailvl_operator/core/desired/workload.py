@@ -39,14 +39,13 @@ def build_appdef(attempt: Attempt) -> AppDef:
 
 def build_env(attempt: Attempt) -> dict[str, str]:
     """What every worker is told; its index and machine come from where it runs."""
-    document, gpus = attempt.document, count_gpus(attempt.workers)
-    job = names.job_name(document.run, document.stage, document.attempt)
+    gpus = count_gpus(attempt.workers)
     return {
         Env.STAGE_FILE: f"{names.STAGE_MOUNT}/stage.json",
         Env.NODES: str(count_nodes(attempt.workers)),
         Env.PROCESSES_PER_NODE: str(max(1, gpus)),
         Env.DEVICE: "cuda" if gpus else "cpu",
-        Env.RENDEZVOUS_HOST: names.pod_host(job, 0, names.service_name(document.run)),
+        Env.RENDEZVOUS_HOST: _rendezvous_host(attempt),
         Env.RENDEZVOUS_PORT: str(RENDEZVOUS_PORT),
         Env.METRICS_PORT: str(METRICS_PORT),
         Env.IN_PLACE_RESTARTS: str(attempt.in_place_restarts),
@@ -55,6 +54,15 @@ def build_env(attempt: Attempt) -> dict[str, str]:
         Env.TERMINATION_LOG: "/dev/termination-log",
         Env.SCRATCH: "/tmp/sailvl",
     }
+
+
+def _rendezvous_host(attempt: Attempt) -> str:
+    """The first worker, by the run's Service; one alone needs none."""
+    document = attempt.document
+    if count_nodes(attempt.workers) == 1:
+        return "localhost"
+    job = names.job_name(document.run, document.stage, document.attempt)
+    return names.pod_host(job, 0, names.service_name(document.run))
 
 
 def encode_document(document: Stage) -> str:
