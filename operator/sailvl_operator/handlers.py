@@ -28,6 +28,7 @@ def build_registry(sink: Sink, credentials: Credentials, *, watch_timeout: int) 
     @kopf.on.startup(registry=registry)
     async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
         settings.posting.enabled = False
+        settings.persistence.diffbase_storage = _NoEssence()
         settings.scanning.disabled = True
         settings.peering.standalone = True
         settings.watching.server_timeout = watch_timeout
@@ -42,6 +43,19 @@ def build_registry(sink: Sink, credentials: Credentials, *, watch_timeout: int) 
         sink(event["type"], dict(event["object"]))
 
     return registry
+
+
+class _NoEssence(kopf.DiffBaseStorage):
+    """kopf copies every object to tell changes of its essence apart; we look at every event, so nothing is copied."""
+
+    def build(self, *, body: kopf.Body, extra_fields: object = None) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        return None
 
 
 async def _connect(credentials: Credentials) -> kopf.ConnectionInfo:

@@ -16,7 +16,9 @@ from sailvl_operator.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 1000
+_BACKLOG = 10_000
+_PAUSE = 0.04
+"""Seconds between two events: they may wait, other writes may not."""
 _REMEMBERED = 4096
 _MESSAGE_LIMIT = 1024
 
@@ -62,6 +64,7 @@ class Recorder:
             except ApiError as error:
                 self._count("failed")
                 log.warning("an event could not be written: %s", error)
+            await asyncio.sleep(_PAUSE)
 
 
 def build_event(run: Run, *, type_: str, reason: str, message: str, identity: str, now: float) -> dict[str, Any]:
