@@ -200,12 +200,13 @@ class ModelApi:
         return _answer(self.create(plural, body, by=by))
 
     def _select(self, plural: str, namespace: str, query: Mapping[str, str]) -> list[Object]:
-        wanted = parse_selector(query.get("labelSelector", ""))
+        wanted, fields = parse_selector(query.get("labelSelector", "")), parse_selector(query.get("fieldSelector", ""))
         return [
             o
             for o in self.all(plural)
             if namespace in ("", o["metadata"]["namespace"])
             and wanted.items() <= o["metadata"].get("labels", {}).items()
+            and all(_field(o, path) == value for path, value in fields.items())
         ]
 
     def _list(self, plural: str, namespace: str, query: Mapping[str, str]) -> Answer:
@@ -311,6 +312,12 @@ def copy_of(body: Object) -> Object:
 def parse_selector(text: str) -> dict[str, str]:
     pairs = (term.partition("=") for term in text.split(",") if term)
     return {name: value for name, _, value in pairs}
+
+
+def _field(body: Any, path: str) -> Any:
+    for part in path.split("."):
+        body = body.get(part, {})
+    return body
 
 
 def split_path(path: str) -> tuple[str, str, str, str]:

@@ -17,6 +17,7 @@ from model_workers import Workers
 from sailvl_operator.api import names
 
 NAMESPACE = "team"
+_JOBS = "job-controller"
 _ROOM = 3
 """Pods a node has room for."""
 _READY_LOST_AFTER, _EVICTED_AFTER = 14.0, 35.0
@@ -60,6 +61,8 @@ class Cluster:
             self.later(0.5, 4.0, self._collect_orphan, write.plural, uid)
         if write.plural == "jobs":
             self.later(0.01, 0.5, self._sync_job, uid)
+            if self.is_queued(write.object) and write.object["spec"]["suspend"]:
+                self.later(0.5, 60.0, self._admit, uid)
         elif write.plural == "pods":
             self._see_pod(write, uid)
 
@@ -77,15 +80,33 @@ class Cluster:
 
     def _spend(self, job_uid: str, pod: Object) -> None:
         job = self.api.find("jobs", job_uid)
-        if job is not None and not job["spec"].get("suspend"):
+        has_succeeded = pod["status"]["phase"] == "Succeeded"
+        if job is not None and (has_succeeded or not job["spec"].get("suspend")):
             self._spent.setdefault(job_uid, set()).add(index_of(pod))
 
     # The garbage collector.
 
     def _collect_dependents(self, uid: str) -> None:
-        for plural in ("jobs", "pods", "services"):
+        for plural in ("jobs", "pods", "services", "persistentvolumeclaims"):
             for found in [o for o in self.api.all(plural) if owner_of(o) == uid]:
                 self.api.delete(plural, found, by="garbage-collector")
+
+    def delete_in_the_foreground(self, run: Object) -> None:
+        """The run stays, marked as deleted, until its children are gone."""
+        mark = {"deletionTimestamp": self.api.stamp(), "finalizers": ["foregroundDeletion"]}
+        run = self.api.change("sailvlruns", run, lambda new: new["metadata"].update(mark), by="a person")
+        self.later(0.1, 2.0, self._collect_then_remove, run["metadata"]["uid"])
+
+    def _collect_then_remove(self, uid: str) -> None:
+        run = self.api.find("sailvlruns", uid)
+        if run is None:
+            return
+        self._collect_dependents(uid)
+        jobs = {j["metadata"]["uid"] for j in self.api.all("jobs")}
+        if any(owner_of(o) in {uid, *jobs} for plural in ("jobs", "pods") for o in self.api.all(plural)):
+            self.later(0.5, 3.0, self._collect_then_remove, uid)
+        else:
+            self.api.remove("sailvlruns", run, by="garbage-collector")
 
     def _collect_orphan(self, plural: str, uid: str) -> None:
         found = self.api.find(plural, uid)
@@ -102,10 +123,13 @@ class Cluster:
             return
         pods = self.pods_of(uid)
         if job["spec"].get("suspend"):
+            job = self.api.change("jobs", job, lambda new: new.update(status={}), by=_JOBS)
             for pod in pods:
                 if may_run(pod) and "deletionTimestamp" not in pod["metadata"]:
-                    self.api.delete("pods", pod, by="job-controller")
+                    self.api.delete("pods", pod, by=_JOBS)
             return
+        if "startTime" not in job.get("status", {}):
+            job = self.api.change("jobs", job, lambda new: new.update(status={"startTime": self.api.stamp()}), by=_JOBS)
         taken = {index_of(p) for p in pods} | self._spent.get(uid, set())
         for index in sorted(set(range(job["spec"]["completions"])) - taken):
             self._create_pod(job, index)
@@ -127,7 +151,23 @@ class Cluster:
             "spec": {"terminationGracePeriodSeconds": template["spec"]["terminationGracePeriodSeconds"]},
             "status": {"phase": "Pending"},
         }
-        self.api.create("pods", body, by="job-controller")
+        self.api.create("pods", body, by=_JOBS)
+
+    # Kueue.
+
+    def is_queued(self, job: Object) -> bool:
+        """Kueue's, and not over."""
+        spent = self._spent.get(job["metadata"]["uid"], set())
+        return names.LABEL_KUEUE_QUEUE in job["metadata"]["labels"] and len(spent) < job["spec"]["completions"]
+
+    def _admit(self, uid: str) -> None:
+        job = self.api.find("jobs", uid)
+        if job is None or not self.is_queued(job):
+            return
+        if not self.is_full:
+            self.api.change("jobs", job, lambda new: new["spec"].update(suspend=False), by="kueue")
+        else:
+            self.later(5.0, 30.0, self._admit, uid)
 
     # The scheduler.
 
@@ -177,6 +217,17 @@ class Cluster:
         for pod in self._on(node):
             if pod["status"]["phase"] == "Running":
                 self._set_condition(pod, "Ready", {"status": "True"}, by="kubelet")
+
+    def remove(self, node: Node) -> None:
+        """From the cluster: its pods are ended by the garbage collector of pods, without their kubelet."""
+        words = {"status": "True", "reason": "DeletionByPodGC", "message": "node not found"}
+        for pod in self._on(node):
+            self.workers.lose(pod)
+            last = self._set_condition(pod, "DisruptionTarget", words, by="pod-gc")
+            if may_run(last):
+                last = self.api.change("pods", last, lambda new: new["status"].update(phase="Failed"), by="pod-gc")
+            self.api.remove("pods", last, by="pod-gc")
+        node.silent_since, node.deferred = None, []
 
     def evict(self, pod: Object, reason: str) -> None:
         """By the eviction API, a preempting scheduler or the taint manager."""

@@ -118,14 +118,13 @@ class Workers:
 
     def crash(self, pod: Object, code: int, *, reason: str = "Error", message: str | None = None) -> None:
         """One worker ends badly; its peers notice, or hang."""
-        gang = self.gangs[owner_of(pod)]
         words = Termination(exit_code=code, rank=0, message=f"exit {code}", traceback="Traceback: …")
         said = json.dumps(asdict(words)) if message is None else message
         self._end(pod["metadata"]["uid"], code, said, reason)
-        self._lose_peer(gang, pod)
+        self.lose(pod)
 
     def lose(self, pod: Object) -> None:
-        """Its node is cut off: the peers wait for it in vain."""
+        """It is dead or cut off: the peers wait for it in vain."""
         gang = self.gangs.get(owner_of(pod))
         if gang is not None:
             self._lose_peer(gang, pod)

@@ -26,10 +26,10 @@ from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.settings import ApiSettings
 from virtual_time import run_virtually
-from walk_steps import STEPS, create_the_run
+from walk_steps import STEPS, create_the_run, mend
 
 EPOCH = 1_767_225_600.0
-CALM_SECONDS, QUIET_SECONDS = 2400.0, 400.0
+CALM_SECONDS, QUIET_SECONDS = 1800.0, 400.0
 """Until nothing is under way any more; and how long nothing is written then."""
 FINALE_SECONDS = 40_000.0
 _TAIL = 60
@@ -99,7 +99,7 @@ class Walk:
         self.api = ModelApi(clock=self.clock, rng=self.rng)
         self.cluster = Cluster(self.api, self.rng)
         self.weather = Weather()
-        self.ledger = Ledger(api=self.api)
+        self.ledger = Ledger(api=self.api, monotonic=lambda: asyncio.get_running_loop().time())
         self.operator: OperatorProcess | None = None
         self.wire: Wire | None = None
         self.lives = 0
@@ -139,17 +139,28 @@ class Walk:
             ModelClient(self.wire),
             defaults=Defaults(image="trainer:test"),
             clock=lambda: self.clock() + skew,
+            monotonic=asyncio.get_running_loop().time,
             read_progress=self._read_progress,
         )
         self.operator.start()
+        self._reaper = asyncio.ensure_future(self._reap(self.wire))
+
+    async def _reap(self, wire: Wire) -> None:
+        """A process that has died does nothing more."""
+        await wire.death.wait()
+        self._say("the operator dies")
+        assert self.operator is not None
+        operator, self.operator, self.wire = self.operator, None, None
+        await operator.kill()
 
     async def _read_progress(self, reader: ProgressReader) -> None:
         await reader.read_all(ProgressAnswer(self))  # type: ignore[arg-type]
 
     async def end(self) -> None:
-        assert self.operator is not None
-        await self.operator.kill()
-        self.operator = self.wire = None
+        if self.operator is not None:
+            self._reaper.cancel()
+            operator, self.operator, self.wire = self.operator, None, None
+            await operator.kill()
 
     # The walk.
 
@@ -165,8 +176,7 @@ class Walk:
             await self.finale()
         finally:
             logging.getLogger("sailvl_operator").removeHandler(handler)
-            if self.operator is not None:
-                await self.end()
+            await self.end()
 
     async def _step(self) -> None:
         said = ""
@@ -181,9 +191,6 @@ class Walk:
     async def pass_time(self, seconds: float) -> None:
         """And see whether all is as it must be."""
         await asyncio.sleep(seconds)
-        if self.wire is not None and self.wire.death.is_set():
-            self._say("the operator dies")
-            await self.end()
         if self.operator is not None:
             self.operator.check()
         for law in WORLD_LAWS:
@@ -211,8 +218,8 @@ class Walk:
     async def calm(self) -> None:
         """All faults stop. Then nothing is under way after a while, and nothing is written any more."""
         self.clear_up()
-        for _ in range(24):
-            await self.pass_time(CALM_SECONDS / 24)
+        for _ in range(6):
+            await self.pass_time(CALM_SECONDS / 6)
         self._say("all is quiet")
         for law in QUIET_LAWS:
             self.ledger.check(law, self.ledger)
@@ -240,13 +247,14 @@ class Walk:
         """Faults stop, workers succeed: the run ends, well or for a reason that the walk gave it."""
         self._say("the finale")
         self.clear_up()
-        if self.run is None:
+        if self.run is None or "deletionTimestamp" in self.run["metadata"]:
+            await self.pass_time(200.0)
             create_the_run(self)
-        elif self.run["spec"].get("suspend"):
-            self.edit(lambda spec: spec.update(suspend=False))
+        self.edit(mend)
+        self.edit(lambda spec: spec.update(suspend=False))
         self.cluster.workers.obey()
         until = asyncio.get_running_loop().time() + FINALE_SECONDS
-        while not self.status.is_finished:
+        while self.run is not None and not self.status.is_finished:  # its time to live may have ended
             if asyncio.get_running_loop().time() > until:
                 raise LostError(self.explain(f"nothing stands in the way, and the run doesn't end: {self.status}"))
             await self.pass_time(60.0)

@@ -24,6 +24,7 @@ TRANSITION_SECONDS = 60.0
 REMEMBERED_SECONDS = 60.0
 """How long after a run's end an operator may still act for it."""
 _FINISHED = ("Succeeded", "Failed")
+_MENDED_BY_SPEC = (Reason.INVALID_SPEC, Reason.DEADLINE_EXCEEDED, Reason.GATE_FAILED)
 
 
 class BrokenLawError(AssertionError):
@@ -35,12 +36,13 @@ class Ledger:
     """What the laws remember of the walk so far."""
 
     api: ModelApi
+    monotonic: Callable[[], float]
     created: dict[tuple[str, str], str] = field(default_factory=dict)
     """uid of the Job that was made for a run's uid under a name."""
     removed_by: dict[str, str] = field(default_factory=dict)
     """Who removed an object, by its uid."""
-    died: dict[str, float] = field(default_factory=dict)
-    """Time at which a run was removed, by its uid."""
+    removed_at: dict[str, float] = field(default_factory=dict)
+    """When, in seconds of no clock that jumps."""
     operators: set[str] = field(default_factory=set)
     doubled_since: dict[tuple[str, str], float] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
@@ -54,12 +56,11 @@ class Ledger:
             self.created[owner_of(write.object), write.object["metadata"]["name"]] = write.object["metadata"]["uid"]
         if write.plural == "sailvlruns" and write.verb == "update" and write.by in self.operators:
             old, new = _status(write.before), _status(write.after)
-            for status_law in STATUS_LAWS:
+            for status_law in STATUS_LAWS if old != new else ():
                 self.check(status_law, write.object, old, new)
         if write.verb == "remove":
-            self.removed_by[write.object["metadata"]["uid"]] = write.by
-            if write.plural == "sailvlruns":
-                self.died[write.object["metadata"]["uid"]] = self.api.clock()
+            uid = write.object["metadata"]["uid"]
+            self.removed_by[uid], self.removed_at[uid] = write.by, self.monotonic()
 
     def check(self, law: Callable[..., None], *what: object) -> None:
         """Note it when it doesn't hold."""
@@ -75,24 +76,27 @@ class Ledger:
 def jobs_belong_to_a_living_run(ledger: Ledger, job: Object) -> None:
     uid = owner_of(job)
     if ledger.api.find("sailvlruns", uid) is None:
-        late = ledger.api.clock() - ledger.died[uid]
+        late = ledger.monotonic() - ledger.removed_at[uid]
         _hold(late <= REMEMBERED_SECONDS, f"{_name(job)} was made for run {uid}, removed {late:.0f} s ago")
 
 
-def an_attempt_is_in_the_status_before_its_job(ledger: Ledger, job: Object) -> None:
+def a_later_attempt_is_in_the_status_before_its_job(ledger: Ledger, job: Object) -> None:
     stage = _stage_of(ledger, job)
     if stage is not None:
         number = int(job["metadata"]["labels"][names.LABEL_ATTEMPT])
-        _hold(number <= stage.attempt, f"{_name(job)} was made while the status says attempt {stage.attempt}")
+        _hold(number <= max(1, stage.attempt), f"{_name(job)} was made while the status says attempt {stage.attempt}")
 
 
 def no_job_is_made_twice(ledger: Ledger, job: Object) -> None:
-    """But one that somebody else removed, and none of its pods may run any more: its workers' restart in place."""
+    """But one that somebody else removed, or that was withdrawn from a queue, when none of its pods may run any more:
+    it acts as its workers' restart in place."""
     known = ledger.created.get((owner_of(job), job["metadata"]["name"]))
     if known is not None:
         by = ledger.removed_by.get(known, "nobody")
         left = [_name(p) for p in ledger.api.all("pods") if owner_of(p) == known and may_run(p)]
-        is_excused = by not in {"nobody", *ledger.operators} and not left
+        is_fresh = ledger.monotonic() - ledger.removed_at.get(known, 0.0) < REMEMBERED_SECONDS
+        is_withdrawn = names.LABEL_KUEUE_QUEUE in job["metadata"]["labels"] and not left
+        is_excused = is_withdrawn or (by not in {"nobody", *ledger.operators} and (is_fresh or not left))
         _hold(is_excused, f"{_name(job)} was made twice; the first, {known}, was removed by {by}; left: {left}")
 
 
@@ -112,12 +116,13 @@ def an_ended_stage_gets_no_job(ledger: Ledger, job: Object) -> None:
 
 def an_ended_run_gets_no_job(ledger: Ledger, job: Object) -> None:
     run = ledger.api.find("sailvlruns", owner_of(job))
-    _hold(run is None or not _status(run).is_finished, f"{_name(job)} was made for a run that is over")
+    is_over = run is not None and _status(run).is_finished and not _may_go_on(run, _status(run))
+    _hold(not is_over, f"{_name(job)} was made for a run that is over")
 
 
 JOB_LAWS: tuple[Callable[[Ledger, Object], None], ...] = (
     jobs_belong_to_a_living_run,
-    an_attempt_is_in_the_status_before_its_job,
+    a_later_attempt_is_in_the_status_before_its_job,
     no_job_is_made_twice,
     a_stage_waits_for_those_it_depends_on,
     an_ended_stage_gets_no_job,
@@ -179,8 +184,10 @@ def a_stage_fails_only_beyond_its_budget(run: Object, old: Status, new: Status) 
 def what_succeeded_stays(run: Object, old: Status, new: Status) -> None:
     for before, after in _pairs(old, new):
         if before.state == "Succeeded":
-            now = msgspec.structs.replace(after, gate=before.gate) if hasattr(after, "gate") else after
-            _hold(now == before, f"{after.name} had succeeded and was changed: {before} became {after}")
+            _hold(
+                msgspec.structs.replace(after, gate=before.gate) == before,
+                f"{after.name} had succeeded and was changed: {before} became {after}",
+            )
 
 
 def a_started_stage_keeps_its_digest(run: Object, old: Status, new: Status) -> None:
@@ -190,14 +197,7 @@ def a_started_stage_keeps_its_digest(run: Object, old: Status, new: Status) -> N
 
 
 def an_ended_run_stays_ended(run: Object, old: Status, new: Status) -> None:
-    """Unless stages were appended, or its spec was changed after it had been refused."""
-    if not old.is_finished:
-        return
-    failed = old.condition(ConditionType.FAILED)
-    is_extended = len(run["spec"]["stages"]) > len(old.stages) and old.is_true(ConditionType.SUCCEEDED)
-    is_refused = failed is not None and failed.status == "True" and failed.reason == Reason.INVALID_SPEC
-    is_mended = is_refused and run["metadata"]["generation"] != old.observed_generation
-    _hold(is_extended or is_mended, f"the run had ended, and its status became {new}")
+    _hold(not old.is_finished or _may_go_on(run, old), f"the run had ended, and its status became {new}")
 
 
 def conditions_are_well_formed(run: Object, old: Status, new: Status) -> None:
@@ -216,7 +216,11 @@ def conditions_are_well_formed(run: Object, old: Status, new: Status) -> None:
 
 def the_status_is_of_this_generation(run: Object, old: Status, new: Status) -> None:
     generation = run["metadata"]["generation"]
-    _hold(new.observed_generation == generation, f"it says generation {new.observed_generation}, not {generation}")
+    is_over = old.is_finished and new.is_finished
+    _hold(
+        is_over or new.observed_generation == generation,
+        f"it says generation {new.observed_generation}, not {generation}",
+    )
 
 
 def every_second_is_counted_once(run: Object, old: Status, new: Status) -> None:
@@ -270,7 +274,7 @@ STATUS_LAWS: tuple[Callable[[Object, Status, Status], None], ...] = (
 
 def one_attempt_of_a_stage_lives(ledger: Ledger) -> None:
     """Two may for a moment, while an operator sees to it."""
-    now, alive = ledger.api.clock(), _living_attempts(ledger.api)
+    now, alive = ledger.monotonic(), _living_attempts(ledger.api)
     doubled = {key: jobs for key, jobs in alive.items() if len(jobs) > 1}
     ledger.doubled_since = {key: ledger.doubled_since.get(key, now) for key in doubled}
     for key, since in ledger.doubled_since.items():
@@ -348,13 +352,24 @@ def _pairs(old: Status, new: Status) -> list[tuple[StageStatus, StageStatus]]:
 
 def _charged(stage: StageStatus) -> Mapping[str, int]:
     """What counts against the budgets."""
-    return getattr(stage, "charged", stage.restarts)
+    return stage.charged
 
 
 def _dependencies(run: Object) -> dict[str, tuple[str, ...]]:
     from sailvl_operator.api.parse import parse_run
 
     return {p.stage.name: p.depends_on for p in plan(parse_run(run))}
+
+
+def _may_go_on(run: Object, old: Status) -> bool:
+    """Stages were appended, a spec was changed that the run failed by, or a person asks for a stage."""
+    failed = old.condition(ConditionType.FAILED)
+    has_failed = failed is not None and failed.status == "True"
+    is_edited = run["metadata"]["generation"] != old.observed_generation
+    is_mended = failed is not None and has_failed and failed.reason in _MENDED_BY_SPEC and is_edited
+    is_extended = not has_failed and len(run["spec"]["stages"]) > len(old.stages)
+    is_asked = names.ANNOTATION_RESTART in run["metadata"].get("annotations", {}) or bool(old.restart_handled)
+    return is_mended or is_extended or is_asked
 
 
 def _is_of(run: Object, pod: Object) -> bool:

@@ -5,11 +5,14 @@ Each says in words what it did, or nothing when there was nothing to do.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from builders import build_document
 from model_api import may_run
+from sailvl_operator.api import names
+from sailvl_operator.api.status import ConditionType
 from sailvl_trainer.contract import ExitCode
 
 if TYPE_CHECKING:
@@ -37,28 +40,58 @@ _ENDS = (
 def create_the_run(walk: Walk) -> str:
     if walk.run is not None:
         return ""
-    spec = build_document()["spec"]
-    stages = [s | {"workers": {"nodes": walk.rng.choice([1, 1, 2, 3])}} for s in spec["stages"]]
-    if walk.rng.random() < 0.2:  # two that may run side by side
-        stages[2] = stages[2] | {"dependsOn": ["curate"], "sft": stages[2]["sft"]}
-    spec = spec | {"stages": stages, "restartPolicy": dict(_POLICY)}
-    if walk.rng.random() < 0.1:
-        spec["suspend"] = True
-    document = build_document(**spec)
-    run = walk.api.create("sailvlruns", document, by="a person")
+    run = walk.api.create("sailvlruns", build_document(**_draw_spec(walk.rng)), by="a person")
     return str(run["metadata"]["uid"])
+
+
+def _draw_spec(rng: random.Random) -> dict[str, Any]:
+    """What people write."""
+    drawn = build_document()["spec"]
+    stages = drawn["stages"]
+    for stage in stages:
+        stage["workers"] = {"nodes": rng.choice([1, 1, 2, 3])}
+        if rng.random() < 0.15:
+            stage["gate"] = _draw_gate(rng)
+    if rng.random() < 0.2:
+        stages[2]["dependsOn"] = ["curate"]  # beside another
+    workers: dict[str, Any] = {"gpusPerNode": rng.choice([0, 8])}
+    if rng.random() < 0.15:
+        workers["queueName"] = "training"
+    rare = {
+        "suspend": True,
+        "pricePerGpuHour": "2.5",
+        "activeDeadlineSeconds": rng.choice([600, 30_000]),
+        "ttlSecondsAfterFinished": rng.choice([0, 60, 10_000]),
+        "storage": {"volumeClaimTemplate": {"resources": {"requests": {"storage": "1Ti"}}}},
+        "engine": {"name": "fsdp2"},  # refused until it is mended
+    }
+    chosen = {name: value for name, value in rare.items() if rng.random() < 0.08}
+    return drawn | {"workers": workers, "restartPolicy": dict(_POLICY)} | chosen
+
+
+def _draw_gate(rng: random.Random) -> dict[str, Any]:
+    return {
+        "metric": rng.choice(["heldOutLoss", "heldOutLoss", "score"]),
+        "atMost": rng.choice(["1.0", "2.0", "2.0"]),
+        "onFail": rng.choice(["Stop", "Continue", "Pause", "Pause"]),
+    }
 
 
 def replace_an_ended_run(walk: Walk) -> str:
     if walk.run is None or not walk.status.is_finished or walk.rng.random() < 0.5:
         return ""
-    walk.api.remove("sailvlruns", walk.run, by="a person")
-    return create_the_run(walk) if walk.rng.random() < 0.5 else "later"
+    return _delete(walk)
 
 
 def delete_the_run(walk: Walk) -> str:
-    if walk.run is None:
-        return ""
+    return "" if walk.run is None else _delete(walk)
+
+
+def _delete(walk: Walk) -> str:
+    assert walk.run is not None
+    if walk.rng.random() < 0.3:
+        walk.cluster.delete_in_the_foreground(walk.run)
+        return "its children first"
     walk.api.remove("sailvlruns", walk.run, by="a person")
     return create_the_run(walk) if walk.rng.random() < 0.5 else "and leave it"
 
@@ -99,6 +132,49 @@ def edit_the_image(walk: Walk) -> str:
     image = f"trainer:{walk.rng.randrange(100)}"
     walk.edit(lambda spec: spec.update(image=image))
     return image
+
+
+def edit_a_gate(walk: Walk) -> str:
+    if walk.run is None:
+        return ""
+    stage, gate = walk.rng.randrange(len(walk.run["spec"]["stages"])), _draw_gate(walk.rng)
+    walk.edit(lambda spec: spec["stages"][stage].update(gate=gate))
+    return f"stage {stage}: {gate}"
+
+
+def mend_the_spec(walk: Walk) -> str:
+    """Of a run that failed by it, or waits at a gate."""
+    gated = walk.run is not None and any("gate" in stage for stage in walk.run["spec"]["stages"])
+    if walk.run is None or not (gated or walk.status.is_true(ConditionType.FAILED)):
+        return ""
+    walk.edit(mend)
+    return "gates, deadline and engine"
+
+
+def mend(spec: dict[str, Any]) -> None:
+    """Nothing in it stands in the way any more."""
+    for name in ("activeDeadlineSeconds", "engine"):
+        spec.pop(name, None)
+    for stage in spec["stages"]:
+        stage.pop("gate", None)
+
+
+def ask_for_a_restart(walk: Walk) -> str:
+    if walk.run is None:
+        return ""
+    name = walk.rng.choice([*(stage["name"] for stage in walk.run["spec"]["stages"]), "nonsense"])
+    annotations = {names.ANNOTATION_RESTART: name}
+    walk.api.change("sailvlruns", walk.run, lambda new: new["metadata"].update(annotations=annotations), by="a person")
+    return name
+
+
+def kueue_takes_a_place_away(walk: Walk) -> str:
+    queued = [j for j in walk.api.all("jobs") if walk.cluster.is_queued(j) and not j["spec"]["suspend"]]
+    if not queued:
+        return ""
+    job = walk.rng.choice(queued)
+    walk.api.change("jobs", job, lambda new: new["spec"].update(suspend=True), by="kueue")
+    return str(job["metadata"]["name"])
 
 
 def append_a_stage(walk: Walk) -> str:
@@ -150,6 +226,13 @@ def lose_a_node(walk: Walk) -> str:
     walk.cluster.silence(node)
     walk.cluster.later(5.0, 900.0, walk.cluster.bring_back, node)
     return node.name
+
+
+def a_node_is_removed(walk: Walk) -> str:
+    """For good; the garbage collector of pods ends what was on it. Another takes its place."""
+    node = walk.rng.choice(sorted(walk.cluster.nodes))
+    walk.cluster.remove(walk.cluster.nodes[node])
+    return node
 
 
 def a_node_returns(walk: Walk) -> str:
@@ -281,6 +364,10 @@ STEPS: tuple[tuple[Step, int], ...] = (
     (edit_the_workers, 2),
     (edit_the_policy, 2),
     (edit_the_image, 1),
+    (edit_a_gate, 1),
+    (mend_the_spec, 3),
+    (ask_for_a_restart, 1),
+    (kueue_takes_a_place_away, 3),
     (append_a_stage, 1),
     (delete_a_pod, 3),
     (delete_a_job, 1),
@@ -288,6 +375,7 @@ STEPS: tuple[tuple[Step, int], ...] = (
     (evict_a_pod, 2),
     (lose_a_node, 2),
     (a_node_returns, 1),
+    (a_node_is_removed, 1),
     (the_cluster_is_full, 1),
     (the_image_is_gone, 1),
     (workers_work, 16),
