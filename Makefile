@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: help setup check test demo data cluster cluster-down images e2e bench generate lock format clean
+.PHONY: help setup check test demo data cluster cluster-down images e2e bench bench-operator generate lock format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,10 @@ e2e: setup  ## whole runs on the cluster with the built images
 
 bench: setup  ## every benchmark: a table and a JSON line each
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+bench-operator: setup  ## the operator at a thousand runs on a control plane of its own, beside a naive one; about ten minutes
+	@hack/require.sh openssl
+	$(BIN)/python bench/operator
 
 generate: setup  ## crds/, the chart's copy and the reference from the types
 	@mkdir -p build

@@ -1,0 +1,278 @@
+"""A control plane without machines, on loopback: etcd, API server, controllers, scheduler, and kwok as all kubelets.
+
+Its ports are its own, so that it runs beside the cluster of `make cluster`; its folder is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from ssl import create_default_context
+from types import TracebackType
+
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.credentials import load_credentials
+from sailvl_operator.cluster.resources import CLAIMS, RUNS, Resource
+from sailvl_operator.errors import ApiError
+from sailvl_operator.settings import ApiSettings
+
+ROOT = Path(__file__).parents[2]
+API = "https://127.0.0.1:16443"
+ETCD = "http://127.0.0.1:12379"
+NODES = 20
+QPS = 500
+
+FLAGS = {
+    "controller-manager": [f"--kube-api-qps={QPS}", f"--kube-api-burst={QPS * 3 // 2}"],
+    "scheduler": [f"--kube-api-qps={QPS}", f"--kube-api-burst={QPS * 3 // 2}"],
+}
+"""What differs from Kubernetes' defaults and bounds how fast pods come to be; printed with the results."""
+
+NODE_KIND = Resource(api_version="v1", plural="nodes")
+ACCOUNT_KIND = Resource(api_version="v1", plural="serviceaccounts")
+VOLUME_KIND = Resource(api_version="v1", plural="persistentvolumes")
+
+_CERTIFICATES = """
+set -euo pipefail
+source "$HACK/pki.sh"
+authority
+certificate apiserver /CN=kube-apiserver "DNS:localhost,DNS:kubernetes,DNS:kubernetes.default,IP:127.0.0.1,IP:10.97.0.1"
+for who in admin:/O=system:masters/CN=admin controller-manager:/CN=system:kube-controller-manager \
+  scheduler:/CN=system:kube-scheduler; do credentials "${who%%:*}" "${who#*:}"; done
+"""
+_READY = """
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata: {name: pod-ready}
+spec:
+  resourceRef: {apiGroup: v1, kind: Pod}
+  selector:
+    matchExpressions:
+    - {key: .metadata.deletionTimestamp, operator: DoesNotExist}
+    - {key: .status.podIP, operator: DoesNotExist}
+  next:
+    statusTemplate: |
+      {{ $now := Now }}
+      conditions:
+      - {type: Initialized, status: "True", lastTransitionTime: {{ $now | Quote }}}
+      - {type: Ready, status: "True", lastTransitionTime: {{ $now | Quote }}}
+      - {type: ContainersReady, status: "True", lastTransitionTime: {{ $now | Quote }}}
+      containerStatuses:
+      {{ range .spec.containers }}
+      - name: {{ .name | Quote }}
+        image: {{ .image | Quote }}
+        imageID: ""
+        ready: true
+        restartCount: 0
+        state: {running: {startedAt: {{ $now | Quote }}}}
+      {{ end }}
+      hostIP: 127.0.0.1
+      podIP: 127.0.0.2
+      phase: Running
+      startTime: {{ $now | Quote }}
+---
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata: {name: pod-delete}
+spec:
+  resourceRef: {apiGroup: v1, kind: Pod}
+  selector:
+    matchExpressions:
+    - {key: .metadata.deletionTimestamp, operator: Exists}
+  next: {delete: true}
+---
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata: {name: node-ready} # kwok leaves nodes alone, and their pods, where no stage is of nodes
+spec:
+  resourceRef: {apiGroup: v1, kind: Node}
+  selector:
+    matchExpressions:
+    - {key: '.status.conditions.[] | select( .type == "Ready" ) | .status', operator: NotIn, values: ["True"]}
+  next:
+    statusTemplate: |
+      phase: Running
+"""
+"""Pods run as soon as they have a node, and go as soon as they are deleted. Their address answers nothing."""
+
+
+class ControlPlane:
+    """Runs as an asynchronous context manager; `client` is an administrator's."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="sailvl-bench-"))
+        self.kubeconfig = self.folder / "pki/admin.conf"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._bin = Path(subprocess.check_output([ROOT / "hack/cluster/build.sh"], text=True).strip().splitlines()[-1])
+        self.client: Client
+
+    async def __aenter__(self) -> ControlPlane:
+        try:
+            self._start_all()
+            await self._await_ready()
+            credentials = load_credentials(str(self.kubeconfig), "")
+            self.client = await Client(credentials, ApiSettings(connections=64), lambda *_: None).__aenter__()
+            await self._define()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.client.__aexit__(kind, error, trace)
+        self._stop()
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time of each part so far."""
+        return {name: cpu_seconds(process.pid) for name, process in self._processes.items()}
+
+    def _start_all(self) -> None:
+        pki = self.folder / "pki"
+        pki.mkdir()
+        environment = os.environ | {"PKI": str(pki), "API": API, "HACK": str(ROOT / "hack/cluster")}
+        subprocess.run(["bash", "-c", _CERTIFICATES], env=environment, check=True, capture_output=True)
+        (self.folder / "kwok.yaml").write_text(_READY)
+        self._start("etcd", *_etcd(self.folder))
+        self._start("kube-apiserver", *_api_server(pki))
+        for name in ("controller-manager", "scheduler"):
+            self._start(f"kube-{name}", *_component(pki, name), *FLAGS[name], *_EXTRA.get(name, ()))
+
+    def _start(self, name: str, *flags: str) -> None:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self._processes[name] = subprocess.Popen(
+                [self._bin / name, *flags], stdout=log, stderr=log, start_new_session=True
+            )
+
+    async def _await_ready(self) -> None:
+        trust = create_default_context(cafile=str(self.folder / "pki/ca.crt"))
+        trust.load_cert_chain(self.folder / "pki/admin.crt", self.folder / "pki/admin.key")
+        end = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{API}/readyz", context=trust, timeout=5).close()
+                return
+            except OSError:
+                if time.monotonic() > end:
+                    log = (self.folder / "kube-apiserver.log").read_text()[-2000:]
+                    raise RuntimeError(f"the API server is not ready after 90 s:\n{log}") from None
+                await asyncio.sleep(0.3)
+
+    async def _define(self) -> None:
+        """Nodes, the resource, and kwok once there is something for it to do."""
+        await asyncio.gather(*(self._add_node(number) for number in range(NODES)))
+        crd = ROOT / "crds/sailvlruns.yaml"
+        kubectl = [self._bin / "kubectl", f"--kubeconfig={self.kubeconfig}"]
+        subprocess.run([*kubectl, "apply", "--server-side", "-f", crd], check=True, capture_output=True)
+        await self._await(lambda: self._lists(RUNS))
+        await self._await(lambda: self.client.get(ACCOUNT_KIND, "default", "default"))
+        await self._add_storage()
+        config = str(self.folder / "kwok.yaml")
+        flags = ["--manage-all-nodes=true", f"--kubeconfig={self.kubeconfig}", f"--config={config}"]
+        self._start("kwok", *flags, "--server-address=127.0.0.1:11247")
+
+    async def _add_node(self, number: int) -> None:
+        capacity = {"cpu": "1000", "memory": "1000Gi", "pods": "1000"}
+        node = {"metadata": {"name": f"node-{number}"}, "spec": {}}
+        await self.client.create(NODE_KIND, "", node)
+        await self.client.patch(NODE_KIND, "", f"node-{number}", {"spec": {"taints": None}})  # of not being ready yet
+        ready = {"type": "Ready", "status": "True", "reason": "Fake", "message": ""}
+        status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready]}
+        await self.client.patch(NODE_KIND, "", f"node-{number}", {"status": status}, subresource="status")
+
+    async def _add_storage(self) -> None:
+        """The claim that the runs name, bound: pods without it have no node."""
+        common = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
+        claim = {"namespace": "default", "name": "sail-data"}
+        volume = {"capacity": {"storage": "1Ti"}, "hostPath": {"path": "/sail-data"}, "claimRef": claim}
+        await self.client.create(VOLUME_KIND, "", {"metadata": {"name": "sail-data"}, "spec": common | volume})
+        wanted = {"volumeName": "sail-data", "resources": {"requests": {"storage": "1Ti"}}}
+        await self.client.create(CLAIMS, "default", {"metadata": {"name": "sail-data"}, "spec": common | wanted})
+        await self._await(self._is_bound)
+
+    async def _lists(self, resource: Resource) -> bool:
+        async for _ in self.client.list_pages(resource):
+            break
+        return True
+
+    async def _is_bound(self) -> bool:
+        claim = await self.client.get(CLAIMS, "default", "sail-data")
+        return bool(claim.get("status", {}).get("phase") == "Bound")
+
+    async def _await(self, look: Callable[[], Awaitable[object]]) -> None:
+        """Until the API server has an answer that is true."""
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    if await look():
+                        return
+                except ApiError:
+                    pass
+                await asyncio.sleep(0.3)
+
+    def _stop(self) -> None:
+        for process in reversed(self._processes.values()):
+            process.kill()
+            process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+_EXTRA = {
+    "controller-manager": [
+        "--use-service-account-credentials=true",
+        "--pvclaimbinder-sync-period=1s",
+        "--controllers=*,-node-lifecycle-controller",  # nobody renews the fake nodes' leases
+    ]
+}
+
+
+def _etcd(folder: Path) -> list[str]:
+    peers = "http://127.0.0.1:12380"
+    return [
+        f"--data-dir={folder}/etcd",
+        "--unsafe-no-fsync",
+        f"--listen-client-urls={ETCD}",
+        f"--advertise-client-urls={ETCD}",
+        f"--listen-peer-urls={peers}",
+        f"--initial-advertise-peer-urls={peers}",
+        f"--initial-cluster=default={peers}",
+    ]
+
+
+def _api_server(pki: Path) -> list[str]:
+    return [
+        f"--etcd-servers={ETCD}",
+        "--secure-port=16443",
+        "--bind-address=127.0.0.1",
+        "--advertise-address=127.0.0.1",
+        "--endpoint-reconciler-type=none",
+        f"--client-ca-file={pki}/ca.crt",
+        f"--tls-cert-file={pki}/apiserver.crt",
+        f"--tls-private-key-file={pki}/apiserver.key",
+        f"--service-account-key-file={pki}/sa.pub",
+        f"--service-account-signing-key-file={pki}/sa.key",
+        "--service-account-issuer=https://kubernetes.default.svc",
+        "--service-cluster-ip-range=10.97.0.0/16",
+        "--authorization-mode=RBAC",
+    ]
+
+
+def _component(pki: Path, name: str) -> list[str]:
+    shared = [f"--kubeconfig={pki}/{name}.conf", "--leader-elect=false", "--secure-port=0"]
+    if name == "scheduler":
+        return shared
+    return [*shared, f"--service-account-private-key-file={pki}/sa.key", f"--root-ca-file={pki}/ca.crt"]

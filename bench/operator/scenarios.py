@@ -1,0 +1,222 @@
+"""What is measured, one function each. Times are seconds by the benchmark's own clock."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peers import SETTLE_SECONDS, NaiveKopf, SailVL, until
+
+from control_plane import ControlPlane
+from sailvl_operator.api import names
+from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.resources import Resource
+
+NAMESPACE = "default"
+QUIET_SECONDS = 60.0
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """Runs created at once."""
+
+    runs_s: float
+    """Until the last of them was created."""
+    jobs_s: float
+    """From the first creation until every Job existed."""
+    pods_s: float
+    """Until every pod existed."""
+    cpu_s: float
+    """Of the operator, until all was quiet."""
+    events: int
+    """Changes of runs, Jobs and pods meanwhile."""
+    parts: dict[str, float]
+    """CPU seconds of the control plane's parts until every pod existed."""
+
+
+async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs: int, nodes: int, log: Log) -> Start:
+    """So many runs of one stage with so many pods each."""
+    counters = [EventCounter(plane, resource) for resource in (resources.RUNS, resources.JOBS, resources.PODS)]
+    tasks = [asyncio.create_task(counter.run()) for counter in counters]
+    cpu, parts, began = operator.cpu_seconds(), plane.cpu_seconds(), time.monotonic()
+    creating = asyncio.create_task(create_runs(plane, runs, nodes))
+    jobs_s = await _await_count(plane, resources.JOBS, runs, began)
+    runs_s = await creating - began
+    log(f"{runs} runs after {runs_s:.1f} s, their Jobs after {jobs_s:.1f} s")
+    pods_s = await _await_count(plane, resources.PODS, runs * nodes, began)
+    log(f"{runs * nodes} pods after {pods_s:.1f} s")
+    used = {name: seconds - parts.get(name, 0.0) for name, seconds in plane.cpu_seconds().items()}
+    await _await_quiet(operator.cpu_seconds)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return Start(
+        runs_s=runs_s,
+        jobs_s=jobs_s,
+        pods_s=pods_s,
+        cpu_s=operator.cpu_seconds() - cpu,
+        events=sum(counter.seen for counter in counters),
+        parts=used,
+    )
+
+
+async def create_runs(plane: ControlPlane, runs: int, nodes: int) -> float:
+    """All at once over many connections; returns when the last was there."""
+    many = asyncio.Semaphore(48)
+
+    async def create(number: int) -> None:
+        async with many:
+            await plane.client.create(resources.RUNS, NAMESPACE, build_run(f"run-{number:04}", nodes))
+
+    await asyncio.gather(*(create(number) for number in range(runs)))
+    return time.monotonic()
+
+
+def build_run(name: str, nodes: int) -> dict[str, Any]:
+    """One stage, no GPUs."""
+    training = {"data": [{"path": "/data/sft"}], "epochs": "1"}
+    spec = {
+        "image": "registry.example.com/sailvl-trainer:0.1.0",
+        "storage": {"volumeClaim": "sail-data"},
+        "model": {"preset": "tiny"},
+        "workers": {"nodes": nodes, "gpusPerNode": 0},
+        "stages": [{"name": "instruction", "sft": training}],
+    }
+    return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
+
+
+async def measure_quiet(operator: SailVL, log: Log) -> tuple[int, float]:
+    """Writes, and the part of a core, in a minute in which nothing happens."""
+    log(f"{QUIET_SECONDS:.0f} s in which nothing happens")
+    writes, cpu, began = operator.writes(), operator.cpu_seconds(), time.monotonic()
+    await asyncio.sleep(QUIET_SECONDS)
+    wall, cpu = time.monotonic() - began, operator.cpu_seconds() - cpu
+    return operator.writes() - writes, cpu / wall
+
+
+async def measure_replacements(
+    plane: ControlPlane, *, failures: int, rate: float, attempt: int, log: Log
+) -> list[float]:
+    """One pod of each of so many runs fails, so many a second (infinite: at once): seconds from the failure's write
+    until the next attempt's Job, but for the settling time."""
+    log(f"{failures} pods fail, {rate:.0f} a second")
+    failed: dict[str, float] = {}
+    made: dict[str, float] = {}
+    watching = asyncio.create_task(_watch_jobs(plane, attempt + 1, made))
+    await asyncio.sleep(1)
+    victims = await _choose_pods(plane, failures, attempt)
+    began = time.monotonic()
+
+    async def fail(number: int, pod: dict[str, Any]) -> None:
+        await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
+        metadata = pod["metadata"]
+        await plane.client.patch(
+            resources.PODS, NAMESPACE, metadata["name"], {"status": _LOST_PEER}, subresource="status"
+        )
+        failed[metadata["labels"][names.LABEL_RUN]] = time.monotonic()
+
+    await asyncio.gather(*(fail(number, pod) for number, pod in enumerate(victims)))
+    async with asyncio.timeout(180):
+        while not failed.keys() <= made.keys():
+            await asyncio.sleep(0.2)
+    watching.cancel()
+    return sorted(max(0.0, made[run] - at - SETTLE_SECONDS) for run, at in failed.items())
+
+
+_LOST_PEER = {
+    "phase": "Failed",
+    "containerStatuses": [
+        {
+            "name": names.CONTAINER,
+            "image": "",
+            "imageID": "",
+            "ready": False,
+            "restartCount": 0,
+            "state": {"terminated": {"exitCode": 76, "reason": "Error"}},
+        }
+    ],
+}
+"""A worker that lost another: no backoff follows, and the operator waits for the others' word first."""
+
+
+async def measure_restart(plane: ControlPlane, operator: SailVL, *, runs: int, log: Log) -> float:
+    """From the start of a process until it has looked at every run once and none waits."""
+    await operator.stop()
+    log("a fresh start")
+    began = time.monotonic()
+    operator.spawn()
+
+    def is_done() -> bool:
+        done, depth = operator.reconciled()
+        return done >= runs and depth == 0
+
+    await until(is_done, 120, pause=0.1)
+    return time.monotonic() - began
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Of at least two values."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+class EventCounter:
+    """Counts the changes of a kind, unread: each is a line of the watch."""
+
+    def __init__(self, plane: ControlPlane, resource: Resource) -> None:
+        self._plane = plane
+        self._resource = resource
+        self.seen = 0
+
+    async def run(self) -> None:
+        version = ""
+        async for _, version in self._plane.client.list_pages(self._resource, metadata_only=True):  # noqa: B007
+            pass
+        async for type_, _ in self._plane.client.watch(self._resource, resource_version=version):
+            self.seen += type_ != "BOOKMARK"
+
+
+async def _watch_jobs(plane: ControlPlane, attempt: int, made: dict[str, float]) -> None:
+    version = ""
+    async for _, version in plane.client.list_pages(resources.JOBS, metadata_only=True):  # noqa: B007
+        pass
+    async for type_, job in plane.client.watch(resources.JOBS, resource_version=version):
+        labels = job["metadata"].get("labels", {})
+        if type_ == "ADDED" and labels.get(names.LABEL_ATTEMPT) == str(attempt):
+            made[labels[names.LABEL_RUN]] = time.monotonic()
+
+
+async def _choose_pods(plane: ControlPlane, failures: int, attempt: int) -> list[dict[str, Any]]:
+    selector = f"{names.LABEL_ATTEMPT}={attempt},{names.LABEL_COMPLETION_INDEX}=0"
+    pods: list[dict[str, Any]] = []
+    async for items, _ in plane.client.list_pages(resources.PODS, NAMESPACE, selector=selector, metadata_only=True):
+        pods += items
+    return random.Random(0).sample(pods, failures)
+
+
+async def _await_count(plane: ControlPlane, resource: Resource, wanted: int, began: float) -> float:
+    async with asyncio.timeout(900):
+        while await _count(plane, resource) < wanted:
+            await asyncio.sleep(0.1)
+    return time.monotonic() - began
+
+
+async def _count(plane: ControlPlane, resource: Resource) -> int:
+    """By a page of one object: the server tells how many remain."""
+    page = await plane.client._request("list", "GET", resource.path(NAMESPACE), {"limit": "1"})
+    return len(page["items"] or []) + page["metadata"].get("remainingItemCount", 0)
+
+
+async def _await_quiet(cpu: Callable[[], float]) -> None:
+    """Until the operator has done next to nothing for three seconds."""
+    async with asyncio.timeout(300):
+        while True:
+            before = cpu()
+            await asyncio.sleep(3)
+            if cpu() - before < 0.15:
+                return
