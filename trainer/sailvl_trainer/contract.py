@@ -65,7 +65,13 @@ class ExitCode(enum.IntEnum):
     """SIGTERM arrived and no checkpoint was saved within the grace."""
 
 
-FINAL_CODES = frozenset({ExitCode.CONFIG, ExitCode.DATA, ExitCode.NON_FINITE, ExitCode.PREEMPTED})
+STORAGE_CODE = 74
+"""A volume is full, gone or broken: people have to act. No ExitCode: to the operator it is a crash like any other, and
+new pods, which mount the volume anew, try again after a backoff. The number is EX_IOERR of <sysexits.h>."""
+
+FINAL_CODES: frozenset[int] = frozenset(
+    {ExitCode.CONFIG, ExitCode.DATA, ExitCode.NON_FINITE, ExitCode.PREEMPTED, STORAGE_CODE}
+)
 """Codes after which starting the same processes again in place can't help."""
 
 
@@ -295,7 +301,8 @@ class Result:
     seconds: float = 0.0
     """Wall clock of the attempt that finished."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """For gates and status, e.g. heldOutLoss, heldOutLossBefore, heldOutLossShuffled, score, kept, dropped."""
+    """For gates and status, e.g. heldOutLoss, heldOutLossBefore, heldOutLossShuffled, skippedSamples, score, kept,
+    dropped."""
     memoised: bool = False
     """The result was found, not computed."""
 
@@ -317,9 +324,46 @@ class Termination:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Skip:
+    """Optimizer steps whose data is left out, since the loss or the gradient was no number there."""
+
+    first: int
+    """From 1."""
+    last: int
+    step: int
+    """Where it failed first."""
+    failures: int
+    """How often it has failed there; the range grows with it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NonFinite:
+    """ATTEMPTS_DIR/<attempt>.non-finite.json: why an attempt ended with NON_FINITE; what the next one leaves out."""
+
+    attempt: int
+    step: int
+    """The optimizer step that failed, from 1; it is in no checkpoint."""
+    what: str
+    """loss or gradient norm."""
+    value: str
+    """nan, inf or -inf."""
+    samples: tuple[int, ...]
+    """Of that step, as the ledger numbers them."""
+    resume_by: int
+    """The next attempt starts from the newest checkpoint of at most so many steps."""
+    skips: tuple[Skip, ...]
+    """All that the next attempt leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Lineage:
-    """ATTEMPTS_DIR/<attempt>.json, created exclusively: what a cut-off older attempt still writes is off the chain."""
+    """ATTEMPTS_DIR/<attempt>.json: what a cut-off older attempt still writes is off the chain.
+
+    Created exclusively, and empty at first: from then on no older attempt saves, removes or ends anything.
+    """
 
     attempt: int
     start: Checkpoint | None
     """The checkpoint this attempt starts from; None: from the stage's beginning."""
+    skips: tuple[Skip, ...] = ()
+    """What this attempt leaves out."""

@@ -21,8 +21,10 @@ from sailvl_trainer.runtime.distributed import broadcast
 from sailvl_trainer.runtime.documents import encode, read_stage, write_atomic
 from sailvl_trainer.runtime.errors import ConfigError
 from sailvl_trainer.runtime.last_words import end_rank
+from sailvl_trainer.runtime.lineage import claim, require_newest
 from sailvl_trainer.runtime.scratch import Scratch
 from sailvl_trainer.runtime.settings import Settings, read_settings
+from sailvl_trainer.runtime.storage import storage_errors
 
 MODULES = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
 
@@ -49,15 +51,14 @@ def run_stage(settings: Settings, *, rank: int, local_rank: int) -> Result:
     device = choose_device(settings, local_rank)
     seed_everything(stage.seed)
     context = build_context(stage, device=device, rank=rank, local_rank=local_rank, scratch=Scratch(settings.scratch))
-    found = _find_result(context)
+    found = broadcast([_open(context)] if context.is_first else None)[0]
     if found is not None:
         logger.info("the result is there already, in %s", found.output)
         return found
-    if context.is_first:
-        write_atomic(context.files.output / CONFIG_FILE, encode(stage))
     module = importlib.import_module(f"sailvl_trainer.{MODULES[stage.kind]}.stage")
-    result: Result = module.run(context)
-    _finish(context, result)
+    with storage_errors(context.files.output, root=context.files.output):
+        result: Result = module.run(context)
+        _finish(context, result)
     logger.info("%s %s done in %.1f s", stage.kind, stage.stage, time.time() - started)
     return result
 
@@ -85,13 +86,21 @@ def choose_device(settings: Settings, local_rank: int) -> torch.device:
     return device
 
 
-def _find_result(context: Context) -> Result | None:
-    """As the first rank sees it. A restart in place finds what it had written before a neighbour failed."""
-    return broadcast([context.files.find_result()] if context.is_first else None)[0]
+def _open(context: Context) -> Result | None:
+    """The stage's result, or None once the stage is this attempt's to carry out; by the first rank.
+
+    A restart in place finds what it had written before a neighbour failed.
+    """
+    found = context.files.find_result()
+    if found is None:
+        claim(context.files, context.stage.attempt)
+        write_atomic(context.files.output / CONFIG_FILE, encode(context.stage))
+    return found
 
 
 def _finish(context: Context, result: Result) -> None:
     if context.is_first:
+        require_newest(context.files, context.stage.attempt)
         context.files.write_result(result)
     context.telemetry.update(phase="finished", metrics=result.metrics)
     dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -79,8 +80,33 @@ def ignore_the_stop(context: Context) -> None:
     time.sleep(600)
 
 
+def start_slowly(context: Context) -> None:
+    time.sleep(600)
+
+
+def crash_below_python(context: Context) -> None:
+    ctypes.string_at(0)
+
+
+def eat(context: Context) -> None:
+    context.telemetry.update(phase="running", step=7)
+    (b"x" * (256 << 20)) * 64
+
+
 SCENARIOS: dict[str, Callable[[Context], None]] = {
-    f.__name__: f for f in (succeed, refuse, crash_once, killed, hang, step_until_stopped, ignore_the_stop)
+    f.__name__: f
+    for f in (
+        succeed,
+        refuse,
+        crash_once,
+        killed,
+        hang,
+        step_until_stopped,
+        ignore_the_stop,
+        start_slowly,
+        crash_below_python,
+        eat,
+    )
 }
 
 

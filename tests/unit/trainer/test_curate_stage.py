@@ -224,13 +224,39 @@ def test_only_what_is_missing_is_done_again(root: Path, whole: tuple[Stage, Resu
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
 
 
-def test_a_stop_comes_between_two_passes(root: Path) -> None:
-    stage = build_stage(root, name="stop")
-    context = single_process_context(stage, scratch=Path(stage.output) / "scratch")
-    context.preemption._file.write_bytes(b"")
-    with pytest.raises(Preempted, match="what is done stays done"):
-        subject.run(context)
-    assert list((Path(stage.output) / "parts" / "rows").glob("*.parquet"))
+POINTS = [
+    pytest.param(passes, "write_rows", 1, id="verifying"),
+    pytest.param(subject, "decide", 2, id="deciding"),
+    pytest.param(passes, "encode", 2, id="writing"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "rows"), POINTS)
+def test_a_stop_waits_for_the_unit_in_hand_and_keeps_it(
+    owner: Any,
+    name: str,
+    rows: int,
+    *,
+    root: Path,
+    whole: tuple[Stage, Result, Context],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = build_stage(root, name=f"stop-{name}")
+    stop, original = Path(stage.output) / "scratch" / "stop", getattr(owner, name)
+
+    def ask(*args: Any) -> Any:
+        stop.touch()
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, ask)
+        with pytest.raises(Preempted, match="what is done stays done"):
+            curate(stage)
+    assert len(list((Path(stage.output) / "parts" / "rows").glob("*.parquet"))) == rows
+    dist.destroy_process_group()
+    stop.unlink()
+    curate(replace(stage, attempt=2))
+    assert digests(stage) == digests(whole[0])
 
 
 def test_nothing_kept_says_why(root: Path) -> None:

@@ -6,16 +6,17 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sailvl_trainer.contract import ModelConfig
+from sailvl_trainer.contract import ModelConfig, Skip
 from sailvl_trainer.data.chat import IGNORE
 from sailvl_trainer.data.collate import Batch, collate
 from sailvl_trainer.data.index import Encoder, Index, build_index
-from sailvl_trainer.data.loader import choose_samples, held_out_batches, load_steps
+from sailvl_trainer.data.loader import LoadedStep, choose_samples, held_out_batches, load_steps
 from sailvl_trainer.data.make import make_questions
 from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.data.procedural import draw_question
@@ -225,6 +226,19 @@ def test_loading_goes_on_where_it_stopped(index: Index, encoder: Encoder, planne
         assert one.samples == other.samples
         assert torch.equal(one.input_ids_1T, other.input_ids_1T)
         assert torch.equal(one.pixels_N3HW, other.pixels_N3HW)
+
+
+def test_steps_that_are_left_out_are_planned_and_not_read(index: Index, encoder: Encoder, planner: Planner) -> None:
+    state, skips = planner.start(0), (Skip(first=4, last=5, step=4, failures=2),)
+
+    def load(**options: Any) -> list[LoadedStep]:
+        return list(islice(load_steps(planner, index, encoder, state, rank=0, world_size=1, **options), 4))
+
+    plain, skipped = load(), load(done=2, skips=skips)
+    assert [step.is_skipped for step in skipped] == [False, True, True, False]
+    assert [len(step.batches) for step in skipped[1:3]] == [0, 0]
+    for one, other in zip(plain, skipped, strict=True):
+        assert (one.samples, one.tokens, one.after) == (other.samples, other.tokens, other.after)
 
 
 def held_out(index: Index, encoder: Encoder, **changes: object) -> list[Batch]:

@@ -1,8 +1,7 @@
-"""Lineage, results found again, and termination messages that are always whole."""
+"""Results found again, and termination messages that are always whole."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 from runtime_builders import build_stage
 from sailvl_trainer.contract import (
-    Checkpoint,
     ExitCode,
     Result,
     Termination,
@@ -19,41 +17,6 @@ from sailvl_trainer.runtime.documents import decode, encode, read_stage
 from sailvl_trainer.runtime.errors import ConfigError
 from sailvl_trainer.runtime.files import StageFiles
 from sailvl_trainer.runtime.termination import fit
-
-
-def complete(files: StageFiles, attempt: int, step: int) -> Checkpoint:
-    folder = files.checkpoint_dir(attempt, step)
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
-    return Checkpoint(step=step, path=files.relative(folder))
-
-
-def test_an_attempt_goes_on_from_the_one_before(tmp_path: Path) -> None:
-    files = StageFiles(build_stage(tmp_path))
-    assert files.begin_attempt(1) is None
-    complete(files, 1, 10)
-    newest = complete(files, 1, 20)
-    files.checkpoint_dir(1, 30).mkdir()  # killed while saving
-    assert files.begin_attempt(2) == newest
-
-
-def test_an_attempt_that_saved_nothing_hands_its_start_on(tmp_path: Path) -> None:
-    files = StageFiles(build_stage(tmp_path))
-    files.begin_attempt(1)
-    newest = complete(files, 1, 10)
-    files.begin_attempt(2)
-    assert files.begin_attempt(3) == newest
-
-
-def test_what_a_cut_off_attempt_writes_later_is_off_the_chain(tmp_path: Path) -> None:
-    files = StageFiles(build_stage(tmp_path))
-    files.begin_attempt(1)
-    start = complete(files, 1, 10)
-    files.begin_attempt(2)
-    complete(files, 1, 50)
-    assert files.begin_attempt(2) == start, "attempt 2 keeps the start that it recorded"
-    own = complete(files, 2, 20)
-    assert files.begin_attempt(3) == own
 
 
 def test_another_runs_result_is_found_by_the_memo(tmp_path: Path) -> None:
@@ -68,14 +31,6 @@ def test_a_result_of_another_digest_is_none(tmp_path: Path) -> None:
     files = StageFiles(build_stage(tmp_path))
     files.write_result(Result(stage="curate", kind="curate", digest="e" * 64, attempt=1, output="demo/curate"))
     assert files.find_result() is None
-
-
-def test_a_lineage_left_empty_by_a_power_loss_is_written_again(tmp_path: Path) -> None:
-    files = StageFiles(build_stage(tmp_path))
-    files.attempts.mkdir(parents=True)
-    (files.attempts / "1.json").touch()
-    assert files.begin_attempt(1) is None
-    assert json.loads((files.attempts / "1.json").read_text()) == {"attempt": 1, "start": None}
 
 
 LONG = [

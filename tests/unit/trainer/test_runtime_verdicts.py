@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +19,14 @@ from sailvl_trainer.contract import (
 )
 from sailvl_trainer.runtime.blame import blame
 from sailvl_trainer.runtime.diagnosis import describe
-from sailvl_trainer.runtime.documents import decode, encode
-from sailvl_trainer.runtime.errors import ConfigError, Preempted
+from sailvl_trainer.runtime.documents import decode, encode, write_atomic
+from sailvl_trainer.runtime.errors import ConfigError, Preempted, StorageError
+from sailvl_trainer.runtime.memory import Memory
+from sailvl_trainer.runtime.ranks import Ranks
+from sailvl_trainer.runtime.scratch import Scratch
+from sailvl_trainer.runtime.stop import describe_end_of_grace, is_starting
 from sailvl_trainer.runtime.termination import fit
-from sailvl_trainer.runtime.watchdog import is_stalled
+from sailvl_trainer.runtime.watchdog import describe_stall, find_silent, is_stalled
 
 
 def fail(code: int, *, at: int = 0, words: Termination | None = None) -> ProcessFailure:
@@ -37,7 +43,7 @@ BLAME = [
     pytest.param({0: fail(1), 2: fail(64, at=9, words=SAID)}, SAID, id="a final code before any other"),
     pytest.param(
         {0: fail(76), 1: fail(-11, at=9), 2: fail(-15)},
-        Termination(exit_code=139, rank=1, message="rank 1 was ended by SIGSEGV"),
+        Termination(exit_code=139, rank=1, message="rank 1 was ended by SIGSEGV; its stack is in the log"),
         id="a signal of its own before a lost peer and what the agent ended",
     ),
     pytest.param(
@@ -58,6 +64,23 @@ def test_the_rank_to_blame(failures: dict[int, ProcessFailure], said: Terminatio
     assert blame(failures) == said
 
 
+def test_a_kill_by_the_kernel_names_the_memory() -> None:
+    failures = {1: fail(-9)}
+    said = blame(failures, oom=Memory(peak=4 << 30, limit=4 << 30, kills=1))
+    assert (said.exit_code, said.rank) == (67, 1)
+    assert said.message == (
+        "rank 1 was killed by the kernel for want of memory: peak 4.0 GiB of 4.0 GiB; raise the workers' memory"
+    )
+    assert blame(failures) == Termination(exit_code=137, rank=1, message="rank 1 was ended by SIGKILL")
+
+
+def test_a_signal_that_has_a_stack_shows_it(tmp_path: Path) -> None:
+    (tmp_path / "1.txt").write_text("Fatal Python error: Bus error")
+    said = blame({0: fail(-7)}, stacks=tmp_path)
+    assert (said.exit_code, said.traceback) == (135, "Fatal Python error: Bus error")
+    assert "SIGBUS; a volume that it had mapped is full or gone" in said.message
+
+
 def raised_from(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
@@ -74,6 +97,13 @@ ERRORS = [
     pytest.param(ConnectionResetError("Connection reset by peer"), 1, "ConnectionResetError", id="some other server"),
     pytest.param(torch.OutOfMemoryError("tried 2 GiB"), 67, "lower packTokens", id="the accelerator is full"),
     pytest.param(MemoryError(), 67, "raise the workers' memory limit", id="the machine is full"),
+    pytest.param(
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        67,
+        "raise the workers' memory limit",
+        id="torch on a full machine",
+    ),
+    pytest.param(StorageError("make room"), 74, "make room", id="the storage is full"),
 ]
 
 
@@ -93,21 +123,86 @@ def test_a_stop_carries_its_checkpoint() -> None:
 
 BEAT = Progress(attempt=1, phase="running", time=100.0)
 STALLS = [
-    pytest.param(BEAT, 50.0, 109.0, False, id="still in time"),
-    pytest.param(BEAT, 50.0, 111.0, True, id="too late"),
-    pytest.param(replace(BEAT, phase="stopping"), 50.0, 111.0, True, id="a stop may not hang either"),
-    pytest.param(replace(BEAT, phase="starting"), 50.0, 999.0, False, id="starting takes its time"),
-    pytest.param(replace(BEAT, phase="checkpointing"), 50.0, 999.0, False, id="saving does"),
-    pytest.param(replace(BEAT, phase="evaluating"), 50.0, 999.0, False, id="evaluating does"),
-    pytest.param(BEAT, 105.0, 999.0, False, id="the beat of ranks that are gone"),
-    pytest.param(BEAT, None, 999.0, False, id="no ranks at present"),
-    pytest.param(None, 50.0, 999.0, False, id="no beat as yet"),
+    pytest.param(BEAT, 50.0, 109.0, 0, id="still in time"),
+    pytest.param(BEAT, 50.0, 111.0, 10, id="too late"),
+    pytest.param(replace(BEAT, phase="stopping"), 50.0, 111.0, 10, id="a stop may not hang either"),
+    pytest.param(replace(BEAT, phase="starting"), 50.0, 199.0, 0, id="starting takes its time"),
+    pytest.param(replace(BEAT, phase="checkpointing"), 50.0, 199.0, 0, id="saving does"),
+    pytest.param(replace(BEAT, phase="evaluating"), 50.0, 199.0, 0, id="evaluating does"),
+    pytest.param(replace(BEAT, phase="checkpointing"), 50.0, 201.0, 100, id="but not for ever"),
+    pytest.param(BEAT, 105.0, 204.0, 0, id="the beat of ranks that are gone; theirs may take long to come"),
+    pytest.param(BEAT, 105.0, 206.0, 100, id="but not for ever either"),
+    pytest.param(None, 50.0, 149.0, 0, id="no beat as yet"),
+    pytest.param(None, 50.0, 151.0, 100, id="a rank that never said a word"),
 ]
 
 
-@pytest.mark.parametrize(("progress", "since", "now", "stalled"), STALLS)
-def test_when_a_worker_is_stalled(progress: Progress | None, since: float | None, now: float, stalled: bool) -> None:
-    assert is_stalled(progress, since=since, now=now, stall_seconds=10) is stalled
+@pytest.mark.parametrize(("progress", "since", "now", "limit"), STALLS)
+def test_when_a_rank_is_stalled(progress: Progress | None, since: float, now: float, limit: int) -> None:
+    assert is_stalled(progress, since=since, now=now, stall_seconds=10) == limit
+
+
+def beat(scratch: Scratch, *progress: Progress) -> None:
+    for local_rank, document in enumerate(progress):
+        write_atomic(scratch.progress_of(local_rank), encode(document))
+
+
+def test_every_rank_is_watched(tmp_path: Path) -> None:
+    """A rank that waits for its neighbours may go on beating."""
+    ranks, scratch = Ranks(), Scratch(tmp_path)
+    assert find_silent(ranks, scratch, now=1e12, stall_seconds=10) is None
+    ranks.begin([1, 2])
+    now = time.time() + 1000
+    well = replace(BEAT, time=now)
+    beat(scratch, well, well)
+    assert find_silent(ranks, scratch, now=now, stall_seconds=10) is None
+    beat(scratch, well, replace(BEAT, time=now - 11, step=7))
+    assert find_silent(ranks, scratch, now=now, stall_seconds=10) == "no progress for 10 s (running, after step 7)"
+
+
+def test_the_rarest_stack_is_the_one_that_is_not_cut() -> None:
+    waiting, lost = '  File "distributed.py", line 5 in wait', '  File "odd.py", line 1 in think'
+    stacks = [f"local rank {i}:\nThread {i * 7}\n{lost if i == 1 else waiting}" for i in range(4)]
+    said = describe_stall("no progress", stacks)
+    assert said.message == "no progress; the stack of every rank is in its worker's log"
+    assert (said.exit_code, said.traceback) == (68, "\n".join(stacks[i] for i in (0, 2, 3, 1)))
+
+
+SAVED = Checkpoint(step=7, path="c")
+STEPS = Progress(attempt=1, phase="checkpointing", step=9, checkpoint=SAVED)
+GRACES = [
+    pytest.param(STEPS, 143, "the 2 steps since the last one are lost", SAVED, id="steps since the checkpoint"),
+    pytest.param(replace(STEPS, checkpoint=None), 143, "the 9 steps", None, id="no checkpoint"),
+    pytest.param(replace(STEPS, step=7), 75, "no step is lost", SAVED, id="exporting, all saved"),
+    pytest.param(replace(STEPS, step=0, checkpoint=None), 75, "no step is lost", None, id="before the first step"),
+    pytest.param(replace(STEPS, unit="samples"), 75, "what is done stays done", None, id="curating"),
+    pytest.param(replace(STEPS, unit="questions"), 75, "what is done stays done", None, id="evaluating"),
+    pytest.param(None, 75, "what is done stays done", None, id="nothing known"),
+]
+
+
+@pytest.mark.parametrize(("progress", "code", "words", "saved"), GRACES)
+def test_what_is_lost_at_the_end_of_the_grace(
+    progress: Progress | None, code: int, words: str, saved: Checkpoint | None
+) -> None:
+    said = describe_end_of_grace(progress, 30)
+    assert (said.exit_code, said.checkpoint) == (code, saved)
+    assert "within 30 s of SIGTERM" in said.message
+    assert words in said.message
+
+
+STARTS = [
+    pytest.param(None, None, True, id="no ranks yet"),
+    pytest.param(BEAT, None, True, id="being started again"),
+    pytest.param(BEAT, 105.0, True, id="the words are those of ranks that are gone"),
+    pytest.param(replace(BEAT, phase="starting"), 50.0, True, id="loading"),
+    pytest.param(BEAT, 50.0, False, id="at work"),
+]
+
+
+@pytest.mark.parametrize(("progress", "since", "expected"), STARTS)
+def test_whether_there_is_nothing_to_lose_yet(progress: Progress | None, since: float | None, expected: bool) -> None:
+    assert is_starting(progress, since) is expected
 
 
 @pytest.mark.parametrize("limit", [4096, 500])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +27,14 @@ pytestmark = pytest.mark.slow
 LIMIT = 60
 """Seconds that a worker may take."""
 HERE = Path(__file__).parent
-WORKER = "from sailvl_trainer.runtime.entry import main; main('runtime_rank')"
+WORKER = """
+import os, sys
+if sys.argv[2]:
+    open(sys.argv[2] + "/cgroup.procs", "w").write(str(os.getpid()))
+from sailvl_trainer.runtime.entry import main
+main(sys.argv[1])
+"""
+CGROUP_2, LIMIT_BYTES = Path("/sys/fs/cgroup"), 3 << 29
 
 
 def free_port() -> int:
@@ -45,6 +53,10 @@ class Attempt:
     nodes: int = 1
     environment: dict[str, object] = field(default_factory=dict)
     processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    rank: str = "runtime_rank"
+    """The module that ranks run."""
+    group: Path | None = None
+    """A control group for the workers."""
     rendezvous: int = field(default_factory=free_port)
     metrics: int = field(default_factory=free_port)
 
@@ -66,7 +78,7 @@ class Attempt:
             "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)]),
         }
         process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
+            [sys.executable, "-c", WORKER, self.rank, str(self.group or "")],
             env=os.environ | {k: str(v) for k, v in (variables | self.environment | environment).items()},
             stdout=log,
             stderr=log,
@@ -161,7 +173,7 @@ def test_a_killed_rank_is_named_and_its_neighbour_says_that_it_is_not_to_blame(a
     it.start(1)
     neighbour, killed = sorted((it.end(index) for index in range(2)), key=lambda said: said.exit_code)
     assert (killed.exit_code, killed.rank) == (137, 1)
-    assert killed.message == "rank 1 was ended by SIGKILL; out of memory?"
+    assert killed.message == "rank 1 was ended by SIGKILL"
     assert (neighbour.exit_code, neighbour.rank) == (76, 0)
     assert "another rank is gone" in neighbour.message
 
@@ -170,14 +182,37 @@ def test_a_hang_ends_the_worker_and_shows_every_ranks_stack(attempt: Start) -> N
     it = attempt("hang", environment={Env.PROCESSES_PER_NODE: 2, Env.STALL_SECONDS: 2})
     it.start()
     said = it.end()
-    assert (said.exit_code, said.message) == (
-        68,
-        "no progress for 2 s after step 7; the stack of every rank is in the log",
-    )
+    words = "no progress for 2 s (running, after step 7); the stack of every rank is in its worker's log"
+    assert (said.exit_code, said.message) == (68, words)
     log = it.log()
     assert log.index("local rank 0") < log.index("in sum_over_ranks") < log.index("local rank 1")
     assert log.index("local rank 1") < log.index("in get_lost_in_thought")
     assert "in get_lost_in_thought" in said.traceback
+
+
+def test_a_hang_on_one_worker_shows_the_stacks_of_all(attempt: Start) -> None:
+    it = attempt("hang", nodes=2, environment={Env.STALL_SECONDS: 2})
+    it.start(0)
+    it.start(1)
+    assert [it.end(index).exit_code for index in range(2)] == [68, 68], it.log(0) + it.log(1)
+    logs = sorted((it.log(0), it.log(1)), key=lambda log: "in get_lost_in_thought" in log)
+    assert "in sum_over_ranks" in logs[0], "the one that waits in the collective"
+    assert "in get_lost_in_thought" in logs[1]
+
+
+def test_a_stopped_rank_cannot_answer_and_the_kernel_answers_for_it(attempt: Start) -> None:
+    it = attempt("step_until_stopped", nodes=2, environment={Env.STALL_SECONDS: 2})
+    it.start(0)
+    it.start(1)
+    it.wait_for_step(2)
+    (rank,) = children(it.processes[1].pid)
+    os.kill(rank, signal.SIGSTOP)
+    stopped, begun = it.end(1), time.monotonic()
+    assert (stopped.exit_code, "state T (stopped)" in stopped.traceback) == (68, True), it.log(1)
+    assert it.end(0).exit_code == 68, it.log(0)
+    assert time.monotonic() - begun < 10, "both end at about the same time"
+    assert "in requested" in it.log(0), "its neighbour waits in a collective"
+    wait_until_gone([rank])
 
 
 def test_ranks_stop_together_with_a_checkpoint(attempt: Start) -> None:
@@ -185,7 +220,8 @@ def test_ranks_stop_together_with_a_checkpoint(attempt: Start) -> None:
     it.start(0)
     it.start(1)
     it.wait_for_step(3)
-    it.processes[1].send_signal(signal.SIGTERM)
+    for _ in range(2):  # a second signal changes nothing
+        it.processes[1].send_signal(signal.SIGTERM)
     said = [it.end(index) for index in range(2)]
     assert [t.exit_code for t in said] == [75, 75], it.log()
     assert said[0].checkpoint is not None
@@ -202,6 +238,59 @@ def test_ranks_that_do_not_stop_are_ended_after_the_grace(attempt: Start) -> Non
     assert (said.exit_code, "no checkpoint within 1 s" in said.message) == (143, True)
     assert pids
     wait_until_gone(pids)
+
+
+def test_a_stop_while_ranks_load_ends_at_once(attempt: Start) -> None:
+    it = attempt("start_slowly", environment={Env.GRACE_SECONDS: 600})
+    it.start()
+    it.wait_for(lambda: children(it.processes[0].pid))
+    it.processes[0].terminate()
+    assert it.end().message == "stopped while it started; nothing is lost"
+
+
+def test_a_crash_below_python_leaves_its_stack(attempt: Start) -> None:
+    it = attempt("crash_below_python", environment={Env.PROCESSES_PER_NODE: 2})
+    it.start()
+    said = it.end()
+    assert said.exit_code == 128 + signal.SIGSEGV
+    assert "SIGSEGV; its stack is in the log" in said.message
+    assert "in crash_below_python" in said.traceback
+    assert "in crash_below_python" in it.log()
+
+
+def test_a_rank_that_cannot_be_imported_says_why(attempt: Start) -> None:
+    it = attempt("succeed", rank="no_such_module")
+    it.start()
+    said = it.end()
+    assert (said.exit_code, said.rank) == (1, 0)
+    assert said.message == "ImportError: No module named no_such_module"
+    assert "runpy" in said.traceback
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group with room for a worker and little more."""
+    for folder, limit in ((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (CGROUP_2, "memory.max")):
+        group = folder / f"sailvl-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(LIMIT_BYTES))
+        except OSError:
+            with suppress(OSError):
+                group.rmdir()
+            continue
+        yield group
+        group.rmdir()
+        return
+    pytest.skip("no control group for memory can be made here")
+
+
+def test_a_rank_that_the_kernel_kills_for_want_of_memory(attempt: Start, small_group: Path) -> None:
+    it = attempt("eat", group=small_group)
+    it.start()
+    said = it.end()
+    assert (said.exit_code, said.rank) == (67, 0), it.log()
+    assert re.search(r"for want of memory: peak 1\.\d GiB of 1\.5 GiB; raise the workers' memory", said.message)
 
 
 def test_ranks_do_not_outlive_their_worker(attempt: Start) -> None:
@@ -221,7 +310,8 @@ def test_a_stop_before_the_others_are_there(attempt: Start) -> None:
     assert json.loads(it.get("/progress"))["phase"] == "starting"
     assert it.get("/healthz") == "ok\n"
     it.processes[0].terminate()
-    assert it.end().message == "stopped before its ranks began"
+    said = it.end()
+    assert (said.exit_code, said.message) == (75, "stopped while it started; nothing is lost")
 
 
 def test_the_worker_of_index_0_may_come_last(attempt: Start) -> None:

@@ -125,7 +125,9 @@ HISTORIES = [
     pytest.param({1: (None, [3, 6], []), 2: ((1, 6), [9], [])}, 2, 2, {(1, 6), (2, 9)}, id="back along the lineage"),
     pytest.param({1: (None, [3, 6, 9], []), 2: ((1, 3), [6], [])}, 2, 2, {(1, 3), (2, 6)}, id="off the chain goes"),
     pytest.param({1: (None, [3], [6]), 2: ((1, 3), [6, 9], [5])}, 2, 2, {(2, 6), (2, 9)}, id="torn ones go"),
-    pytest.param({1: (None, [3], []), 2: ((1, 3), [6], []), 3: ((1, 3), [9], [])}, 2, 1, {(2, 6), (3, 9)}, id="later"),
+    pytest.param(
+        {1: (None, [3], []), 2: ((1, 3), [6], []), 3: ((1, 3), [9], [])}, 2, 1, {(1, 3), (2, 6), (3, 9)}, id="cut off"
+    ),
     pytest.param({1: (None, [3], []), 2: (None, [6], [])}, 2, 0, {(2, 6)}, id="one stays at least"),
 ]
 

@@ -15,8 +15,9 @@ import duckdb
 from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig
 from sailvl_trainer.curate.dedup import mark_duplicates
 from sailvl_trainer.curate.parts import Parts, PlannedShard
-from sailvl_trainer.runtime.documents import encode, write_atomic
+from sailvl_trainer.runtime.documents import encode, sync_file, write_atomic
 from sailvl_trainer.runtime.errors import ConfigError
+from sailvl_trainer.runtime.storage import storage_errors
 
 
 def decide(parts: Parts, config: CurateConfig) -> dict[str, int]:
@@ -43,10 +44,12 @@ def open_database(parts: Parts) -> Iterator[duckdb.DuckDBPyConnection]:
     spill = parts.folder / "spill"
     spill.mkdir(parents=True, exist_ok=True)
     options = {"temp_directory": str(spill), "preserve_insertion_order": False, "autoinstall_known_extensions": False}
-    with duckdb.connect(config=options) as db:
-        db.read_parquet(f"{parts.rows}/*.parquet").create_view("rows")
-        yield db
-    rmtree(spill, ignore_errors=True)
+    try:
+        with duckdb.connect(config=options) as db:
+            db.read_parquet(f"{parts.rows}/*.parquet").create_view("rows")
+            yield db
+    finally:
+        rmtree(spill, ignore_errors=True)
 
 
 def _split(db: duckdb.DuckDBPyConnection, fraction: float) -> None:
@@ -94,5 +97,10 @@ def _copy(db: duckdb.DuckDBPyConnection, query: str, path: Path) -> None:
     """A query's rows as a Parquet file, whole or not at all."""
     temporary = path.with_name(f".{path.name}")
     quoted = str(temporary).replace("'", "''")
-    db.execute(f"COPY ({query}) TO '{quoted}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 8192)")
-    temporary.replace(path)
+    try:
+        with storage_errors(path):
+            db.execute(f"COPY ({query}) TO '{quoted}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 8192)")
+            sync_file(temporary)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -40,13 +41,21 @@ def list_folder(root: Path, source: str) -> Iterator[Item]:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files, from the root; hidden ones are nobody's data."""
-    for folder, folders, files in os.walk(root):
+    """Paths of all files, from the root; hidden ones are nobody's data, nor are folders that are closed to us.
+
+    Raises OSError for a folder that can't be listed: an outage would quietly thin the data.
+    """
+    for folder, folders, files in os.walk(root, onerror=_raise_unless_closed):
         folders[:] = [name for name in folders if not name.startswith(".")]
         prefix = os.path.relpath(folder, root)
         for name in files:
             if not name.startswith("."):
                 yield name if prefix == "." else f"{prefix}/{name}"
+
+
+def _raise_unless_closed(error: OSError) -> None:
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        raise error
 
 
 def _read_captions(root: Path, name: str, source: str, captions: dict[str, str], problems: list[Item]) -> None:

@@ -14,9 +14,9 @@ import torch
 
 from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig
 from sailvl_trainer.curate.ingest import list_items
-from sailvl_trainer.curate.items import Item, read_item
+from sailvl_trainer.curate.items import Container, Item, read_item
 from sailvl_trainer.curate.parts import Parts, PlannedShard, read_items, to_items, write_items, write_rows
-from sailvl_trainer.curate.verify import verify
+from sailvl_trainer.curate.verify import Verified, verify
 from sailvl_trainer.curate.work import Crew
 from sailvl_trainer.data.index import TokenCounter
 from sailvl_trainer.data.samples import Sample, build_caption
@@ -25,7 +25,7 @@ from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.documents import decode, encode, write_atomic
-from sailvl_trainer.runtime.errors import DataError
+from sailvl_trainer.runtime.errors import DataError, StorageError
 
 READ_AHEAD = 64
 """Pictures in memory while a shard is written."""
@@ -51,6 +51,7 @@ def verify_all(context: Context, crew: Crew, parts: Parts, config: CurateConfig)
         unit = units[number]
         items = read_items(parts.listing(unit.container), unit.first, unit.count)
         found = list(_beat(context, pool.map(lambda item: verify(item, config, tile_size), items)))
+        _require_source(parts.listed[unit.container], found)
         write_rows(parts.unit(number), unit.item, items, found)
 
     with _quiet(), _threads() as pool:
@@ -82,6 +83,16 @@ def write_manifests(context: Context, parts: Parts) -> None:
         write_manifest(context.files.output / split, infos)
         for leftover in (context.files.output / split).glob(".*.tar.*"):
             leftover.unlink(missing_ok=True)
+
+
+def _require_source(container: Container, found: list[Verified]) -> None:
+    """Files may be missing; a whole source, which was there when it was listed, is the storage's failure."""
+    is_missing = any(verified.outcome == "missing" for verified in found)
+    if is_missing and container.path and not Path(container.path).exists():
+        raise StorageError(
+            f"source {container.source}: {container.path} was listed and is gone; see that its volume is mounted; "
+            "what was verified before is kept"
+        )
 
 
 def _counter(context: Context) -> TokenCounter | None:

@@ -18,7 +18,6 @@ from sailvl_trainer.curate.statistics import Statistics, read_statistics
 from sailvl_trainer.curate.work import Crew
 from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.documents import encode, write_atomic
-from sailvl_trainer.runtime.errors import Preempted
 
 
 def run(context: Context) -> Result:
@@ -32,11 +31,9 @@ def run(context: Context) -> Result:
             write_atomic(parts.containers, encode(list_containers(config.sources, context.stage.seed)))
     passes.list_all(context, crew, parts)
     passes.verify_all(context, crew, parts, config)
-    _stop_if_asked(context)
     with crew.first_alone("deciding") as is_mine:
         if is_mine and not parts.shards.exists():
             _decide(context, parts, config)
-    _stop_if_asked(context)
     passes.write_all(context, crew, parts)
     with crew.first_alone("reporting") as is_mine:
         if is_mine:
@@ -48,11 +45,6 @@ def run(context: Context) -> Result:
 def _decide(context: Context, parts: Parts, config: CurateConfig) -> None:
     for outcome, number in sorted(decide(parts, config).items()):
         context.telemetry.count_samples(outcome, number)
-
-
-def _stop_if_asked(context: Context) -> None:
-    if context.preemption.requested():
-        raise Preempted("stopped on request between two passes of curation; what is done stays done")
 
 
 def _build_result(context: Context, statistics: Statistics, seconds: float) -> Result:

@@ -14,12 +14,14 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from sailvl_trainer.runtime.context import Context
+from sailvl_trainer.runtime.errors import Preempted
 
 PATIENCE = timedelta(days=30)
 """Of a rank that waits for the others: the first may look for duplicates for hours. A rank that dies breaks its
 connections at once, whatever the patience."""
 POLL_SECONDS = 0.2
 BEAT_SECONDS = 2.0
+STOP_KEY = "curate/stop"
 
 
 class Crew:
@@ -41,11 +43,12 @@ class Crew:
     ) -> None:
         """Carry out units 0 … units - 1 over all ranks, each by one, and wait for the last.
 
-        `samples`: how many a unit holds; they are told as progress, summed over all ranks.
+        `samples`: how many a unit holds; they are told as progress, summed over all ranks. Raises Preempted when a stop
+        is asked for, once the units in hand are done.
         """
         telemetry, store = self._context.telemetry, self._context.store
         with telemetry.activity(name):
-            while (unit := store.add(f"curate/{name}", 1) - 1) < units:
+            while not self._is_stopping() and (unit := store.add(f"curate/{name}", 1) - 1) < units:
                 if not is_done(unit):
                     do(unit)
                 if samples is not None:
@@ -53,10 +56,15 @@ class Crew:
                 self._tell(name, samples is not None)
         self.wait()
         self._tell(name, samples is not None)
+        self._stop_if_asked()
 
     @contextmanager
     def first_alone(self, name: str) -> Iterator[bool]:
-        """A block whose work the first rank does; the others wait at its end. Yields whether this rank is the one."""
+        """A block whose work the first rank does; the others wait at its end. Yields whether this rank is the one.
+
+        Raises Preempted, before the block, when a stop is asked for.
+        """
+        self._stop_if_asked()
         if self._context.is_first:
             with self._context.telemetry.activity(name), self._beating():
                 yield True
@@ -75,6 +83,16 @@ class Crew:
                 time.sleep(pause)
                 pause = min(POLL_SECONDS, 2 * pause)
             barrier.wait()
+
+    def _is_stopping(self) -> bool:
+        """Whether any rank was asked to stop, as far as this one knows; the others hear of it by the store."""
+        if self._context.preemption.is_asked_here:
+            self._context.store.add(STOP_KEY, 1)
+        return self._context.store.add(STOP_KEY, 0) > 0
+
+    def _stop_if_asked(self) -> None:
+        if self._context.preemption.requested():
+            raise Preempted("stopped on request while curating; what is done stays done")
 
     def _tell(self, name: str, is_counted: bool) -> None:
         """The heartbeat, with the progress of all ranks."""

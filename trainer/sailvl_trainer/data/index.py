@@ -25,6 +25,7 @@ from sailvl_trainer.data.shards import ShardPool, ShardReader, read_manifest
 from sailvl_trainer.data.tiling import choose_grid, choose_grids
 from sailvl_trainer.model.presets import Preset
 from sailvl_trainer.runtime.errors import ConfigError, DataError
+from sailvl_trainer.runtime.storage import storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -184,12 +185,24 @@ def _load_or_measure(pool: ShardPool, starts: np.ndarray, encoder: Encoder, path
     if not path.exists() and starts[-1]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # ranks in containers share process ids
-        mapped_S = np.lib.format.open_memmap(temporary, mode="w+", dtype=LENGTHS, shape=(int(starts[-1]),))
-        _measure(pool, starts, encoder, mapped_S)
-        mapped_S.flush()
-        os.replace(temporary, path)
+        try:
+            mapped_S = _map(temporary, int(starts[-1]))
+            _measure(pool, starts, encoder, mapped_S)
+            mapped_S.flush()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     found: np.ndarray = np.load(path, mmap_mode="r") if starts[-1] else np.empty(0, dtype=LENGTHS)
     return found
+
+
+def _map(path: Path, samples: int) -> np.memmap:
+    """An empty file of LENGTHS, mapped. With room on the disk: else a full one would end the process by SIGBUS."""
+    with storage_errors(path):
+        mapped_S = np.lib.format.open_memmap(path, mode="w+", dtype=LENGTHS, shape=(samples,))
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return mapped_S
 
 
 def _count(counter: TokenCounter, reader: ShardReader, row: int) -> int:

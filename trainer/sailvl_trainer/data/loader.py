@@ -4,12 +4,14 @@ the held-out loss."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
+from sailvl_trainer.contract import Skip
 from sailvl_trainer.data.collate import Batch, collate
 from sailvl_trainer.data.index import Encoder, Index
 from sailvl_trainer.data.packing import Pack, deal, pack_best_fit
@@ -25,7 +27,7 @@ HELD_OUT_SEED = 20250109
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedStep:
     batches: list[Batch]
-    """This rank's microbatches: equally many on every rank, some may be empty."""
+    """This rank's microbatches: equally many on every rank, some may be empty; none of a step that is left out."""
     samples: tuple[int, ...]
     """All samples of the step, over all ranks."""
     tokens: int
@@ -33,6 +35,8 @@ class LoadedStep:
     after: PlanState
     ready: int
     """Microbatches of this rank that were decoded when the step was asked for."""
+    is_skipped: bool
+    """Left out on purpose; nothing of it was read."""
 
 
 def load_steps(
@@ -43,22 +47,29 @@ def load_steps(
     *,
     rank: int,
     world_size: int,
+    done: int = 0,
+    skips: Sequence[Skip] = (),
     threads: int = THREADS,
 ) -> Iterator[LoadedStep]:
-    """Steps from a state on, epoch after epoch, without end. An unreadable record raises DataError at its step."""
-    planned = planner.steps(state)
+    """Steps from a state on, epoch after epoch, without end. An unreadable record raises DataError at its step.
+
+    `done`: steps before the first one. `skips`: steps that are only planned.
+    """
+    planned = zip(count(done + 1), planner.steps(state))  # neither ends
     decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
     plans = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
     try:
-        waiting: deque[tuple[Step, list[Future[Batch]]]] = deque()
+        waiting: deque[tuple[Step, list[Future[Batch]] | None]] = deque()
         coming = plans.submit(next, planned)
         while True:
-            while sum(len(futures) for _, futures in waiting) < AHEAD or len(waiting) < 2:
-                step = coming.result()
+            while sum(len(futures or ()) for _, futures in waiting) < AHEAD or len(waiting) < 2:
+                number, step = coming.result()
                 coming = plans.submit(next, planned)
                 mine = [microstep[rank] for microstep in deal(step.packs, step.costs, world_size)]
-                waiting.append((step, [decoders.submit(collate, index, encoder, pack) for pack in mine]))
-            ready = sum(future.done() for _, futures in waiting for future in futures)
+                is_skipped = any(skip.first <= number <= skip.last for skip in skips)
+                batches = None if is_skipped else [decoders.submit(collate, index, encoder, pack) for pack in mine]
+                waiting.append((step, batches))
+            ready = sum(future.done() for _, futures in waiting for future in futures or ())
             yield _finish(*waiting.popleft(), ready)
     finally:
         decoders.shutdown(wait=False, cancel_futures=True)
@@ -95,9 +106,11 @@ def _derange(pictured: list[int]) -> dict[int, int]:
     return {sample: pictured[(i + shift) % len(pictured)] for i, sample in enumerate(pictured)}
 
 
-def _finish(step: Step, futures: list[Future[Batch]], ready: int) -> LoadedStep:
+def _finish(step: Step, futures: list[Future[Batch]] | None, ready: int) -> LoadedStep:
+    """`futures`: None for a step that is left out."""
     return LoadedStep(
-        batches=[future.result() for future in futures],
+        batches=[future.result() for future in futures or ()],
+        is_skipped=futures is None,
         samples=tuple(s for pack in step.packs for s in pack),
         tokens=step.tokens,
         after=step.after,

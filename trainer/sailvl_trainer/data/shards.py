@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from sailvl_trainer.data.images import read_size
 from sailvl_trainer.data.samples import KEY, Message, Sample
 from sailvl_trainer.runtime.documents import decode, encode, sync_directory, write_atomic
 from sailvl_trainer.runtime.errors import DataError
+from sailvl_trainer.runtime.storage import storage_errors
 
 SCHEMA = pa.schema(
     [
@@ -129,20 +131,22 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if kind is not None:
-            self._file.close()
+        try:
+            if kind is None:
+                with storage_errors(self.directory / self.name):
+                    self._tar.close()
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._publish()
+        finally:
+            with suppress(OSError):  # a full disk: what is in its buffer can't be written still
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
-            return
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._publish()
 
     def write(self, sample: Sample, size: tuple[int, int] | None = None) -> None:
         """Append a sample; `size`: the picture's width and height as shown, read from it where not given.
 
-        Raises ValueError for a key that is taken, or that WebDataset would split.
+        Raises ValueError for a key that is taken, or that WebDataset would split; StorageError for a full volume.
         """
         if not KEY.fullmatch(sample.key) or sample.key in self._keys:
             raise ValueError(f"sample key {sample.key!r}: a key has no dot and no slash and comes once in a shard")
@@ -171,7 +175,8 @@ class ShardWriter:
         """Add a member; the offset of its bytes. Headers hold no time and no owner: equal samples, equal bytes."""
         entry = tarfile.TarInfo(name)
         entry.size = len(data)
-        self._tar.addfile(entry, io.BytesIO(data))
+        with storage_errors(self.directory / self.name):
+            self._tar.addfile(entry, io.BytesIO(data))
         padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         return self._tar.offset - padded
 

@@ -16,6 +16,7 @@ from sailvl_trainer.evaluate.tsv import Question
 from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.distributed import broadcast
 from sailvl_trainer.runtime.documents import decode, encode
+from sailvl_trainer.runtime.storage import storage_errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,7 @@ class KeptAnswers:
 
     def add(self, benchmark: str, batch: Sequence[Question], answers: list[str]) -> None:
         """On the disk when it returns."""
-        with self._path.open("ab") as file:
+        with storage_errors(self._path), self._path.open("ab") as file:
             file.write(encode(_Line(benchmark=benchmark, batch=_fingerprint(batch), answers=answers)) + b"\n")
             file.flush()
             os.fsync(file.fileno())

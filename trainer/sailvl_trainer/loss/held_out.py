@@ -9,6 +9,7 @@ from sailvl_trainer.data.loader import held_out_batches
 from sailvl_trainer.loss.forward import PackedModel, arguments
 from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.distributed import sum_over_ranks
+from sailvl_trainer.runtime.errors import Preempted
 
 
 @torch.no_grad()
@@ -22,7 +23,10 @@ def measure(
     pack_tiles: int,
     shuffle: bool = False,
 ) -> float:
-    """Mean loss; `shuffle`: with another sample's picture, which a model that looks at pictures likes less."""
+    """Mean loss; `shuffle`: with another sample's picture, which a model that looks at pictures likes less.
+
+    Raises Preempted when a stop is asked for: nothing is lost, what there is to save was saved before.
+    """
     was_training = model.training
     model.eval()
     loss, labels = 0.0, 0
@@ -36,6 +40,11 @@ def measure(
         shuffle=shuffle,
     )
     for batch in batches:
+        if context.preemption.requested():
+            saved = context.telemetry.progress.checkpoint
+            raise Preempted(
+                "stopped on request while the held-out loss was measured; no step is lost", checkpoint=saved
+            )
         loss += float(model(**arguments(batch, context.device)))
         labels += batch.labels
         context.telemetry.update()

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from sailvl_trainer.model.presets import Preset
 from sailvl_trainer.model.processor import write_processor
+from sailvl_trainer.runtime.documents import sync_directory, sync_file
+from sailvl_trainer.runtime.storage import storage_errors
 
 
 def export_model(
     model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, preset: Preset, path: Path
 ) -> None:
-    """Written beside its place and renamed, so that a folder of this name is always whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, safe_serialization=True)
-    tokenizer.save_pretrained(temporary)
-    write_processor(preset, temporary)
+    """Written beside its place, brought to the disk and renamed, so that a folder of this name is always whole.
+
+    Raises StorageError where the volume is full or gone. A name of its own for each try: whoever still writes into the
+    folder of an earlier one, which is removed, writes nothing into this.
+    """
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with storage_errors(temporary):
+            model.save_pretrained(temporary, safe_serialization=True)
+            tokenizer.save_pretrained(temporary)
+            write_processor(preset, temporary)
+            for file in filter(Path.is_file, temporary.rglob("*")):
+                sync_file(file)
+            sync_directory(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
+    sync_directory(path.parent)

@@ -20,8 +20,9 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError, Rendezvous
 
 from sailvl_trainer.contract import FINAL_CODES, ExitCode, Stage, Termination
 from sailvl_trainer.runtime import child
-from sailvl_trainer.runtime.blame import blame
+from sailvl_trainer.runtime.blame import blame, read_stack
 from sailvl_trainer.runtime.cores import count_cores
+from sailvl_trainer.runtime.memory import read_memory
 from sailvl_trainer.runtime.ranks import Ranks
 from sailvl_trainer.runtime.rendezvous import REJOIN_SECONDS, build_rendezvous
 from sailvl_trainer.runtime.scratch import Scratch
@@ -67,6 +68,9 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
+        for rank, failure in result.failures.items():
+            if stack := read_stack(self._scratch.stacks, failure.pid):
+                print(f"rank {rank} died here:\n{stack}", file=sys.stderr, flush=True)  # noqa: T201
         is_final = any(failure.exitcode in FINAL_CODES for failure in result.failures.values())
         if is_final or self._scratch.stop_file.exists():
             self._remaining_restarts = 0
@@ -86,10 +90,9 @@ def run_ranks(
     )
     try:
         rendezvous = build_rendezvous(settings, stage)
-        agent = Agent(
-            _build_spec(settings, rendezvous, rank_module), ranks, Scratch(settings.scratch), lambda: end(lost)
-        )
-        return _run(agent, rendezvous)
+        scratch = Scratch(settings.scratch)
+        agent = Agent(_build_spec(settings, rendezvous, rank_module), ranks, scratch, lambda: end(lost))
+        return _run(agent, rendezvous, scratch)
     except RendezvousError as error:
         return Termination(exit_code=ExitCode.PEER_LOST, message=f"{type(error).__name__}: {error}")
 
@@ -106,8 +109,9 @@ def _build_spec(settings: Settings, rendezvous: RendezvousHandler, rank_module: 
     )
 
 
-def _run(agent: Agent, rendezvous: RendezvousHandler) -> Termination:
+def _run(agent: Agent, rendezvous: RendezvousHandler, scratch: Scratch) -> Termination:
     """The rendezvous is closed at the end, so that neighbours who would come back to it end too."""
+    before = read_memory()
     try:
         result: RunResult | None = agent.run()
     finally:
@@ -117,5 +121,6 @@ def _run(agent: Agent, rendezvous: RendezvousHandler) -> Termination:
     if result.state == WorkerState.SUCCEEDED:
         return Termination(exit_code=ExitCode.OK)
     if result.failures:
-        return blame(result.failures)
+        after = read_memory()
+        return blame(result.failures, stacks=scratch.stacks, oom=after if after.kills > before.kills else None)
     return Termination(exit_code=1, message=f"the ranks are {result.state.value}, and none has failed; see the log")

@@ -11,7 +11,11 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 from pathlib import Path
+
+from sailvl_trainer.contract import Termination
+from sailvl_trainer.runtime.last_words import end_rank
 
 STACK_SIGNAL = signal.SIGUSR1
 PR_SET_PDEATHSIG = 1
@@ -23,10 +27,17 @@ def main(arguments: list[str]) -> None:
     parent, stacks, module = arguments
     die_with(int(parent))
     stack = (Path(stacks) / f"{os.getpid()}.txt").open("w")
-    faulthandler.enable()
-    faulthandler.register(STACK_SIGNAL, file=stack, all_threads=True)  # a file each, else they mix in the log
+    faulthandler.enable(stack)  # a file each, else they mix in the log; the worker reads it
+    faulthandler.register(STACK_SIGNAL, file=stack, all_threads=True)
     sys.argv = [module]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Exception as error:  # noqa: BLE001  # an import that fails; a rank's main says for itself what it raises
+        traceback.print_exc()
+        words = "".join(traceback.format_exception(error))
+        message = f"{type(error).__name__}: {error}"
+        rank = int(os.environ.get("RANK", "0"))
+        end_rank(Termination(exit_code=1, rank=rank, message=message, traceback=words))
 
 
 def die_with(parent: int) -> None:

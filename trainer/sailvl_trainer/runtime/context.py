@@ -38,7 +38,7 @@ class Context:
 
 def build_context(stage: Stage, *, device: torch.device, rank: int, local_rank: int, scratch: Scratch) -> Context:
     """Join the group and gather a rank's tools."""
-    telemetry = Telemetry(stage, scratch.progress_file if local_rank == 0 else None, rank=rank)
+    telemetry = Telemetry(stage, scratch.progress_of(local_rank), rank=rank)
     start_group(device)
     telemetry.update()
     return Context(

@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from sailvl_trainer.contract import Termination
 from sailvl_trainer.runtime.errors import OutOfMemory, PeerLost, Preempted, TrainerError
+from sailvl_trainer.runtime.memory import read_memory
+from sailvl_trainer.runtime.sizes import show_bytes
 
 PEER_WORDS = (
     "connection closed by peer",
@@ -22,6 +24,9 @@ PEER_WORDS = (
 """What gloo and nccl say of a neighbour that is gone; gloo says it in a plain RuntimeError."""
 OWN_WORDS = ("ncclinvalidusage", "ncclinvalidargument", "duplicate gpu")
 """What nccl says of a mistake on this side."""
+
+CPU_WORDS = "can't allocate memory"
+"""What torch says in a plain RuntimeError when the machine gives it none."""
 
 
 def describe(error: BaseException, rank: int) -> Termination:
@@ -40,8 +45,8 @@ def _interpret(error: BaseException) -> BaseException:
     """torch's own errors as ours."""
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfMemory(f"{_describe_memory()}; lower packTokens or packTiles, or raise the ZeRO stage: {error}")
-    if isinstance(error, MemoryError):
-        return OutOfMemory(f"the machine's memory is full; raise the workers' memory limit: {error}")
+    if isinstance(error, MemoryError) or (type(error) is RuntimeError and CPU_WORDS in str(error)):
+        return OutOfMemory(f"out of memory: {read_memory().describe()}; raise the workers' memory limit: {error}")
     if is_peer_lost(error):
         return PeerLost(f"a collective failed since another rank is gone: {error}")
     return error
@@ -62,6 +67,5 @@ def is_peer_lost(error: BaseException | None) -> bool:
 def _describe_memory() -> str:
     if not torch.cuda.is_available():
         return "the accelerator's memory is full"
-    gib = 2**30
     _, total = torch.cuda.mem_get_info()
-    return f"out of GPU memory: peak {torch.cuda.max_memory_allocated() / gib:.1f} GiB of {total / gib:.1f} GiB"
+    return f"out of GPU memory: peak {show_bytes(torch.cuda.max_memory_allocated())} of {show_bytes(total)}"

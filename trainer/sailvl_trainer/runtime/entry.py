@@ -24,6 +24,7 @@ from sailvl_trainer.runtime.ranks import Ranks
 from sailvl_trainer.runtime.scratch import Scratch
 from sailvl_trainer.runtime.settings import Settings, read_settings, read_termination_log
 from sailvl_trainer.runtime.stop import handle_sigterm
+from sailvl_trainer.runtime.storage import storage_errors
 from sailvl_trainer.runtime.termination import write_termination
 from sailvl_trainer.runtime.watchdog import start_watchdog
 
@@ -66,12 +67,13 @@ def _work(settings: Settings, ranks: Ranks, rank_module: str, end: Exit) -> Term
     handle_sigterm(ranks, scratch, settings.grace_seconds, end)
     stage = read_stage(settings.stage_file)
     files = StageFiles(stage)
-    found = files.find_result()
+    with storage_errors(files.output):
+        found = files.find_result()
     if found is not None:
         return _succeeded(settings, found)
     watch_for_result(files, ranks, lambda result: end(_succeeded(settings, result)))
     _serve(settings, stage, scratch)
-    start_watchdog(ranks, scratch, settings.stall_seconds, lambda words, stacks: end(_stalled(words, stacks)))
+    start_watchdog(ranks, scratch, stall_seconds=settings.stall_seconds, nodes=settings.nodes, end=end)
     from sailvl_trainer.runtime.agent import run_ranks
 
     termination = run_ranks(settings, stage, ranks, rank_module, end)
@@ -92,11 +94,6 @@ def _serve(settings: Settings, stage: Stage, scratch: Scratch) -> None:
 
 def _succeeded(settings: Settings, result: Result) -> Termination:
     return Termination(exit_code=ExitCode.OK, result=result if settings.node_rank == 0 else None)
-
-
-def _stalled(words: str, stacks: str) -> Termination:
-    print(stacks, file=sys.stderr, flush=True)  # noqa: T201
-    return Termination(exit_code=ExitCode.STALLED, message=words, traceback=stacks)
 
 
 def _describe(error: BaseException) -> Termination:

@@ -5,19 +5,20 @@ TrainerError
 ├── DataError        65  a shard or a record is unreadable
 ├── NonFiniteError   66  the loss or a gradient is not a number
 ├── OutOfMemory      67  the accelerator's or the machine's memory is full
-├── Preempted        75  stopped on request, checkpoint saved
+├── StorageError     74  a volume is full, gone or broken
+├── Preempted        75  stopped on request, with a checkpoint or nothing to lose; or cut off by a later attempt
 └── PeerLost         76  another worker is gone
 """
 
 from __future__ import annotations
 
-from sailvl_trainer.contract import Checkpoint, ExitCode
+from sailvl_trainer.contract import STORAGE_CODE, Checkpoint, ExitCode
 
 
 class TrainerError(Exception):
     """Base: says what happened and what to change."""
 
-    exit_code: ExitCode
+    exit_code: int
 
 
 class ConfigError(TrainerError):
@@ -34,6 +35,10 @@ class NonFiniteError(TrainerError):
 
 class OutOfMemory(TrainerError):  # noqa: N818  # named as its exit code
     exit_code = ExitCode.OUT_OF_MEMORY
+
+
+class StorageError(TrainerError):
+    exit_code = STORAGE_CODE
 
 
 class Preempted(TrainerError):  # noqa: N818  # a stop on request is no error

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from sailvl_trainer.contract import Termination
 from sailvl_trainer.runtime.documents import encode, write_atomic
+from sailvl_trainer.runtime.errors import StorageError
 from sailvl_trainer.runtime.termination import fit
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -22,7 +23,10 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 def end_rank(termination: Termination) -> NoReturn:
     """Leave the words, if there is something to say and somebody to read it, and end at once."""
     if termination.exit_code and ERROR_FILE in os.environ:
-        write_atomic(Path(os.environ[ERROR_FILE]), encode(_as_error_file(termination)))
+        try:
+            write_atomic(Path(os.environ[ERROR_FILE]), encode(_as_error_file(termination)))
+        except (OSError, StorageError) as error:  # the scratch folder is full: the code has to say it alone
+            print(f"no words to the worker: {error}", file=sys.stderr)  # noqa: T201
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(int(termination.exit_code))

@@ -10,6 +10,11 @@ class Preemption:
     def __init__(self, scratch: Scratch) -> None:
         self._file = scratch.stop_file
 
+    @property
+    def is_asked_here(self) -> bool:
+        """Whether this rank's own worker was asked to stop."""
+        return self._file.exists()
+
     def requested(self) -> bool:
         """Whether any worker was asked to stop. COLLECTIVE: every rank calls it at the same step."""
-        return sum_over_ranks(float(self._file.exists()))[0] > 0
+        return sum_over_ranks(float(self.is_asked_here))[0] > 0

@@ -20,8 +20,12 @@ class Scratch:
 
     @property
     def progress_file(self) -> Path:
-        """The progress document of the worker's lowest rank; also the heartbeat."""
+        """The progress document of the worker's lowest rank; also its heartbeat."""
         return self.root / "progress.json"
+
+    def progress_of(self, local_rank: int) -> Path:
+        """Every rank's own; that of the lowest is the worker's."""
+        return self.progress_file if local_rank == 0 else self.root / f"progress-{local_rank}.json"
 
     @property
     def metrics(self) -> Path:
@@ -42,7 +46,8 @@ class Scratch:
         """Make it, without what a predecessor left."""
         self.root.mkdir(parents=True, exist_ok=True)
         self.stop_file.unlink(missing_ok=True)
-        self.progress_file.unlink(missing_ok=True)
+        for path in self.root.glob("progress*.json"):
+            path.unlink()
         for folder in (self.metrics, self.elastic, self.stacks):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()

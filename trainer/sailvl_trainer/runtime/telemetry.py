@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from sailvl_trainer.contract import Checkpoint, Phase, Progress, Stage
 from sailvl_trainer.runtime.documents import decode, encode, keep_finite
 from sailvl_trainer.runtime.metrics import TrainerMetrics
+from sailvl_trainer.runtime.storage import storage_errors
 
 WRITE_SECONDS = 0.5
 """Between two writes of the progress document, at least, unless the phase changes."""
@@ -25,7 +26,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class Telemetry:
     """One rank's progress.
 
-    `path`: where the document goes; None on ranks whose worker has a lower one. `rank`: 0 tells of the whole run.
+    `path`: where the document goes; None: nowhere. `rank`: 0 tells of the whole run.
     """
 
     def __init__(self, stage: Stage, path: Path | None, *, rank: int = 0) -> None:
@@ -93,8 +94,9 @@ class Telemetry:
         if self._path is None:
             return
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_bytes(encode(self.progress))
-        temporary.replace(self._path)
+        with storage_errors(self._path):
+            temporary.write_bytes(encode(self.progress))
+            temporary.replace(self._path)
 
     def _count_starting(self) -> None:
         now = time.time()

@@ -1,60 +1,130 @@
-"""Ends a worker whose ranks make no progress: their stacks go to the log, then it ends with STALLED."""
+"""Ends a worker whose ranks make no progress: their stacks go to the log, then it ends with STALLED.
+
+A rank in a collective waits for one that hangs elsewhere, so all workers of an attempt stall at the same time, and each
+shows the stacks of its own ranks before the first of them ends.
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from sailvl_trainer.contract import Phase, Progress
+from sailvl_trainer.contract import ExitCode, Phase, Progress, Termination
 from sailvl_trainer.runtime.child import STACK_SIGNAL
 from sailvl_trainer.runtime.documents import decode
 from sailvl_trainer.runtime.ranks import Ranks
 from sailvl_trainer.runtime.scratch import Scratch
 
 PATIENT: frozenset[Phase] = frozenset({"starting", "checkpointing", "evaluating", "finished"})
-"""Phases that take as long as they take."""
+"""Phases without a beat for minutes: a model is loaded, a checkpoint or a report written."""
+PATIENCE = 10
+"""So many times stall_seconds, in these."""
 STACK_SECONDS = 2.0
 """For the ranks to print their stacks."""
+LOOK_SECONDS = 5.0
+"""Between two looks, at most."""
 
 
-def start_watchdog(ranks: Ranks, scratch: Scratch, stall_seconds: int, on_stall: Callable[[str, str], None]) -> None:
-    """Watch in a thread; 0 seconds: never. `on_stall` gets a message and the stacks of all ranks."""
+def start_watchdog(
+    ranks: Ranks, scratch: Scratch, *, stall_seconds: int, nodes: int, end: Callable[[Termination], None]
+) -> None:
+    """Watch in a thread; 0 seconds: never."""
     if not stall_seconds:
         return
+    pause = min(LOOK_SECONDS, stall_seconds / 4)
 
     def watch() -> None:
         while True:
-            progress = _read(scratch.progress_file)
-            if is_stalled(progress, since=ranks.since, now=time.time(), stall_seconds=stall_seconds):
+            time.sleep(pause)
+            silent = find_silent(ranks, scratch, now=time.time(), stall_seconds=stall_seconds)
+            if silent is not None:
                 break
-            time.sleep(min(5.0, stall_seconds / 4))
-        step = progress.step if progress is not None else 0
-        words = f"no progress for {stall_seconds} s after step {step}; the stack of every rank is in the log"
-        on_stall(words, collect_stacks(ranks, scratch.stacks))
+        stacks = collect_stacks(ranks, scratch.stacks)
+        print("\n".join(stacks), file=sys.stderr, flush=True)  # noqa: T201
+        if nodes > 1:  # else the others' ranks, which lose a peer, end before their workers have looked
+            time.sleep(pause + STACK_SECONDS + 1)
+        end(describe_stall(silent, stacks))
 
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
 
-def collect_stacks(ranks: Ranks, folder: Path) -> str:
-    """Where each rank is at present, one after the other."""
+def find_silent(ranks: Ranks, scratch: Scratch, *, now: float, stall_seconds: int) -> str | None:
+    """Which rank is silent for too long, in words; None: all are well, or there are none."""
+    since = ranks.since
+    for local_rank in range(len(ranks.pids)) if since is not None else ():
+        progress = read_progress(scratch.progress_of(local_rank))
+        limit = is_stalled(progress, since=since or now, now=now, stall_seconds=stall_seconds)
+        if limit:
+            phase = f"{progress.phase}, after step {progress.step}" if progress is not None else "starting"
+            return f"no progress for {limit} s ({phase})"
+    return None
+
+
+def is_stalled(progress: Progress | None, *, since: float, now: float, stall_seconds: int) -> int:
+    """The seconds that were allowed, if more have passed; 0: all is well.
+
+    `since`: start of the present ranks. A document older than that tells of their predecessors.
+    """
+    is_patient = progress is None or progress.time < since or progress.phase in PATIENT
+    limit = stall_seconds * (PATIENCE if is_patient else 1)
+    last = since if progress is None else max(progress.time, since)
+    return limit if now - last > limit else 0
+
+
+def collect_stacks(ranks: Ranks, folder: Path) -> list[str]:
+    """Where each rank is at present, by local rank."""
+    before = {pid: _size(folder / f"{pid}.txt") for pid in ranks.pids}
     ranks.signal(STACK_SIGNAL)
     time.sleep(STACK_SECONDS)
-    paths = [folder / f"{pid}.txt" for pid in ranks.pids]
-    stacks = [path.read_text() if path.exists() else "" for path in paths]
-    return "\n".join(f"local rank {i}:\n{stack or 'no answer'}" for i, stack in enumerate(stacks))
+    return [f"local rank {i}:\n{_show(pid, folder, at)}" for i, (pid, at) in enumerate(before.items())]
 
 
-def is_stalled(progress: Progress | None, *, since: float | None, now: float, stall_seconds: float) -> bool:
-    """`since`: start of the present ranks, None without any. A document older than that tells of their predecessors."""
-    if progress is None or since is None or progress.time < since or progress.phase in PATIENT:
-        return False
-    return now - progress.time > stall_seconds
+def describe_stall(silent: str, stacks: list[str]) -> Termination:
+    """The message, with the stacks: the one that the fewest ranks share comes last, where the message isn't cut."""
+    bodies = [stack.partition("\n")[2] for stack in stacks]
+    frames = [_name_frames(body) for body in bodies]
+    shared = Counter(frames)
+    ordered = sorted(range(len(stacks)), key=lambda i: -shared[frames[i]])
+    return Termination(
+        exit_code=ExitCode.STALLED,
+        message=f"{silent}; the stack of every rank is in its worker's log",
+        traceback="\n".join(stacks[i] for i in ordered),
+    )
 
 
-def _read(path: Path) -> Progress | None:
+def read_progress(path: Path) -> Progress | None:
+    """A rank's document; None: it has none."""
     try:
         return decode(Progress, path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def _show(pid: int, folder: Path, at: int) -> str:
+    """A rank's answer, or in its place what the kernel knows: a stopped process can't answer."""
+    path = folder / f"{pid}.txt"
+    answer = path.read_bytes()[at:].decode(errors="replace") if path.exists() else ""
+    return answer or f"no answer; {_read_state(Path(f'/proc/{pid}'))}"
+
+
+def _read_state(folder: Path) -> str:
+    """state T (stopped), in do_signal_stop"""
+    try:
+        status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
+        place = (folder / "wchan").read_text().strip("0\n")
+    except OSError:
+        return "it is gone"
+    return f"state {status['State']}" + (f", in {place}" if place else "")
+
+
+def _name_frames(stack: str) -> str:
+    """The stack without its threads' numbers, which differ between processes."""
+    return "\n".join(line for line in stack.splitlines() if line.startswith("  File"))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,8 +21,9 @@ from safetensors.torch import save_file
 from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.planner import PlanState
 from sailvl_trainer.runtime.distributed import gather
-from sailvl_trainer.runtime.documents import decode, encode, sync_directory, write_atomic
+from sailvl_trainer.runtime.documents import decode, encode, sync_directory, sync_file, write_atomic
 from sailvl_trainer.runtime.errors import ConfigError, DataError
+from sailvl_trainer.runtime.storage import storage_errors
 from sailvl_trainer.train.fragments import KEYS, Fragment
 
 FORMAT = 1
@@ -36,10 +36,18 @@ class Position:
     step: int = 0
     tokens: int = 0
     samples: int = 0
+    skipped_steps: int = 0
+    """Of the steps, those whose data was left out: the optimizer made none."""
+    skipped_samples: int = 0
     loss: float | None = None
     """Of the latest step."""
     data: PlanState
     """Where the data goes on."""
+
+    @property
+    def updates(self) -> int:
+        """Steps that the optimizer made."""
+        return self.step - self.skipped_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,12 +93,18 @@ class _Written:
 
 
 def save(folder: Path, fragments: Iterable[Fragment], *, digest: str, position: Position) -> None:
-    """Every rank calls it; the checkpoint exists once the first rank has written the manifest."""
+    """Every rank calls it; the checkpoint exists once the first rank has written the manifest.
+
+    Raises StorageError where the volume is full or gone; the folder then has no manifest.
+    """
     is_first = dist.get_rank() == 0
     if is_first:
-        _clear(folder)
+        with storage_errors(folder):
+            _clear(folder)
     dist.barrier()
-    written = gather(_write(folder, fragments))
+    with storage_errors(folder):
+        own = _write(folder, fragments)
+    written = gather(own)
     if is_first:
         manifest = Manifest(
             digest=digest,
@@ -145,6 +159,7 @@ def _clear(folder: Path) -> None:
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    sync_directory(folder.parent)
 
 
 def _write(folder: Path, fragments: Iterable[Fragment]) -> _Written:
@@ -156,8 +171,7 @@ def _write(folder: Path, fragments: Iterable[Fragment]) -> _Written:
             tensors |= {f"{key}:{fragment.name}": fragment.tensors[key].cpu().clone() for key in KEYS}
             runs.append((fragment.name, fragment.shape, Run(file=name, start=fragment.start, numel=fragment.numel)))
     save_file(tensors, folder / name)
-    with (folder / name).open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(folder / name)
     return _Written(name=name, file=_fingerprint(folder / name), runs=runs)
 
 

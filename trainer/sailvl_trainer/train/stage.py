@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import torch.distributed as dist
 
-from sailvl_trainer.contract import Checkpoint, Result, TrainConfig
+from sailvl_trainer.contract import Lineage, Result, TrainConfig
 from sailvl_trainer.loss import held_out
 from sailvl_trainer.loss.forward import PackedModel
 from sailvl_trainer.model.export import export_model
 from sailvl_trainer.runtime.context import Context
 from sailvl_trainer.runtime.distributed import broadcast
+from sailvl_trainer.runtime.errors import NonFiniteError
+from sailvl_trainer.runtime.lineage import begin_attempt, require_newest
 from sailvl_trainer.train import checkpoint as checkpoints
 from sailvl_trainer.train.checkpoint import Position
 from sailvl_trainer.train.engines import Engine, build_engine
 from sailvl_trainer.train.loop import Loop
 from sailvl_trainer.train.prepare import Prepared, prepare
+from sailvl_trainer.train.prune import prune
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +31,10 @@ def run(context: Context) -> Result:
     started, config = time.time(), context.stage.train
     assert config is not None, "read_stage has checked the kind"
     prepared = prepare(context, config)
-    start = broadcast([context.files.begin_attempt(context.stage.attempt)] if context.is_first else None)[0]
+    lineage = broadcast(begin_attempt(context.files, context.stage.attempt) if context.is_first else None)
     module = PackedModel(prepared.model).to(context.device).train()
     engine = build_engine(module, context.stage.engine, config, device=context.device)
+    context.telemetry.update(checkpoint=lineage.start)
     before = _measure(context, module, prepared, config)
     loop = Loop(
         context=context,
@@ -37,14 +42,17 @@ def run(context: Context) -> Result:
         prepared=prepared,
         engine=engine,
         steps=prepared.steps,
-        position=_restore(context, prepared, engine, start),
+        position=_restore(context, prepared, engine, lineage),
+        skips=lineage.skips,
     )
+    if context.is_first:
+        prune(context.files, context.stage.attempt, config.keep_checkpoints)
     loop.run()
     after = _measure(context, module, prepared, config)
     shuffled = _measure(context, module, prepared, config, shuffle=True)
     _export(context, prepared)
     losses = {"heldOutLossBefore": before, "heldOutLoss": after, "heldOutLossShuffled": shuffled}
-    losses |= {"loss": loop.position.loss}
+    losses |= {"loss": loop.position.loss, "skippedSamples": float(loop.position.skipped_samples)}
     return Result(
         stage=context.stage.stage,
         kind=context.stage.kind,
@@ -62,12 +70,12 @@ def run(context: Context) -> Result:
 def _measure(
     context: Context, module: PackedModel, prepared: Prepared, config: TrainConfig, *, shuffle: bool = False
 ) -> float | None:
-    """None where the data has no held-out samples."""
+    """None where the data has no held-out samples. Raises NonFiniteError for a model that is broken."""
     if prepared.held_out is None:
         return None
     context.telemetry.update(phase="evaluating")
     with context.telemetry.activity("evaluating"):
-        return held_out.measure(
+        loss = held_out.measure(
             context,
             module,
             prepared.held_out,
@@ -76,22 +84,28 @@ def _measure(
             pack_tiles=config.pack_tiles,
             shuffle=shuffle,
         )
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the held-out loss is {loss}; look at the model that the stage starts from, and its data")
+    return loss
 
 
-def _restore(context: Context, prepared: Prepared, engine: Engine, start: Checkpoint | None) -> Position:
+def _restore(context: Context, prepared: Prepared, engine: Engine, lineage: Lineage) -> Position:
+    start = lineage.start
     if start is None:
         return Position(data=prepared.planner.start(context.stage.seed))
     folder = context.files.storage / start.path
     manifest = checkpoints.read_manifest(folder, context.stage.digest)
     with context.telemetry.activity("checkpoint"):
         checkpoints.load(folder, manifest, engine.fragments())
-        engine.after_load(manifest.position.step)
-    logger.info("going on from %s, step %d", start.path, start.step)
+        engine.after_load(manifest.position.updates)
+    logger.info("going on from %s, step %d; left out: %s", start.path, start.step, lineage.skips or "nothing")
     return manifest.position
 
 
 def _export(context: Context, prepared: Prepared) -> None:
     """ZeRO-1 keeps whole weights on every rank, so the first one writes them alone."""
+    context.telemetry.update(phase="checkpointing")
     if context.is_first:
+        require_newest(context.files, context.stage.attempt)
         export_model(prepared.model, prepared.tokenizer, prepared.preset, context.files.export)
     dist.barrier()
