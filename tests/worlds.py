@@ -33,6 +33,8 @@ class World:
     """What the workers say, by stage and attempt."""
     complaints: dict[tuple[str, int], str] = field(default_factory=dict)
     """Why attempts don't start, by stage and attempt."""
+    refusals: dict[tuple[str, int], str] = field(default_factory=dict)
+    """What the API server refuses to attempts."""
     restart_stage: str = ""
     """The annotation by which a person asks for a restart."""
     is_deleted: bool = False
@@ -47,7 +49,7 @@ class World:
         """One reconcile, carried out; whether anything was to be done."""
         run = build_run(status=encode_status(self.status), generation=self.generation, **self.spec)
         run = msgspec.structs.replace(run, restart_stage=self.restart_stage)
-        seen = observe(self.jobs.values(), self.pods.values(), self.progress, self.complaints)
+        seen = observe(self.jobs.values(), self.pods.values(), self.progress, self.complaints, refusals=self.refusals)
         decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS)
         for job in decision.end:
             self.jobs.pop(job.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from sailvl_operator.api.types import Run
@@ -28,11 +28,23 @@ from sailvl_operator.core.observe import Observed, observe
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.core.reconcile import reconcile, refuse
 from sailvl_operator.core.status import decode_status, encode_status
-from sailvl_operator.errors import ApiError, Conflict, Forbidden, Invalid, NameTaken, NotFound
+from sailvl_operator.core.view import ACTIVE
+from sailvl_operator.errors import (
+    ApiError,
+    Conflict,
+    Forbidden,
+    Invalid,
+    NameTaken,
+    NotFound,
+    OperatorError,
+    ServerError,
+)
 from sailvl_operator.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+REFUSALS = (NameTaken, Forbidden, Invalid, ServerError)
+"""What a child's creation meets and a person must mend; a webhook that is down shows as a ServerError."""
 PROGRESS_WRITES = 10.0
 """Writes a second, over all runs, for the sake of progress alone."""
 
@@ -111,14 +123,16 @@ class Engine:
             self._drop(key)
             return "unchanged"
         decision = self._decide(entry, key)
-        refusal = await self._carry_out(entry.run, decision)
-        if refusal is not None:
-            decision = self._decide(entry, key)  # the status says who refuses
-        elif may_wait and not decision.is_pressing and self._has_bookkeeping(decision) and self._queue.is_crowded():
+        refusal = await self._act(entry.run, decision, self._actions.carry_out(entry.run, decision))
+        if refusal is None and may_wait and decision.can_wait and self._queue.is_crowded():
             self._queue.put_off(key)
             return "put off"
-        if decision.serve:
-            await self._actions.serve(entry.run)
+        if refusal is None and decision.serve:
+            refusal = await self._act(entry.run, decision, self._actions.serve(entry.run))
+        if refusal is None:
+            self._complaints.accept(key)
+        else:
+            decision = self._decide(entry, key)  # the status says who refuses
         is_written = await self._write_status(entry.run, decision)
         if is_written:
             self._record(entry.run, decision)
@@ -131,25 +145,22 @@ class Engine:
         self._forget_closed(entry.run, key)
         return "unchanged"
 
-    def _has_bookkeeping(self, decision: Decision) -> bool:
-        return decision.status is not None or decision.serve
-
-    async def _carry_out(self, run: Run, decision: Decision) -> NameTaken | Forbidden | Invalid | None:
-        """What a person must mend comes back; what passes by itself is raised."""
-        key = run.namespace, run.name
+    async def _act(self, run: Run, decision: Decision, action: Awaitable[None]) -> OperatorError | None:
+        """What a person must mend comes back, and is noted; what passes by itself is raised."""
         try:
-            await self._actions.carry_out(run, decision)
-        except (NameTaken, Forbidden, Invalid) as error:
-            attempts = [(a.document.stage, a.document.attempt) for a in decision.start]
-            self._complaints.refuse(key, attempts, str(error))
+            await action
+        except REFUSALS as error:
+            stages = (decision.status or decode_status(run.status)).stages
+            started = [(a.document.stage, a.document.attempt) for a in decision.start]
+            active = [(s.name, s.attempt) for s in stages if s.state in ACTIVE]
+            self._complaints.refuse((run.namespace, run.name), started or active, str(error))
             return error
-        self._complaints.accept(key)
         return None
 
     def _decide(self, entry: RunEntry, key: Key) -> Decision:
         now = self._clock()
         if entry.problem:
-            return refuse(entry.run, entry.problem, now=now)
+            return refuse(entry.run, entry.problem, self._observe(entry.run, key), now=now)
         observed = self._observe(entry.run, key)
         return reconcile(entry.run, observed, now=now, defaults=self._pace(), planned=entry.planned)
 
@@ -163,7 +174,14 @@ class Engine:
         jobs = (job for job in self._children.jobs.get(key) if job.owner_uid == run.uid)
         is_served = any(service.owner_uid == run.uid for service in self._children.services.get(key))
         pods = (pod for pod in self._children.pods.get(key) if pod.created >= run.created)
-        return observe(jobs, pods, self._progress.get(key), self._complaints.get(key), is_served=is_served)
+        return observe(
+            jobs,
+            pods,
+            self._progress.get(key),
+            self._complaints.get(key),
+            refusals=self._complaints.get_refusals(key),
+            is_served=is_served,
+        )
 
     async def _write_status(self, run: Run, decision: Decision) -> bool:
         """Patch what changed, against the very version that was looked at; tells whether anything had."""

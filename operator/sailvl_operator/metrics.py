@@ -87,6 +87,10 @@ class OperatorCollector(Collector):
         self._watches = watches
         self._is_leading = is_leading
 
+    def describe(self) -> Iterator[Metric]:
+        """Its names, for those who ask for some series only."""
+        return self.collect()
+
     def collect(self) -> Iterator[Metric]:
         depth, age = self._queue()
         yield GaugeMetricFamily("sailvl_operator_queue_depth", "Keys that wait for a worker.", value=depth)

@@ -52,8 +52,12 @@ class ComplaintReader:
         self._asked: dict[str, float] = {}  # and to when it was last asked about
 
     def get(self, key: Key) -> Mapping[Attempt, str]:
-        """The newest words of each attempt of a run."""
-        return self._heard.get(key, {}) | self._refused.get(key, {})
+        """What others said last of each attempt of a run."""
+        return self._heard.get(key, {})
+
+    def get_refusals(self, key: Key) -> Mapping[Attempt, str]:
+        """What the API server refuses to each attempt of a run."""
+        return self._refused.get(key, {})
 
     def refuse(self, key: Key, attempts: Iterable[Attempt], words: str) -> None:
         """The API server refuses what these attempts need."""

@@ -42,8 +42,11 @@ class Server:
     async def __aexit__(self, *_: object) -> None:
         await self._runner.cleanup()
 
-    async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    async def _metrics(self, request: web.Request) -> web.Response:
+        """All series, or those of the names asked for, as in /metrics?name[]=sailvl_operator_queue_depth."""
+        wanted = request.query.getall("name[]", [])
+        registry = self._registry.restricted_registry(wanted) if wanted else self._registry
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def _probe(problems: Problems) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

@@ -71,3 +71,8 @@ class Decision:
     events: tuple[Event, ...] = ()
     requeue_at: float | None = None
     """Unix seconds at which to look again though nothing happened."""
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether there is something to write, and nothing waits for it."""
+        return (self.status is not None or self.serve) and not self.is_pressing

@@ -99,6 +99,8 @@ class Observed:
     """What the workers last said of themselves, by stage and attempt."""
     complaints: Mapping[tuple[str, int], str] = field(default_factory=dict)
     """Why an attempt doesn't start, in the words of whoever holds it back, by stage and attempt."""
+    refusals: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    """What the API server refuses to make of what an attempt needs, and why, by stage and attempt."""
     is_served: bool = True
     """Whether the run's Service is there."""
 
@@ -109,6 +111,7 @@ def observe(
     progress: Mapping[tuple[str, int], Progress] | None = None,
     complaints: Mapping[tuple[str, int], str] | None = None,
     *,
+    refusals: Mapping[tuple[str, int], str] | None = None,
     is_served: bool = True,
 ) -> Observed:
     """Sort a run's children once; the newest pod of an index comes last."""
@@ -122,6 +125,7 @@ def observe(
         pods={key: tuple(group) for key, group in by_attempt.items()},
         progress=progress or {},
         complaints=complaints or {},
+        refusals=refusals or {},
         is_served=is_served,
     )
 

@@ -41,16 +41,18 @@ def reconcile(
     problems = unsupported(run.spec)
     if problems:
         message = "; ".join(f"{path}: {words}" for path, words in problems)
-        return refuse(run, message, now=now)
+        return refuse(run, message, observed, now=now)
     outcome = _step_all(run, planned or plan(run), status, observed, defaults=defaults, now=now)
     return _decide(run, status, outcome, observed, defaults=defaults, now=now)
 
 
-def refuse(run: Run, message: str, *, now: float) -> Decision:
-    """A run that can't be carried out: Failed, with what to change; a changed spec is a new chance."""
+def refuse(run: Run, message: str, observed: Observed, *, now: float) -> Decision:
+    """A run that can't be carried out: Failed, with what to change; a changed spec is a new chance. Workers that run
+    already go on."""
     old = decode_status(run.status)
+    end = _unnoted(old.stages, observed)
     if old.observed_generation == run.generation and old.is_true(ConditionType.FAILED):
-        return Decision()
+        return Decision(end=end)
     verdicts = build_verdicts(Reason.INVALID_SPEC, message, failed=True)
     status = msgspec.structs.replace(
         old,
@@ -58,7 +60,8 @@ def refuse(run: Run, message: str, *, now: float) -> Decision:
         conditions=set_conditions(old, verdicts, generation=run.generation, now=now),
         summary=msgspec.structs.replace(old.summary, reason=Reason.INVALID_SPEC),
     )
-    return Decision(status=status, events=(Event(reason=Reason.INVALID_SPEC, message=message[:1000], type="Warning"),))
+    event = Event(reason=Reason.INVALID_SPEC, message=message[:1000], type="Warning")
+    return Decision(end=end, status=status, events=(event,))
 
 
 def _may_go_on(run: Run, status: Status) -> bool:
@@ -75,12 +78,16 @@ def _retire(run: Run, status: Status, observed: Observed, now: float) -> Decisio
     """A finished run: what is left of its workers is ended, and it goes itself when its time has come."""
     expiry = lifetime.find_expiry(run, status)
     is_expired = expiry is not None and expiry <= now
-    is_noted_in_vain = bool(status.restart_handled) and not run.restart_stage
+    noted = msgspec.structs.replace(
+        status,
+        observed_generation=run.generation,
+        restart_handled=status.restart_handled if run.restart_stage else "",
+    )
     return Decision(
-        end=_leftovers(status.stages, observed, is_finished=True),
+        end=_leftovers(status.stages, observed, is_finished=True) + _unnoted(status.stages, observed),
         delete_run=is_expired,
         take_off_request=requests.is_to_be_taken_off(run, status),
-        status=msgspec.structs.replace(status, restart_handled="") if is_noted_in_vain else None,
+        status=None if noted == status else noted,
         requeue_at=None if is_expired else expiry,
     )
 
@@ -244,6 +251,12 @@ def _leftovers(
             or (is_finished and current[name].state == "Suspended")
         )
     )
+
+
+def _unnoted(stage_statuses: Sequence[StageStatus], observed: Observed) -> tuple[JobRecord, ...]:
+    """First Jobs that were made just before the run ended or was refused, and that its status never told of."""
+    known = {s.name for s in stage_statuses if s.attempt > 0}
+    return tuple(job for (name, _), job in sorted(observed.jobs.items()) if name not in known and not job.is_deleting)
 
 
 def _build_status(run: Run, old: Status, outcome: Outcome, now: float) -> Status:

@@ -35,10 +35,14 @@ def begin(view: View) -> Step:
 
 
 def step(view: View, *, may_begin: bool) -> Step:
-    """The next state of a stage; `may_begin`: all that it waits for has succeeded."""
+    """The next state of a stage; `may_begin`: all that it waits for has succeeded.
+
+    One whose first Job is there has begun, whatever came since: the operator that made it died before it noted that.
+    """
     if view.status.state in ACTIVE:
         return advance(view)
-    if view.status.state == "Pending" and may_begin:
+    has_begun = (view.status.name, 1) in view.observed.jobs
+    if view.status.state == "Pending" and (may_begin or has_begun):
         return begin(view)
     return Step(status=view.status)
 

@@ -26,6 +26,7 @@ _REASON_OF_WAIT = {
 _REASON_OF_WORDS = (
     ("exceeded quota", Reason.QUOTA),
     ("admission webhook", Reason.ADMISSION),
+    ("failed calling webhook", Reason.ADMISSION),
     ("violates PodSecurity", Reason.ADMISSION),
     ("ValidatingAdmissionPolicy", Reason.ADMISSION),
     ("isn't this run's", Reason.NAME_TAKEN),
@@ -45,9 +46,12 @@ def find_stuck(views: Sequence[View], rulings: Sequence[Ruling]) -> Stuck | None
 
 def find_stuck_stage(view: View) -> Stuck | None:
     """Of one stage that should run."""
-    if view.status.state in ("Running", "Suspended") or view.run.spec.suspend:
+    if view.status.state == "Suspended" or view.run.spec.suspend:
         return None
-    return _find_stuck_pod(view.pods) or _of_complaint(view) or _of_queue(view)
+    refusal = _of_words(view, view.observed.refusals.get(view.key, ""))
+    if view.status.state == "Running" or refusal:
+        return refusal
+    return _find_stuck_pod(view.pods) or _of_words(view, view.observed.complaints.get(view.key, "")) or _of_queue(view)
 
 
 def _find_stuck_pod(pods: Sequence[PodRecord]) -> Stuck | None:
@@ -63,9 +67,8 @@ def _find_stuck_pod(pods: Sequence[PodRecord]) -> Stuck | None:
     return None
 
 
-def _of_complaint(view: View) -> Stuck | None:
-    """What the API server, a controller or a kubelet said of the attempt's Job and pods."""
-    words = view.observed.complaints.get(view.key)
+def _of_words(view: View, words: str) -> Stuck | None:
+    """What the API server, a controller or a kubelet said of the attempt's Job, pods and Service."""
     if not words:
         return None
     if view.job is not None and view.job.is_suspended:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from builders import SPEC, build_end
-from sailvl_operator.api.status import ConditionType
+from sailvl_operator.api.status import ConditionType, Status
 from sailvl_trainer.contract import Checkpoint, Progress
 from worlds import World, finish
 
@@ -364,3 +364,30 @@ def test_a_job_removed_before_its_pods_were_seen_is_not_made_again() -> None:
     world.jobs, world.pods = {job.name: replace(job, is_gone=True)}, {}
     assert settled(world).attempt == 2
     assert [a.document.attempt for a in world.started] == [1, 2]
+
+
+def test_a_first_job_made_before_a_suspension_is_taken_into_it() -> None:
+    world = World(is_patient=False)
+    world.step()
+    world.status = Status()  # the operator died before its note
+    world.spec = {"suspend": True}
+    world.settle()
+    assert [j.is_suspended for j in world.jobs.values()] == [True]
+
+
+def test_a_refusal_shows_also_while_workers_run() -> None:
+    world = World(is_patient=False)
+    world.settle()
+    world.refusals["curate", 1] = "Service demo exists and isn't this run's; delete it or rename the run"
+    world.settle()
+    stuck = world.status.condition(ConditionType.STUCK)
+    assert stuck is not None
+    assert (stuck.status, stuck.reason) == ("True", "NameTaken")
+
+
+def test_a_finished_run_notes_the_generation_that_it_has_seen() -> None:
+    world = World()
+    finish(world)
+    world.generation = 7
+    world.settle()
+    assert world.status.observed_generation == 7
