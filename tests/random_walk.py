@@ -154,7 +154,7 @@ class Walk:
         await operator.kill()
 
     async def _read_progress(self, reader: ProgressReader) -> None:
-        await reader.read_all(ProgressAnswer(self))  # type: ignore[arg-type]
+        await reader.read_due(ProgressAnswer(self))  # type: ignore[arg-type]
 
     async def end(self) -> None:
         if self.operator is not None:

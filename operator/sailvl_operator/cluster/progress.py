@@ -1,13 +1,14 @@
 """Reads /progress from the first worker of every running attempt, every few seconds; the engine looks at the newest.
 
-Best effort: bounded in number and time, apart from the reconciles, and a read that fails means nothing but a count.
+Best effort: bounded in number, rate and time, apart from the reconciles, and a read that fails means nothing but a count.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import aiohttp
 import msgspec
@@ -24,8 +25,17 @@ Attempt = tuple[str, int]
 _SIZE_LIMIT = 65536
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Turn:
+    """When an attempt is read next."""
+
+    at: float = 0.0
+    failures: int = 0
+    """In a row."""
+
+
 class ProgressReader:
-    """Progresss by run, stage and attempt."""
+    """Documents by run, stage and attempt."""
 
     def __init__(
         self,
@@ -35,13 +45,16 @@ class ProgressReader:
         on_change: Callable[[Key], None],
         count: Callable[[str], None],
         port: int = METRICS_PORT,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._pods = pods
         self._on_change = on_change
         self._count = count
         self._port = port
+        self._monotonic = monotonic
         self._documents: dict[Key, dict[Attempt, Progress]] = {}
+        self._turns: dict[str, _Turn] = {}  # by the pod's uid
 
     def get(self, key: Key) -> Mapping[Attempt, Progress]:
         """The newest document of each attempt of a run."""
@@ -68,20 +81,33 @@ class ProgressReader:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             while True:
                 await asyncio.sleep(self._settings.interval)
-                await self.read_all(session)
+                await self.read_due(session)
 
-    async def read_all(self, session: aiohttp.ClientSession) -> None:
-        """One round over all running attempts."""
-        await asyncio.gather(*(self._read(session, pod) for pod in list(self._pods()) if is_readable(pod)))
+    async def read_due(self, session: aiohttp.ClientSession) -> None:
+        """One round: the running attempts whose turn it is, those first that waited longest for it."""
+        pods = {pod.uid: pod for pod in self._pods() if is_readable(pod)}
+        now = self._monotonic()
+        self._turns = {uid: self._turns.get(uid, _Turn()) for uid in pods}
+        due = sorted((turn.at, uid) for uid, turn in self._turns.items() if turn.at <= now)
+        few = due[: max(1, round(self._settings.rate * self._settings.interval))]
+        await asyncio.gather(*(self._read(session, pods[uid]) for _, uid in few))
 
     async def _read(self, session: aiohttp.ClientSession, pod: PodRecord) -> None:
         try:
             document = await self._fetch(session, pod.ip)
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, Unreachable):
             self._count("failed")
+            self._put_off(pod)
             return
         self._count("ok")
+        self._turns[pod.uid] = _Turn(at=self._monotonic())
         self._store(pod, document)
+
+    def _put_off(self, pod: PodRecord) -> None:
+        """Who doesn't answer is asked less often each time."""
+        failures = self._turns[pod.uid].failures + 1
+        wait = min(self._settings.interval * 2.0 ** min(failures, 30), self._settings.patience)
+        self._turns[pod.uid] = _Turn(failures=failures, at=self._monotonic() + wait)
 
     async def _fetch(self, session: aiohttp.ClientSession, ip: str) -> Progress:
         host = f"[{ip}]" if ":" in ip else ip

@@ -39,7 +39,7 @@ class WorkQueue(Generic[K]):
         """Look at a key soon. One that a worker holds is looked at again after it."""
         if key in self._active:
             self._dirty.add(key)
-        elif key not in self._waiting:
+        elif key not in self._waiting and key not in self._put_off:
             self._waiting[key] = time.monotonic()
             self._wake()
 

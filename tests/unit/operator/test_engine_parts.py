@@ -190,7 +190,7 @@ async def reading():
             outcomes=outcomes,
             pods=pods,
             reader=reader,
-            read=lambda: reader.read_all(session),
+            read=lambda: reader.read_due(session),
         )
 
 
