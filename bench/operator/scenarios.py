@@ -52,7 +52,7 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
     pods_s = await _await_count(plane, resources.PODS, runs * nodes, began)
     log(f"{runs * nodes} pods after {pods_s:.1f} s")
     used = {name: seconds - parts.get(name, 0.0) for name, seconds in plane.cpu_seconds().items()}
-    await _await_quiet(operator.cpu_seconds)
+    await _await_quiet(operator)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -212,11 +212,11 @@ async def _count(plane: ControlPlane, resource: Resource) -> int:
     return len(page["items"] or []) + page["metadata"].get("remainingItemCount", 0)
 
 
-async def _await_quiet(cpu: Callable[[], float]) -> None:
-    """Until the operator has done next to nothing for three seconds."""
+async def _await_quiet(operator: SailVL | NaiveKopf) -> None:
+    """Until the operator has written nothing, and done next to nothing, for five seconds."""
     async with asyncio.timeout(300):
         while True:
-            before = cpu()
-            await asyncio.sleep(3)
-            if cpu() - before < 0.15:
+            cpu, writes = operator.cpu_seconds(), operator.writes()
+            await asyncio.sleep(5)
+            if operator.cpu_seconds() - cpu < 0.25 and operator.writes() == writes:
                 return

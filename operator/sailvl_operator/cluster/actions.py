@@ -1,4 +1,4 @@
-"""Carries out a Decision's writes to children, top to bottom: end, suspend, start. Doing it twice does no harm."""
+"""Carries out a Decision's writes to children: what starts first, then what ends. Doing it twice does no harm."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Actions:
 
     async def carry_out(self, run: Run, decision: Decision) -> None:
         """Raises ApiError or NameTaken; what was done stays done, and the next reconcile goes on from there."""
+        for attempt in decision.start:
+            await self._prepare(run)
+            await self._start(attempt)
         for job in decision.end:
             await self._end(job)
         for job, is_suspended in decision.suspend:
             await self._suspend(job, is_suspended)
         for job in decision.withdraw:
             await self._delete(resources.JOBS, job.namespace, job.name, job.uid)
-        for attempt in decision.start:
-            await self._prepare(run)
-            await self._start(attempt)
         if decision.take_off_request:
             await self._take_off_request(run)
         if decision.delete_run:

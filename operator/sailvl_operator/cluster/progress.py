@@ -1,6 +1,6 @@
 """Reads /progress from the first worker of every running attempt, every few seconds; the engine looks at the newest.
 
-Best effort: bounded in number, rate and time, apart from the reconciles, and a read that fails means nothing but a count.
+Best effort: bounded in number, rate and time, apart from the reconciles; a read that fails means nothing but a count.
 """
 
 from __future__ import annotations

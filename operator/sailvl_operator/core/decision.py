@@ -1,4 +1,4 @@
-"""What `reconcile` wants done: plain data that the engine (on a cluster) or local mode carries out, top to bottom."""
+"""What `reconcile` wants done: plain data that the engine (on a cluster) or local mode carries out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """Carried out top to bottom; events and metrics only after the status was written."""
+    """Attempts are started, then others ended; events and metrics come only after the status was written."""
 
     end: tuple[JobRecord, ...] = ()
     """Dead attempts: their pods deleted with 1 s of grace, then the Jobs. A record without uid: its pods only."""

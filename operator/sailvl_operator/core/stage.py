@@ -13,6 +13,7 @@ from sailvl_operator.core import ending, failure
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.numbers import format_decimal, format_duration
 from sailvl_operator.core.observe import parse_time
+from sailvl_operator.core.stuck import PATIENCE_SECONDS, is_patient
 from sailvl_operator.core.times import format_time
 from sailvl_operator.core.view import ACTIVE, Step, View, next_attempt, read_progress
 from sailvl_trainer.contract import Result
@@ -148,12 +149,17 @@ def _await_start(view: View) -> Step:
         return Step(status=read_progress(view))
     deadline = view.job.started + timeout
     if view.now < deadline:
-        return Step(status=read_progress(view), requeue_at=deadline)
+        return Step(status=read_progress(view), requeue_at=min([deadline, *_find_patience(view)]))
     if any(p.terminated is not None for p in view.pods):
         return Step(status=read_progress(view))
     ready = sum(p.is_ready for p in view.pods)
     message = f"{ready} of {view.nodes} workers ran within startTimeoutSeconds ({timeout})"
     return ending.fail_start(view, message)
+
+
+def _find_patience(view: View) -> list[float]:
+    """When pods that have no node yet are old enough to be told of."""
+    return [pod.created + PATIENCE_SECONDS for pod in view.pods if is_patient(pod, view.now)]
 
 
 def _metrics(result: Result) -> dict[str, str]:

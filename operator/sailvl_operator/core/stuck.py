@@ -13,6 +13,9 @@ from sailvl_operator.core.view import ACTIVE, View
 Stuck = tuple[Reason, str]
 """Reason and message of the condition."""
 
+PATIENCE_SECONDS = 5.0
+"""For which a pod may have no node before that is worth a word."""
+
 _REASON_OF_WAIT = {
     "ErrImagePull": Reason.IMAGE,
     "ImagePullBackOff": Reason.IMAGE,
@@ -51,13 +54,22 @@ def find_stuck_stage(view: View) -> Stuck | None:
     refusal = _of_words(view, view.observed.refusals.get(view.key, ""))
     if view.status.state == "Running" or refusal:
         return refusal
-    return _find_stuck_pod(view.pods) or _of_words(view, view.observed.complaints.get(view.key, "")) or _of_queue(view)
+    return (
+        _find_stuck_pod(view.pods, view.now)
+        or _of_words(view, view.observed.complaints.get(view.key, ""))
+        or _of_queue(view)
+    )
 
 
-def _find_stuck_pod(pods: Sequence[PodRecord]) -> Stuck | None:
+def is_patient(pod: PodRecord, now: float) -> bool:
+    """Whether a pod without a node is so young that it may get one yet: dead workers' places become free."""
+    return bool(pod.unschedulable) and now < pod.created + PATIENCE_SECONDS
+
+
+def _find_stuck_pod(pods: Sequence[PodRecord], now: float) -> Stuck | None:
     """The first pod that can't start and says so itself."""
     for pod in pods:
-        if pod.is_gone or pod.is_deleting:
+        if pod.is_gone or pod.is_deleting or is_patient(pod, now):
             continue
         if pod.unschedulable:
             reason = Reason.VOLUME if "persistentvolumeclaim" in pod.unschedulable.lower() else Reason.UNSCHEDULABLE
