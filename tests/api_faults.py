@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, fields
 
-_HAPPENS_TO = {
+HAPPENS_TO = {
     "conflict": "write",
     "error_after": "write",
     "reset_after": "write",
@@ -61,7 +61,7 @@ class Faults:
 
 def every_fault(chance: float) -> Faults:
     """Each of them as often."""
-    return Faults(**{f.name: chance for f in fields(Faults) if f.name in _HAPPENS_TO})
+    return Faults(**{f.name: chance for f in fields(Faults) if f.name in HAPPENS_TO})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ class Dice:
         self._ordinals[like] += 1
         chances = random.Random(f"{self.seed}/{like}/{self._ordinals[like]}")
         drawn = chances.random()
-        for fault in (name for name, kinds in _HAPPENS_TO.items() if kind in kinds.split()):
+        for fault in (name for name, kinds in HAPPENS_TO.items() if kind in kinds.split()):
             drawn -= getattr(self.faults, fault)
             if drawn < 0:
                 request = f"{method} {path}{'?' if query else ''}{query}"

@@ -69,6 +69,8 @@ class Write:
     """Since the proxy began."""
     method: str
     path: str
+    about: str
+    """The object's name; of a collection, its selector."""
     status: int
 
 
@@ -83,9 +85,12 @@ class _Cut:
 class FaultyProxy:
     """Use as a context manager; `kubeconfig` leads through it, as whoever the given one makes of its bearer."""
 
-    def __init__(self, kubeconfig: str, folder: Path, *, seed: int = 0, page_size: int = 0) -> None:
+    def __init__(
+        self, kubeconfig: str, folder: Path, *, seed: int = 0, page_size: int = 0, watch_seconds: int = 0
+    ) -> None:
+        """Lists come in pages of so many objects, and watches end after so many seconds; 0: as they are asked for."""
         self._credentials = load_credentials(kubeconfig)
-        self._page_size = page_size
+        self._page_size, self._watch_seconds = page_size, watch_seconds
         self.dice = Dice(seed)
         self.writes: list[Write] = []
         self.kubeconfig = folder / f"proxy-{seed}.conf"
@@ -187,16 +192,27 @@ class FaultyProxy:
         return _half(response) if fault == "truncated" else response
 
     async def _forward(self, request: web.Request, body: bytes, kind: str) -> web.Response:
-        query = dict(request.query)
-        if self._page_size and "limit" in query:
-            query["limit"] = str(self._page_size)
-        url, headers = self._credentials.server + request.path, _pass_on(request.headers)
-        async with self._session.request(request.method, url, params=query, data=body, headers=headers) as response:
+        url, options = self._redirect(request, "limit", self._page_size)
+        async with self._session.request(request.method, url, data=body or None, **options) as response:
             answer = await response.read()
         if kind == "write":
-            done = Write(seconds=self.dice.seconds(), method=request.method, path=request.path, status=response.status)
-            self.writes.append(done)
+            self.writes.append(
+                Write(
+                    seconds=self.dice.seconds(),
+                    method=request.method,
+                    path=request.path,
+                    about=_find_subject(request, body),
+                    status=response.status,
+                )
+            )
         return web.Response(status=response.status, body=answer, headers=_pass_on(response.headers))
+
+    def _redirect(self, request: web.Request, limit: str, value: int) -> tuple[str, dict[str, Any]]:
+        """Where a request goes and with what; a parameter that limits it is lowered to a value other than 0."""
+        query = dict(request.query)
+        if value and limit in query:
+            query[limit] = str(min(value, int(query[limit])))
+        return self._credentials.server + request.path, {"params": query, "headers": _pass_on(request.headers)}
 
     async def _answer_watch(self, request: web.Request, fault: str, chances: random.Random) -> web.StreamResponse:
         if fault == "reset_before":
@@ -205,8 +221,8 @@ class FaultyProxy:
             return _refuse(fault)
         if fault in ("gone", "error_event"):
             return await _tell_error(request, fault)
-        url, headers = self._credentials.server + request.path, _pass_on(request.headers)
-        async with self._session.get(url, params=request.query, headers=headers) as upstream:
+        url, options = self._redirect(request, "timeoutSeconds", self._watch_seconds)
+        async with self._session.get(url, **options) as upstream:
             answer = web.StreamResponse(status=upstream.status, headers=_pass_on(upstream.headers))
             await answer.prepare(request)
             lines = _Lines(upstream.content, self._watches)
@@ -286,6 +302,13 @@ def _classify(request: web.Request) -> str:
     if "continue" in request.query:
         return "page"
     return "list" if "limit" in request.query else "read"
+
+
+def _find_subject(request: web.Request, body: bytes) -> str:
+    if request.method == "POST":
+        metadata = json.loads(body)["metadata"]
+        return str(metadata.get("name") or metadata["generateName"])
+    return request.query.get("labelSelector") or request.path.removesuffix("/status").rpartition("/")[2]
 
 
 def _is_waited_for(request: web.Request) -> bool:

@@ -136,7 +136,7 @@ class Witness:
         self._credentials, self._namespaces = load_credentials(kubeconfig), namespaces
         self._jobs: dict[tuple[str, str], dict[str, _Made]] = defaultdict(dict)
         self._noted: dict[tuple[str, str, str, int], int] = {}
-        self._tasks: list[asyncio.Future[None]] = []
+        self._watches: list[asyncio.Future[None]] = []
 
     def __enter__(self) -> Witness:
         self._background = Background()
@@ -146,6 +146,8 @@ class Witness:
     def __exit__(self, *_: object) -> None:
         self._background.call(self._client.__aexit__())
         self._background.close()
+        for watch in self._watches:
+            assert watch.cancelled(), watch.exception()
 
     def attempts(self, namespace: str, run: str) -> dict[str, list[int]]:
         """Of each stage the attempts for which a Job was ever made, as often as one was."""
@@ -167,7 +169,7 @@ class Witness:
         for namespace in self._namespaces:
             for resource, selector in ((resources.JOBS, names.MANAGED_SELECTOR), (resources.RUNS, "")):
                 version = await self._list(resource, namespace)
-                self._tasks.append(asyncio.ensure_future(self._watch(resource, namespace, selector, version)))
+                self._watches.append(asyncio.ensure_future(self._watch(resource, namespace, selector, version)))
 
     async def _list(self, resource: Resource, namespace: str) -> str:
         version = ""
@@ -201,5 +203,5 @@ class Witness:
     def _see_run(self, raw: dict[str, Any]) -> None:
         metadata = raw["metadata"]
         for stage in raw.get("status", {}).get("stages", []):
-            key = metadata["namespace"], metadata["name"], stage["name"], stage["attempt"]
+            key = metadata["namespace"], metadata["name"], stage["name"], stage.get("attempt", 0)
             self._noted.setdefault(key, int(metadata["resourceVersion"]))

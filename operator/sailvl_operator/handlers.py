@@ -5,20 +5,19 @@ Only `on.event` is used: no finalizers, no annotations, no timers, no indices, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from typing import Any
 
 import kopf
 
 from sailvl_operator.api import names
+from sailvl_operator.cluster.client import SILENCE
 from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.cluster.kopf_session import build_session
 
 Sink = Callable[[str | None, dict[str, Any]], None]
 """Called with the watch event's type (None: listed) and the whole object."""
-
-_LOGIN_MINUTES = 10
-"""kopf asks for a fresh token so often; also at once after a 401."""
 
 
 def build_registry(sink: Sink, credentials: Credentials, *, watch_timeout: int) -> kopf.OperatorRegistry:
@@ -33,10 +32,13 @@ def build_registry(sink: Sink, credentials: Credentials, *, watch_timeout: int) 
         settings.peering.standalone = True
         settings.watching.server_timeout = watch_timeout
         settings.watching.connect_timeout = 10
+        settings.watching.inactivity_timeout = SILENCE
+        settings.networking.request_timeout = 30
+        settings.networking.error_backoffs = _Forever()
 
     @kopf.on.login(registry=registry)
-    async def connect(**_: Any) -> kopf.ConnectionInfo:
-        return await _connect(credentials)
+    async def connect(**_: Any) -> kopf.AiohttpSession:
+        return kopf.AiohttpSession(server=credentials.server, aiohttp_session=build_session(credentials))
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
     async def see(event: kopf.RawEvent, **_: Any) -> None:
@@ -58,17 +60,9 @@ class _NoEssence(kopf.DiffBaseStorage):
         return None
 
 
-async def _connect(credentials: Credentials) -> kopf.ConnectionInfo:
-    credentials.forget()
-    scheme, _, token = (await credentials.headers()).get("Authorization", "").partition(" ")
-    configuration = credentials.configuration
-    return kopf.ConnectionInfo(
-        server=credentials.server,
-        ca_path=configuration.ssl_ca_cert,
-        insecure=not configuration.verify_ssl,
-        scheme=scheme or None,
-        token=token or None,
-        certificate_path=configuration.cert_file,
-        private_key_path=configuration.key_file,
-        expiration=datetime.now(UTC) + timedelta(minutes=_LOGIN_MINUTES) if token else None,
-    )
+class _Forever(Iterable[float]):
+    """Seconds between the tries of a request that fails for a passing reason. kopf gives up after the last, and an
+    outage may last for hours."""
+
+    def __iter__(self) -> Iterator[float]:
+        return chain((0.2, 0.5, 1.0, 2.0), repeat(5.0))

@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, TypedDict, cast
 
 import aiohttp
 import msgspec
 
 from sailvl_operator.api import names
-from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.cluster.credentials import Credentials, build_connector
 from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.cluster.server_clock import ServerClock
+from sailvl_operator.core.shapes import Shape
 from sailvl_operator.errors import ApiError, Gone, TooManyRequests, Unauthorized, Unreachable, api_error
 from sailvl_operator.settings import ApiSettings
 
@@ -28,7 +31,7 @@ _JSON = "application/json"
 _METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _PASSING = frozenset({0, 429, 500, 502, 503, 504})
 _RETRY_AFTER_LIMIT = 30.0
-_SILENCE = 150.0
+SILENCE = 90.0
 """Seconds without a byte after which a watch counts as broken; bookmarks come about once a minute."""
 
 Count = Callable[[str, int], None]
@@ -43,11 +46,14 @@ class Client:
         self._settings = settings
         self._count = count
         self._session: aiohttp.ClientSession
+        self.clock = ServerClock()
+        self.may_write: Callable[[], bool] = lambda: True
+        """Asked before each try of a write; `lease.py` says no once another replica may lead."""
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
             base_url=self._credentials.server + "/",
-            connector=aiohttp.TCPConnector(limit=self._settings.connections, ssl=self._credentials.ssl or True),
+            connector=build_connector(self._credentials, limit=self._settings.connections),
             timeout=aiohttp.ClientTimeout(total=self._settings.request_timeout),
             headers={"User-Agent": names.FIELD_MANAGER},
         )
@@ -68,8 +74,10 @@ class Client:
         selector: str = "",
         field_selector: str = "",
         metadata_only: bool = False,
+        shape: Shape = dict,
     ) -> AsyncIterator[tuple[list[Object], str]]:
-        """Pages of objects, or of their metadata alone, each with the list's resourceVersion.
+        """Pages of objects, or of their metadata alone, each with the list's resourceVersion; no more of an object than
+        its shape has.
 
         Raises Gone when the list takes so long that its snapshot expires: start again.
         """
@@ -80,7 +88,9 @@ class Client:
         }
         while True:
             accept = _METADATA if metadata_only else _JSON
-            page = await self._request("list", "GET", resource.path(namespace), parameters, accept=accept)
+            page = await self._request(
+                "list", "GET", resource.path(namespace), parameters, accept=accept, shape=_page_of(shape)
+            )
             metadata = page["metadata"]
             yield page.get("items") or [], metadata["resourceVersion"]
             if not metadata.get("continue"):
@@ -88,7 +98,13 @@ class Client:
             parameters["continue"] = metadata["continue"]
 
     async def watch(
-        self, resource: Resource, namespace: str = "", *, selector: str = "", resource_version: str
+        self,
+        resource: Resource,
+        namespace: str = "",
+        *,
+        selector: str = "",
+        resource_version: str,
+        shape: Shape = dict,
     ) -> AsyncIterator[tuple[EventType, Object]]:
         """Events after a resourceVersion, until the server's timeout. Not retried: the caller resumes or lists again.
 
@@ -101,7 +117,7 @@ class Client:
             "resourceVersion": resource_version,
             "timeoutSeconds": str(self._settings.watch_timeout),
         }
-        path, timeout = resource.path(namespace), aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE)
+        path, timeout = resource.path(namespace), aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=SILENCE)
         try:
             async with self._session.get(
                 path, params=parameters, timeout=timeout, headers=await self._credentials.headers()
@@ -110,7 +126,7 @@ class Client:
                 if response.status != 200:
                     raise self._fail(response, await response.read(), f"watch {path}")
                 async for line in _lines(response.content):
-                    yield _decode_event(line, path)
+                    yield _decode_event(line, path, shape)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unreachable(f"watch {path}: {error or type(error).__name__}") from error
 
@@ -158,31 +174,41 @@ class Client:
         body: Mapping[str, Any] | None = None,
         content_type: str = _JSON,
         accept: str = _JSON,
+        shape: Shape = dict,
     ) -> Object:
         data = None if body is None else msgspec.json.encode(body)
         headers = {"Accept": accept} | ({} if data is None else {"Content-Type": content_type})
         failures = 0
         while True:
             try:
-                return await self._try(verb, method, path, params=parameters, data=data, headers=headers)
+                return await self._try(verb, method, path, shape, params=parameters, data=data, headers=headers)
             except ApiError as error:
                 failures += 1
                 if not self._is_worth_a_retry(error, failures):
                     raise
                 await asyncio.sleep(self._wait(error, failures))
 
-    async def _try(self, verb: str, method: str, path: str, *, headers: dict[str, str], **options: Any) -> Object:
+    async def _try(
+        self, verb: str, method: str, path: str, shape: Shape, *, headers: dict[str, str], **options: Any
+    ) -> Object:
         headers = headers | await self._credentials.headers()
+        if method != "GET" and not self.may_write():
+            raise ApiError(f"{verb} {path}: not written: the lease of this replica has run out", status=409)
+        sent = self.clock.monotonic()
         try:
             async with self._session.request(method, path, headers=headers, **options) as response:
                 self._count(verb, response.status)
+                self.clock.heed(response.headers.get("Date"), sent=sent, received=self.clock.monotonic())
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             self._count(verb, 0)
             raise Unreachable(f"{verb} {path}: {error or type(error).__name__}") from error
         if response.status >= 400:
             raise self._fail(response, answer, f"{verb} {path}")
-        decoded: Object = msgspec.json.decode(answer)
+        try:
+            decoded: Object = msgspec.json.decode(answer, type=shape)
+        except msgspec.MsgspecError as error:
+            raise Unreachable(f"{verb} {path}: the answer is broken: {error}") from error
         return decoded
 
     def _fail(self, response: aiohttp.ClientResponse, answer: bytes, request: str) -> ApiError:
@@ -223,10 +249,26 @@ async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
         pending = bytearray(rest)
 
 
-def _decode_event(line: bytes, path: str) -> tuple[EventType, Object]:
-    event = msgspec.json.decode(line, type=dict)
-    raw: Object = event["object"]
-    if event["type"] == "ERROR":
-        error = api_error(raw.get("code", 500), raw, request=f"watch {path}")
-        raise Gone(str(error), status=410, reason="Expired") if raw.get("reason") == "Expired" else error
-    return event["type"], raw
+class _Event(msgspec.Struct):
+    type: str
+    object: msgspec.Raw
+
+
+def _decode_event(line: bytes, path: str, shape: Shape) -> tuple[EventType, Object]:
+    try:
+        event = msgspec.json.decode(line, type=_Event)
+        is_error = event.type == "ERROR"
+        found: Object = msgspec.json.decode(event.object, type=dict if is_error else shape)
+    except msgspec.MsgspecError as error:
+        raise Unreachable(f"watch {path}: an event is broken: {error}") from error
+    if is_error:
+        told = api_error(found.get("code", 500), found, request=f"watch {path}")
+        raise Gone(str(told), status=410, reason="Expired") if told.reason == "Expired" else told
+    return cast("EventType", event.type), found
+
+
+@cache
+def _page_of(shape: Shape) -> Any:
+    make: Any = TypedDict  # its calls are for type checkers to read, who can't read these
+    metadata = make("metadata", {"resourceVersion": str, "continue": str}, total=False)
+    return make("page", {"metadata": metadata, "items": list[shape] | None}, total=False)

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 import time
 from typing import Any
 
+import aiohttp
 import kubernetes.client
 import kubernetes.config
 
@@ -17,6 +19,12 @@ from sailvl_operator.errors import CredentialsError
 
 REFRESH_SECONDS = 45.0
 """A service account's token is rotated well before it expires; the package reads its file once a minute."""
+
+_IDLE_SECONDS = 15
+"""A connection that is silent for so long is probed: on a watch nothing else would notice that the peer is gone."""
+_DEAD_SECONDS = 5
+"""Without an acknowledgement for so long a connection is given up, and what was not delivered with it: a write must not
+arrive when the network is back and another replica leads."""
 
 
 class Credentials:
@@ -47,6 +55,22 @@ class Credentials:
         if self.configuration.username:
             return str(self.configuration.get_basic_auth_token())
         return ""
+
+
+def build_connector(credentials: Credentials, *, limit: int) -> aiohttp.TCPConnector:
+    """At most `limit` connections at once, 0: any number; they notice when the peer is gone."""
+    return aiohttp.TCPConnector(limit=limit, ssl=credentials.ssl or True, socket_factory=_open_socket)
+
+
+def _open_socket(address: Any) -> socket.socket:
+    family, kind, protocol, *_ = address
+    opened = socket.socket(family, kind, protocol)
+    options = {"TCP_KEEPIDLE": _IDLE_SECONDS, "TCP_KEEPINTVL": _DEAD_SECONDS, "TCP_USER_TIMEOUT": 1000 * _DEAD_SECONDS}
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in options.items():
+        if hasattr(socket, name):  # not every system has each of them
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return opened
 
 
 def load_credentials(kubeconfig: str = "", context: str = "") -> Credentials:

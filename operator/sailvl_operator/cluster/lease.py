@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
@@ -19,6 +19,9 @@ from sailvl_operator.errors import ApiError, Conflict, LostLease, NotFound
 from sailvl_operator.settings import LeaseSettings
 
 log = logging.getLogger(__name__)
+
+_RELEASE_SECONDS = 2.0
+"""Longer the end of this process doesn't wait for it."""
 
 
 class Leadership:
@@ -30,15 +33,14 @@ class Leadership:
         settings: LeaseSettings,
         *,
         monotonic: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self._client = client
         self._settings = settings
         self._monotonic = monotonic
-        self._wall = wall
         self._lease: dict[str, Any] = {}
         self._seen_version = ""
         self._seen_at = 0.0
+        self._renewed_at = float("-inf")
         self.is_leading = False
 
     async def acquire(self) -> None:
@@ -46,6 +48,7 @@ class Leadership:
         while not await self._try_to_take():
             await asyncio.sleep(self._settings.renew_interval)
         self.is_leading = True
+        self._client.may_write = self._may_write
         log.info("this replica leads", extra={"identity": self._settings.identity})
 
     async def keep(self) -> None:
@@ -53,18 +56,14 @@ class Leadership:
 
         Raises LostLease when another replica holds it, or when renewals failed for the deadline.
         """
-        renewed_at = self._monotonic()
         while True:
-            await asyncio.sleep(self._settings.renew_interval)
-            left = self._settings.renew_deadline - (self._monotonic() - renewed_at)
+            interval = self._settings.renew_interval
+            await asyncio.sleep(max(self._renewed_at + interval - self._monotonic(), interval / 10))
             try:
-                async with asyncio.timeout(max(left, 0.1)):
+                async with asyncio.timeout(max(self._left(), 0.0)):
                     await self._renew()
-                renewed_at = self._monotonic()
-            except Conflict as error:
-                self._lose(f"another replica took the lease: {error}")
             except (ApiError, TimeoutError) as error:
-                if self._monotonic() - renewed_at >= self._settings.renew_deadline:
+                if self._left() <= 0:
                     self._lose(f"the lease could not be renewed for {self._settings.renew_deadline} s: {error!r}")
 
     async def release(self) -> None:
@@ -73,30 +72,58 @@ class Leadership:
             return
         self.is_leading = False
         try:
-            await self._write(self._lease, holder="", duration=1)
-        except ApiError as error:
-            log.warning("the lease was not released and runs out by itself: %s", error)
+            async with asyncio.timeout(_RELEASE_SECONDS):
+                await self._write_ours(holder="", duration=1)
+        except (ApiError, TimeoutError) as error:
+            log.warning("the lease was not released and runs out by itself: %r", error)
 
-    def _lose(self, words: str) -> None:
+    def _left(self) -> float:
+        """Seconds for which no other replica can think that the lease has run out, with a margin."""
+        return self._renewed_at + self._settings.renew_deadline - self._monotonic()
+
+    def _may_write(self) -> bool:
+        """Also right after this process stood still for long, when nothing has had a turn yet."""
+        return self._left() > 0
+
+    def _lose(self, words: str) -> NoReturn:
         self.is_leading = False
+        self._renewed_at = float("-inf")
         raise LostLease(words)
 
     async def _renew(self) -> None:
-        self._lease = await self._write(self._lease, holder=self._settings.identity)
+        asked_at = self._monotonic()
+        try:
+            self._lease = await self._write_ours(holder=self._settings.identity)
+        except (Conflict, NotFound) as error:
+            self._lose(f"another replica took the lease, or may take it: {error}")
+        self._renewed_at = asked_at  # others count from a moment after this
+
+    async def _write_ours(self, *, holder: str, duration: float | None = None) -> dict[str, Any]:
+        """A conflict need not mean another replica: an earlier write may have been done, and its answer lost."""
+        while True:
+            try:
+                return await self._write(self._lease, holder=holder, duration=duration)
+            except Conflict:
+                lease = await self._read()
+                if lease is None or lease.get("spec", {}).get("holderIdentity") != self._settings.identity:
+                    raise
+                self._lease = lease
 
     async def _try_to_take(self) -> bool:
+        asked_at = self._monotonic()
         try:
             lease = await self._read()
             if lease is None:
                 self._lease = await self._create()
-                return True
-            if not self._is_free(lease):
+            elif self._is_free(lease):
+                self._lease = await self._write(lease, holder=self._settings.identity)
+            else:
                 return False
-            self._lease = await self._write(lease, holder=self._settings.identity)
-            return True
         except ApiError as error:
             log.info("the lease is not ours yet: %s", error)
             return False
+        self._renewed_at = asked_at
+        return True
 
     async def _read(self) -> dict[str, Any] | None:
         try:
@@ -126,7 +153,11 @@ class Leadership:
         )
 
     def _build_spec(self, old: dict[str, Any], holder: str, duration: float) -> dict[str, Any]:
-        now = datetime.fromtimestamp(self._wall(), UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        now = (
+            datetime.fromtimestamp(self._client.clock.now(), UTC)
+            .isoformat(timespec="microseconds")
+            .replace("+00:00", "Z")
+        )
         is_same = old.get("holderIdentity") == holder
         return {
             "holderIdentity": holder,

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from fake_api import FakeApi, Refusal, serve
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
-from sailvl_operator.errors import Conflict, Forbidden, Gone, NotFound, ServerError, TooManyRequests, Unreachable
+from sailvl_operator.errors import (
+    ApiError,
+    Conflict,
+    Forbidden,
+    Gone,
+    NotFound,
+    ServerError,
+    TooManyRequests,
+    Unreachable,
+)
 from sailvl_operator.settings import ApiSettings
 
 CALLS: Counter[tuple[str, int]] = Counter()
@@ -138,3 +151,82 @@ async def test_no_server_is_unreachable():
             await client.get(resources.PODS, "team", "p")
         with pytest.raises(Unreachable):
             [e async for e in client.watch(resources.PODS, resource_version="1")]
+
+
+@asynccontextmanager
+async def answering(*bodies: bytes):
+    """A client of a server that gives these answers, the last one for ever."""
+    given = list(bodies)
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=given.pop(0) if len(given) > 1 else given[0], content_type="application/json")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    settings = ApiSettings(backoff=0.001, tries=3)
+    async with (
+        TestServer(app) as server,
+        Client(Credentials(Token(str(server.make_url("")))), settings, lambda *_: None) as client,
+    ):
+        yield client
+
+
+async def test_an_answer_that_was_cut_is_asked_for_again():
+    async with answering(b'{"metadata": {"na', b"[]", b'{"metadata": {}}') as client:
+        assert await client.get(resources.PODS, "team", "p") == {"metadata": {}}
+    async with answering(b'{"metadata": {"na') as client:
+        with pytest.raises(Unreachable, match="the answer is broken"):
+            await client.get(resources.PODS, "team", "p")
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "words"),
+    [
+        pytest.param(b'{"type": "ADDED", "obj\n', Unreachable, "an event is broken", id="a broken line"),
+        pytest.param(b'{"kind": "Status"}\n', Unreachable, "an event is broken", id="something else"),
+        pytest.param(
+            b'{"type": "ERROR", "object": {"code": 500, "message": "etcd"}}\n', ServerError, "etcd", id="its trouble"
+        ),
+        pytest.param(b'{"type": "ERROR", "object": {"reason": "Expired"}}\n', Gone, "watch", id="expired, by its reason"),
+    ],
+)
+async def test_a_watch_that_cannot_go_on(line, error, words):
+    event = b'{"type": "ADDED", "object": {"metadata": {"name": "p"}}}\n'
+    async with answering(event + line) as client:
+        watch = client.watch(resources.PODS, resource_version="1")
+        assert await anext(watch) == ("ADDED", {"metadata": {"name": "p"}})
+        with pytest.raises(error, match=words):
+            await anext(watch)
+
+
+async def test_a_line_without_its_end_is_no_event():
+    async with answering(b'{"type": "ADDED", "object": {}}\n{"type": "ADDED", "object": {}}') as client:
+        assert [e async for e in client.watch(resources.PODS, resource_version="1")] == [("ADDED", {})]
+
+
+async def test_who_may_not_write_only_reads(world):
+    await world.api.put("pods", make("p"))
+    world.client.may_write = lambda: False
+    with pytest.raises(ApiError, match="the lease of this replica has run out"):
+        await world.client.create(resources.PODS, "team", make("q"))
+    assert await world.client.get(resources.PODS, "team", "p")
+    assert dict(CALLS) == {("get", 200): 1}
+
+
+async def test_its_clock_follows_the_server(world):
+    await world.api.put("pods", make("p"))
+    ours = world.client.clock
+    ours._wall = lambda: 0.0
+    assert ours.now() == 0.0
+    await world.client.get(resources.PODS, "team", "p")
+    assert ours.now() > 1_700_000_000
+
+
+async def test_connections_notice_that_the_peer_is_gone(world):
+    await world.api.put("pods", make("p"))
+    await world.client.get(resources.PODS, "team", "p")
+    [[(protocol, _)]] = world.client._session.connector._conns.values()
+    opened = protocol.transport.get_extra_info("socket")
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
+    assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert [opened.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [15, 5, 5000]
