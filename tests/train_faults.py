@@ -220,6 +220,12 @@ def explode(step: int) -> None:
     loop.Loop._train = train  # type: ignore[method-assign]
 
 
+def both(one: Fault, other: Fault) -> None:
+    """Two faults."""
+    one()
+    other()
+
+
 def next_attempt(document: Stage) -> Stage:
     """The same stage once more."""
     return replace(document, attempt=document.attempt + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
@@ -16,12 +17,17 @@ from sailvl_trainer.runtime.storage import storage_errors
 
 
 def export_model(
-    model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, preset: Preset, path: Path
+    model: InternVLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    preset: Preset,
+    path: Path,
+    *,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Written beside its place, brought to the disk and renamed, so that a folder of this name is always whole.
 
-    Raises StorageError where the volume is full or gone. A name of its own for each try: whoever still writes into the
-    folder of an earlier one, which is removed, writes nothing into this.
+    Raises StorageError where the volume is full or gone, and what `check` raises, which is called before the folder
+    takes its place. A name of its own for each try: whoever still writes into an earlier one harms nothing.
     """
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -34,6 +40,7 @@ def export_model(
             for file in filter(Path.is_file, temporary.rglob("*")):
                 sync_file(file)
             sync_directory(temporary)
+        check()
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

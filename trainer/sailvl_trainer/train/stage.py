@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from functools import partial
 
 import torch.distributed as dist
 
@@ -106,6 +107,6 @@ def _export(context: Context, prepared: Prepared) -> None:
     """ZeRO-1 keeps whole weights on every rank, so the first one writes them alone."""
     context.telemetry.update(phase="checkpointing")
     if context.is_first:
-        require_newest(context.files, context.stage.attempt)
-        export_model(prepared.model, prepared.tokenizer, prepared.preset, context.files.export)
+        check = partial(require_newest, context.files, context.stage.attempt)
+        export_model(prepared.model, prepared.tokenizer, prepared.preset, context.files.export, check=check)
     dist.barrier()
