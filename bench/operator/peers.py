@@ -18,7 +18,7 @@ from control_plane import ROOT, ControlPlane, cpu_seconds
 
 SETTLE_SECONDS = 1.0
 """--settle-seconds of our operator here: the time it waits for the other pods' word on a failure."""
-_PORT = 18080
+_PORT = 18090
 _WRITES = ("create", "patch", "delete", "deletecollection")
 """Verbs that count as writes; the lease's renewals are `update`."""
 

@@ -82,6 +82,7 @@ class Operator:
             namespaces=settings.api.namespaces,
             on_change=self.queue.add,
             count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
+            clock=self.client.clock.now,
         )
         self.resync = Resync(
             self.client,
@@ -150,6 +151,7 @@ class Operator:
             queue=self.queue,
             metrics=self.metrics,
             defaults=self.settings.defaults,
+            clock=self.client.clock.now,
         )
         if self.settings.lease.enabled:
             await self.leadership.acquire()
@@ -167,7 +169,7 @@ class Operator:
             identity=self.settings.lease.identity,
             enabled=self.settings.api.events,
             count=lambda outcome: self.metrics.events.labels(outcome).inc(),
-            clock=time.time,
+            clock=self.client.clock.now,
         )
 
     def _build_progress(self) -> ProgressReader:

@@ -10,6 +10,7 @@ from typing import Any
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.informer import Informer, Key, Kind, Record, Store, mark_gone
+from sailvl_operator.core import shapes
 from sailvl_operator.core.observe import (
     JobRecord,
     PodRecord,
@@ -20,9 +21,11 @@ from sailvl_operator.core.observe import (
     stamp_pod,
 )
 
-_JOBS: Kind[JobRecord] = Kind(resource=resources.JOBS, parse=parse_job, mark_gone=mark_gone)
-_SERVICES: Kind[ServiceRecord] = Kind(resource=resources.SERVICES, parse=parse_service)
-_PODS: Kind[PodRecord] = Kind(resource=resources.PODS, parse=parse_pod, mark_gone=mark_gone, stamp=stamp_pod)
+_JOBS: Kind[JobRecord] = Kind(resource=resources.JOBS, shape=shapes.Job, parse=parse_job, mark_gone=mark_gone)
+_SERVICES: Kind[ServiceRecord] = Kind(resource=resources.SERVICES, shape=shapes.Service, parse=parse_service)
+_PODS: Kind[PodRecord] = Kind(
+    resource=resources.PODS, shape=shapes.Pod, parse=parse_pod, mark_gone=mark_gone, stamp=stamp_pod
+)
 
 
 class Children:

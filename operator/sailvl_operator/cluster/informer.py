@@ -18,6 +18,7 @@ from sailvl_operator.api import names
 from sailvl_operator.cluster.client import Client, EventType, Object
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
+from sailvl_operator.core.shapes import Shape
 from sailvl_operator.errors import ApiError, Gone
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class Kind(Generic[Record]):
     """What an informer watches and how it trims it."""
 
     resource: Resource
+    shape: Shape
+    """What of it is decoded."""
     parse: Callable[[dict[str, Any]], Record]
     mark_gone: Callable[[Record], Record] | None = None
     """How the last state of a deleted object is kept; None: it isn't."""
@@ -176,7 +179,9 @@ class Informer(Generic[Record]):
     async def _list(self) -> None:
         records: list[Record] = []
         version = ""
-        pages = self._client.list_pages(self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR)
+        pages = self._client.list_pages(
+            self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR, shape=self._kind.shape
+        )
         async for items, version in pages:  # noqa: B007  # the last page's is used
             self._last_sign = time.monotonic()
             records.extend(self._kind.parse(raw) for raw in items)
@@ -186,7 +191,11 @@ class Informer(Generic[Record]):
 
     async def _watch(self) -> None:
         events = self._client.watch(
-            self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR, resource_version=self._version
+            self._kind.resource,
+            self._namespace,
+            selector=names.MANAGED_SELECTOR,
+            resource_version=self._version,
+            shape=self._kind.shape,
         )
         async for type_, raw in events:
             self._last_sign = time.monotonic()
