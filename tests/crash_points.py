@@ -54,7 +54,7 @@ FAILING = ("pretrain", 1)
 """The attempt that crashes."""
 JOBS = {"curate-1": 1, "pretrain-1": 2, "pretrain-2": 2, "sft-1": 1, "evaluate-1": 1}
 """Every attempt's pods."""
-DEFAULTS = Defaults(image="none", settle_seconds=0.5, backoff_seconds=0.2, grace_seconds=30)
+DEFAULTS = Defaults(image="none", backoff_seconds=0.2)
 PATIENCE = 170.0
 """Seconds for one run."""
 
@@ -70,7 +70,8 @@ class Point:
     """2: the next life dies around its own first write, too."""
 
     def __str__(self) -> str:
-        return f"{'event' if self.is_event else 'write'} {self.number} {'before' if self.is_before else 'after'}"
+        side = "before" if self.is_before else "after"
+        return f"{'event' if self.is_event else 'write'} {self.number}, {side}{', twice' * (self.times - 1)}"
 
 
 class MortalSession:

@@ -67,7 +67,11 @@ class OperatorProcess:
         )
         self.recorder = Recorder(client, identity="test", enabled=True, count=lambda _: None, clock=clock)
         self.progress = ProgressReader(
-            ProgressSettings(), pods=lambda: self.children.pods, on_change=self.queue.add, count=lambda _: None
+            ProgressSettings(),
+            pods=lambda: self.children.pods,
+            on_change=self.queue.add,
+            count=lambda _: None,
+            monotonic=monotonic,
         )
         self.complaints = ComplaintReader(
             client,

@@ -145,5 +145,5 @@ async def test_the_end_is_the_same_wherever_the_operator_dies(credentials, capsy
         sys.stdout.write(build_table(cases, undisturbed))
         alive = sum(not case.deaths for case in cases)
         sys.stdout.write(f"{len(cases)} runs in {time.monotonic() - started:.0f} s, {alive} not come to their point\n")
-    wrong = {str(case.point): judge(case, undisturbed) for case in cases if judge(case, undisturbed)}
-    assert wrong == {}
+    wrong = [f"{case.point}: {judge(case, undisturbed)}" for case in cases if judge(case, undisturbed)]
+    assert not wrong, "\n".join(wrong)
