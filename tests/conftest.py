@@ -1,3 +1,8 @@
 """Fixtures that tests of several folders share."""
 
+from hypothesis import settings
+
 pytest_plugins = ["clusters"]
+
+settings.register_profile("unhurried", deadline=None)  # machines that build are busy: time is no reason to fail
+settings.load_profile("unhurried")

@@ -296,9 +296,9 @@ def test_nothing_is_written_while_nothing_happens(operator, namespace, image):
 
 
 def test_a_deleted_run_takes_its_children_along(operator, namespace, image):
-    run = Run(namespace, "gone", image, "hold")
+    run = Run(namespace, "gone", image, "hold", nodes=2)
     until(lambda: run.stage() == ("Running", 1))
-    assert run.children("services")
+    until(lambda: run.children("services"))
     run.kubectl("delete", "svr", "gone")
     until(lambda: not any(run.children(kind) for kind in ("jobs", "pods", "services")))
     until(lambda: operator.metric('sailvl_run_stage_attempt{namespace="' + namespace + '",run="gone"') == 0)

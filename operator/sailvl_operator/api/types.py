@@ -343,7 +343,7 @@ class Spec(Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=0, le=2_147_483_647)] = 0
     """Of data order, initial weights and everything else drawn."""
     active_deadline_seconds: Seconds | UnsetType = UNSET
-    """The run fails when it has been active for so long, suspension not counted. Raised, the run goes on."""
+    """The run fails when it has been active for so long, suspension and queues not counted. Raised, the run goes on."""
     ttl_seconds_after_finished: Seconds | UnsetType = UNSET
     """The run and its children are deleted so long after its end; outputs stay, see storage."""
     price_per_gpu_hour: Decimal | UnsetType = UNSET

@@ -20,7 +20,7 @@ from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.runs import Key, RunStore
 from sailvl_operator.core.observe import JobRecord, PodRecord
 from sailvl_operator.core.status import decode_status
-from sailvl_operator.errors import ApiError
+from sailvl_operator.errors import ApiError, NotFound
 from sailvl_operator.settings import ComplaintSettings
 
 Attempt = tuple[str, int]
@@ -111,7 +111,10 @@ class ComplaintReader:
         if len(silent) < job.nodes:
             return await self._read_event(job.namespace, job.uid, f"Job {job.name}")
         pod = next((pod for pod in silent if not pod.is_ready), silent[0])
-        return await self._read_event(job.namespace, pod.uid, f"pod {pod.name}")
+        words = await self._read_event(job.namespace, pod.uid, f"pod {pod.name}")
+        if words or pod.node:
+            return words
+        return f"pod {pod.name} waits for the scheduler {pod.scheduler}, which has said nothing of it"
 
     async def _read_event(self, namespace: str, uid: str, subject: str) -> str:
         """The newest warning about an object."""
@@ -125,10 +128,20 @@ class ComplaintReader:
     async def _read_workload(self, job: JobRecord) -> str:
         """Why Kueue doesn't let a Job go."""
         selector = f"{names.LABEL_KUEUE_JOB}={job.uid}"
-        found = await self._first_page(resources.WORKLOADS, job.namespace, selector=selector)
+        found = await self._read_workloads(job.namespace, selector)
         conditions = [c for workload in found for c in workload.get("status", {}).get("conditions", [])]
         held = next((c for c in conditions if c["type"] == "QuotaReserved" and c["status"] == "False"), None)
         return f"Kueue's queue {job.queue}: {held['message']}" if held is not None else ""
+
+    async def _read_workloads(self, namespace: str, selector: str) -> list[dict[str, Any]]:
+        """By the newest version that this Kueue serves."""
+        *newer, oldest = resources.WORKLOADS
+        for resource in newer:
+            try:
+                return await self._first_page(resource, namespace, selector=selector)
+            except NotFound:
+                continue
+        return await self._first_page(oldest, namespace, selector=selector)
 
     async def _first_page(
         self, resource: resources.Resource, namespace: str, *, selector: str = "", field_selector: str = ""

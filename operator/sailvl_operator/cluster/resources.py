@@ -29,5 +29,7 @@ SERVICES = Resource(api_version="v1", plural="services")
 CLAIMS = Resource(api_version="v1", plural="persistentvolumeclaims")
 EVENTS = Resource(api_version="v1", plural="events")
 LEASES = Resource(api_version="coordination.k8s.io/v1", plural="leases")
-WORKLOADS = Resource(api_version="kueue.x-k8s.io/v1beta1", plural="workloads")
-"""Kueue's, one a Job that it queues; only there where Kueue is installed."""
+WORKLOADS = tuple(
+    Resource(api_version=f"kueue.x-k8s.io/{version}", plural="workloads") for version in ("v1beta2", "v1beta1")
+)
+"""Kueue's, one a Job that it queues; only there where Kueue is installed. The newest version first."""

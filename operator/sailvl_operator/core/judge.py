@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 from sailvl_operator.api.status import ConditionType, Reason, StageStatus
 from sailvl_operator.api.types import Run
@@ -23,8 +24,8 @@ class Outcome:
     steps: tuple[Step, ...]
     rulings: tuple[Ruling, ...] = ()
     """Of the gates come to so far."""
-    deadline: str = ""
-    """Why the run is over before its stages are."""
+    rest: float = inf
+    """Seconds for which the run may be active yet."""
 
     @property
     def statuses(self) -> list[StageStatus]:
@@ -36,8 +37,8 @@ class Outcome:
         of_stage = next((step.failure for step in self.steps if step.failure), "")
         if of_stage:
             return Reason.STAGE_FAILED, of_stage
-        if self.deadline:
-            return Reason.DEADLINE_EXCEEDED, self.deadline
+        if self.rest <= 0:
+            return Reason.DEADLINE_EXCEEDED, "the run was active for activeDeadlineSeconds; raise them to go on"
         stops = (r for r in self.rulings if not r.is_passed and r.on_fail == "Stop")
         return next(((Reason.GATE_FAILED, f"stage {r.stage}: {r.message}") for r in stops), None)
 

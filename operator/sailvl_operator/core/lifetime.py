@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from msgspec import UNSET
 
-from sailvl_operator.api.status import ConditionType, Status
+from sailvl_operator.api.status import Goodput, Status
 from sailvl_operator.api.types import Run
 from sailvl_operator.core.observe import parse_time
 
 
-def find_deadline(run: Run, status: Status) -> float | None:
-    """Unix seconds at which the run will have been active for too long; None: never, or not while it is suspended."""
+def count_active(ledger: Goodput) -> int:
+    """Seconds in which the run had workers, or wanted them of nobody's queue: suspension and queues don't count."""
+    idle = sum(ledger.seconds.get(bucket, 0) for bucket in ("suspended", "queued"))
+    return sum(ledger.seconds.values()) - idle
+
+
+def find_rest(run: Run, ledger: Goodput) -> float:
+    """Seconds for which the run may be active yet; infinite: for ever."""
     limit = run.spec.active_deadline_seconds
-    is_suspended = run.spec.suspend or status.is_true(ConditionType.SUSPENDED)
-    if limit is UNSET or is_suspended or not status.start_time:
-        return None
-    ledger = status.goodput
-    active = sum(ledger.seconds.values()) - ledger.seconds.get("suspended", 0)
-    return parse_time(ledger.settled_at or status.start_time) + limit - active
+    return inf if limit is UNSET else limit - count_active(ledger)
 
 
 def find_expiry(run: Run, status: Status) -> float | None:

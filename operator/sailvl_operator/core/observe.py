@@ -51,6 +51,8 @@ class PodRecord:
     waiting_reason: str = ""
     """ImagePullBackOff, CreateContainerConfigError, …"""
     waiting_message: str = ""
+    scheduler: str = ""
+    """Who is to give it a node."""
     unschedulable: str = ""
     """The scheduler's words, if it found no node."""
     disrupted: str = ""
@@ -169,6 +171,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
     labels = metadata.get("labels", {})
     conditions = {c["type"]: c for c in status.get("conditions", [])}
     state = _container_state(status)
+    is_unplaced = conditions.get("PodScheduled", {}).get("status") == "False"
     scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
     return PodRecord(
         namespace=metadata["namespace"],
@@ -188,7 +191,8 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
         terminated=_parse_terminated(state.get("terminated")),
         waiting_reason=state.get("waiting", {}).get("reason", ""),
         waiting_message=state.get("waiting", {}).get("message", ""),
-        unschedulable=scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else "",
+        scheduler=spec.get("schedulerName", ""),
+        unschedulable=scheduled.get("message") or scheduled.get("reason", "") if is_unplaced else "",
         disrupted=_words(disruption) if disruption.get("status") == "True" else "",
     )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 
 import msgspec
+from msgspec import UNSET
 
 from sailvl_operator.api.status import Cause, ConditionType, Reason, StageStatus, Status
 from sailvl_operator.api.types import Run
@@ -84,7 +86,8 @@ def _retire(run: Run, status: Status, observed: Observed, now: float) -> Decisio
         restart_handled=status.restart_handled if run.restart_stage else "",
     )
     return Decision(
-        end=_leftovers(status.stages, observed, is_finished=True) + _unnoted(status.stages, observed),
+        end=_leftovers(status.stages, observed) + _unnoted(status.stages, observed),
+        withdraw=_stopped(status.stages, observed),
         delete_run=is_expired,
         take_off_request=requests.is_to_be_taken_off(run, status),
         status=None if noted == status else noted,
@@ -118,9 +121,8 @@ def _step_all(
         steps.append(_note_gate(step, ruling))
         views.append(view)
         rulings += [ruling] if ruling is not None else []
-    outcome = Outcome(
-        views=tuple(views), steps=tuple(steps), rulings=tuple(rulings), deadline=_judge_deadline(run, status, now)
-    )
+    outcome = Outcome(views=tuple(views), steps=tuple(steps), rulings=tuple(rulings))
+    outcome = replace(outcome, rest=_count_rest(run, status, outcome, now))
     return _stop_all(outcome) if outcome.failure is not None else outcome
 
 
@@ -165,12 +167,12 @@ def _note_gate(step: Step, ruling: gates.Ruling | None) -> Step:
     return replace(step, status=msgspec.structs.replace(step.status, gate=words))
 
 
-def _judge_deadline(run: Run, status: Status, now: float) -> str:
-    deadline = lifetime.find_deadline(run, status)
-    if deadline is None or deadline > now:
-        return ""
-    limit = run.spec.active_deadline_seconds
-    return f"the run was active for longer than activeDeadlineSeconds ({limit}); raise it to go on"
+def _count_rest(run: Run, status: Status, outcome: Outcome, now: float) -> float:
+    """Seconds until the deadline, were the run active all the time: the ledger as it would be now tells."""
+    if run.spec.active_deadline_seconds is UNSET:
+        return inf
+    ledger, _ = goodput.settle(status, outcome.views, outcome.statuses, now=now)
+    return lifetime.find_rest(run, ledger)
 
 
 def _stop_all(outcome: Outcome) -> Outcome:
@@ -192,10 +194,10 @@ def _decide(run: Run, old: Status, outcome: Outcome, observed: Observed, *, defa
     new = _build_status(run, old, outcome, now)
     wait = put_off(old, new, interval=defaults.progress_seconds, now=now) if new != old else None
     new = old if wait is not None else _settle(run, old, new, outcome, now)
-    times = [step.requeue_at for step in outcome.steps] + [lifetime.find_deadline(run, new), wait]
+    times = [step.requeue_at for step in outcome.steps] + [now + outcome.rest if outcome.rest < inf else None, wait]
     pairs = list(zip(outcome.views, outcome.steps, strict=True))
     return Decision(
-        end=_leftovers(old.stages, observed, is_finished=False),
+        end=_leftovers(old.stages, observed),
         suspend=tuple((v.job, s.suspend) for v, s in pairs if s.suspend is not None and v.job is not None),
         withdraw=tuple(v.job for v, s in pairs if s.should_withdraw and v.job is not None),
         start=_build_starts(outcome),
@@ -235,9 +237,7 @@ def _start(view: View, status: StageStatus, outputs: Mapping[str, str]) -> Attem
     )
 
 
-def _leftovers(
-    stage_statuses: Sequence[StageStatus], observed: Observed, *, is_finished: bool
-) -> tuple[JobRecord, ...]:
+def _leftovers(stage_statuses: Sequence[StageStatus], observed: Observed) -> tuple[JobRecord, ...]:
     """Jobs of older attempts, and those of stages that failed: ended at once, since hung ranks hold GPUs."""
     current = {s.name: s for s in stage_statuses}
     return tuple(
@@ -245,12 +245,15 @@ def _leftovers(
         for (name, attempt), job in sorted(observed.jobs.items())
         if not job.is_deleting
         and name in current
-        and (
-            attempt < current[name].attempt
-            or current[name].state == "Failed"
-            or (is_finished and current[name].state == "Suspended")
-        )
+        and (attempt < current[name].attempt or current[name].state == "Failed")
     )
+
+
+def _stopped(stage_statuses: Sequence[StageStatus], observed: Observed) -> tuple[JobRecord, ...]:
+    """Jobs of the stages that stopped with their run: their workers save a checkpoint."""
+    keys = [(s.name, s.attempt) for s in stage_statuses if s.state == "Suspended"]
+    jobs = (observed.jobs.get(key) for key in keys)
+    return tuple(job for job in jobs if job is not None and not job.is_deleting)
 
 
 def _unnoted(stage_statuses: Sequence[StageStatus], observed: Observed) -> tuple[JobRecord, ...]:

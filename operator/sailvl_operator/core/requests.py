@@ -7,7 +7,7 @@ between neither loses the request nor carries it out twice.
 from __future__ import annotations
 
 from sailvl_operator.api import names
-from sailvl_operator.api.status import Reason, Status
+from sailvl_operator.api.status import ConditionType, Reason, Status
 from sailvl_operator.api.types import Run
 from sailvl_operator.core.decision import Event
 
@@ -34,8 +34,15 @@ def refuse_request(stage: str, status: Status, *, is_suspended: bool) -> tuple[E
     words = {
         None: f"there is no stage {stage!r}; stages are {', '.join(states) or 'not known yet'}",
         "Pending": f"stage {stage} has not begun",
-        "Suspended": f"stage {stage} is suspended; set spec.suspend to false, and it goes on",
+        "Suspended": _why_suspended(stage, status, is_suspended=is_suspended),
         "Succeeded": f"stage {stage} has its result, which a new attempt would find; create a run with other settings",
     }
     message = f"{names.ANNOTATION_RESTART}: {words.get(state, words['Suspended'])}"
     return (Event(reason=Reason.RESTART_ASKED, message=message[:1000], type="Warning"),)
+
+
+def _why_suspended(stage: str, status: Status, *, is_suspended: bool) -> str:
+    failed = status.condition(ConditionType.FAILED)
+    if is_suspended or failed is None:
+        return f"stage {stage} is suspended; set spec.suspend to false, and it goes on"
+    return f"stage {stage} stopped with its run ({failed.message}); mend that, and it goes on"

@@ -68,6 +68,7 @@ class Condition(TypedDict, total=False):
 
 class PodSpec(TypedDict, total=False):
     nodeName: str
+    schedulerName: str
 
 
 class PodStatus(TypedDict, total=False):

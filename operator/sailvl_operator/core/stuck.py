@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sailvl_operator.api import names
 from sailvl_operator.api.status import Reason
 from sailvl_operator.core.gates import Ruling
 from sailvl_operator.core.observe import PodRecord
@@ -28,6 +29,8 @@ _REASON_OF_WAIT = {
 
 _REASON_OF_WORDS = (
     ("exceeded quota", Reason.QUOTA),
+    ("failed quota", Reason.QUOTA),
+    ("waits for the scheduler", Reason.UNSCHEDULABLE),
     ("admission webhook", Reason.ADMISSION),
     ("failed calling webhook", Reason.ADMISSION),
     ("violates PodSecurity", Reason.ADMISSION),
@@ -54,11 +57,15 @@ def find_stuck_stage(view: View) -> Stuck | None:
     refusal = _of_words(view, view.observed.refusals.get(view.key, ""))
     if view.status.state == "Running" or refusal:
         return refusal
-    return (
-        _find_stuck_pod(view.pods, view.now)
-        or _of_words(view, view.observed.complaints.get(view.key, ""))
-        or _of_queue(view)
-    )
+    stuck_pod = _find_stuck_pod(view.pods, view.now)
+    if stuck_pod is not None:
+        reason, words = stuck_pod
+        return reason, f"{words}; a mended spec is taken up by the next attempt: {_at_once(view)}"
+    return _of_words(view, view.observed.complaints.get(view.key, "")) or _of_queue(view)
+
+
+def _at_once(view: View) -> str:
+    return f"annotate {names.ANNOTATION_RESTART}={view.status.name} to start it at once"
 
 
 def is_patient(pod: PodRecord, now: float) -> bool:
