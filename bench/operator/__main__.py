@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -67,6 +68,9 @@ class Report:
 
 async def measure(runs: int) -> Report:
     """Every scenario, each on a control plane of its own."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # nothing that was started stays
     report = Report()
     await _measure_start(report, runs)
     await _measure_peer(report, runs)
