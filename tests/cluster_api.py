@@ -120,7 +120,8 @@ class Api:
                 break
             time.sleep(0.5)
         if answer.status_code >= 400:
-            raise Refused(answer.status_code, answer.json().get("message", answer.text))
+            is_status = answer.headers.get("Content-Type") == "application/json"
+            raise Refused(answer.status_code, answer.json()["message"] if is_status else answer.text)
         return answer.json()
 
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cluster_api import DEFINITIONS, PRIORITIES, Api, Object, Refused, build_object, until
-from sailvl_operator.cluster.resources import JOBS, WORKLOADS
+from sailvl_operator.cluster.resources import JOBS, Resource
 
 QUEUE = "kueue.x-k8s.io/queue-name"
 JOB_UID = "kueue.x-k8s.io/job-uid"
@@ -28,46 +28,61 @@ FLAVOR: Object = {
 }
 """What a pod gets that is admitted."""
 
-_DEFINITION = build_object(
-    "CustomResourceDefinition",
-    "workloads.kueue.x-k8s.io",
-    "apiextensions.k8s.io/v1",
-    labels={"test": "kueue"},
-    spec={
-        "group": "kueue.x-k8s.io",
-        "scope": "Namespaced",
-        "names": {"kind": "Workload", "plural": "workloads", "singular": "workload", "listKind": "WorkloadList"},
-        "versions": [
-            {
-                "name": "v1beta1",
-                "served": True,
-                "storage": True,
-                "subresources": {"status": {}},
-                "schema": {
-                    "openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
-                },
-            }
-        ],
-    },
-)
+VERSIONS = ("v1beta1", "v1beta2")
+"""Of the Workload: Kueue served the first until August 2026, the second since 0.15."""
+
+
+def at_version(version: str) -> Resource:
+    """Where Workloads of a version are."""
+    return Resource(api_version=f"kueue.x-k8s.io/{version}", plural="workloads")
+
+
+def _build_versions(served: str) -> list[Object]:
+    schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+    return [
+        {"name": each, "served": each == served, "storage": each == VERSIONS[0], "schema": schema}
+        | {"subresources": {"status": {}}}
+        for each in VERSIONS
+    ]
+
+
+_EXTENSIONS = "apiextensions.k8s.io/v1"
+_NAME, _LABELS = "workloads.kueue.x-k8s.io", {"test": "kueue"}
 _PERIOD = 0.3
 
 
 @contextmanager
 def install_workloads(api: Api) -> Iterator[bool]:
     """The definition of Workloads, as permissive as can be. False: the cluster has a Kueue of its own."""
-    name = _DEFINITION["metadata"]["name"]
-    present = api.get(DEFINITIONS, name)
-    if present is not None and present["metadata"].get("labels") != _DEFINITION["metadata"]["labels"]:
+    present = api.get(DEFINITIONS, _NAME)
+    if present is not None and present["metadata"].get("labels") != _LABELS:
         yield False
         return
-    if present is None:
-        api.create(DEFINITIONS, _DEFINITION)
     try:
-        until(lambda: _find(api.get(DEFINITIONS, name) or {}, "Established") == "True")
+        if present is None:
+            names = {"kind": "Workload", "plural": "workloads", "singular": "workload", "listKind": "WorkloadList"}
+            spec = {"group": "kueue.x-k8s.io", "scope": "Namespaced", "names": names}
+            spec["versions"] = _build_versions(VERSIONS[-1])
+            api.create(
+                DEFINITIONS, build_object("CustomResourceDefinition", _NAME, _EXTENSIONS, labels=_LABELS, spec=spec)
+            )
+        serve_workloads(api, VERSIONS[-1])
         yield True
     finally:
-        api.delete(DEFINITIONS, name)
+        api.delete(DEFINITIONS, _NAME)
+
+
+def serve_workloads(api: Api, version: str) -> None:
+    """That version and no other."""
+    api.patch(DEFINITIONS, _NAME, {"spec": {"versions": _build_versions(version)}})
+
+    def is_served(version: str) -> bool:
+        try:
+            return api.list(at_version(version)) is not None
+        except Refused:
+            return False
+
+    until(lambda: [is_served(each) for each in VERSIONS] == [each == version for each in VERSIONS])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,6 +123,8 @@ class Kueue:
     """Pods at once, by queue; a queue that isn't here doesn't exist. May be changed at any time."""
     to_evict: set[str] = field(default_factory=set)
     """Names of Jobs that an administrator wants to lose their place once."""
+    workloads: Resource = at_version(VERSIONS[-1])  # noqa: RUF009  # frozen
+    """Of the version that is served."""
     let_go: list[str] = field(default_factory=list)
     """Names of the Jobs that it let go, in order."""
     trespasses: list[str] = field(default_factory=list)
@@ -142,7 +159,7 @@ class Kueue:
     def work(self) -> None:
         """One round over all Jobs."""
         jobs = [job for job in self.api.list(JOBS, self.namespace, QUEUE) if not _is_deleting(job)]
-        workloads = {w["metadata"]["labels"][JOB_UID]: w for w in self.api.list(WORKLOADS, self.namespace)}
+        workloads = {w["metadata"]["labels"][JOB_UID]: w for w in self.api.list(self.workloads, self.namespace)}
         for job in jobs:
             self._audit(job)
         for job in [job for job in jobs if job["metadata"]["uid"] not in workloads]:
@@ -168,7 +185,7 @@ class Kueue:
         body = build_object(
             "Workload",
             f"job-{metadata['name']}-{metadata['uid'][:5]}",
-            WORKLOADS.api_version,
+            self.workloads.api_version,
             namespace=self.namespace,
             labels={JOB_UID: metadata["uid"]},
         )
@@ -177,7 +194,7 @@ class Kueue:
         pods = {"name": "main", "count": job["spec"]["parallelism"], "template": template}
         priority = self._find_priority(template["spec"].get("priorityClassName"))
         body["spec"] = {"queueName": metadata["labels"][QUEUE], "podSets": [pods], "priority": priority}
-        return self.api.create(WORKLOADS, body)
+        return self.api.create(self.workloads, body)
 
     def _find_priority(self, name: str | None) -> int:
         found = self.api.get(PRIORITIES, name) if name else None
@@ -249,7 +266,7 @@ class Kueue:
         merged = old | {type_: condition | now for type_, condition in new.items()}
         body = {"status": {"conditions": list(merged.values())}}
         name = each.workload["metadata"]["name"]
-        each.workload = self.api.patch(WORKLOADS, name, body, self.namespace, "status")
+        each.workload = self.api.patch(self.workloads, name, body, self.namespace, "status")
 
     def _start_job(self, each: _Queued) -> None:
         template = each.workload["spec"]["podSets"][0]["template"]["spec"]

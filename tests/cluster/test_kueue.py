@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from cluster_api import PRIORITIES, Api, build_object, until
-from kueue import FLAVOR, Kueue, install_workloads
+from kueue import FLAVOR, Kueue, at_version, install_workloads, serve_workloads
 from operators import Replica
-from sailvl_operator.cluster.resources import JOBS, PODS, WORKLOADS
+from sailvl_operator.cluster.resources import JOBS, PODS
 from sailvl_operator.core.observe import parse_time
 from stub_runs import Place, Run, build_image, open_operator, open_place
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cluster
 
 QUOTAS = {"turns": 1, "taken": 1, "returned": 2, "paused": 1, "full": 0, "gone": 0}
 """Pods by queue; each test has its own."""
-START_TIMEOUT = 15
+TIMEOUT = 15
 FULL = "couldn't assign flavors to pod set main: insufficient unused quota for pods in flavor default, 1 more needed"
 
 
@@ -54,7 +54,8 @@ def operator(
 @pytest.fixture(scope="module", autouse=True)
 def homeless(operator: Replica, place: Place) -> Run:
     """A run whose queue doesn't exist yet; it waits while the other tests run."""
-    return enqueue(place, "homeless", "until", "nowhere", restartPolicy={"startTimeoutSeconds": START_TIMEOUT})
+    limits = {"restartPolicy": {"startTimeoutSeconds": TIMEOUT}, "activeDeadlineSeconds": TIMEOUT}
+    return enqueue(place, "homeless", "until", "nowhere", **limits)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,8 @@ def enqueue(place: Place, name: str, stub: str, queue: str, *, workers: Any = No
 
 def find_workloads(run: Run) -> list[str]:
     """Names of the Jobs that Kueue has Workloads of."""
-    owners = (w["metadata"]["ownerReferences"][0]["name"] for w in run.api.list(WORKLOADS, run.place.namespace))
+    workloads = run.api.list(at_version("v1beta2"), run.place.namespace)
+    owners = (workload["metadata"]["ownerReferences"][0]["name"] for workload in workloads)
     return sorted(name for name in owners if name.startswith(f"{run.name}-draw"))
 
 
@@ -197,13 +199,17 @@ def test_a_job_that_is_removed_from_the_queue_queues_again(place, kueue):
     run.delete()
 
 
-def test_no_start_timeout_runs_in_a_queue(place, kueue, homeless):
+def test_no_timeout_runs_in_a_queue(place, kueue, homeless):
     until_queued(homeless, "Kueue's queue nowhere: LocalQueue nowhere doesn't exist")
-    end = parse_time(homeless.status["startTime"]) + START_TIMEOUT + 2
+    end = parse_time(homeless.status["startTime"]) + TIMEOUT + 2
     until(lambda: time.time() > end)
     assert homeless.at() == ("Starting", 1)
     assert homeless.jobs == ["homeless-draw-a-1"]
-    homeless.edit(restartPolicy={"startTimeoutSeconds": 600})  # it counts from here on
+    homeless.edit(restartPolicy={"startTimeoutSeconds": 600}, activeDeadlineSeconds=600)  # they count from here on
+
+    serve_workloads(place.api, "v1beta1")  # as an older Kueue does
+    kueue.workloads, kueue.quotas["nowhere"] = at_version("v1beta1"), 0
+    until_queued(homeless, f"Kueue's queue nowhere: {FULL}")
     kueue.quotas["nowhere"] = 1
     homeless.until_at("Running")
     assert not homeless.is_true("Stuck")
