@@ -201,6 +201,23 @@ OBSTACLES = [
         room="jobs",
     ),
     Obstacle(
+        name="half-quota",
+        reason="QuotaExceeded",
+        words="failed quota: none: must specify limits.memory for: worker",
+        put=no_quota(**{"limits.memory": "64Mi"}),
+        mend=edit(workers={"resources": {"limits": {"memory": "32Mi"}}}),
+        room="memory",
+        attempts=2,
+    ),
+    Obstacle(
+        name="scheduler",
+        reason="Unschedulable",
+        words="no-such-scheduler",
+        spec={"workers": {"schedulerName": "no-such-scheduler"}},
+        mend=edit(workers={"schedulerName": None}),
+        attempts=2,
+    ),
+    Obstacle(
         name="image",
         reason="ImagePull",
         words="no-such-worker:1",
