@@ -5,12 +5,16 @@ A fault is a function of this module, called in the rank before its main; it ben
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
 import socket
+import struct
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from multiprocessing import connection, forkserver
@@ -35,6 +39,9 @@ from sailvl_trainer.train.engines import deepspeed
 assert deepspeed, "imported for the ranks, which are forked from a process that has this module"
 LIMIT = 120
 """Seconds that ranks may take."""
+BALLAST = "ballast"
+EXT4_IOC_SHUTDOWN = 0x8004587D
+"""<linux/ext4.h>"""
 CLOSE_SECONDS = 5
 """For the neighbours of a rank that died."""
 Fault = Callable[[], None]
@@ -45,7 +52,8 @@ class Ranks:
 
     def __init__(self, document: Stage, world_size: int = 2, faults: Sequence[Fault] = ()) -> None:
         """`faults`: by rank, or one for all."""
-        self.folder = Path(document.storage) / f"ranks-{document.run}-{document.attempt}"
+        beside = Path(document.storage)  # the storage itself may go in a test
+        self.folder = beside.with_name(f"{beside.name}-ranks") / f"{document.run}-{document.attempt}"
         self.folder.mkdir(parents=True)
         (self.folder / "stage.json").write_bytes(encode(document))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
@@ -134,6 +142,26 @@ def pause() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def fill(volume: Path) -> None:
+    """Somebody else's data takes all the room."""
+    with suppress(OSError), (volume / BALLAST).open("wb") as file:
+        while True:
+            file.write(b"x" * 4096)
+            file.flush()
+
+
+def break_down(volume: Path) -> None:
+    """As a disk that dies: from now on, all that is asked of the ext4 volume is answered by EIO."""
+    folder = os.open(volume, os.O_RDONLY)
+    fcntl.ioctl(folder, EXT4_IOC_SHUTDOWN, struct.pack("I", 1))
+    os.close(folder)
+
+
+def unmount(volume: Path) -> None:
+    """It is gone, for whoever looks for a file by its name."""
+    subprocess.run(["umount", "-l", volume], check=True)
+
+
 def at(point: str, do: Callable[[], None]) -> Fault:
     """Do something once a rank has come to a point, which is one of POINTS or `step N`: after that step."""
     assert point in POINTS or point.startswith("step "), point
@@ -178,6 +206,7 @@ def _after(owner: Any, name: str, do: Callable[[], None], is_now: Callable[..., 
 
 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
+    "measuring the data": (stage, "prepare", 1, True),
     "starting": (stage, "build_engine", 1, True),
     "evaluating before": (stage.held_out, "measure", 1, True),
     "saving, files half written": (checkpoint, "_write", 2, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from runtime_builders import build_stage
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinite, Skip
 from sailvl_trainer.runtime import lineage
 from sailvl_trainer.runtime.documents import encode, write_atomic
-from sailvl_trainer.runtime.errors import Preempted
+from sailvl_trainer.runtime.errors import Preempted, StorageError
 from sailvl_trainer.runtime.files import StageFiles
 from sailvl_trainer.runtime.lineage import (
     begin_attempt,
@@ -115,6 +116,13 @@ def test_what_a_cut_off_attempt_does_changes_nothing(write: Callable[[StageFiles
     prune(files, 3, 2)
     assert list(walk(files, 3)) == [own, start]
     assert not files.checkpoint_dir(1, 50).exists(), "and the next to save clears it away"
+
+
+def test_a_claim_that_is_gone_means_that_the_storage_is(files: StageFiles) -> None:
+    claim(files, 1)
+    shutil.rmtree(files.output)
+    with pytest.raises(StorageError, match=r"the volume of \S+/attempts/1\.json is gone"):
+        require_newest(files, 1)
 
 
 @pytest.mark.parametrize("do", [claim, begin_attempt, require_newest], ids=lambda f: f.__name__)

@@ -7,6 +7,7 @@ it had begun to write stays in its own directory, off the chain.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,23 +16,28 @@ from pathlib import Path
 
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinite, Skip
 from sailvl_trainer.runtime.documents import decode, encode, sync_directory, write_atomic
-from sailvl_trainer.runtime.errors import Preempted
+from sailvl_trainer.runtime.errors import Preempted, StorageError
 from sailvl_trainer.runtime.files import StageFiles
-from sailvl_trainer.runtime.storage import storage_errors
+from sailvl_trainer.runtime.storage import describe_gone, storage_errors
 
 
 def claim(files: StageFiles, attempt: int) -> None:
     """Cut off all older attempts; a restart in place claims again. Raises Preempted for one that is cut off itself."""
-    require_newest(files, attempt)
+    _require_no_later(files, attempt)
     with suppress(FileExistsError):
         _create(lineage_path(files, attempt))
 
 
 def require_newest(files: StageFiles, attempt: int) -> None:
-    """Raises Preempted once a later attempt has claimed the stage."""
-    newest = find_newest(files)
-    if newest > attempt:
-        raise Preempted(f"attempt {newest} has begun and goes on from a checkpoint; attempt {attempt} is cut off, ends")
+    """Before anything that attempts share is written. Raises Preempted once a later attempt has claimed the stage.
+
+    Raises StorageError where this attempt's own claim is gone: all would be written into the bare folder under a volume
+    that isn't mounted any more.
+    """
+    _require_no_later(files, attempt)
+    path = lineage_path(files, attempt)
+    if not path.exists():
+        raise StorageError(describe_gone(path, errno.ENOENT))
 
 
 def find_newest(files: StageFiles) -> int:
@@ -105,6 +111,12 @@ def _choose_start(files: StageFiles, attempt: int) -> tuple[Checkpoint | None, t
         return newest, () if lineage is None else lineage.skips
     early = (checkpoint for checkpoint in chain if checkpoint.step <= failure.resume_by)
     return next(early, chain[-1] if chain else None), failure.skips
+
+
+def _require_no_later(files: StageFiles, attempt: int) -> None:
+    newest = find_newest(files)
+    if newest > attempt:
+        raise Preempted(f"attempt {newest} has begun and goes on from a checkpoint; attempt {attempt} is cut off, ends")
 
 
 def _create(path: Path) -> None:

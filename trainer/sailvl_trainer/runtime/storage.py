@@ -46,10 +46,18 @@ def find_trouble(error: BaseException, path: Path, *, root: Path | None = None) 
         if number in FULL:
             return _describe_full(named or path, number)
         if number in GONE:
-            return _describe_gone(named or path, number)
+            return describe_gone(named or path, number)
         if number in ABSENT and root is not None and not _is_there(root):
-            return _describe_gone(root, number)
+            return describe_gone(root, number)
     return None
+
+
+def describe_gone(path: Path, number: int) -> str:
+    """In words for people; `number`: the system's, of the error."""
+    return (
+        f"the volume of {path} is gone or broken ({os.strerror(number)}); see that it is mounted, writable and whole; "
+        "the next attempt goes on from what is saved"
+    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -79,20 +87,13 @@ def _describe_full(path: Path, number: int) -> str:
     try:
         found = os.statvfs(mount)
     except OSError as error:
-        return _describe_gone(path, error.errno or errno.EIO)
+        return describe_gone(path, error.errno or errno.EIO)
     free = f"{show_bytes(found.f_bavail * found.f_frsize)} of {show_bytes(found.f_blocks * found.f_frsize)} free"
     if found.f_files and not found.f_favail:
         free += ", and no inode for another file"
     return (
         f"the volume {mount} is full: {free} ({os.strerror(number)}) while writing {path}; make room on it or make it "
         "larger; the next attempt goes on from what is saved"
-    )
-
-
-def _describe_gone(path: Path, number: int) -> str:
-    return (
-        f"the volume of {path} is gone or broken ({os.strerror(number)}); see that it is mounted, writable and whole; "
-        "the next attempt goes on from what is saved"
     )
 
 

@@ -108,5 +108,6 @@ def _export(context: Context, prepared: Prepared) -> None:
     context.telemetry.update(phase="checkpointing")
     if context.is_first:
         check = partial(require_newest, context.files, context.stage.attempt)
+        check()
         export_model(prepared.model, prepared.tokenizer, prepared.preset, context.files.export, check=check)
     dist.barrier()
