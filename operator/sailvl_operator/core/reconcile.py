@@ -184,7 +184,7 @@ def _stop_all(outcome: Outcome) -> Outcome:
 def _stop(view: View, step: Step) -> Step:
     if step.status.state not in ACTIVE or step.status.state == "Suspended":
         return step
-    if view.status.state == "Pending":
+    if view.status.state in ("Pending", "Suspended"):
         return Step(status=view.status)
     status = msgspec.structs.replace(step.status, state="Suspended", not_before="")
     return Step(status=status, events=step.events)
