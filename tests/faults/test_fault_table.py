@@ -1,0 +1,44 @@
+"""Faults × stages on the real cluster: what becomes of a run to which each is done once in every stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from faults.catalogue import FAULTS, NONE
+from faults.play import Report, play
+from faults.recipe import KINDS
+from faults.release import Site
+from faults.scene import Fault
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="session", params=[NONE, *FAULTS], ids=lambda fault: fault.name)
+def fault(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def report(fault: Fault, site: Site) -> Report:
+    """The run with the fault in each stage."""
+    return play(site, fault.name, fault.words, fault.plan(tuple(KINDS)))
+
+
+def test_every_stage_goes_on(report: Report) -> None:
+    assert {stage["name"]: stage["state"] for stage in report.status["stages"]} == dict.fromkeys(KINDS, "Succeeded")
+
+
+def test_the_cause_is_found(report: Report, fault: Fault) -> None:
+    wanted = {stage: chosen.cause_in(KINDS[stage]) for stage, chosen in fault.plan(tuple(KINDS))}
+    assert {cell.stage: cell.cause for cell in report.cells} == wanted
+
+
+def test_no_sample_is_doubled_or_missing(report: Report) -> None:
+    counted = {stage: (books.doubled, books.missing) for stage, books in report.books.items()}
+    assert counted == dict.fromkeys(KINDS, (0, 0))
+
+
+def test_the_ledger_is_the_wall_clock(report: Report) -> None:
+    assert sum(report.seconds.values()) == pytest.approx(report.wall, rel=0.01)
