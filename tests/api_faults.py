@@ -71,6 +71,7 @@ class Injection:
     seconds: float
     """Since the proxy began."""
     fault: str
+    namespace: str
     request: str
 
     def __str__(self) -> str:
@@ -83,6 +84,9 @@ class Dice:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.faults = Faults()
+        """Wherever `faults_in` says nothing else."""
+        self.faults_in: dict[str, Faults] = {}
+        """By namespace."""
         self.injected: list[Injection] = []
         self._began = time.monotonic()
         self._ordinals: Counter[str] = Counter()
@@ -93,17 +97,21 @@ class Dice:
 
     def draw(self, kind: str, method: str, path: str, query: str) -> tuple[str, random.Random]:
         """The fault of this request, empty for none, and what to draw its details from."""
-        like = f"{kind} {method} {_without_namespace(path)}"
+        namespace, rest = _split(path)
+        like = f"{kind} {method} {rest}"
         self._ordinals[like] += 1
         chances = random.Random(f"{self.seed}/{like}/{self._ordinals[like]}")
-        drawn = chances.random()
+        drawn, faults = chances.random(), self.faults_in.get(namespace, self.faults)
         for fault in (name for name, kinds in HAPPENS_TO.items() if kind in kinds.split()):
-            drawn -= getattr(self.faults, fault)
+            drawn -= getattr(faults, fault)
             if drawn < 0:
-                request = f"{method} {path}{'?' if query else ''}{query}"
-                self.injected.append(Injection(seconds=self.seconds(), fault=fault, request=request))
+                self._note(fault, namespace, f"{method} {path}{'?' if query else ''}{query}")
                 return fault, chances
         return "", chances
+
+    def _note(self, fault: str, namespace: str, request: str) -> None:
+        injection = Injection(seconds=self.seconds(), fault=fault, namespace=namespace, request=request)
+        self.injected.append(injection)
 
     def count(self) -> Counter[str]:
         """How often each fault came."""
@@ -115,7 +123,8 @@ class Dice:
         return "\n".join([f"seed {self.seed}, {len(self.injected)} faults, the last:", *lines])
 
 
-def _without_namespace(path: str) -> str:
-    """Tests draw the names of their namespaces."""
+def _split(path: str) -> tuple[str, str]:
+    """The namespace, whose name tests draw, and the path without it."""
     before, _, after = path.partition("/namespaces/")
-    return before + "/" + after.partition("/")[2] if after else path
+    namespace, _, rest = after.partition("/")
+    return namespace, f"{before}/{rest}" if after else path

@@ -28,7 +28,8 @@ Mortal = TypeVar("Mortal", JobRecord, PodRecord)
 Key = tuple[str, str]
 """namespace, run"""
 
-_BACKOFF_LIMIT = 30.0
+_BACKOFF_LIMIT = 10.0
+"""Seconds: after an outage nothing is seen for longer than that, on average."""
 _DELETED_REMEMBERED = 4096
 
 
@@ -169,6 +170,7 @@ class Informer(Generic[Record]):
                 self._count_restart(self.resource, "timeout")
             except Gone:
                 self._version = ""
+                self._failures += 1
                 self._count_restart(self.resource, "expired")
             except ApiError as error:
                 self._failures += 1
