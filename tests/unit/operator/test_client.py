@@ -187,7 +187,9 @@ async def test_an_answer_that_was_cut_is_asked_for_again():
         pytest.param(
             b'{"type": "ERROR", "object": {"code": 500, "message": "etcd"}}\n', ServerError, "etcd", id="its trouble"
         ),
-        pytest.param(b'{"type": "ERROR", "object": {"reason": "Expired"}}\n', Gone, "watch", id="expired, by its reason"),
+        pytest.param(
+            b'{"type": "ERROR", "object": {"reason": "Expired"}}\n', Gone, "watch", id="expired, by its reason"
+        ),
     ],
 )
 async def test_a_watch_that_cannot_go_on(line, error, words):
