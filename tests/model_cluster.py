@@ -84,6 +84,12 @@ class Cluster:
         if job is not None and (has_succeeded or not job["spec"].get("suspend")):
             self._spent.setdefault(job_uid, set()).add(index_of(pod))
 
+    def remove_if_there(self, plural: str, uid: str) -> None:
+        """By whoever made it."""
+        found = self.api.find(plural, uid)
+        if found is not None:
+            self.api.remove(plural, found, by="a stranger")
+
     # The garbage collector.
 
     def _collect_dependents(self, uid: str) -> None:

@@ -27,7 +27,7 @@ from sailvl_operator.metrics import Metrics
 from sailvl_operator.settings import ComplaintSettings, ProgressSettings
 
 _WORKERS = 2
-_RESYNC_SECONDS = 120.0
+_RESYNC_SECONDS = 180.0
 
 
 class OperatorProcess:

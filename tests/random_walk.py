@@ -29,7 +29,7 @@ from virtual_time import run_virtually
 from walk_steps import STEPS, create_the_run, mend
 
 EPOCH = 1_767_225_600.0
-CALM_SECONDS, QUIET_SECONDS = 1800.0, 400.0
+CALM_SECONDS, QUIET_SECONDS = 1500.0, 200.0
 """Until nothing is under way any more; and how long nothing is written then."""
 FINALE_SECONDS = 40_000.0
 _TAIL = 60

@@ -52,8 +52,8 @@ def _draw_spec(rng: random.Random) -> dict[str, Any]:
         stage["workers"] = {"nodes": rng.choice([1, 1, 2, 3])}
         if rng.random() < 0.15:
             stage["gate"] = _draw_gate(rng)
-    if rng.random() < 0.2:
-        stages[2]["dependsOn"] = ["curate"]  # beside another
+    if rng.random() < 0.4:
+        stages[3] |= {"dependsOn": ["alignment"], "initFrom": "alignment"}  # beside another
     workers: dict[str, Any] = {"gpusPerNode": rng.choice([0, 8])}
     if rng.random() < 0.15:
         workers["queueName"] = "training"
@@ -100,6 +100,14 @@ def suspend(walk: Walk) -> str:
     if walk.run is None or walk.run["spec"].get("suspend"):
         return ""
     walk.edit(lambda spec: spec.update(suspend=True))
+    return "the run"
+
+
+def suspend_for_a_moment(walk: Walk) -> str:
+    if walk.run is None or walk.run["spec"].get("suspend"):
+        return ""
+    walk.edit(lambda spec: spec.update(suspend=True))
+    walk.cluster.later(0.0, 3.0, resume, walk)
     return "the run"
 
 
@@ -300,6 +308,38 @@ def the_api_is_troubled(walk: Walk) -> str:
     return str(weather)
 
 
+def the_network_is_cut(walk: Walk) -> str:
+    """Between the operator and the API server; perhaps for longer than history lasts."""
+    walk.weather.refused, is_long = 1.0, walk.rng.random() < 0.5
+    for watch in walk.api.watches:
+        watch.cut()
+
+    def heal() -> None:
+        walk.weather.clear_up()
+        if is_long:
+            walk.api.forget_history()
+
+    walk.cluster.later(1.0, 100.0, heal)
+    return "for long" if is_long else "for a while"
+
+
+def a_stranger_takes_a_name(walk: Walk) -> str:
+    """Of a Job or of the Service that the operator may want to make; for a while."""
+    stages = [s for s in walk.status.stages if s.state not in ("Succeeded", "Failed")]
+    if not stages:
+        return ""
+    stage = walk.rng.choice(stages[:2])
+    plural, name = walk.rng.choice(
+        [("services", "demo"), ("jobs", names.job_name("demo", stage.name, stage.attempt + 1))]
+    )
+    if walk.api.get(plural, "team", name) is not None:
+        return ""
+    metadata = {"name": name, "namespace": "team", "labels": {}}
+    made = walk.api.create(plural, {"metadata": metadata, "spec": {"suspend": True, "completions": 0}}, by="a stranger")
+    walk.cluster.later(1.0, 300.0, walk.cluster.remove_if_there, plural, made["metadata"]["uid"])
+    return f"{plural}/{name}"
+
+
 def a_watch_breaks(walk: Walk) -> str:
     if not walk.api.watches:
         return ""
@@ -360,6 +400,7 @@ STEPS: tuple[tuple[Step, int], ...] = (
     (replace_an_ended_run, 20),
     (delete_the_run, 1),
     (suspend, 2),
+    (suspend_for_a_moment, 2),
     (resume, 8),
     (edit_the_workers, 2),
     (edit_the_policy, 2),
@@ -383,6 +424,8 @@ STEPS: tuple[tuple[Step, int], ...] = (
     (workers_succeed, 8),
     (a_worker_fails, 8),
     (the_api_is_troubled, 2),
+    (the_network_is_cut, 1),
+    (a_stranger_takes_a_name, 1),
     (a_watch_breaks, 3),
     (history_is_compacted, 1),
     (the_operator_is_killed, 2),
