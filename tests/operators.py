@@ -130,7 +130,7 @@ class _Made:
 
 
 class Witness:
-    """Watches the Jobs and runs of namespaces past any proxy. Use as a context manager, before anything is made."""
+    """Watches the Jobs and runs of namespaces past any proxy, from now on. Use as a context manager."""
 
     def __init__(self, kubeconfig: str, namespaces: Sequence[str]) -> None:
         self._credentials, self._namespaces = load_credentials(kubeconfig), namespaces
@@ -173,8 +173,8 @@ class Witness:
 
     async def _list(self, resource: Resource, namespace: str) -> str:
         version = ""
-        async for items, version in self._client.list_pages(resource, namespace):  # noqa: B007
-            assert not items
+        async for _, version in self._client.list_pages(resource, namespace):  # noqa: B007
+            pass
         return version
 
     async def _watch(self, resource: Resource, namespace: str, selector: str, version: str) -> None:

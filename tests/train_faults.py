@@ -13,7 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -27,19 +27,23 @@ import torch
 
 from sailvl_trainer import rank as rank_main
 from sailvl_trainer.contract import Env, Stage, Termination
+from sailvl_trainer.curate import stage as curate
 from sailvl_trainer.data.collate import Batch
+from sailvl_trainer.data.shards import ShardWriter
+from sailvl_trainer.evaluate import stage as evaluate
+from sailvl_trainer.evaluate.kept import KeptAnswers
 from sailvl_trainer.model import export
 from sailvl_trainer.runtime import files
 from sailvl_trainer.runtime.documents import decode, encode
 from sailvl_trainer.runtime.last_words import ERROR_FILE
 from sailvl_trainer.runtime.scratch import Scratch
 from sailvl_trainer.train import checkpoint, loop, stage
-from sailvl_trainer.train.engines import deepspeed
 
-assert deepspeed, "imported for the ranks, which are forked from a process that has this module"
 LIMIT = 120
 """Seconds that ranks may take."""
-BALLAST = "ballast"
+LATE_IMPORTS = ["deepspeed", "duckdb", "transformers.models.internvl.modeling_internvl", "torch._dynamo"]
+"""What ranks import where they need it; tests themselves don't wait for it."""
+BALLAST, SIZE = "ballast", "64M"
 EXT4_IOC_SHUTDOWN = 0x8004587D
 """<linux/ext4.h>"""
 CLOSE_SECONDS = 5
@@ -92,6 +96,38 @@ class Ranks:
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("rank-*/log")))
 
 
+class Volume:
+    """A small disk of its own; `is_disk`: ext4, which can break down, and keeps what was brought to it."""
+
+    def __init__(self, folder: Path, *, is_disk: bool) -> None:
+        self.path, self._image = folder / "storage", folder / "image"
+        self.path.mkdir()
+        self._arguments = ["-t", "tmpfs", "-o", f"size={SIZE}", "none"]
+        if is_disk:
+            subprocess.run(["truncate", "-s", SIZE, self._image], check=True)
+            subprocess.run(["mkfs.ext4", "-q", self._image], check=True)
+            self._arguments = ["-o", "loop", str(self._image)]
+
+    def mount(self) -> None:
+        """Raises CalledProcessError where that isn't allowed."""
+        subprocess.run(["mount", *self._arguments, self.path], check=True, capture_output=True)
+
+    def unmount(self) -> None:
+        """If it is there still."""
+        subprocess.run(["umount", self.path], check=False, capture_output=True)
+
+
+def provide_volume(folder: Path, *, is_disk: bool) -> Iterator[Volume]:
+    """Mounted, and unmounted at the end; the test is skipped where that isn't allowed."""
+    try:
+        volume = Volume(folder, is_disk=is_disk)
+        volume.mount()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no volume can be mounted here: {error}")
+    yield volume
+    volume.unmount()
+
+
 def free_port() -> int:
     """A port that nobody listens at."""
     with socket.socket() as probe:
@@ -103,7 +139,7 @@ def free_port() -> int:
 def _server() -> ForkServerContext:
     """It starts once in a test process. It finds what it imports by the environment alone."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *LATE_IMPORTS])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("DS_ACCELERATOR", "cpu")
@@ -140,6 +176,11 @@ def ask_to_stop() -> None:
 def pause() -> None:
     """As a machine that is cut off, or a debugger, holds it: until SIGCONT."""
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fail() -> None:
+    """A mistake in the code."""
+    raise ValueError("a plain mistake")
 
 
 def fill(volume: Path) -> None:
@@ -212,6 +253,10 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "saving, files half written": (checkpoint, "_write", 2, False),
     "saving, whole but not pruned": (loop, "prune", 2, True),
     "evaluating after": (stage.held_out, "measure", 2, True),
+    "writing a shard": (ShardWriter, "write", 2, True),
+    "writing the report of curation": (curate, "write_report", 1, True),
+    "keeping answers": (KeptAnswers, "add", 1, True),
+    "writing the report of evaluation": (evaluate, "write_report", 1, True),
     "export begun": (stage, "_export", 1, True),
     "exporting": (export, "write_processor", 1, True),
     "exported": (stage, "export_model", 1, False),

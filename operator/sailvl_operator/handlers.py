@@ -20,8 +20,10 @@ Sink = Callable[[str | None, dict[str, Any]], None]
 """Called with the watch event's type (None: listed) and the whole object."""
 
 
-def build_registry(sink: Sink, credentials: Credentials, *, watch_timeout: int) -> kopf.OperatorRegistry:
-    """kopf's handlers, in a registry of their own."""
+def build_registry(
+    sink: Sink, credentials: Credentials, *, watch_timeout: int, on_stop: Callable[[], None]
+) -> kopf.OperatorRegistry:
+    """kopf's handlers, in a registry of their own; `on_stop` is called as soon as this process is told to end."""
     registry = kopf.OperatorRegistry()
 
     @kopf.on.startup(registry=registry)
@@ -35,6 +37,10 @@ def build_registry(sink: Sink, credentials: Credentials, *, watch_timeout: int) 
         settings.watching.inactivity_timeout = SILENCE
         settings.networking.request_timeout = 30
         settings.networking.error_backoffs = _Forever()
+
+    @kopf.on.cleanup(registry=registry)
+    async def stop(**_: Any) -> None:
+        on_stop()  # kopf takes every task of the process for its own and would wait for them for 5 s
 
     @kopf.on.login(registry=registry)
     async def connect(**_: Any) -> kopf.AiohttpSession:

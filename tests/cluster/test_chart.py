@@ -8,12 +8,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import yaml
 
-from builders import build_document
+from builders import SPEC, build_document
 from charts import (
     CHART,
     RUN_RIGHTS,
@@ -79,6 +80,9 @@ class Installed:
         answer = self.kubectl("-n", self.namespace, "get", *words, "-o", "json")
         assert answer.returncode == 0, answer.stderr
         return json.loads(answer.stdout)
+
+    def get_items(self, *words: str) -> list[Any]:
+        return list(self.get(*words)["items"])
 
     def create_run(self, name: str, **spec: Any) -> None:
         document = build_document(**spec)
@@ -182,15 +186,15 @@ def test_the_rights_suffice_for_a_runs_children(installed: Installed) -> None:
     """A claim that nothing binds: the children are made, and no worker ever starts."""
     template = {"storageClassName": "none", "accessModes": ["ReadWriteMany"]}
     storage = {"volumeClaimTemplate": template | {"resources": {"requests": {"storage": "1Gi"}}}}
-    installed.create_run("children", storage=storage)
+    stages = [stage | {"workers": {"nodes": 2}} for stage in SPEC["stages"]]
+    installed.create_run("children", storage=storage, stages=stages)
     selector = ("-l", "sailvl.dev/run=children")
-    until(lambda: installed.get("jobs", *selector)["items"])
-    for kind in ("services", "persistentvolumeclaims"):
-        assert installed.get(kind, *selector)["items"], kind
-    until(lambda: installed.get("events", "--field-selector", "involvedObject.name=children")["items"])
+    for kind in ("jobs", "services", "persistentvolumeclaims"):
+        until(partial(installed.get_items, kind, *selector))
+    until(lambda: installed.get_items("events", "--field-selector", "involvedObject.name=children"))
     patch = ("-n", installed.namespace, "patch", "svr", "children", "--type=merge", "-p")
     assert installed.kubectl(*patch, '{"spec": {"suspend": true}}').returncode == 0
-    until(lambda: installed.get("jobs", *selector)["items"][0]["spec"]["suspend"])
+    until(lambda: installed.get_items("jobs", *selector)[0]["spec"]["suspend"])
     metrics = "".join(installed.read_metrics(pod) for pod in installed.pods())
     assert 'sailvl_operator_api_calls_total{code="201",verb="create"}' in metrics
     assert 'code="403"' not in metrics, "a right is missing"

@@ -15,7 +15,7 @@ import pytest
 from api_faults import HAPPENS_TO, every_fault
 from cluster_api import Api, until
 from clusters import Cluster
-from faulty_proxy import FaultyProxy
+from faulty_proxy import FaultyProxy, Write
 from operators import Replica, Witness
 from stub_runs import Place, Run, build_image, open_place
 
@@ -110,11 +110,11 @@ def build_table(scenes: Sequence[Scene]) -> str:
     return "\n".join(["", f"{'injected':14}{heads}", *rows, ""])
 
 
-def count_writes(scene: Scene, case: Case) -> int:
-    """That changed something of a run or its children."""
+def find_writes(scene: Scene, case: Case) -> list[Write]:
+    """Those that changed something of a run or its children."""
     about = re.compile(rf"(.*=)?{case.name}(-draw-.*)?")
     done = [write for write in scene.proxy.writes if write.status < 300 and not write.path.endswith("/events")]
-    return sum(bool(about.fullmatch(write.about)) for write in done)
+    return [write for write in done if about.fullmatch(write.about)]
 
 
 def test_every_fault_at_once(api: Api, cluster: Cluster, image: str, tmp_path: Path, capsys):
@@ -131,6 +131,8 @@ def test_every_fault_at_once(api: Api, cluster: Cluster, image: str, tmp_path: P
             assert witness.attempts(*here) == wanted, scene.describe()
             assert witness.find_unnoted(*here) == [], scene.describe()
             assert tuple(stage.get("restarts", {}) for stage in run.status["stages"]) == case.restarts
-            assert count_writes(scene, case) <= case.writes, scene.describe()
+            assert len(writes := find_writes(scene, case)) <= case.writes, "\n".join(
+                [*map(str, writes), scene.describe()]
+            )
         injected = sum((scene.proxy.dice.count() for scene in scenes), Counter())
         assert set(injected) == set(HAPPENS_TO), "each fault is injected, or this test shows less than it says"

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import kopf
@@ -106,22 +107,26 @@ class Operator:
         """The watches run from the start, also in a replica that waits; the engine only while it leads."""
         try:
             async with asyncio.TaskGroup() as group:
-                background = [
-                    group.create_task(part) for part in (self.children.run(), self.resync.run(), self._lead())
-                ]
-                await self._run_kopf()
-                for task in background:
-                    task.cancel()
+                parts = self.children.run(), self.resync.run(), self._lead()
+                background = [group.create_task(part) for part in parts]
+
+                def stop() -> None:
+                    for task in background:
+                        task.cancel()
+
+                await self._run_kopf(stop)
+                stop()
         finally:
             await self.leadership.release()
 
-    async def _run_kopf(self) -> None:
+    async def _run_kopf(self, on_stop: Callable[[], None]) -> None:
         await self._wait_for_definition()
         namespaces = self.settings.api.namespaces
         registry = handlers.build_registry(
             self._see_run,
             self.credentials,
             watch_timeout=self.settings.api.watch_timeout,
+            on_stop=on_stop,
         )
         await kopf.operator(registry=registry, standalone=True, clusterwide=not namespaces, namespaces=namespaces)
 

@@ -89,14 +89,23 @@ def was_saved(pods: Sequence[PodRecord]) -> bool:
 
 
 def collect_evidence(pods: Sequence[PodRecord], *, was_running: bool) -> list[Evidence]:
-    """The evidence of every pod that ended, vanished or went silent; `was_running`: all had been ready before."""
-    found = [_evidence(pod, was_running) for pod in pods]
+    """The evidence of every pod that ended, vanished or went silent; `was_running`: all had been ready before.
+
+    One that is deleted while its index keeps another is none: a Job controller whose answer was lost makes a pod twice,
+    and takes one of the two away again.
+    """
+    kept = {pod.index for pod in pods if not _is_leaving(pod)}
+    found = [_evidence(pod, was_running) for pod in pods if pod.index not in kept or not _is_leaving(pod)]
     return [evidence for evidence in found if evidence is not None]
 
 
 def diagnose(evidence: Sequence[Evidence]) -> Evidence:
     """The one to blame; of equals the earliest."""
     return min(evidence, key=lambda e: (e.is_peer_lost, _PRECEDENCE.index(e.cause), e.at or float("inf")))
+
+
+def _is_leaving(pod: PodRecord) -> bool:
+    return pod.is_deleting or pod.is_gone
 
 
 def _evidence(pod: PodRecord, was_running: bool) -> Evidence | None:

@@ -134,12 +134,23 @@ def _watch(view: View) -> Step:
         if not is_whole and settled_at > view.now:
             return Step(status=read_progress(view), requeue_at=settled_at)
         return ending.fail_by(view, failure.diagnose(evidence))
-    missing = sorted(set(range(view.nodes)) - {pod.index for pod in view.pods})
-    if missing and view.status.state == "Running":
-        return ending.fail_infra(view, f"the pod of index {missing[0]} was removed from outside")
+    if lost := _find_lost(view):
+        return lost
     if view.is_running and view.status.state != "Running":
         return Step(status=msgspec.structs.replace(read_progress(view), state="Running", not_before=""))
     return _await_start(view)
+
+
+def _find_lost(view: View) -> Step | None:
+    """Pods that went unseen. As long as none is done and not all have run, they may only be on their way."""
+    missing = sorted(set(range(view.nodes)) - {pod.index for pod in view.pods})
+    done = [pod.ended_seen for pod in view.pods if pod.terminated is not None]
+    if not missing or not (done or view.status.state == "Running"):
+        return None
+    settled_at = min(done, default=0.0) + view.defaults.settle_seconds
+    if view.status.state != "Running" and settled_at > view.now:
+        return Step(status=read_progress(view), requeue_at=settled_at)
+    return ending.fail_infra(view, f"the pod of index {missing[0]} was removed from outside")
 
 
 def _await_start(view: View) -> Step:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from builders import build_end, build_pod
 from sailvl_operator.api.status import Cause
 from sailvl_operator.core import failure
 from sailvl_operator.core.observe import PodRecord, Terminated
+from sailvl_trainer.contract import ExitCode
 
 CASES = [
     pytest.param([build_end(64), build_end(76)], Cause.CONFIG, 0, id="a bad setting"),
@@ -60,6 +63,14 @@ def test_cause_by_pod(pod: PodRecord, cause: Cause) -> None:
 def test_a_starting_pod_is_no_evidence() -> None:
     pod = build_pod("a", is_ready=False)
     assert failure.collect_evidence([pod], was_running=False) == []
+
+
+def test_a_pod_that_was_made_twice_may_go() -> None:
+    second, ended = build_pod("a", uid="second"), build_end(ExitCode.PEER_LOST)
+    for first in (build_pod("a", is_gone=True), build_pod("a", is_deleting=True, terminated=ended)):
+        assert failure.collect_evidence([first, second], was_running=True) == []
+        assert failure.collect_evidence([first, replace(second, is_gone=True)], was_running=True)
+        assert failure.collect_evidence([first, replace(second, index=1)], was_running=True)
 
 
 def test_the_worker_names_rank_and_words() -> None:

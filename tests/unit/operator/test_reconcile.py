@@ -177,6 +177,22 @@ def test_a_removed_job_is_replaced() -> None:
     assert world.stage("curate").state == "Running"
 
 
+def test_peers_that_vanished_before_they_were_seen() -> None:
+    """The operator was away while they ran: one is done, and the pods of the others are no more."""
+    world = World(spec={"stages": SPEC["stages"][2:3]})
+    world.step()
+    first, other = world.pods
+    world.pods[first] = replace(world.pods[first], terminated=build_end(0), ended_seen=world.now)
+    del world.pods[other]
+    world.step()
+    assert world.stage("knowledge").attempt == 1, "the other may only be on its way"
+    world.now += DEFAULTS.settle_seconds
+    assert world.step()
+    last = world.stage("knowledge").last_failure
+    assert last is not None
+    assert (last.cause, last.message) == ("Infra", "the pod of index 1 was removed from outside")
+
+
 def test_nothing_changed_nothing_written() -> None:
     world = World()
     world.settle()

@@ -38,9 +38,14 @@ CGROUP_2, LIMIT_BYTES = Path("/sys/fs/cgroup"), 3 << 29
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+    """The next one is free too: a second worker on this machine takes it."""
+    while True:
+        with socket.socket() as probe, socket.socket() as other:
+            probe.bind(("", 0))
+            port = int(probe.getsockname()[1])
+            with suppress(OSError, OverflowError):
+                other.bind(("", port + 1))
+                return port
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -16,10 +15,9 @@ from sailvl_trainer.contract import STORAGE_CODE, Stage
 from sailvl_trainer.runtime.files import StageFiles
 from sailvl_trainer.train.ledger import read_ledger
 from train_builders import SAMPLES, build_set, build_stage
-from train_faults import BALLAST, Ranks, at, break_down, fill, next_attempt, unmount
+from train_faults import BALLAST, Ranks, Volume, at, break_down, fill, next_attempt, provide_volume, unmount
 
 pytestmark = pytest.mark.slow
-SIZE = "64M"
 
 
 @pytest.fixture(scope="module")
@@ -44,45 +42,16 @@ def finish(stage: Stage) -> bytes:
     return (StageFiles(stage).export / "model.safetensors").read_bytes()
 
 
-class Volume:
-    """A small disk of its own."""
-
-    def __init__(self, folder: Path, *, is_disk: bool) -> None:
-        self.path, self._image = folder / "storage", folder / "image"
-        self.path.mkdir()
-        self._arguments = ["-t", "tmpfs", "-o", f"size={SIZE}", "none"]
-        if is_disk:
-            subprocess.run(["truncate", "-s", SIZE, self._image], check=True)
-            subprocess.run(["mkfs.ext4", "-q", self._image], check=True)
-            self._arguments = ["-o", "loop", str(self._image)]
-
-    def mount(self) -> None:
-        subprocess.run(["mount", *self._arguments, self.path], check=True, capture_output=True)
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", self.path], check=False, capture_output=True)
-
-
-def provide(folder: Path, *, is_disk: bool) -> Iterator[Volume]:
-    try:
-        volume = Volume(folder, is_disk=is_disk)
-        volume.mount()
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no volume can be mounted here: {error}")
-    yield volume
-    volume.unmount()
-
-
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Volume]:
     """Quick, and full when it is full."""
-    yield from provide(tmp_path, is_disk=False)
+    yield from provide_volume(tmp_path, is_disk=False)
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Volume]:
     """One that can break down, and keeps what was brought to it."""
-    yield from provide(tmp_path, is_disk=True)
+    yield from provide_volume(tmp_path, is_disk=True)
 
 
 def require_whole(stage: Stage, attempt: int) -> None:

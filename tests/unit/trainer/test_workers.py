@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,9 +81,9 @@ class Workers:
         pytest.fail(f"no step {step} within {LIMIT} s")
 
     def kill(self) -> None:
-        """As a machine that loses its power: every process at once."""
+        """The first process of each, which is PID 1 in its container; nothing of it may live on."""
         for process in self.processes:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
 
     def end(self) -> list[Termination]:
@@ -94,9 +95,14 @@ class Workers:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+    """The next one is free too: a second worker on this machine takes it."""
+    while True:
+        with socket.socket() as probe, socket.socket() as other:
+            probe.bind(("", 0))
+            port = int(probe.getsockname()[1])
+            with suppress(OSError, OverflowError):
+                other.bind(("", port + 1))
+                return port
 
 
 @pytest.fixture(scope="module")

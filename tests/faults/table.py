@@ -1,0 +1,121 @@
+"""The table of all faults played so far, of their reports in build/faults: `python -m faults.table` writes it anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from faults.picture import draw_table
+from faults.volumes import FOLDER
+
+HEAD = (
+    "Fault", "Stage", "Cause", "Rank, node, exit code", "Charged", "Attempts", "A step again", "A new step",
+    "Done again", "Doubled, missing", "Same result", "`kubectl get svr` said",
+)  # fmt: skip
+UNITS = {"curate": "pictures", "pretrain": "steps", "sft": "steps", "evaluate": "questions"}
+Report = dict[str, Any]
+
+
+def write_table(order: Sequence[str]) -> None:
+    """table.md and table.png, of the reports that are there."""
+    reports = read_reports(order)
+    undisturbed = next((report for report in reports if report["name"] == "none"), {"books": {}})
+    rows = [row for report in reports for row in build_rows(report, undisturbed)]
+    parts = [build_markdown(HEAD, rows), build_ledger(reports), *(build_story(report) for report in reports)]
+    (FOLDER / "table.md").write_text("\n".join(parts))
+    draw_table(FOLDER / "table.png", reports)
+
+
+def read_reports(order: Sequence[str]) -> list[Report]:
+    paths = [FOLDER / f"{name}.json" for name in order]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def build_rows(report: Report, undisturbed: Report) -> list[list[str]]:
+    """A line a cell."""
+    return [
+        [
+            report["words"] if number == 0 else "",
+            cell["kind"],
+            name_cause(cell),
+            name_culprit(cell),
+            " ".join(f"{cause} {n}" for cause, n in cell["charged"].items()),
+            str(cell["attempts"] - cell["attempt"] + 1),
+            show_seconds(cell["again"]),
+            show_seconds(cell["beyond"]),
+            f"{cell['lost']} {UNITS[cell['kind']]}",
+            f"{cell['doubled']}, {cell['missing']}",
+            compare(report, undisturbed, cell["stage"]),
+            " → ".join(reason for reason, _ in groupby(line["REASON"] for _, line in cell["said"])),
+        ]
+        for number, cell in enumerate(report["cells"])
+    ]
+
+
+def name_cause(cell: dict[str, Any]) -> str:
+    causes = [failure["cause"] for failure in cell["failures"]]
+    words = ", ".join(f"{cause} ×{n}" if (n := causes.count(cause)) > 1 else cause for cause in dict.fromkeys(causes))
+    return words or ("in place" if cell["again"] is not None else "none")
+
+
+def name_culprit(cell: dict[str, Any]) -> str:
+    if not cell["failures"]:
+        return ""
+    first = cell["failures"][0]
+    known = (first.get("rank"), first.get("node"), first.get("exitCode"))
+    return ", ".join("–" if value is None else str(value) for value in known)
+
+
+def compare(report: Report, undisturbed: Report, stage: str) -> str:
+    """Whether the stage's result is the undisturbed run's, byte for byte."""
+    own, other = (r["books"].get(stage, {}) for r in (report, undisturbed))
+    if not own or not other:
+        return ""
+    skipped = f", {own['left_out']} left out" if own["left_out"] else ""
+    return ("yes" if own["weights"] == other["weights"] else "no") + skipped
+
+
+def show_seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} s"
+
+
+def build_ledger(reports: Sequence[Report]) -> str:
+    """Where the time went, by run."""
+    buckets = list(dict.fromkeys(bucket for report in reports for bucket in report["seconds"]))
+    rows = [
+        [
+            report["words"],
+            *(str(report["seconds"].get(bucket, 0)) for bucket in buckets),
+            str(sum(report["seconds"].values())),
+            f"{report['wall']:.1f}",
+            f"{report['lost_steps']}, {sum(c['lost'] for c in report['cells'] if c['kind'] in ('pretrain', 'sft'))}",
+        ]
+        for report in reports
+    ]
+    return build_markdown(("Seconds by bucket", *buckets, "sum", "wall clock", "steps lost: told, true"), rows)
+
+
+def build_story(report: Report) -> str:
+    """All that kubectl said and what the failures said of themselves, by cell."""
+    lines = [f"## {report['words']}", ""]
+    for cell in report["cells"]:
+        lines += [f"{cell['kind']}, hit at {cell['step']}:", "", "```"]
+        lines += [f"{at:7.1f} s  " + "  ".join(filter(None, line.values())) for at, line in cell["said"]]
+        lines += ["```", ""]
+        lines += [f"- {f['cause']}: {f.get('message', '')}" for f in cell["failures"]]
+        lines += [f"- Stuck: {words}" for words in cell["stuck"]]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def build_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    from faults.catalogue import FAULTS, NONE
+
+    write_table([fault.name for fault in (NONE, *FAULTS)])
