@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
     """So many runs of one stage with so many pods each."""
     counters = [EventCounter(plane, resource) for resource in (resources.RUNS, resources.JOBS, resources.PODS)]
     tasks = [asyncio.create_task(counter.run()) for counter in counters]
+    await asyncio.sleep(1)  # all watch
     cpu, parts, began = operator.cpu_seconds(), plane.cpu_seconds(), time.monotonic()
     creating = asyncio.create_task(create_runs(plane, runs, nodes))
     jobs_s = await _await_count(plane, resources.JOBS, runs, began)
@@ -53,9 +55,7 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
     log(f"{runs * nodes} pods after {pods_s:.1f} s")
     used = {name: seconds - parts.get(name, 0.0) for name, seconds in plane.cpu_seconds().items()}
     await _await_quiet(operator)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await _end(tasks)
     return Start(
         runs_s=runs_s,
         jobs_s=jobs_s,
@@ -174,21 +174,36 @@ class EventCounter:
         self.seen = 0
 
     async def run(self) -> None:
-        version = ""
-        async for _, version in self._plane.client.list_pages(self._resource, metadata_only=True):  # noqa: B007
-            pass
-        async for type_, _ in self._plane.client.watch(self._resource, resource_version=version):
-            self.seen += type_ != "BOOKMARK"
+        """Until cancelled. Raises ApiError rather than count less than there was."""
+        version = await _list_version(self._plane, self._resource)
+        while True:
+            async for type_, raw in self._plane.client.watch(self._resource, resource_version=version):
+                version = raw["metadata"]["resourceVersion"]
+                self.seen += type_ != "BOOKMARK"
+
+
+async def _list_version(plane: ControlPlane, resource: Resource) -> str:
+    version = ""
+    async for _, version in plane.client.list_pages(resource, metadata_only=True):  # noqa: B007
+        pass
+    return version
 
 
 async def _watch_jobs(plane: ControlPlane, attempt: int, made: dict[str, float]) -> None:
-    version = ""
-    async for _, version in plane.client.list_pages(resources.JOBS, metadata_only=True):  # noqa: B007
-        pass
+    version = await _list_version(plane, resources.JOBS)
     async for type_, job in plane.client.watch(resources.JOBS, resource_version=version):
         labels = job["metadata"].get("labels", {})
         if type_ == "ADDED" and labels.get(names.LABEL_ATTEMPT) == str(attempt):
             made[labels[names.LABEL_RUN]] = time.monotonic()
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancels them. Raises what ended one before."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def _choose_pods(plane: ControlPlane, failures: int, attempt: int) -> list[dict[str, Any]]:
