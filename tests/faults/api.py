@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 from kubernetes import client, config
+from kubernetes.client import ApiException
+from urllib3.exceptions import HTTPError
 
 RUNS = "/apis/sailvl.dev/v1alpha1/namespaces/{namespace}/sailvlruns/{name}"
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
@@ -13,6 +15,9 @@ TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 
 class Api:
     """Reads alone; what is written goes through kubectl, as people would."""
+
+    ERRORS = (ApiException, HTTPError)
+    """When the API server is busy or away."""
 
     def __init__(self, kubeconfig: str, namespace: str) -> None:
         self._client: client.ApiClient = config.new_client_from_config(kubeconfig)

@@ -97,15 +97,15 @@ def call_script(*words: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-class Kubelet:
-    """A node's, which can be killed and started again as it was."""
+class Part:
+    """A process of the cluster, by its name in the state folder; it can be killed, and started again as it was."""
 
-    def __init__(self, node: str) -> None:
-        self._pid_file = STATE / f"{node}.kubelet.pid"
-        self._log = STATE / f"log/{node}.kubelet.log"
+    def __init__(self, name: str) -> None:
+        self._pid_file = STATE / f"{name}.pid"
+        self._log = STATE / f"log/{name}.log"
         self._pid = int(self._pid_file.read_text())
         self._command = _command(self._pid).decode().rstrip("\0").split("\0")
-        assert self._command[0].endswith("kubelet"), self._command
+        assert str(STATE) in " ".join(self._command), self._command
 
     def kill(self) -> None:
         kill([self._pid])

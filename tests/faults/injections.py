@@ -52,7 +52,7 @@ def kill_container(scene: Scene) -> Iterator[None]:
 def kill_kubelet(scene: Scene) -> Iterator[None]:
     """The second worker's kubelet and the worker with it: nobody is left to tell of it."""
     worker = scene.workers()[1]
-    kubelet, pids = host.Kubelet(worker.node), host.list_pids(worker.container)
+    kubelet, pids = host.Part(f"{worker.node}.kubelet"), host.list_pids(worker.container)
     scene.strike()
     kubelet.kill()
     host.kill(pids)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -45,31 +47,44 @@ class Report:
         (FOLDER / f"{self.name}.json").write_text(json.dumps(asdict(self), indent=1))
 
 
-def play(site: Site, name: str, words: str, plan: Plan, **changes: Any) -> Report:
-    """Carry the run out; `changes`: of its document."""
+def play(site: Site, name: str, words: str, plan: Plan) -> Report:
+    """Carry a run out to whose stages the faults of a plan are done, each once."""
     faults = [fault for _, fault in plan]
-    volume = (Disk if any(fault.needs_disk for fault in faults) else Volume)(name)
-    policy = {key: value for fault in faults for key, value in fault.policy.items()}
-    recorder, report = Recorder(site.api, name), Report(name=name, words=words)
+    report = Report(name=name, words=words)
+    with open_scene(
+        site,
+        report,
+        policy={key: value for fault in faults for key, value in fault.policy.items()},
+        needs_disk=any(fault.needs_disk for fault in faults),
+        needs_copy=any(fault.needs_copy for fault in faults),
+    ) as scene:
+        carry_out(scene, plan, report.cells)
+    return report
+
+
+@contextmanager
+def open_scene(
+    site: Site, report: Report, *, policy: dict[str, int], needs_disk: bool = False, needs_copy: bool = False
+) -> Iterator[Scene]:
+    """A run that was just applied; what it left is noted when the block ends, and then it is deleted."""
+    volume = (Disk if needs_disk else Volume)(report.name)
+    recorder = Recorder(site.api, report.name)
     scene = Scene(
-        api=site.api, kubectl=site.kubectl, recorder=recorder, volume=volume, run=name, namespace=site.namespace,
-        system=site.system, image=site.trainer_image,
-        copy=copy_image(site.trainer_image) if any(fault.needs_copy for fault in faults) else None,
+        api=site.api, kubectl=site.kubectl, recorder=recorder, volume=volume, run=report.name, namespace=site.namespace,
+        system=site.system, image=site.trainer_image, copy=copy_image(site.trainer_image) if needs_copy else None,
     )  # fmt: skip
-    if scene.copy is not None:
-        changes["image"] = scene.copy.image.name
-    document = build_run(name, site.namespace, claim=claim_name(volume), policy=policy, **changes)
+    image = "" if scene.copy is None else scene.copy.image.name
+    document = build_run(report.name, site.namespace, claim=claim_name(volume), policy=policy, image=image)
     volume.make()
     try:
         with running(scene, document, build_volume(volume, site.namespace)):
             try:
-                carry_out(scene, plan, report.cells)
+                yield scene
             finally:
                 note(report, recorder, volume.folder)
                 report.write()
     finally:
         volume.remove()
-    return report
 
 
 def note(report: Report, recorder: Recorder, storage: Path) -> None:

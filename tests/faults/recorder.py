@@ -14,9 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kubernetes.client import ApiException
-from urllib3.exceptions import HTTPError
-
 from faults.api import Api
 from faults.host import Worker, list_workers
 
@@ -110,7 +107,7 @@ class Recorder:
         try:
             self._look_at_status()
             self.workers = list_workers(self._api.pods(f"sailvl.dev/run={self._run}"))
-        except (ApiException, HTTPError):  # the API server is busy: looked at again in a moment
+        except Api.ERRORS:  # looked at again in a moment
             return
         stages = [s for s in self.status.get("stages", []) if s["state"] != "Pending"]
         if not stages:

@@ -1,0 +1,64 @@
+"""Half an hour of chaos: every run ends with the result of an undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+
+import pytest
+
+from faults.chaos import POLICY, Chaos, as_cells, is_over
+from faults.chaos_picture import draw_chaos
+from faults.play import Report, open_scene, play
+from faults.recipe import KINDS
+from faults.release import Site
+from faults.scene import END_SECONDS
+from faults.volumes import FOLDER
+
+pytestmark = pytest.mark.faults
+
+SEED = int(os.environ.get("SAILVL_CHAOS_SEED", "1"))
+MINUTES = float(os.environ.get("SAILVL_CHAOS_MINUTES", "30"))
+
+
+def log(words: str) -> None:
+    with (FOLDER / "chaos.log").open("a") as file:
+        file.write(f"{datetime.now(UTC):%H:%M:%S} {words}\n")
+
+
+def storm(site: Site, chaos: Chaos, name: str, until: float) -> Report:
+    """One run in it, seen to its end; once the time is up it has peace."""
+    report, before = Report(name=name, words=f"chaos, seed {chaos.seed}"), len(chaos.blows)
+    with open_scene(site, report, policy=POLICY, needs_disk=True) as scene:
+        chaos.rage(scene, until)
+        scene.recorder.wait("the end", lambda: is_over(scene), END_SECONDS)
+    log(f"{name}: {len(chaos.blows) - before} strikes; " + ", ".join(describe_stage(report, s) for s in KINDS))
+    return report
+
+
+def describe_stage(report: Report, stage: str) -> str:
+    [found] = [s for s in report.status["stages"] if s["name"] == stage]
+    return f"{stage} {found['state']} {found.get('attempt', 0)}"
+
+
+def results(report: Report) -> dict[str, tuple[int, int, str]]:
+    return {stage: (books.doubled, books.missing, books.weights) for stage, books in report.books.items()}
+
+
+def test_chaos_changes_no_bit(site: Site) -> None:
+    log(f"seed {SEED}, {MINUTES:g} minutes")
+    calm, chaos, reports = play(site, "calm", "nothing", []), Chaos(seed=SEED, log=log), list[Report]()
+    until = time.monotonic() + 60 * MINUTES
+    try:
+        while time.monotonic() < until:
+            reports.append(storm(site, chaos, f"chaos-{len(reports) + 1}", until))
+    finally:
+        (FOLDER / "chaos.json").write_text(json.dumps(as_cells(chaos.blows), indent=1))
+        draw_chaos(FOLDER / "chaos.png", reports, chaos.blows)
+    assert set(calm.books) == set(KINDS)
+    for report in reports:
+        assert results(report) == results(calm), report.name
+        assert sum(report.seconds.values()) == pytest.approx(report.wall, rel=0.01), report.name
+    log(f"{len(chaos.blows)} strikes ({chaos.missed} missed), {len(reports)} runs, no bit changed")
