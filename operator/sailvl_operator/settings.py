@@ -56,6 +56,8 @@ class QueueSettings:
     """Seconds before a run whose reconcile failed is tried again; doubled each time, with jitter."""
     backoff_limit: float = 60.0
     """The longest such wait, in seconds."""
+    batch: float = 0.2
+    """Seconds for which changes of a run's Jobs and pods are gathered before it is looked at; they come in groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,13 +75,13 @@ class Operator:
         self.metrics = Metrics(self.registry)
         self.runs = RunStore()
         self.queue: WorkQueue[Key] = WorkQueue(
-            backoff=settings.queue.backoff, backoff_limit=settings.queue.backoff_limit
+            backoff=settings.queue.backoff, backoff_limit=settings.queue.backoff_limit, batch=settings.queue.batch
         )
         self.client = Client(credentials, settings.api, self._count_call)
         self.children = Children(
             self.client,
             namespaces=settings.api.namespaces,
-            on_change=self.queue.add,
+            on_change=self.queue.add_soon,
             count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
             clock=self.client.clock.now,
         )

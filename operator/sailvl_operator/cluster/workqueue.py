@@ -21,11 +21,13 @@ class WorkQueue(Generic[K]):
         backoff: float,
         backoff_limit: float,
         patience: float = 5.0,
+        batch: float = 0.0,
         jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
     ) -> None:
         self._backoff = backoff
         self._backoff_limit = backoff_limit
         self._patience = patience
+        self._batch = batch
         self._jitter = jitter
         self._waiting: dict[K, float] = {}  # in order of arrival, with the time of it
         self._put_off: dict[K, float] = {}  # the same, of those that let the others go first
@@ -33,6 +35,7 @@ class WorkQueue(Generic[K]):
         self._dirty: set[K] = set()
         self._failures: dict[K, int] = {}
         self._timers: dict[K, asyncio.TimerHandle] = {}
+        self._gathering: dict[K, asyncio.TimerHandle] = {}
         self._idle: deque[asyncio.Future[None]] = deque()  # workers that wait for a key
 
     def add(self, key: K) -> None:
@@ -42,6 +45,13 @@ class WorkQueue(Generic[K]):
         elif key not in self._waiting and key not in self._put_off:
             self._waiting[key] = time.monotonic()
             self._wake()
+
+    def add_soon(self, key: K) -> None:
+        """Look at a key in a moment: what changes together is looked at once."""
+        if not self._batch:
+            self.add(key)
+        elif key not in self._gathering and key not in self._waiting and key not in self._put_off:
+            self._gathering[key] = asyncio.get_running_loop().call_later(self._batch, self._gathered, key)
 
     def put_off(self, key: K) -> None:
         """Look at a key again once no other waits, or when it has waited long enough for that."""
@@ -75,6 +85,7 @@ class WorkQueue(Generic[K]):
         while (found := self._next()) is None:
             await self._sleep()
         key, since, is_due = found
+        self._stop_gathering(key)
         self._active.add(key)
         return key, time.monotonic() - since, is_due
 
@@ -130,6 +141,15 @@ class WorkQueue(Generic[K]):
         """Seconds that the oldest of them has waited."""
         since = [next(iter(group.values())) for group in (self._waiting, self._put_off) if group]
         return time.monotonic() - min(since) if since else 0.0
+
+    def _gathered(self, key: K) -> None:
+        self._gathering.pop(key, None)
+        self.add(key)
+
+    def _stop_gathering(self, key: K) -> None:
+        timer = self._gathering.pop(key, None)
+        if timer is not None:
+            timer.cancel()
 
     def _fire(self, key: K) -> None:
         self._timers.pop(key, None)
