@@ -11,7 +11,7 @@ def build_merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
     patch: dict[str, Any] = {key: None for key in old if key not in new}
     for key, value in new.items():
         before = old.get(key)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
+        if isinstance(value, dict) and isinstance(before, dict):
             inner = build_merge_patch(before, value)
             if inner:
                 patch[key] = inner
@@ -22,7 +22,7 @@ def build_merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
 
 def drop_nulls(value: Any) -> Any:
     """The same document without null fields: a merge patch would take them for deletions, a schema refuses them."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: drop_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):
         return [drop_nulls(inner) for inner in value]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from msgspec import UNSET
+from msgspec import UNSET, to_builtins
 
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Run, Spec, Stage, Workers
@@ -174,9 +174,9 @@ def _digest(spec: Spec, stage: Stage, digests: Mapping[str, str], init_from: str
         "recipe": contract.RECIPE_VERSION,
         "kind": stage.kind,
         "seed": spec.seed,
-        "model": asdict(recipe.build_model(spec.model, lambda path: path)),
+        "model": to_builtins(recipe.build_model(spec.model, lambda path: path)),
         "initFrom": None if init_from is None else digests[init_from],
-        "settings": {kind: asdict(value) for kind, value in settings.items()},
+        "settings": to_builtins(settings),
     }
     canonical = json.dumps(covered, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

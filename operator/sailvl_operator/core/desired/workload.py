@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-
+import msgspec
 from torchx.specs import AppDef, Resource, Role, VolumeMount
 
 from sailvl_operator.api import names
@@ -67,7 +65,7 @@ def _rendezvous_host(attempt: Attempt) -> str:
 
 def encode_document(document: Stage) -> str:
     """The stage document as the JSON that the worker reads."""
-    return json.dumps(asdict(document), sort_keys=True)
+    return msgspec.json.encode(document, order="sorted").decode()
 
 
 def count_nodes(workers: Workers) -> int:
