@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: help setup check test demo data cluster cluster-down images e2e faults bench bench-operator generate lock format clean
+.PHONY: help setup check test demo data cluster cluster-down images e2e faults chaos bench bench-operator generate lock format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,9 @@ e2e: setup  ## whole runs on the cluster with the built images
 
 faults: setup  ## every fault in every kind of stage on the cluster, each for real: build/faults/table.md; about an hour
 	hack/test.sh faults
+
+chaos: setup  ## SAILVL_CHAOS_MINUTES (30) of chaos on the cluster from SAILVL_CHAOS_SEED (1); ends in the same weights, bit for bit
+	hack/test.sh chaos
 
 bench: setup  ## every benchmark: a table and a JSON line each
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done

@@ -26,7 +26,8 @@ from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.settings import ApiSettings
 from virtual_time import run_virtually
-from walk_steps import STEPS, create_the_run, mend
+from walk_people import create_the_run, mend
+from walk_steps import STEPS
 
 EPOCH = 1_767_225_600.0
 CALM_SECONDS, QUIET_SECONDS = 1500.0, 200.0

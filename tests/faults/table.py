@@ -1,4 +1,4 @@
-"""The table of all faults played so far, of their reports in build/faults: `python -m faults.table` writes it anew."""
+"""The table of all faults played so far, of their reports in build/faults."""
 
 from __future__ import annotations
 
@@ -113,9 +113,3 @@ def build_story(report: Report) -> str:
 def build_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-if __name__ == "__main__":
-    from faults.catalogue import FAULTS, NONE
-
-    write_table([fault.name for fault in (NONE, *FAULTS)])

@@ -17,7 +17,7 @@ from faults.release import Site
 from faults.scene import END_SECONDS
 from faults.volumes import FOLDER
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.chaos
 
 SEED = int(os.environ.get("SAILVL_CHAOS_SEED", "1"))
 MINUTES = float(os.environ.get("SAILVL_CHAOS_MINUTES", "30"))

@@ -11,6 +11,7 @@ from faults.play import Report, play
 from faults.recipe import KINDS
 from faults.release import Site
 from faults.scene import Fault
+from faults.table import write_table
 
 pytestmark = pytest.mark.faults
 
@@ -22,8 +23,11 @@ def fault(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session")
 def report(fault: Fault, site: Site) -> Report:
-    """The run with the fault in each stage."""
-    return play(site, fault.name, fault.words, fault.plan(tuple(KINDS)))
+    """The run with the fault in each stage; the table has it at once."""
+    try:
+        return play(site, fault.name, fault.words, fault.plan(tuple(KINDS)))
+    finally:
+        write_table([fault.name for fault in (NONE, *FAULTS)])
 
 
 def test_every_stage_goes_on(report: Report) -> None:
