@@ -31,6 +31,7 @@ STAGES = ("curate", *TRAINING, "evaluate")
 def test_the_run_succeeds(story: Story) -> None:
     told = {c["type"]: (c["status"], c["message"]) for c in story.status["conditions"]}
     assert told["Succeeded"][0] == "True", told
+    assert told["GatesPassed"] == ("True", "1 of 1 passed")
     assert [(s["name"], s["state"]) for s in story.status["stages"]] == [(name, "Succeeded") for name in STAGES]
 
 
