@@ -54,7 +54,10 @@ def test_a_killed_rank_is_the_next_attempts_start(story: Story) -> None:
     assert alignment["restarts"] == {"Crash": 1}
     assert alignment["lastFailure"]["exitCode"] == 137
     lineage = json.loads((story.storage / alignment["output"] / "attempts/2.json").read_bytes())
-    assert lineage["start"]["step"] >= 20, "it goes on from a checkpoint"
+    start = lineage["start"]["step"]
+    assert start >= 20, "it goes on from a checkpoint"
+    steps = read_ledger(files_of(story, alignment), last_attempt=1)
+    assert story.status["goodput"]["lostSteps"] == len([step for step in steps if step > start])
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -274,6 +274,8 @@ class Progress:
     unit: Literal["steps", "samples", "questions"] = "steps"
     tokens: int = 0
     samples: int = 0
+    lost_steps: int = 0
+    """Optimizer steps done in vain by all attempts of the stage so far: the work went on from before them."""
     eta_seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """Latest values, e.g. loss, learning_rate, tokens_per_second."""
@@ -298,6 +300,8 @@ class Result:
     steps: int = 0
     tokens: int = 0
     samples: int = 0
+    lost_steps: int = 0
+    """Optimizer steps done in vain by all attempts."""
     seconds: float = 0.0
     """Wall clock of the attempt that finished."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -97,6 +97,8 @@ class StageProgress(Struct, frozen=True, kw_only=True, omit_defaults=False):
     """Seconds of the newest attempt's workers by bucket, as they were last read."""
     unsaved_seconds: int = 0
     """Seconds of training since the newest checkpoint: what a failure would cost."""
+    lost_steps: int = 0
+    """Steps done in vain by all attempts so far: those after a checkpoint that was gone on from."""
 
 
 class StageCheckpoint(Struct, frozen=True, kw_only=True):
@@ -166,7 +168,7 @@ class Goodput(Struct, frozen=True, kw_only=True):
     seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
     gpu_seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
     lost_steps: int = 0
-    """Steps done and lost with an attempt: those after its newest checkpoint."""
+    """Steps done in vain: those after a checkpoint that was gone on from, as the workers count them."""
     cost: Short = ""
     """Of all GPU seconds at spec.pricePerGpuHour."""
     lost_cost: Short = ""

@@ -35,7 +35,6 @@ class _Entry:
     lost: int
     """Seconds of training, these or earlier ones, whose steps are done again."""
     lost_gpu: int
-    lost_steps: int
     status: StageStatus
 
 
@@ -57,7 +56,7 @@ def settle(
         settled_at=format_time(since + elapsed),
         seconds={name: value for name, value in seconds.items() if value},
         gpu_seconds={name: value for name, value in gpu_seconds.items() if value},
-        lost_steps=old.goodput.lost_steps + sum(entry.lost_steps for entry in active),
+        lost_steps=max(old.goodput.lost_steps, sum(_count_lost_steps(entry.status) for entry in entries)),
     )
     return ledger, [entry.status for entry in entries]
 
@@ -93,7 +92,7 @@ def _last_settlement(old: Status, now: float) -> float:
 
 def _enter(view: View, new: StageStatus, since: float, elapsed: int) -> _Entry:
     if view.status.state not in ACTIVE:
-        return _Entry(seconds={}, gpu_seconds={}, lost=0, lost_gpu=0, lost_steps=0, status=new)
+        return _Entry(seconds={}, gpu_seconds={}, lost=0, lost_gpu=0, status=new)
     seconds = _attribute(view, since, elapsed)
     unsaved = _count_unsaved(view) + seconds.get("training", 0)
     is_lost, is_saved = _is_lost(view, new), _is_saved(view, new)
@@ -109,7 +108,6 @@ def _enter(view: View, new: StageStatus, since: float, elapsed: int) -> _Entry:
         gpu_seconds=held,
         lost=lost,
         lost_gpu=lost * gpus,
-        lost_steps=_count_lost_steps(view, new) if is_lost else 0,
         status=status,
     )
 
@@ -159,12 +157,8 @@ def _is_lost(view: View, new: StageStatus) -> bool:
     return is_same and before is not None and after is not None and after.step < before.step
 
 
-def _count_lost_steps(view: View, new: StageStatus) -> int:
-    """Steps after the checkpoint from which it goes on; curation and evaluation lose none."""
-    if MAIN[view.planned.stage.kind] != "training":
-        return 0
-    done = max(s.progress.step if s.progress is not None else 0 for s in (view.status, new))
-    return max(0, done - (new.checkpoint.step if new.checkpoint is not None else 0))
+def _count_lost_steps(status: StageStatus) -> int:
+    return 0 if status.progress is None else status.progress.lost_steps
 
 
 def _is_saved(view: View, new: StageStatus) -> bool:

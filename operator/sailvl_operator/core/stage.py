@@ -66,6 +66,7 @@ def _succeed(view: View) -> Step:
     if result is None:
         return ending.lose_result(view)
     name, seconds = view.status.name, format_duration(result.seconds)
+    lost = 0 if view.status.progress is None else view.status.progress.lost_steps
     status = msgspec.structs.replace(
         view.status,
         state="Succeeded",
@@ -73,7 +74,13 @@ def _succeed(view: View) -> Step:
         output=result.output,
         memoised=result.memoised,
         metrics=_metrics(result),
-        progress=StageProgress(step=result.steps, steps=result.steps, tokens=result.tokens, eta_seconds=0),
+        progress=StageProgress(
+            step=result.steps,
+            steps=result.steps,
+            tokens=result.tokens,
+            eta_seconds=0,
+            lost_steps=lost if result.memoised else max(lost, result.lost_steps),
+        ),
         not_before="",
     )
     words = "found its result" if result.memoised else f"succeeded in {seconds}"

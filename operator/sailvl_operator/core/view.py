@@ -70,7 +70,7 @@ def read_progress(view: View) -> StageStatus:
     seen = view.observed.progress.get(view.key)
     if seen is None:
         return view.status
-    checkpoint = seen.checkpoint
+    checkpoint, known = seen.checkpoint, view.status.progress or StageProgress()
     return msgspec.structs.replace(
         view.status,
         progress=StageProgress(
@@ -79,7 +79,8 @@ def read_progress(view: View) -> StageStatus:
             tokens=seen.tokens,
             eta_seconds=None if seen.eta_seconds is None else round(seen.eta_seconds),
             seconds=count_seconds(seen, view.planned.stage.kind),
-            unsaved_seconds=0 if view.status.progress is None else view.status.progress.unsaved_seconds,
+            unsaved_seconds=known.unsaved_seconds,
+            lost_steps=max(known.lost_steps, seen.lost_steps),
         ),
         metrics={name: format_decimal(value) for name, value in sorted(seen.metrics.items())[:64]},
         checkpoint=view.status.checkpoint

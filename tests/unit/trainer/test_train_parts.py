@@ -13,7 +13,7 @@ from sailvl_trainer.runtime.errors import ConfigError
 from sailvl_trainer.runtime.files import StageFiles
 from sailvl_trainer.runtime.lineage import claim
 from sailvl_trainer.train.engines import build_engine
-from sailvl_trainer.train.ledger import Ledger, ledger_path, read_ledger, read_skipped
+from sailvl_trainer.train.ledger import Ledger, count_lost, ledger_path, read_ledger, read_skipped
 from sailvl_trainer.train.meter import Meter
 from sailvl_trainer.train.optimizer import build_optimizer
 from sailvl_trainer.train.schedule import build_schedule
@@ -82,10 +82,13 @@ def test_the_ledger_follows_the_lineage(tmp_path: Path) -> None:
         torn.write('{"step": 4, "sam')
     Ledger(files, 1).write(3, (30,))
     assert read_ledger(files, last_attempt=1) == {1: [1, 11], 2: [2, 12], 3: [30]}
+    assert count_lost(files, 2, start=2) == 2, "step 3, twice"
     second = Ledger(files, 2)
     second.write(3, (99,), is_skipped=True)
     second.write(4, (98,))
     assert read_ledger(files, last_attempt=2) == {1: [1, 11], 2: [2, 12], 4: [98]}
     assert read_skipped(files, last_attempt=2) == {3: [99]}
+    assert count_lost(files, 3, start=4) == 2
+    assert count_lost(files, 3, start=0) == 6
     claim(files, 3)
     assert read_ledger(files, last_attempt=3).keys() == {1, 2, 4}, "an attempt that never began takes nothing back"

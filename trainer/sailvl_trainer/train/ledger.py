@@ -52,6 +52,12 @@ def read_ledger(files: StageFiles, last_attempt: int) -> dict[int, list[int]]:
     return {entry["step"]: entry["samples"] for entry in _entries(files, last_attempt) if not entry.get("skipped")}
 
 
+def count_lost(files: StageFiles, attempt: int, start: int) -> int:
+    """Steps done in vain when an attempt goes on from step `start`: all that were done, but for those up to it."""
+    paths = (ledger_path(files, number) for number in range(1, attempt + 1))
+    return max(0, sum(1 for path in paths if path.exists() for _ in _lines(path)) - start)
+
+
 def read_skipped(files: StageFiles, last_attempt: int) -> dict[int, list[int]]:
     """Step to the samples that were left out on purpose, along the same lineage."""
     return {entry["step"]: entry["samples"] for entry in _entries(files, last_attempt) if entry.get("skipped")}

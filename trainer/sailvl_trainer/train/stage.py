@@ -20,6 +20,7 @@ from sailvl_trainer.runtime.lineage import begin_attempt, require_newest
 from sailvl_trainer.train import checkpoint as checkpoints
 from sailvl_trainer.train.checkpoint import Position
 from sailvl_trainer.train.engines import Engine, build_engine
+from sailvl_trainer.train.ledger import count_lost
 from sailvl_trainer.train.loop import Loop
 from sailvl_trainer.train.prepare import Prepared, prepare
 from sailvl_trainer.train.prune import prune
@@ -35,7 +36,7 @@ def run(context: Context) -> Result:
     lineage = broadcast(begin_attempt(context.files, context.stage.attempt) if context.is_first else None)
     module = PackedModel(prepared.model).to(context.device).train()
     engine = build_engine(module, context.stage.engine, config, device=context.device)
-    context.telemetry.update(checkpoint=lineage.start)
+    context.telemetry.update(checkpoint=lineage.start, lost_steps=_count_lost(context, lineage))
     before = _measure(context, module, prepared, config)
     loop = Loop(
         context=context,
@@ -63,9 +64,16 @@ def run(context: Context) -> Result:
         steps=loop.steps,
         tokens=loop.position.tokens,
         samples=loop.position.samples,
+        lost_steps=context.telemetry.progress.lost_steps,
         seconds=time.time() - started,
         metrics={name: value for name, value in losses.items() if value is not None},
     )
+
+
+def _count_lost(context: Context, lineage: Lineage) -> int:
+    """By the first rank, who has written the ledger."""
+    start = 0 if lineage.start is None else lineage.start.step
+    return count_lost(context.files, context.stage.attempt, start) if context.is_first else 0
 
 
 def _measure(
