@@ -74,6 +74,7 @@ async def measure(runs: int) -> Report:
     report = Report()
     await _measure_start(report, runs)
     await _measure_peer(report, runs)
+    await _measure_bare(report, runs)
     await _measure_many_pods(report, runs)
     return report
 
@@ -120,6 +121,14 @@ async def _measure_peer(report: Report, runs: int) -> None:
     report.notes.append(
         f"naive kopf: Jobs {start.jobs_s:.1f} s, pods {start.pods_s:.1f} s, CPU {start.cpu_s:.1f} s, "
         f"{1e3 * start.cpu_s / start.events:.2f} ms an event ({start.events} events)"
+    )
+
+
+async def _measure_bare(report: Report, runs: int) -> None:
+    async with ControlPlane() as plane:
+        jobs_s, pods_s = await scenarios.start_bare(plane, runs=runs, nodes=2, log=report.log)
+    report.notes.append(
+        f"without any operator, its Jobs made by this benchmark: Jobs {jobs_s:.1f} s, pods {pods_s:.1f} s"
     )
 
 

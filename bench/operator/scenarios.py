@@ -20,6 +20,7 @@ from sailvl_operator.cluster.resources import Resource
 
 NAMESPACE = "default"
 QUIET_SECONDS = 60.0
+_CONNECTIONS = 48
 Log = Callable[[str], None]
 
 
@@ -66,9 +67,25 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
     )
 
 
+async def start_bare(plane: ControlPlane, *, runs: int, nodes: int, log: Log) -> tuple[float, float]:
+    """What the control plane alone needs: the Jobs are made here. Seconds until all Jobs and until all pods exist."""
+    many = asyncio.Semaphore(_CONNECTIONS)
+
+    async def create(number: int) -> None:
+        async with many:
+            await plane.client.create(resources.JOBS, NAMESPACE, build_job(f"job-{number:04}", nodes))
+
+    began = time.monotonic()
+    await asyncio.gather(*(create(number) for number in range(runs)))
+    jobs_s = time.monotonic() - began
+    pods_s = await _await_count(plane, resources.PODS, runs * nodes, began)
+    log(f"without any operator: {runs} Jobs after {jobs_s:.1f} s, {runs * nodes} pods after {pods_s:.1f} s")
+    return jobs_s, pods_s
+
+
 async def create_runs(plane: ControlPlane, runs: int, nodes: int) -> float:
     """All at once over many connections; returns when the last was there."""
-    many = asyncio.Semaphore(48)
+    many = asyncio.Semaphore(_CONNECTIONS)
 
     async def create(number: int) -> None:
         async with many:
@@ -89,6 +106,19 @@ def build_run(name: str, nodes: int) -> dict[str, Any]:
         "stages": [{"name": "instruction", "sft": training}],
     }
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
+
+
+def build_job(name: str, nodes: int) -> dict[str, Any]:
+    """An Indexed Job as both operators make them, but for its size."""
+    container = {"name": "worker", "image": "registry.example.com/sailvl-trainer:0.1.0"}
+    spec = {
+        "completionMode": "Indexed",
+        "completions": nodes,
+        "parallelism": nodes,
+        "backoffLimitPerIndex": 0,
+        "template": {"spec": {"restartPolicy": "Never", "containers": [container]}},
+    }
+    return {"metadata": {"name": name}, "spec": spec}
 
 
 async def measure_quiet(operator: SailVL, log: Log) -> tuple[int, float]:
