@@ -1,4 +1,4 @@
-"""When a status that differs in nothing but progress is written: now and then, since every write costs the cluster."""
+"""When a status that differs in nothing but progress and ready workers is written: now and then; every write costs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def put_off(old: Status, new: Status, *, interval: float, now: float) -> float |
 
 
 def _essence(status: Status) -> Status:
-    """Without what changes while nothing has happened. A new checkpoint is something."""
-    summary = msgspec.structs.replace(status.summary, progress="", eta="")
+    """Without what changes while nothing has happened. A new checkpoint is something; one more worker that is ready
+    isn't, until all are."""
+    summary = msgspec.structs.replace(status.summary, progress="", eta="", ready="")
     return msgspec.structs.replace(status, summary=summary, stages=[_calm(stage) for stage in status.stages])
 
 

@@ -30,22 +30,26 @@ def begin(view: View) -> Step:
         start_time=format_time(view.now),
     )
     events = (Event(reason=Reason.STAGE_STARTED, message=f"Stage {status.name} starts"),)
-    first = status.name, 1
-    is_made = first in view.observed.jobs or first in view.observed.removed
+    is_made = _has_begun(view) or (status.name, 1) in view.observed.removed
     return Step(status=status, events=events, should_start=not is_made)
 
 
 def step(view: View, *, may_begin: bool) -> Step:
     """The next state of a stage; `may_begin`: all that it waits for has succeeded.
 
-    One whose first Job is there has begun, whatever came since: the operator that made it died before it noted that.
+    One whose first Job was made has begun, whatever came since: the operator that made it died before it noted that.
     """
     if view.status.state in ACTIVE:
         return advance(view)
-    has_begun = (view.status.name, 1) in view.observed.jobs
-    if view.status.state == "Pending" and (may_begin or has_begun):
+    if view.status.state == "Pending" and (may_begin or _has_begun(view)):
         return begin(view)
     return Step(status=view.status)
+
+
+def _has_begun(view: View) -> bool:
+    """Whether the first attempt's Job is there, or has left pods."""
+    first = view.status.name, 1
+    return first in view.observed.jobs or bool(view.observed.pods.get(first))
 
 
 def advance(view: View) -> Step:

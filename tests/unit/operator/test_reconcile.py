@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from builders import SPEC, build_end, build_run
-from sailvl_operator.api.status import Cause, ConditionType, Reason
+from sailvl_operator.api.status import Cause, ConditionType, Reason, Status
 from sailvl_operator.core.plan import plan
 from sailvl_operator.core.status import decode_status, encode_status
 from sailvl_trainer.contract import Checkpoint, Progress
@@ -191,6 +191,18 @@ def test_peers_that_vanished_before_they_were_seen() -> None:
     last = world.stage("knowledge").last_failure
     assert last is not None
     assert (last.cause, last.message) == ("Infra", "the pod of index 1 was removed from outside")
+
+
+def test_pods_that_a_first_job_left_are_an_attempt() -> None:
+    """The operator died before its note, and the Job was removed while it was away."""
+    world = World(spec={"restartPolicy": {"startTimeoutSeconds": 0}})
+    world.step()
+    world.status, world.jobs = Status(), {}
+    world.settle()
+    assert [a.document.attempt for a in world.started] == [1]
+    world.hold(is_gone=True)
+    assert world.stage("curate").restarts == {"Infra": 1}
+    assert [a.document.attempt for a in world.started] == [1, 2]
 
 
 def test_nothing_changed_nothing_written() -> None:
