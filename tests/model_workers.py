@@ -85,6 +85,7 @@ class Workers:
         if self._is_whole(gang):
             gang.step, gang.began = self.saved(gang).step, self._cluster.api.clock()
             gang.seconds = {"starting": 2.0}
+            gang.is_hung = gang.is_finishing = False  # a Job that was suspended has other pods now
             if self.saved(gang).result is not None or self.is_obedient:
                 self._cluster.later(1.0, 20.0, self.finish, gang)
 
