@@ -24,7 +24,7 @@ from sailvl_operator.cluster.recorder import Recorder
 from sailvl_operator.cluster.runs import Key, RunEntry, RunStore
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.decision import Decision
-from sailvl_operator.core.observe import Observed, observe
+from sailvl_operator.core.observe import Observed, PodRecord, observe
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.core.reconcile import reconcile, refuse
 from sailvl_operator.core.status import decode_status, encode_status
@@ -173,7 +173,7 @@ class Engine:
         """This run's children, not those that a deleted run of the same name left behind."""
         jobs = (job for job in self._children.jobs.get(key) if job.owner_uid == run.uid)
         is_served = any(service.owner_uid == run.uid for service in self._children.services.get(key))
-        pods = (pod for pod in self._children.pods.get(key) if pod.created >= run.created)
+        pods = (pod for pod in self._children.pods.get(key) if _is_pod_of(run, pod))
         return observe(
             jobs,
             pods,
@@ -241,6 +241,11 @@ class Engine:
         self._children.jobs.forget(key, lambda job: is_closed(job.stage, job.attempt))
         self._children.pods.forget(key, lambda pod: is_closed(pod.stage, pod.attempt))
         self._progress.forget(key, is_closed)
+
+
+def _is_pod_of(run: Run, pod: PodRecord) -> bool:
+    """Earlier versions gave their pods no run's uid: those that are older than the run are not its own."""
+    return pod.run_uid == run.uid if pod.run_uid else pod.created >= run.created
 
 
 def handle_run_event(type_: str | None, raw: dict[str, object], runs: RunStore, queue: WorkQueue[Key]) -> None:

@@ -11,6 +11,8 @@ FIELD_MANAGER = "sailvl-operator"
 
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_RUN = f"{GROUP}/run"
+LABEL_RUN_UID = f"{GROUP}/run-uid"
+"""Of pods, whose owner is the Job: it may be gone, and a later run may have its name."""
 LABEL_STAGE = f"{GROUP}/stage"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_DIGEST = f"{GROUP}/digest"

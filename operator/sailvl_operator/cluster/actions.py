@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sailvl_operator.api import names
@@ -31,12 +32,15 @@ class Actions:
         self._prepared: dict[str, None] = {}  # uids of runs whose claim exists, oldest first
 
     async def carry_out(self, run: Run, decision: Decision) -> None:
-        """Raises ApiError or NameTaken; what was done stays done, and the next reconcile goes on from there."""
+        """Raises ApiError or NameTaken; what was done stays done, and the next reconcile goes on from there.
+
+        A dead attempt is ended after the next one was started, unless a queue might start it again.
+        """
+        await self._end_all(job for job in decision.end if job.queue)
         for attempt in decision.start:
             await self._prepare(run)
             await self._start(attempt)
-        for job in decision.end:
-            await self._end(job)
+        await self._end_all(job for job in decision.end if not job.queue)
         for job, is_suspended in decision.suspend:
             await self._suspend(job, is_suspended)
         for job in decision.withdraw:
@@ -50,6 +54,10 @@ class Actions:
         """The Service by which workers find each other; they look for it once their programs are loaded."""
         service = build_service(namespace=run.namespace, run=run.name, owner_uid=run.uid)
         self._children.services.put_created(await self._create(resources.SERVICES, service, run.uid))
+
+    async def _end_all(self, jobs: Iterable[JobRecord]) -> None:
+        for job in jobs:
+            await self._end(job)
 
     async def _end(self, job: JobRecord) -> None:
         selector = f"{names.MANAGED_SELECTOR},{names.LABEL_JOB_NAME}={job.name}"

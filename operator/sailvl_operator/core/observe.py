@@ -36,6 +36,8 @@ class PodRecord:
     index: int
     phase: str
     """Pending, Running, Succeeded, Failed or Unknown."""
+    run_uid: str = ""
+    """Empty: an earlier version made it."""
     node: str = ""
     ip: str = ""
     created: float = 0.0
@@ -178,6 +180,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
         name=metadata["name"],
         uid=metadata["uid"],
         run=labels.get(names.LABEL_RUN, ""),
+        run_uid=labels.get(names.LABEL_RUN_UID, ""),
         stage=labels.get(names.LABEL_STAGE, ""),
         attempt=int(labels.get(names.LABEL_ATTEMPT, 0)),
         index=int(labels.get(names.LABEL_COMPLETION_INDEX, 0)),

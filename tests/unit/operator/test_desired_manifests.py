@@ -42,6 +42,7 @@ OWNER = {
 }
 RUN_LABELS = {"app.kubernetes.io/managed-by": "sailvl-operator", "sailvl.dev/run": "demo"}
 LABELS = RUN_LABELS | {"sailvl.dev/stage": "alignment", "sailvl.dev/attempt": "2"}
+POD_LABELS = LABELS | {"sailvl.dev/run-uid": "run-uid"}
 LOST = [
     {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 20}
     for taint in ("not-ready", "unreachable")
@@ -157,7 +158,7 @@ def test_the_whole_job():
             "backoffLimitPerIndex": 0,
             "podReplacementPolicy": "Failed",
             "suspend": False,
-            "template": {"metadata": {"labels": LABELS}, "spec": POD_SPEC},
+            "template": {"metadata": {"labels": POD_LABELS}, "spec": POD_SPEC},
         },
     }
     told = json.loads(document)
@@ -203,7 +204,7 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
         pytest.param(
             {"labels": {"pod-group": "g", names.LABEL_RUN: "another"}},
             lambda job: job["spec"]["template"]["metadata"]["labels"],
-            LABELS | {"pod-group": "g"},
+            POD_LABELS | {"pod-group": "g"},
             id="labels can't replace ours",
         ),
         pytest.param(

@@ -194,6 +194,17 @@ async def test_a_job_of_a_deleted_run_of_the_same_name_is_not_adopted(world):
     await world.until(lambda: not world.status.is_true("Stuck"))
 
 
+async def test_pods_of_a_deleted_run_of_the_same_name_are_not_its_own(world):
+    """They may even be younger, when the operator saw late that the run had been deleted."""
+    await world.apply(build_document())
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
+    stranger = make_pod("evaluate", 1, 0, "Running")
+    stranger["metadata"]["labels"][names.LABEL_RUN_UID] = "old-run"
+    await world.api.put("pods", stranger)
+    await world.settled()
+    assert world.states()["evaluate"] == ("Pending", 0)
+
+
 async def hear(world, plural: str, **fields: Any) -> None:
     """Somebody holds the first attempt back and says why; the operator asks around."""
     await world.apply(build_document(**fields.pop("spec", {})))

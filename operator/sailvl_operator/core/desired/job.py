@@ -46,7 +46,9 @@ def _build_spec(attempt: Attempt, app: AppDef, labels: dict[str, str]) -> dict[s
         "suspend": _is_queued(attempt),
         "template": {
             "metadata": {
-                "labels": (dict(extra) if isinstance(extra, dict) else {}) | labels,
+                "labels": (dict(extra) if isinstance(extra, dict) else {})
+                | labels
+                | {names.LABEL_RUN_UID: attempt.owner_uid},
                 "annotations": {names.ANNOTATION_STAGE: encode_document(attempt.document)},
             },
             "spec": build_pod_spec(attempt, app.roles[0], labels),
