@@ -12,7 +12,8 @@ GANG = {"inPlaceRestarts": 0}
 NONE = Fault(name="none", words="nothing", inject=lambda _: nullcontext(), kinds=())
 """What the others are compared with."""
 BAD_PICTURES = Fault(
-    name="bad-data", words="raw pictures cut in half", inject=do.cut_pictures, kinds=("curate",)
+    name="bad-data", words="raw pictures cut in half", inject=do.cut_pictures, kinds=("curate",),
+    interrupts=False,
 )  # fmt: skip
 FAULTS = [
     Fault(name="rank", words="kill -9 of a rank, with restarts in place", inject=do.kill_rank),

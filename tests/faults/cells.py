@@ -22,6 +22,8 @@ class Cell:
     """Unix seconds at which it was done."""
     attempt: int
     """The one that was hit."""
+    is_interrupted: bool = True
+    """Whether the work has to be begun again."""
     step: int = 0
     """The last one that it was seen to have done."""
     again: float | None = None

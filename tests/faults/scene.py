@@ -94,6 +94,8 @@ class Fault:
     """When it is taken back."""
     cause: str | Mapping[str, str] = ""
     """Of the first failure, or by kind of stage; empty: no attempt fails."""
+    interrupts: bool = True
+    """Whether work is interrupted and begun again."""
     stuck: str = ""
     """Reason of the condition that tells of it."""
     kinds: tuple[str, ...] = tuple(KINDS.values())
@@ -136,7 +138,14 @@ def hit(scene: Scene, stage: str, fault: Fault) -> tuple[Cell, Redone]:
     with fault.inject(scene):
         assert scene.hit is not None
         assert scene.hit.stage == stage
-        cell = Cell(fault=fault.name, stage=stage, kind=KINDS[stage], struck=scene.struck, attempt=scene.hit.attempt)
+        cell = Cell(
+            fault=fault.name,
+            stage=stage,
+            kind=KINDS[stage],
+            struck=scene.struck,
+            attempt=scene.hit.attempt,
+            is_interrupted=fault.interrupts,
+        )
         await_turn(scene, cell, fault)
     if fault.until == "over":
         scene.call("annotate", "svr", scene.run, f"sailvl.dev/restart-stage={stage}")
@@ -186,6 +195,8 @@ def await_recovery(scene: Scene, cell: Cell) -> None:
             return True
         points = [point for point in recorder.record.points if point.stage == cell.stage]
         broken = find_interruption(points, cell)
+        if broken is None and cell.is_interrupted:
+            return False  # a worker that is told to end goes on until it has saved
         cell.step = max((p.step for p in points if p.at < (cell.struck if broken is None else broken.at)), default=0)
         return find_recovery(points, cell, broken)[1] is not None
 
