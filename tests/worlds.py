@@ -81,8 +81,11 @@ class World:
 
     def _start(self, attempt: Attempt) -> None:
         document, nodes = attempt.document, count_nodes(attempt.workers)
-        is_queued = isinstance(attempt.workers.queue_name, str)
-        job = build_job(document.stage, document.attempt, nodes=nodes, created=self.now, is_suspended=is_queued)
+        queue = attempt.workers.queue_name if isinstance(attempt.workers.queue_name, str) else ""
+        is_queued = bool(queue)
+        job = build_job(
+            document.stage, document.attempt, nodes=nodes, created=self.now, is_suspended=is_queued, queue=queue
+        )
         self.started.append(attempt)
         self.jobs[job.name] = job
         if not is_queued:

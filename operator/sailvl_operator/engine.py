@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
-from sailvl_operator.cluster.actions import Actions
+from sailvl_operator.cluster.actions import Actions, Refused
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.complaints import ComplaintReader
@@ -26,27 +26,24 @@ from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.decision import Decision
 from sailvl_operator.core.observe import Observed, PodRecord, observe
 from sailvl_operator.core.plan import Defaults
-from sailvl_operator.core.reconcile import reconcile, refuse
+from sailvl_operator.core.reconcile import reconcile, refuse_unreadable
 from sailvl_operator.core.status import decode_status, encode_status
 from sailvl_operator.core.view import ACTIVE
 from sailvl_operator.errors import (
+    REFUSALS,
     ApiError,
     Conflict,
-    Forbidden,
-    Invalid,
     NameTaken,
     NotFound,
     OperatorError,
-    ServerError,
 )
 from sailvl_operator.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-REFUSALS = (NameTaken, Forbidden, Invalid, ServerError)
-"""What a child's creation meets and a person must mend; a webhook that is down shows as a ServerError."""
 PROGRESS_WRITES = 10.0
 """Writes a second, over all runs, for the sake of progress alone."""
+Act = Callable[[Run, Decision], Awaitable[Refused]]
 
 
 class Engine:
@@ -81,6 +78,8 @@ class Engine:
     async def run(self, workers: int) -> None:
         """Serve keys until cancelled; waits for the informers first, since a missing Job means something."""
         await self._children.wait_synced()
+        self._children.keep_evidence()
+        self._queue.begin()
         async with asyncio.TaskGroup() as group:
             for number in range(workers):
                 group.create_task(self._work(), name=f"worker-{number}")
@@ -123,12 +122,12 @@ class Engine:
             self._drop(key)
             return "unchanged"
         decision = self._decide(entry, key)
-        refusal = await self._act(entry.run, decision, self._actions.carry_out(entry.run, decision))
+        refusal = await self._act(entry.run, decision, self._actions.carry_out)
         if refusal is None and may_wait and decision.can_wait and self._queue.is_crowded():
             self._queue.put_off(key)
             return "put off"
         if refusal is None and decision.serve:
-            refusal = await self._act(entry.run, decision, self._actions.serve(entry.run))
+            refusal = await self._act(entry.run, decision, self._actions.serve)
         if refusal is None:
             self._complaints.accept(key)
         else:
@@ -137,6 +136,7 @@ class Engine:
         if is_written:
             self._record(entry.run, decision)
         if refusal is not None:
+            self._schedule(key, decision)  # other stages may wait for something
             raise refusal
         if is_written:
             self._queue.add(key)  # the written status may ask for more: an attempt's number comes before its Job
@@ -145,22 +145,24 @@ class Engine:
         self._forget_closed(entry.run, key)
         return "unchanged"
 
-    async def _act(self, run: Run, decision: Decision, action: Awaitable[None]) -> OperatorError | None:
+    async def _act(self, run: Run, decision: Decision, action: Act) -> OperatorError | None:
         """What a person must mend comes back, and is noted; what passes by itself is raised."""
+        key = run.namespace, run.name
         try:
-            await action
+            refused = await action(run, decision)
         except REFUSALS as error:
             stages = (decision.status or decode_status(run.status)).stages
-            started = [(a.document.stage, a.document.attempt) for a in decision.start]
-            active = [(s.name, s.attempt) for s in stages if s.state in ACTIVE]
-            self._complaints.refuse((run.namespace, run.name), started or active, str(error))
+            self._complaints.refuse(key, {(s.name, s.attempt): str(error) for s in stages if s.state in ACTIVE})
             return error
-        return None
+        if not refused:
+            return None
+        self._complaints.refuse(key, {attempt: str(error) for attempt, error in refused.items()})
+        return next(iter(refused.values()))
 
     def _decide(self, entry: RunEntry, key: Key) -> Decision:
         now = self._clock()
         if entry.problem:
-            return refuse(entry.run, entry.problem, self._observe(entry.run, key), now=now)
+            return refuse_unreadable(entry.run, entry.problem, self._observe(entry.run, key), now=now)
         observed = self._observe(entry.run, key)
         return reconcile(entry.run, observed, now=now, defaults=self._pace(), planned=entry.planned)
 
@@ -177,7 +179,7 @@ class Engine:
         return observe(
             jobs,
             pods,
-            self._progress.get(key),
+            self._progress.get(key, run.uid),
             self._complaints.get(key),
             refusals=self._complaints.get_refusals(key),
             is_served=is_served,

@@ -98,6 +98,10 @@ _BY_STATUS: dict[int, type[ApiError]] = {
 }
 
 
+REFUSALS = (NameTaken, Forbidden, Invalid, ServerError)
+"""What a child's creation meets and a person must mend; a webhook that is down shows as a ServerError."""
+
+
 def api_error(status: int, body: Mapping[str, Any], *, request: str, retry_after: str | None = None) -> ApiError:
     """The error of an HTTP status; `body` is a metav1.Status or empty."""
     kind = _BY_STATUS.get(status, ServerError if status >= 500 else ApiError)

@@ -17,10 +17,14 @@ from sailvl_operator.core.desired.job import build_job
 from sailvl_operator.core.desired.service import build_service
 from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.observe import JobRecord, parse_job
-from sailvl_operator.errors import Conflict, NameTaken, NotFound
+from sailvl_operator.errors import REFUSALS, Conflict, NameTaken, NotFound, OperatorError
 
 _DEAD_GRACE_SECONDS = 1
 """A dead attempt's hung ranks would hold their GPUs for the whole grace."""
+
+
+Refused = dict[tuple[str, int], OperatorError]
+"""What the API server doesn't make, and why, by stage and attempt."""
 
 
 class Actions:
@@ -31,15 +35,14 @@ class Actions:
         self._children = children
         self._prepared: dict[str, None] = {}  # uids of runs whose claim exists, oldest first
 
-    async def carry_out(self, run: Run, decision: Decision) -> None:
-        """Raises ApiError or NameTaken; what was done stays done, and the next reconcile goes on from there.
+    async def carry_out(self, run: Run, decision: Decision) -> Refused:
+        """All but the Service. The starts that were refused come back: what else has to be done doesn't wait for them,
+        and may even make room. Raises ApiError; what was done stays done, and the next reconcile goes on from there.
 
         A dead attempt is ended after the next one was started, unless a queue might start it again.
         """
         await self._end_all(job for job in decision.end if job.queue)
-        for attempt in decision.start:
-            await self._prepare(run)
-            await self._start(attempt)
+        refused = await self._start_all(run, decision.start)
         await self._end_all(job for job in decision.end if not job.queue)
         for job, is_suspended in decision.suspend:
             await self._suspend(job, is_suspended)
@@ -48,12 +51,27 @@ class Actions:
         if decision.take_off_request:
             await self._take_off_request(run)
         if decision.delete_run:
-            await self._delete(resources.RUNS, run.namespace, run.name, run.uid)
+            await self._delete(resources.RUNS, run.namespace, run.name, run.uid, version=run.resource_version)
+        return refused
 
-    async def serve(self, run: Run) -> None:
-        """The Service by which workers find each other; they look for it once their programs are loaded."""
+    async def serve(self, run: Run, _: Decision) -> Refused:
+        """The Service by which workers find each other; they look for it once their programs are loaded.
+
+        Raises ApiError or NameTaken.
+        """
         service = build_service(namespace=run.namespace, run=run.name, owner_uid=run.uid)
         self._children.services.put_created(await self._create(resources.SERVICES, service, run.uid))
+        return {}
+
+    async def _start_all(self, run: Run, attempts: Iterable[Attempt]) -> Refused:
+        refused: Refused = {}
+        for attempt in attempts:
+            try:
+                await self._prepare(run)
+                await self._start(attempt)
+            except REFUSALS as error:
+                refused[attempt.document.stage, attempt.document.attempt] = error
+        return refused
 
     async def _end_all(self, jobs: Iterable[JobRecord]) -> None:
         for job in jobs:
@@ -67,11 +85,11 @@ class Actions:
         if job.uid:
             await self._delete(resources.JOBS, job.namespace, job.name, job.uid)
 
-    async def _delete(self, resource: Resource, namespace: str, name: str, uid: str) -> None:
+    async def _delete(self, resource: Resource, namespace: str, name: str, uid: str, *, version: str = "") -> None:
         try:
-            await self._client.delete(resource, namespace, name, uid=uid)
+            await self._client.delete(resource, namespace, name, uid=uid, version=version)
         except (NotFound, Conflict):
-            return  # it is gone, or its name is another's by now
+            return  # it is gone, was changed, or its name is another's by now
 
     async def _take_off_request(self, run: Run) -> None:
         """Only the value that was acted upon: a newer one changes the resourceVersion."""

@@ -56,6 +56,10 @@ class Children:
             for informer in self._informers:
                 group.create_task(informer.run(), name=f"informer-{informer.resource}")
 
+    def keep_evidence(self) -> None:
+        """From now on: somebody decides by it, and forgets it then. A standby would only collect it."""
+        self.jobs.keeps_gone = self.pods.keeps_gone = True
+
     async def wait_synced(self) -> None:
         """Until every informer has its first list: before that a missing Job means nothing."""
         for informer in self._informers:

@@ -151,9 +151,11 @@ class Client:
         path = resource.path(namespace, name, subresource)
         return await self._request("patch", "PATCH", path, _manager(), body=body, content_type=MERGE_PATCH)
 
-    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
-        """Delete this very object, its dependents in the background. Conflict: the name is another object's by now."""
-        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str, version: str = "") -> None:
+        """Delete this very object, its dependents in the background; `version`: only as long as it is unchanged.
+        Conflict: the name is another object's by now, or it was changed."""
+        preconditions = {"uid": uid} | ({"resourceVersion": version} if version else {})
+        body = {"propagationPolicy": "Background", "preconditions": preconditions}
         await self._request("delete", "DELETE", resource.path(namespace, name), body=body)
 
     async def delete_collection(

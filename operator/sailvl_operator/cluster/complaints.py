@@ -59,9 +59,9 @@ class ComplaintReader:
         """What the API server refuses to each attempt of a run."""
         return self._refused.get(key, {})
 
-    def refuse(self, key: Key, attempts: Iterable[Attempt], words: str) -> None:
+    def refuse(self, key: Key, words: Mapping[Attempt, str]) -> None:
         """The API server refuses what these attempts need."""
-        self._refused[key] = dict.fromkeys(attempts, words)
+        self._refused[key] = dict(words)
 
     def accept(self, key: Key) -> None:
         """It refuses nothing of the run any more."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -48,7 +48,10 @@ class Kind(Generic[Record]):
 
 
 class Store(Generic[Record]):
-    """Records by run and uid. Every change reports its key."""
+    """Records by run and uid. Every change reports its key.
+
+    `keeps_gone`: the last state of what was deleted is kept until somebody forgets it.
+    """
 
     def __init__(
         self, kind: Kind[Record], on_change: Callable[[Key], None], clock: Callable[[], float] = time.time
@@ -57,6 +60,7 @@ class Store(Generic[Record]):
         self._on_change = on_change
         self._clock = clock
         self._by_key: dict[Key, dict[str, Record]] = {}
+        self.keeps_gone = False
         self._deleted: dict[str, None] = {}  # uids, oldest first: an answer to our own POST may come after the deletion
 
     def get(self, key: Key) -> list[Record]:
@@ -83,10 +87,17 @@ class Store(Generic[Record]):
         """A deletion, with the object's last state."""
         self._remove(self._kind.parse(raw))
 
-    def replace_all(self, records: Iterable[Record], *, within: str) -> None:
-        """The result of a list: what it lacks of the namespace (empty: of all) was deleted while nobody watched."""
+    def uids(self, within: str) -> set[str]:
+        """Of all records of a namespace (empty: of all)."""
+        return {record.uid for record in self._all(within)}
+
+    def replace_all(self, records: Iterable[Record], *, within: str, known: Set[str]) -> None:
+        """The result of a list: what it lacks of the namespace (empty: of all) was deleted while nobody watched.
+
+        `known`: the uids when the list was asked for. What came since, by our own POST, needn't be in it.
+        """
         found = {record.uid: record for record in records}
-        for record in [r for r in self._all(within) if r.uid not in found]:
+        for record in [r for r in self._all(within) if r.uid in known and r.uid not in found]:
             self._remove(record)
         for record in found.values():
             self._keep(record)
@@ -118,7 +129,7 @@ class Store(Generic[Record]):
         known = records.get(record.uid)
         if known is not None and _is_gone(known):
             return
-        if self._kind.mark_gone is not None:
+        if self._kind.mark_gone is not None and self.keeps_gone:
             records[record.uid] = self._kind.stamp(self._kind.mark_gone(record), known, self._clock())
         else:
             records.pop(record.uid, None)
@@ -180,14 +191,14 @@ class Informer(Generic[Record]):
 
     async def _list(self) -> None:
         records: list[Record] = []
-        version = ""
+        version, known = "", self._store.uids(self._namespace)
         pages = self._client.list_pages(
             self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR, shape=self._kind.shape
         )
         async for items, version in pages:  # noqa: B007  # the last page's is used
             self._last_sign = time.monotonic()
             records.extend(self._kind.parse(raw) for raw in items)
-        self._store.replace_all(records, within=self._namespace)
+        self._store.replace_all(records, within=self._namespace, known=known)
         self._version = version
         self.synced.set()
 

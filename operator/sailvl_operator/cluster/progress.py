@@ -53,12 +53,12 @@ class ProgressReader:
         self._count = count
         self._port = port
         self._monotonic = monotonic
-        self._documents: dict[Key, dict[Attempt, Progress]] = {}
+        self._documents: dict[Key, dict[Attempt, tuple[str, Progress]]] = {}  # with the run's uid
         self._turns: dict[str, _Turn] = {}  # by the pod's uid
 
-    def get(self, key: Key) -> Mapping[Attempt, Progress]:
-        """The newest document of each attempt of a run."""
-        return self._documents.get(key, {})
+    def get(self, key: Key, uid: str) -> Mapping[Attempt, Progress]:
+        """The newest document of each attempt of a run, and of none that had its name before."""
+        return {a: found for a, (of, found) in self._documents.get(key, {}).items() if of in ("", uid)}
 
     def __len__(self) -> int:
         """Runs whose workers were heard of."""
@@ -127,8 +127,8 @@ class ProgressReader:
             return  # the pod's address belongs to another worker by now
         documents = self._documents.setdefault(key, {})
         before = documents.get(attempt)
-        documents[attempt] = document
-        if before is None or _essence(before) != _essence(document):
+        documents[attempt] = pod.run_uid, document
+        if before is None or _essence(before[1]) != _essence(document):
             self._on_change(key)
 
 

@@ -38,6 +38,10 @@ class WorkQueue(Generic[K]):
         self._gathering: dict[K, asyncio.TimerHandle] = {}
         self._idle: deque[asyncio.Future[None]] = deque()  # workers that wait for a key
 
+    def begin(self) -> None:
+        """Workers begin now: what came before has not waited for them."""
+        self._waiting = dict.fromkeys(self._waiting, time.monotonic())
+
     def add(self, key: K) -> None:
         """Look at a key soon. One that a worker holds is looked at again after it."""
         if key in self._active:
@@ -69,11 +73,13 @@ class WorkQueue(Generic[K]):
             timer.cancel()
 
     def retry(self, key: K) -> float:
-        """Look again after a failure: later each time. Returns the seconds."""
+        """Look again after a failure: later each time, but no later than a timer says. Returns the seconds."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
         seconds = min(self._backoff * 2.0 ** min(failures, 30), self._backoff_limit) * self._jitter()
-        self.add_after(key, seconds)
+        timer = self._timers.get(key)
+        if timer is None or timer.when() > asyncio.get_running_loop().time() + seconds:
+            self.add_after(key, seconds)
         return seconds
 
     def succeed(self, key: K) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from sailvl_operator.api.status import Cause
-from sailvl_operator.core.observe import PodRecord
+from sailvl_operator.core.observe import CONFIG_WAITS, PodRecord
 from sailvl_trainer.contract import ExitCode, Result, Termination
 
 _CAUSE_OF_CODE: dict[int, Cause] = {
@@ -28,7 +28,10 @@ _CAUSE_OF_CODE: dict[int, Cause] = {
     ExitCode.PEER_LOST: Cause.INFRA,
 }
 
-_CONFIG_WAITS = frozenset({"InvalidImageName", "CreateContainerConfigError"})
+GRACE_SLACK = 10.0
+"""Seconds: a pod is deleted a moment after it is marked for eviction, and its end is told a moment after its grace."""
+CONFIG_PATIENCE = {"CreateContainerConfigError": 60.0}
+"""Seconds for which a container may wait so: a Secret may come a moment later, or be unreadable for one."""
 
 _PRECEDENCE = (
     Cause.CONFIG,
@@ -59,6 +62,8 @@ class Evidence:
     """Unix seconds, by its node's clock; 0: not known."""
     seen: float
     """Unix seconds, by ours, at which it was first seen."""
+    patience: float = 0.0
+    """Seconds for which it has to last before it counts."""
 
 
 def decode_termination(pod: PodRecord) -> Termination | None:
@@ -113,8 +118,9 @@ def _evidence(pod: PodRecord, was_running: bool) -> Evidence | None:
         return _taken_away(pod)
     if pod.terminated is not None:
         return None if pod.terminated.exit_code == 0 else _exited(pod)
-    if pod.waiting_reason in _CONFIG_WAITS:
-        return _of(pod, Cause.CONFIG, f"{pod.waiting_reason}: {pod.waiting_message}")
+    if pod.waiting_reason in CONFIG_WAITS:
+        words = f"{pod.waiting_reason}: {pod.waiting_message}"
+        return _of(pod, Cause.CONFIG, words, patience=CONFIG_PATIENCE.get(pod.waiting_reason, 0.0))
     if was_running and pod.phase == "Running" and not pod.is_ready:
         return _of(pod, Cause.INFRA, f"node {pod.node} is unreachable")
     if pod.phase == "Failed":
@@ -128,7 +134,14 @@ def _taken_away(pod: PodRecord) -> Evidence:
         own = _exited(pod)
         if not own.is_peer_lost and own.cause is not Cause.CRASH:
             return own
-    return _of(pod, Cause.INFRA, pod.disrupted or f"pod {pod.name} was removed from outside")
+    words = pod.disrupted or f"pod {pod.name} was removed from outside"
+    return _of(pod, Cause.INFRA, words, patience=_remaining_grace(pod))
+
+
+def _remaining_grace(pod: PodRecord) -> float:
+    """Seconds for which one that is evicted from a living node may still save, counted from the first sign of it."""
+    is_saving = pod.is_ready and not pod.is_gone and pod.terminated is None
+    return max(GRACE_SLACK, pod.delete_by + GRACE_SLACK - pod.ended_seen) if is_saving else 0.0
 
 
 def _exited(pod: PodRecord) -> Evidence:
@@ -158,6 +171,7 @@ def _of(
     rank: int | None = None,
     is_peer_lost: bool = False,
     traceback: str = "",
+    patience: float = 0.0,
 ) -> Evidence:
     at = pod.terminated.finished if pod.terminated is not None else 0.0
     return Evidence(
@@ -170,4 +184,5 @@ def _of(
         traceback=traceback[-2000:],
         at=at,
         seen=pod.ended_seen or at,
+        patience=patience,
     )

@@ -86,7 +86,7 @@ def _cost(gpu_seconds: int, per_gpu_hour: str) -> str:
 def _last_settlement(old: Status, now: float) -> float:
     """A run that begins, or goes on after it had ended, owes nothing for before."""
     if old.completion_time or not old.start_time:
-        return now
+        return max(now, parse_time(old.goodput.settled_at))
     return parse_time(old.goodput.settled_at or old.start_time)
 
 
@@ -150,6 +150,8 @@ def _is_lost(view: View, new: StageStatus) -> bool:
     """Whether steps since the checkpoint are done again: after a failure, or when ranks started again in place."""
     if new.last_failure is not None and new.last_failure != view.status.last_failure:
         return new.last_failure.exit_code != ExitCode.PREEMPTED
+    if view.status.state == "Running" and new.attempt != view.status.attempt:
+        return not was_saved(view.pods)  # a person started it again
     if new.state == "Suspended":
         return view.status.state != "Suspended" and not was_saved(view.pods)
     before, after = view.status.progress, new.progress

@@ -11,6 +11,9 @@ from typing import Any
 from sailvl_operator.api import names
 from sailvl_trainer.contract import Progress
 
+CONFIG_WAITS = frozenset({"InvalidImageName", "CreateContainerConfigError"})
+"""What containers wait for because of the pod's own words."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Terminated:
@@ -45,6 +48,8 @@ class PodRecord:
     """Unix seconds at which it was given to a node; 0: not yet."""
     is_ready: bool = False
     is_deleting: bool = False
+    delete_by: float = 0.0
+    """Unix seconds at which the grace of one that is deleted ends; 0: not known."""
     is_gone: bool = False
     """Deleted from the API; this is its last state, kept until its attempt is closed."""
     terminated: Terminated | None = None
@@ -75,11 +80,13 @@ class JobRecord:
     nodes: int = 1
     created: float = 0.0
     started: float = 0.0
-    """Unix seconds at which it was created or, where a queue holds Jobs back, let go."""
+    """Unix seconds at which it was created or, where a queue holds Jobs back, let go; 0: not yet."""
     is_gone: bool = False
     """Deleted from the API; kept until its attempt is closed."""
     queue: str = ""
     """Kueue's queue that holds it back and lets it go."""
+    digest: str = ""
+    """The first letters of its stage's; empty: an earlier version made it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,20 +145,22 @@ def parse_job(raw: Mapping[str, Any]) -> JobRecord:
     """Trim a batch/v1 Job that carries our labels."""
     metadata, spec = raw["metadata"], raw.get("spec", {})
     labels = metadata.get("labels", {})
+    queue, created = labels.get(names.LABEL_KUEUE_QUEUE, ""), parse_time(metadata.get("creationTimestamp"))
     return JobRecord(
         namespace=metadata["namespace"],
         name=metadata["name"],
         uid=metadata["uid"],
         run=labels.get(names.LABEL_RUN, ""),
         stage=labels.get(names.LABEL_STAGE, ""),
-        attempt=int(labels.get(names.LABEL_ATTEMPT, 0)),
+        attempt=_parse_number(labels.get(names.LABEL_ATTEMPT)),
         owner_uid=_find_owner(metadata),
         is_suspended=bool(spec.get("suspend")),
         is_deleting="deletionTimestamp" in metadata,
         nodes=spec.get("completions", 1),
-        created=parse_time(metadata.get("creationTimestamp")),
-        started=parse_time(raw.get("status", {}).get("startTime") or metadata.get("creationTimestamp")),
-        queue=labels.get(names.LABEL_KUEUE_QUEUE, ""),
+        created=created,
+        started=parse_time(raw.get("status", {}).get("startTime")) or (0.0 if queue else created),
+        queue=queue,
+        digest=labels.get(names.LABEL_DIGEST, ""),
     )
 
 
@@ -182,8 +191,8 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
         run=labels.get(names.LABEL_RUN, ""),
         run_uid=labels.get(names.LABEL_RUN_UID, ""),
         stage=labels.get(names.LABEL_STAGE, ""),
-        attempt=int(labels.get(names.LABEL_ATTEMPT, 0)),
-        index=int(labels.get(names.LABEL_COMPLETION_INDEX, 0)),
+        attempt=_parse_number(labels.get(names.LABEL_ATTEMPT)),
+        index=_parse_number(labels.get(names.LABEL_COMPLETION_INDEX)),
         phase=status.get("phase", "Pending"),
         node=spec.get("nodeName", ""),
         ip=status.get("podIP", ""),
@@ -191,6 +200,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
         placed=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else 0.0,
         is_ready=conditions.get("Ready", {}).get("status") == "True",
         is_deleting="deletionTimestamp" in metadata,
+        delete_by=parse_time(metadata.get("deletionTimestamp")),
         terminated=_parse_terminated(state.get("terminated")),
         waiting_reason=state.get("waiting", {}).get("reason", ""),
         waiting_message=state.get("waiting", {}).get("message", ""),
@@ -201,17 +211,26 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
 
 
 def stamp_pod(pod: PodRecord, known: PodRecord | None, now: float) -> PodRecord:
-    """With the time of the first sign of its end: the cluster's clocks need not agree with ours."""
-    if known is not None and known.ended_seen:
-        return replace(pod, ended_seen=known.ended_seen)
-    went_silent = known is not None and known.is_ready and not pod.is_ready
+    """With the time of the first sign of its end: the cluster's clocks need not agree with ours. A sign that passes, as
+    the silence of a node that comes back, was none; the end itself counts anew, since others may end with it."""
     is_over = pod.is_gone or pod.terminated is not None or pod.disrupted or pod.phase == "Failed"
-    return replace(pod, ended_seen=now) if is_over or went_silent else pod
+    is_bad = is_over or pod.waiting_reason in CONFIG_WAITS
+    has_ended = pod.is_gone or pod.terminated is not None
+    if known is not None and known.ended_seen and has_ended == (known.is_gone or known.terminated is not None):
+        lasts = is_bad or (not pod.is_ready and known.waiting_reason not in CONFIG_WAITS)
+        return replace(pod, ended_seen=known.ended_seen) if lasts else pod
+    went_silent = known is not None and known.is_ready and not pod.is_ready
+    return replace(pod, ended_seen=now) if is_bad or went_silent else pod
 
 
 def parse_time(text: str | None) -> float:
     """RFC 3339 to Unix seconds; nothing is 0."""
     return datetime.fromisoformat(text).timestamp() if text else 0.0
+
+
+def _parse_number(text: str | None) -> int:
+    """Of a label, which anybody may set to anything."""
+    return int(text) if text is not None and text.isdecimal() else 0
 
 
 def _find_owner(metadata: Mapping[str, Any]) -> str:

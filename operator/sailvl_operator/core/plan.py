@@ -70,7 +70,7 @@ def plan(run: Run) -> tuple[PlannedStage, ...]:
                 depends_on=_depends_on(stage, planned, init_from),
                 init_from=init_from,
                 digest=digest,
-                directory=f"{run.name}/{stage.name}-{digest[:12]}",
+                directory=f"{run.name}/{stage.name}-{digest[: names.DIGEST_LETTERS]}",
                 workers=recipe.merge_workers(run.spec, stage),
             )
         )

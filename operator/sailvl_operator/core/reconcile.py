@@ -24,7 +24,7 @@ from sailvl_operator.core.tell import collect_events
 from sailvl_operator.core.times import format_time
 from sailvl_operator.core.view import ACTIVE, Step, View
 
-_MENDED_BY_SPEC = frozenset({Reason.INVALID_SPEC, Reason.DEADLINE_EXCEEDED, Reason.GATE_FAILED})
+_MENDED_BY_SPEC = frozenset({Reason.DEADLINE_EXCEEDED, Reason.GATE_FAILED})
 """Reasons of a failure that a changed spec may take away."""
 
 
@@ -66,13 +66,22 @@ def refuse(run: Run, message: str, observed: Observed, *, now: float) -> Decisio
     return Decision(end=end, status=status, events=(event,))
 
 
+def refuse_unreadable(run: Run, message: str, observed: Observed, *, now: float) -> Decision:
+    """A newer version wrote the spec: a run that has succeeded keeps its end."""
+    if decode_status(run.status).is_true(ConditionType.SUCCEEDED):
+        return Decision()
+    return refuse(run, message, observed, now=now)
+
+
 def _may_go_on(run: Run, status: Status) -> bool:
-    """A finished run goes on when stages were appended, a failed one when its spec was mended or a person asks."""
+    """A finished run goes on when stages were appended, a failed one when its spec was mended (or this version of the
+    operator can read it again) or a person asks."""
     if requests.find_request(run, status):
         return True
     failed = status.condition(ConditionType.FAILED)
     if failed is not None and failed.status == "True":
-        return failed.reason in _MENDED_BY_SPEC and status.observed_generation != run.generation
+        is_changed = status.observed_generation != run.generation
+        return failed.reason == Reason.INVALID_SPEC or (failed.reason in _MENDED_BY_SPEC and is_changed)
     return len(run.spec.stages) > len(status.stages)
 
 
@@ -223,12 +232,15 @@ def _build_starts(outcome: Outcome) -> tuple[Attempt, ...]:
 
 
 def _start(view: View, status: StageStatus, outputs: Mapping[str, str]) -> Attempt:
+    """What has begun goes on as what it began: an edit of the workers, or another version of the operator, may have
+    changed what the stage would be now."""
+    planned = replace(view.planned, digest=status.digest, directory=status.output)
     last = status.last_failure
     avoided = restart.avoided_nodes(status, view.run.spec.restart_policy)
     is_doubted = last is not None and last.cause == Cause.INFRA and last.node and last.node not in avoided
     return build_attempt(
         view.run,
-        view.planned,
+        planned,
         attempt=status.attempt,
         outputs=outputs,
         defaults=view.defaults,

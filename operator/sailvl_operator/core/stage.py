@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import msgspec
 
+from sailvl_operator.api.names import DIGEST_LETTERS
 from sailvl_operator.api.status import Reason, StageProgress
+from sailvl_operator.api.types import RestartPolicy
 from sailvl_operator.core import ending, failure
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.numbers import format_decimal, format_duration
-from sailvl_operator.core.observe import parse_time
+from sailvl_operator.core.observe import PodRecord, parse_time
 from sailvl_operator.core.stuck import PATIENCE_SECONDS, is_patient
 from sailvl_operator.core.times import format_time
 from sailvl_operator.core.view import ACTIVE, Step, View, next_attempt, read_progress
 from sailvl_trainer.contract import Result
+
+_LOST_SECONDS = 30.0
+"""After its grace a worker on a living node is gone."""
 
 
 def begin(view: View) -> Step:
@@ -54,6 +59,8 @@ def _has_begun(view: View) -> bool:
 
 def advance(view: View) -> Step:
     """An active stage: finished, failed, suspended, to be started, or simply going on."""
+    if view.job is not None and view.job.digest not in ("", view.status.digest[:DIGEST_LETTERS]):
+        return _replace(view)
     if failure.has_succeeded(view.pods, view.nodes):
         return _succeed(view)
     if view.run.spec.suspend:
@@ -98,24 +105,46 @@ def _suspend(view: View) -> Step:
         return Step(status=read_progress(view), should_withdraw=not view.job.is_deleting)
     should_suspend = view.job is not None and not view.job.is_suspended
     if _has_workers(view) or should_suspend or view.status.state == "Suspended":
-        return Step(status=read_progress(view), suspend=True if should_suspend else None)
+        suspend = True if should_suspend else None
+        return Step(status=read_progress(view), suspend=suspend, requeue_at=_when_lost(view))
     status = msgspec.structs.replace(read_progress(view), state="Suspended", not_before="")
     message = f"Stage {status.name} is suspended; its workers are gone"
     return Step(status=status, events=(Event(reason=Reason.SUSPENDED, message=message),))
 
 
 def _has_workers(view: View) -> bool:
-    return any(not pod.is_gone and pod.terminated is None for pod in view.pods)
+    """Whether some may still run; those of a dead node, whose grace is long over, don't count."""
+    return any(_may_run(pod) and not (pod.delete_by and pod.delete_by + _LOST_SECONDS <= view.now) for pod in view.pods)
+
+
+def _when_lost(view: View) -> float | None:
+    """When the next of the workers that were told to end would count as lost."""
+    ends = (pod.delete_by + _LOST_SECONDS for pod in view.pods if _may_run(pod) and pod.delete_by)
+    return min((end for end in ends if end > view.now), default=None)
+
+
+def _may_run(pod: PodRecord) -> bool:
+    return not pod.is_gone and pod.terminated is None
 
 
 def _is_queued(view: View) -> bool:
-    return isinstance(view.planned.workers.queue_name, str)
+    """Whether the Job is Kueue's: the spec may say something else by now."""
+    return view.job is not None and bool(view.job.queue)
 
 
 def _is_to_be_resumed(view: View) -> bool:
     """Whether the Job was suspended by us, and the run was let go on before that was noted."""
     is_ours = view.job is not None and view.job.is_suspended and not _is_queued(view)
     return is_ours and not _has_workers(view)
+
+
+def _replace(view: View) -> Step:
+    """Its first Job was made, and then the spec was edited before a status told of it."""
+    status = msgspec.structs.replace(next_attempt(view.status), state="Restarting")
+    words = f"Stage {status.name}, attempt {view.status.attempt} was made of an earlier spec"
+    return Step(
+        status=status, events=(Event(reason=Reason.RESTARTING, message=f"{words}; attempt {status.attempt} follows"),)
+    )
 
 
 def _resume(view: View) -> Step:
@@ -137,28 +166,40 @@ def _start_or_wait(view: View) -> Step:
 
 def _watch(view: View) -> Step:
     if view.job is not None and view.job.is_suspended and (view.pods or view.status.state == "Running"):
-        return Step(status=read_progress(view)) if _has_workers(view) else ending.requeue(view)
-    evidence = failure.collect_evidence(view.pods, was_running=view.status.state == "Running")
-    if evidence:
-        settled_at = min(e.seen for e in evidence) + view.defaults.settle_seconds
-        is_whole = len(evidence) >= view.nodes
-        if not is_whole and settled_at > view.now:
-            return Step(status=read_progress(view), requeue_at=settled_at)
-        return ending.fail_by(view, failure.diagnose(evidence))
-    if lost := _find_lost(view):
-        return lost
+        going = Step(status=read_progress(view), requeue_at=_when_lost(view))
+        return going if _has_workers(view) else ending.requeue(view)
+    if over := _judge(view) or _find_lost(view):
+        return over
     if view.is_running and view.status.state != "Running":
         return Step(status=msgspec.structs.replace(read_progress(view), state="Running", not_before=""))
     return _await_start(view)
 
 
+def _judge(view: View) -> Step | None:
+    """What ended the attempt, once all its pods have had their say; None: nothing did."""
+    found = failure.collect_evidence(view.pods, was_running=view.status.state == "Running")
+    if not found:
+        return None
+    evidence = [e for e in found if not e.patience or e.seen + e.patience <= view.now]
+    if not evidence:
+        return Step(status=read_progress(view), requeue_at=min(e.seen + e.patience for e in found))
+    settled_at = min(e.seen for e in evidence) + view.defaults.settle_seconds
+    if len(evidence) < view.nodes and settled_at > view.now:
+        return Step(status=read_progress(view), requeue_at=settled_at)
+    return ending.fail_by(view, failure.diagnose(evidence))
+
+
 def _find_lost(view: View) -> Step | None:
-    """Pods that went unseen. As long as none is done and not all have run, they may only be on their way."""
+    """Pods that went unseen. As long as not all have run they may only be on their way, also when one is done already:
+    whoever finds the stage's result doesn't wait for the others."""
     missing = sorted(set(range(view.nodes)) - {pod.index for pod in view.pods})
     done = [pod.ended_seen for pod in view.pods if pod.terminated is not None]
     if not missing or not (done or view.status.state == "Running"):
         return None
     settled_at = min(done, default=0.0) + view.defaults.settle_seconds
+    if view.job is not None:
+        timeout = view.run.spec.restart_policy.start_timeout_seconds or RestartPolicy().start_timeout_seconds
+        settled_at = max(settled_at, view.job.started + timeout)
     if view.status.state != "Running" and settled_at > view.now:
         return Step(status=read_progress(view), requeue_at=settled_at)
     return ending.fail_infra(view, f"the pod of index {missing[0]} was removed from outside")
@@ -167,8 +208,10 @@ def _find_lost(view: View) -> Step | None:
 def _await_start(view: View) -> Step:
     """All pods must run within startTimeoutSeconds, else they make room and are tried again."""
     timeout = view.run.spec.restart_policy.start_timeout_seconds
-    if view.status.state == "Running" or view.job is None or view.job.is_suspended or not timeout:
+    if view.status.state == "Running" or view.job is None or view.job.is_suspended or not view.job.started:
         return Step(status=read_progress(view))
+    if not timeout:
+        return Step(status=read_progress(view), requeue_at=min(_find_patience(view), default=None))
     deadline = view.job.started + timeout
     if view.now < deadline:
         return Step(status=read_progress(view), requeue_at=min([deadline, *_find_patience(view)]))

@@ -165,6 +165,20 @@ async def test_what_fails_is_done_later(world, refusal):
     assert world.states()["curate"] == ("Starting", 1)
 
 
+async def test_a_refused_start_holds_nothing_else_up(world):
+    """The dead attempt's Job may be what fills the quota."""
+    await world.apply(build_document(restartPolicy={"maxInfraRestarts": 100}))
+    await world.until(lambda: world.api.names("jobs"))
+    await world.add_pods("curate")
+    await world.until(lambda: world.states()["curate"][0] == "Running")
+    world.api.refusals = [Refusal(method="POST", path_end="/jobs", status=403, times=1000)]
+    await world.end_pod("curate", 1, 0, 76)
+    await world.until(lambda: not world.api.names("jobs"))
+    await world.until(lambda: world.status.is_true("Stuck"))
+    world.api.refusals = []
+    await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
+
+
 async def test_a_second_operator_doubles_nothing(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.names("jobs"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import aiohttp
@@ -199,10 +199,18 @@ async def test_progress_is_kept_and_only_news_is_reported(reading):
         reading.worker.document = asdict(Progress(attempt=1, phase="running", step=step, time=at))
         await reading.read()
     assert reading.changes == [KEY, KEY]
-    assert reading.reader.get(KEY)["curate", 1].step == 2
-    assert reading.reader.get(KEY)["curate", 1].time == 3.0
+    assert reading.reader.get(KEY, "u")["curate", 1].step == 2
+    assert reading.reader.get(KEY, "u")["curate", 1].time == 3.0
     reading.reader.forget(KEY, lambda stage, attempt: (stage, attempt) == ("curate", 1))
-    assert reading.reader.get(KEY) == {}
+    assert reading.reader.get(KEY, "u") == {}
+
+
+async def test_progress_of_a_run_that_had_the_name_before_is_not_its_own(reading):
+    reading.worker.document = asdict(Progress(attempt=1, phase="running", step=1))
+    reading.pods[:] = [replace(pod, run_uid="old") for pod in reading.pods]
+    await reading.read()
+    assert reading.reader.get(KEY, "new") == {}
+    assert reading.reader.get(KEY, "old")["curate", 1].step == 1
 
 
 @pytest.mark.parametrize(
@@ -217,7 +225,7 @@ async def test_progress_is_kept_and_only_news_is_reported(reading):
 async def test_a_bad_answer_is_counted_and_ignored(reading, document, status, outcome):
     reading.worker.document, reading.worker.status = document, status
     await reading.read()
-    assert (reading.outcomes, reading.changes, reading.reader.get(KEY)) == ([outcome], [], {})
+    assert (reading.outcomes, reading.changes, reading.reader.get(KEY, "u")) == ([outcome], [], {})
 
 
 @pytest.mark.parametrize(

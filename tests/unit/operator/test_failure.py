@@ -60,6 +60,19 @@ def test_cause_by_pod(pod: PodRecord, cause: Cause) -> None:
     assert failure.diagnose(failure.collect_evidence([pod], was_running=True)).cause == cause
 
 
+def test_one_that_is_evicted_has_its_grace() -> None:
+    """Its node lives, and it may be saving a checkpoint; a dead node's can't."""
+    evicted = build_pod("a", disrupted="EvictionByEvictionAPI: x", is_deleting=True, ended_seen=100.0, delete_by=220.0)
+    (saving,) = failure.collect_evidence([evicted], was_running=True)
+    assert saving.seen + saving.patience == 220.0 + failure.GRACE_SLACK
+    for pod in (
+        replace(evicted, is_ready=False),
+        replace(evicted, terminated=build_end(75)),
+        replace(evicted, is_gone=True),
+    ):
+        assert failure.collect_evidence([pod], was_running=True)[0].patience == 0.0
+
+
 def test_a_starting_pod_is_no_evidence() -> None:
     pod = build_pod("a", is_ready=False)
     assert failure.collect_evidence([pod], was_running=False) == []

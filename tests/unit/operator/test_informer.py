@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from sailvl_operator.api import names
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.core.observe import parse_job
 from sailvl_operator.settings import ApiSettings
 
 KEY = ("team", "demo")
@@ -30,7 +32,7 @@ def make_pod(name: str, *, run: str = "demo", index: int = 0, phase: str = "Runn
 
 
 @asynccontextmanager
-async def watching(*namespaces: str, pods: int = 0):
+async def watching(*namespaces: str, pods: int = 0, is_leading: bool = True):
     api, changes, restarts = FakeApi(), [], []
     for i in range(pods):
         await api.put("pods", make_pod(f"p{i}", index=i))
@@ -49,6 +51,8 @@ async def watching(*namespaces: str, pods: int = 0):
             async with asyncio.timeout(10):
                 await children.wait_synced()
                 await until(lambda: api.open_watches == 3 * max(1, len(namespaces)))
+                if is_leading:
+                    children.keep_evidence()
                 yield SimpleNamespace(api=api, children=children, changes=changes, restarts=restarts)
         finally:
             task.cancel()
@@ -119,6 +123,25 @@ async def test_a_deleted_job_stays_as_gone_and_late_answers_do_not_bring_it_back
         assert [found.is_gone for found in world.children.jobs.get(KEY)] == [True]
         world.children.jobs.forget(KEY, lambda _: True)
         assert world.children.jobs.get(KEY) == []
+
+
+async def test_a_standby_collects_no_evidence():
+    async with watching(pods=2, is_leading=False) as world:
+        await world.api.remove("pods", "p0")
+        await until(lambda: pods(world) == {"p1": False})
+
+
+def test_a_list_that_was_asked_for_before_our_own_post_takes_nothing_away():
+    labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo"}
+    jobs = [{"metadata": {"name": n, "uid": n, "namespace": "team", "labels": labels}, "spec": {}} for n in "abc"]
+    store = Children(Any, namespaces=(), on_change=lambda _: None, count_restart=lambda *_: None).jobs
+    store.keeps_gone = True
+    for job in jobs[:2]:
+        store.put(job)
+    known = store.uids("")
+    store.put_created(jobs[2])  # while the list is under way
+    store.replace_all([parse_job(jobs[0])], within="", known=known)
+    assert {job.name: job.is_gone for job in store.get(KEY)} == {"a": False, "b": True, "c": False}
 
 
 async def test_only_the_given_namespaces_are_seen():

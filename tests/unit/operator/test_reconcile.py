@@ -184,10 +184,10 @@ def test_peers_that_vanished_before_they_were_seen() -> None:
     first, other = world.pods
     world.pods[first] = replace(world.pods[first], terminated=build_end(0), ended_seen=world.now)
     del world.pods[other]
-    world.step()
+    world.settle()
     assert world.stage("knowledge").attempt == 1, "the other may only be on its way"
-    world.now += DEFAULTS.settle_seconds
-    assert world.step()
+    world.now += 900
+    world.settle()
     last = world.stage("knowledge").last_failure
     assert last is not None
     assert (last.cause, last.message) == ("Infra", "the pod of index 1 was removed from outside")

@@ -27,7 +27,7 @@ def build_job(attempt: Attempt, app: AppDef) -> dict[str, Any]:
         "metadata": {
             "name": app.name,
             "namespace": document.namespace,
-            "labels": labels | {names.LABEL_DIGEST: document.digest[:12]} | _queue_label(attempt),
+            "labels": labels | {names.LABEL_DIGEST: document.digest[: names.DIGEST_LETTERS]} | _queue_label(attempt),
             "ownerReferences": build_owner(attempt.owner_name, attempt.owner_uid),
         },
         "spec": _build_spec(attempt, app, labels),
