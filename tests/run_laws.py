@@ -15,6 +15,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.parse import parse_run
 from sailvl_operator.api.status import ConditionType, Reason, StageStatus
 from sailvl_operator.core.plan import plan
+from sailvl_operator.settings import ApiSettings
 from status_laws import STATUS_LAWS, BrokenLawError, hold, may_go_on, status_of, the_status_is_of_this_generation
 
 TRANSITION_SECONDS = 60.0
@@ -23,8 +24,8 @@ REMEMBERED_SECONDS = 60.0
 """How long the pods of a removed Job may be left."""
 DEAF_SECONDS = 400.0
 """How long an edit may go unheard: a watch that hangs is given up, and what it missed is looked for now and then."""
-JOBS_OF_THE_DEAD = 2
-"""Jobs that may be made for a run that was removed before its operator knew: one a stage that may begin."""
+JOBS_OF_THE_DEAD = ApiSettings().tries
+"""Jobs that may be made for a run that was removed before its operator knew: each try of a POST, its answers lost."""
 _FINISHED = ("Succeeded", "Failed")
 
 

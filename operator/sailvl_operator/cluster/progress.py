@@ -128,7 +128,7 @@ class ProgressReader:
         documents = self._documents.setdefault(key, {})
         before = documents.get(attempt)
         documents[attempt] = pod.run_uid, document
-        if before is None or _essence(before[1]) != _essence(document):
+        if before is None or before[0] != pod.run_uid or _essence(before[1]) != _essence(document):
             self._on_change(key)
 
 

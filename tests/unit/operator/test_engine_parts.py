@@ -211,6 +211,9 @@ async def test_progress_of_a_run_that_had_the_name_before_is_not_its_own(reading
     await reading.read()
     assert reading.reader.get(KEY, "new") == {}
     assert reading.reader.get(KEY, "old")["curate", 1].step == 1
+    reading.pods[:] = [replace(pod, run_uid="new") for pod in reading.pods]
+    await reading.read()
+    assert reading.changes == [KEY, KEY], "the same words of another run are news"
 
 
 @pytest.mark.parametrize(
