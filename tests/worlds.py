@@ -51,7 +51,7 @@ class World:
         run = msgspec.structs.replace(run, restart_stage=self.restart_stage)
         seen = observe(self.jobs.values(), self.pods.values(), self.progress, self.complaints, refusals=self.refusals)
         decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS)
-        for job in decision.end:
+        for job in (*decision.clear, *decision.end):
             self.jobs.pop(job.name)
             self.pods = {n: p for n, p in self.pods.items() if (p.stage, p.attempt) != (job.stage, job.attempt)}
         for job, suspend in decision.suspend:

@@ -88,14 +88,14 @@ class LocalRun:
                 decision = reconcile(run, self._observe(), now=time.time(), defaults=defaults)
                 self._apply(decision)
                 watch(self.status, decision.events)
-                if self.status.is_finished and not decision.end:
+                if self.status.is_finished and not (decision.clear or decision.end):
                     break
                 if decision.status is None and not decision.start:
                     time.sleep(POLL_SECONDS)
         return self.status
 
     def _apply(self, decision: Decision) -> None:
-        for job in decision.end:
+        for job in (*decision.clear, *decision.end):
             self._end(self.attempts.pop((job.stage, job.attempt)))
         for attempt in decision.start:
             self._start(attempt)

@@ -135,12 +135,11 @@ class Disk(Volume):
 
     def fill_up(self) -> None:
         """To the last byte, as somebody else's file would."""
-        with self._filler.open("wb") as file:
+        with self._filler.open("wb", buffering=0) as file:
             for block in (1 << 24, 1 << 16, 1 << 12, 1):
                 try:
                     while True:
                         file.write(bytes(block))
-                        file.flush()
                 except OSError:
                     continue
 

@@ -39,11 +39,11 @@ class Actions:
         """All but the Service. The starts that were refused come back: what else has to be done doesn't wait for them,
         and may even make room. Raises ApiError; what was done stays done, and the next reconcile goes on from there.
 
-        A dead attempt is ended after the next one was started, unless a queue might start it again.
+        A dead attempt is ended after the next one was started.
         """
-        await self._end_all(job for job in decision.end if job.queue)
+        await self._end_all(decision.clear)
         refused = await self._start_all(run, decision.start)
-        await self._end_all(job for job in decision.end if not job.queue)
+        await self._end_all(decision.end)
         for job, is_suspended in decision.suspend:
             await self._suspend(job, is_suspended)
         for job in decision.withdraw:

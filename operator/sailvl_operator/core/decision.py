@@ -47,8 +47,10 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """Attempts are started, then others ended; events and metrics come only after the status was written."""
+    """Attempts are started, then dead ones ended; events and metrics come only after the status was written."""
 
+    clear: tuple[JobRecord, ...] = ()
+    """Attempts that were given up and might come to life yet: ended before any other is started."""
     end: tuple[JobRecord, ...] = ()
     """Dead attempts: their pods deleted with 1 s of grace, then the Jobs. A record without uid: its pods only."""
     suspend: tuple[tuple[JobRecord, bool], ...] = ()

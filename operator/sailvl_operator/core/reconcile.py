@@ -205,8 +205,10 @@ def _decide(run: Run, old: Status, outcome: Outcome, observed: Observed, *, defa
     new = old if wait is not None else _settle(run, old, new, outcome, now)
     times = [step.requeue_at for step in outcome.steps] + [now + outcome.rest if outcome.rest < inf else None, wait]
     pairs = list(zip(outcome.views, outcome.steps, strict=True))
+    leftovers = _leftovers(old.stages, observed)
     return Decision(
-        end=_leftovers(old.stages, observed),
+        clear=tuple(job for job in leftovers if not _is_dead(job, observed)),
+        end=tuple(job for job in leftovers if _is_dead(job, observed)),
         suspend=tuple((v.job, s.suspend) for v, s in pairs if s.suspend is not None and v.job is not None),
         withdraw=tuple(v.job for v, s in pairs if s.should_withdraw and v.job is not None),
         start=_build_starts(outcome),
@@ -259,6 +261,12 @@ def _leftovers(stage_statuses: Sequence[StageStatus], observed: Observed) -> tup
         and name in current
         and (attempt < current[name].attempt or current[name].state == "Failed")
     )
+
+
+def _is_dead(job: JobRecord, observed: Observed) -> bool:
+    """Whether its gang can't run any more: a worker is lost, and no queue would start the Job again."""
+    pods = observed.pods.get((job.stage, job.attempt), ())
+    return not job.queue and any(pod.is_gone or pod.terminated is not None for pod in pods)
 
 
 def _stopped(stage_statuses: Sequence[StageStatus], observed: Observed) -> tuple[JobRecord, ...]:
