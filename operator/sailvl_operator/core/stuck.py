@@ -31,6 +31,8 @@ _REASON_OF_WORDS = (
     ("exceeded quota", Reason.QUOTA),
     ("failed quota", Reason.QUOTA),
     ("waits for the scheduler", Reason.UNSCHEDULABLE),
+    ("ImagePullBackOff", Reason.IMAGE),
+    ("ErrImagePull", Reason.IMAGE),
     ("admission webhook", Reason.ADMISSION),
     ("failed calling webhook", Reason.ADMISSION),
     ("violates PodSecurity", Reason.ADMISSION),
@@ -96,10 +98,9 @@ def _of_words(view: View, words: str) -> Stuck | None:
 
 
 def _of_queue(view: View) -> Stuck | None:
-    queue = view.planned.workers.queue_name
-    if view.job is None or not view.job.is_suspended or not isinstance(queue, str):
+    if view.job is None or not view.job.is_suspended or not view.job.queue:
         return None
-    return Reason.QUEUED, f"stage {view.status.name} waits in Kueue's queue {queue}"
+    return Reason.QUEUED, f"stage {view.status.name} waits in Kueue's queue {view.job.queue}"
 
 
 def _of_gate(ruling: Ruling) -> Stuck:
