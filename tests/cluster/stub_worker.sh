@@ -7,7 +7,7 @@
 #   meet     as succeed, once two workers have met at the name of the first
 # Where it may write there, /data/<run>.journal has a line for each thing that a worker did: stage attempt index word.
 bb=/bin/busybox
-field() { $bb sed -n "s/.*\"$1\": \"\{0,1\}\([^\",}]*\).*/\1/p" "$SAILVL_STAGE_FILE"; }
+field() { $bb sed -n "s/.*\"$1\": *\"\{0,1\}\([^\",}]*\).*/\1/p" "$SAILVL_STAGE_FILE"; }
 say() { echo "$1" >"$SAILVL_TERMINATION_LOG"; }
 run=$(field run) stage=$(field stage) attempt=$(field attempt)
 note() { { echo "$stage $attempt $SAILVL_NODE_RANK $1" >>"/data/$run.journal"; } 2>/dev/null; }
