@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from clusters import Cluster
+from stub_runs import build_image
+
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
-STUB = "localhost:5000/sailvl-stub-worker:test"
-"""The registry of `make cluster`; SAILVL_STUB_IMAGE names an image for another cluster."""
 PORT = 18080
 CALL = "import sys; from sailvl_operator.cli.main import main; sys.exit(main())"
 
@@ -55,25 +55,8 @@ def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 
 @pytest.fixture(scope="module")
-def image() -> str:
-    """The stub's image, in the cluster's registry."""
-    given = os.environ.get("SAILVL_STUB_IMAGE")
-    if given:
-        return given
-    if not shutil.which("buildah"):
-        pytest.skip("buildah builds the stub worker's image; or name one with SAILVL_STUB_IMAGE")
-    script = """
-      set -eu; export STORAGE_DRIVER=overlay
-      c=$(buildah from scratch)
-      buildah copy -q "$c" /bin/busybox /bin/busybox >/dev/null
-      buildah copy -q --chmod 755 "$c" "$1" /usr/local/bin/python >/dev/null
-      buildah config --env PATH=/usr/local/bin:/bin "$c"
-      buildah commit -q "$c" "$2" >/dev/null; buildah rm "$c" >/dev/null
-      buildah push -q --tls-verify=false "$2" "docker://$2"
-    """
-    stub = str(Path(__file__).with_name("stub_worker.sh"))
-    subprocess.run(["bash", "-c", script, "bash", stub, STUB], check=True, capture_output=True, timeout=120)
-    return STUB
+def image(cluster: Cluster) -> str:
+    return build_image(cluster.registry)
 
 
 @pytest.fixture(scope="module")
