@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 from sailvl_trainer.contract import CurateConfig, ModelConfig, SourceConfig, Stage
@@ -21,3 +23,14 @@ def build_stage(root: Path, *, run: str = "demo", attempt: int = 1) -> Stage:
         model=ModelConfig(preset="tiny"),
         curate=CurateConfig(sources=(SourceConfig(path="/data/raw", format="imagefolder"),)),
     )
+
+
+def free_port() -> int:
+    """The next one is free too: a second worker on this machine takes it."""
+    while True:
+        with socket.socket() as probe, socket.socket() as other:
+            probe.bind(("", 0))
+            port = int(probe.getsockname()[1])
+            with suppress(OSError, OverflowError):
+                other.bind(("", port + 1))
+                return port

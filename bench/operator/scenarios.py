@@ -69,29 +69,27 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
 
 async def start_bare(plane: ControlPlane, *, runs: int, nodes: int, log: Log) -> tuple[float, float]:
     """What the control plane alone needs: the Jobs are made here. Seconds until all Jobs and until all pods exist."""
-    many = asyncio.Semaphore(_CONNECTIONS)
-
-    async def create(number: int) -> None:
-        async with many:
-            await plane.client.create(resources.JOBS, NAMESPACE, build_job(f"job-{number:04}", nodes))
-
     began = time.monotonic()
-    await asyncio.gather(*(create(number) for number in range(runs)))
-    jobs_s = time.monotonic() - began
+    jobs_s = await _create_all(plane, resources.JOBS, [build_job(f"job-{n:04}", nodes) for n in range(runs)]) - began
     pods_s = await _await_count(plane, resources.PODS, runs * nodes, began)
     log(f"without any operator: {runs} Jobs after {jobs_s:.1f} s, {runs * nodes} pods after {pods_s:.1f} s")
     return jobs_s, pods_s
 
 
 async def create_runs(plane: ControlPlane, runs: int, nodes: int) -> float:
-    """All at once over many connections; returns when the last was there."""
+    """All at once; returns when the last was there."""
+    return await _create_all(plane, resources.RUNS, [build_run(f"run-{n:04}", nodes) for n in range(runs)])
+
+
+async def _create_all(plane: ControlPlane, resource: Resource, bodies: Sequence[dict[str, Any]]) -> float:
+    """Over many connections; when the last was there, by the monotonic clock."""
     many = asyncio.Semaphore(_CONNECTIONS)
 
-    async def create(number: int) -> None:
+    async def create(body: dict[str, Any]) -> None:
         async with many:
-            await plane.client.create(resources.RUNS, NAMESPACE, build_run(f"run-{number:04}", nodes))
+            await plane.client.create(resource, NAMESPACE, body)
 
-    await asyncio.gather(*(create(number) for number in range(runs)))
+    await asyncio.gather(*map(create, bodies))
     return time.monotonic()
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from faults.scene import Scene
 from faults.strikes import STRIKES, MissedError, Strike, Undo
@@ -81,7 +80,7 @@ class Chaos:
         self.blows.append(Blow(at=now, words=strike.words, what=hit.what, until=now + lasts))
 
     def _take_back(self, *, due_only: bool) -> None:
-        """What control planes and nodes need comes first, as it was taken."""
+        """In the order in which they were done."""
         now = time.monotonic()
         for entry in [e for e in self._pending if not due_only or e[0] <= now]:
             self._pending.remove(entry)
@@ -109,7 +108,3 @@ def describe(scene: Scene) -> str:
     """Where the run stands."""
     now = scene.recorder.now
     return "not begun" if now is None else f"{now.stage} {now.attempt}, {now.state} {now.phase} {now.step}/{now.steps}"
-
-
-def as_cells(blows: list[Blow]) -> list[dict[str, Any]]:
-    return [asdict(blow) for blow in blows]

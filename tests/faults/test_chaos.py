@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 import pytest
 
-from faults.chaos import POLICY, Chaos, as_cells, is_over
+from faults.chaos import POLICY, Chaos, is_over
 from faults.chaos_picture import draw_chaos
 from faults.play import Report, open_scene, play
 from faults.recipe import KINDS
@@ -55,8 +56,9 @@ def test_chaos_changes_no_bit(site: Site) -> None:
         while time.monotonic() < until:
             reports.append(storm(site, chaos, f"chaos-{len(reports) + 1}", until))
     finally:
-        (FOLDER / "chaos.json").write_text(json.dumps(as_cells(chaos.blows), indent=1))
+        (FOLDER / "chaos.json").write_text(json.dumps([asdict(blow) for blow in chaos.blows], indent=1))
         draw_chaos(FOLDER / "chaos.png", reports, chaos.blows)
+    assert chaos.blows, "a chaos without a strike shows nothing"
     assert set(calm.books) == set(KINDS)
     for report in reports:
         assert results(report) == results(calm), report.name

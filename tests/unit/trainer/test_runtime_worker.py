@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime_builders import build_stage
+from runtime_builders import build_stage, free_port
 from sailvl_trainer.contract import Env, Progress, Result, Termination
 from sailvl_trainer.runtime.documents import decode, encode
 from sailvl_trainer.runtime.files import StageFiles
@@ -35,17 +35,6 @@ from sailvl_trainer.runtime.entry import main
 main(sys.argv[1])
 """
 CGROUP_2, LIMIT_BYTES = Path("/sys/fs/cgroup"), 3 << 29
-
-
-def free_port() -> int:
-    """The next one is free too: a second worker on this machine takes it."""
-    while True:
-        with socket.socket() as probe, socket.socket() as other:
-            probe.bind(("", 0))
-            port = int(probe.getsockname()[1])
-            with suppress(OSError, OverflowError):
-                other.bind(("", port + 1))
-                return port
 
 
 @dataclass(kw_only=True)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 import train_builders
+from runtime_builders import free_port
 from sailvl_trainer.contract import Env, Stage, Termination
 from sailvl_trainer.data.make import make_questions
 from sailvl_trainer.runtime.documents import decode, encode
@@ -45,7 +44,7 @@ class Workers:
         self.folder = self.root / f"{self.stage.stage}-{self.stage.attempt}"
         self.folder.mkdir()
         (self.folder / "stage.json").write_bytes(encode(self.stage))
-        rendezvous, metrics = (_free_port() for _ in range(2))
+        rendezvous, metrics = (free_port() for _ in range(2))
         self.processes = [self._start(index, rendezvous, metrics) for index in range(self.nodes)]
 
     def _start(self, index: int, rendezvous: int, metrics: int) -> subprocess.Popen[bytes]:
@@ -92,17 +91,6 @@ class Workers:
         said = [decode(Termination, (self.folder / f"termination-{i}").read_bytes()) for i in range(self.nodes)]
         assert [t.exit_code for t in said] == codes
         return said
-
-
-def _free_port() -> int:
-    """The next one is free too: a second worker on this machine takes it."""
-    while True:
-        with socket.socket() as probe, socket.socket() as other:
-            probe.bind(("", 0))
-            port = int(probe.getsockname()[1])
-            with suppress(OSError, OverflowError):
-                other.bind(("", port + 1))
-                return port
 
 
 @pytest.fixture(scope="module")
