@@ -68,7 +68,7 @@ class Fault:
 
 
 def follow(kubectl: Kubectl, story: Story, faults: list[Fault], limit: float) -> None:
-    """Watch the run to its end, or for `limit` seconds; each fault is done in its turn."""
+    """Watch the run to its end; each fault is done in its turn. Fails, with all that tells why, after `limit` s."""
     left = list(faults)
     until = time.monotonic() + limit
     while time.monotonic() < until:
@@ -80,6 +80,21 @@ def follow(kubectl: Kubectl, story: Story, faults: list[Fault], limit: float) ->
         if story.status.get("conditions") and story.is_over():
             return
         time.sleep(1)
+    raise AssertionError(f"the run did not end within {limit:.0f} s\n{explain(kubectl, story)}")
+
+
+def explain(kubectl: Kubectl, story: Story) -> str:
+    """Why a run is where it is, as a person would look for it: itself, its pods, what befell them, the nodes."""
+    there = "-n", story.namespace
+    questions = [
+        (*there, "describe", "svr", RUN),
+        (*there, "get", "jobs,pods", "-o", "wide"),
+        (*there, "get", "events", "--sort-by=.lastTimestamp"),
+        ("get", "nodes", "-o", "wide"),
+    ]
+    told = [align(story.columns)] if story.columns else []
+    told += [f"$ kubectl {' '.join(question)}\n{kubectl(*question).stdout[-5000:]}" for question in questions]
+    return "\n".join(told)
 
 
 def look(kubectl: Kubectl, story: Story) -> None:
