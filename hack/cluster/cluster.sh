@@ -43,6 +43,7 @@ up() { # NODES
   local i others
   if is_up "$1"; then return; fi
   down
+  room
   # shellcheck disable=SC2046  # each node has two
   others=$(holders "${PORTS[@]}" $(for ((i = 0; i < $1; i++)); do node_ports "$i"; done)) || true
   [ -z "$others" ] || die "its ports are in use, by the cluster of another checkout? $others"
@@ -53,6 +54,15 @@ up() { # NODES
   for ((i = 0; i < $1; i++)); do node "$i"; done
   for ((i = 0; i < $1; i++)); do await_node "$i"; done
   await 30 kubectl -n default get serviceaccount default # without it pods are refused
+}
+
+room() { # for the images, in the registry and on each node: a kubelet without any evicts its pods, again and again
+  local needed=20 free
+  [ ! -d "$ROOT/registry" ] || [ ! -d "$ROOT/node-0/containerd" ] || needed=4 # they are there
+  mkdir -p "$ROOT"
+  free=$(df --output=avail -BG "$ROOT" | tail -1 | tr -dc 0-9)
+  [ "$free" -ge "$needed" ] || die "needs $needed GB of room in $ROOT, there are $free GB. Make some (\`make clean\` in" \
+    "checkouts that need no cluster any more), or let ROOT name a folder on a larger disk. \`make check\` needs none."
 }
 
 down() { # and what one left that was killed: processes, mounts, cgroups, bridges, rules
@@ -82,8 +92,15 @@ known_nodes() {
   find "$ROOT" -maxdepth 1 -type d -name 'node-*' -printf '%f\n' | sed 's/^node-//'
 }
 
-load() { # IMAGE: only changed layers travel
+load() { # IMAGE: only changed layers travel; the nodes let its older builds go, which the registry has still
+  local i node others
   buildah push -q --tls-verify=false --compression-format zstd --compression-level 1 "$1" "docker://$1"
+  for i in $(known_nodes); do
+    is_running "node-$i.containerd" || continue
+    node=(ctr -a "$ROOT/node-$i/containerd.sock" -n k8s.io images)
+    mapfile -t others < <("${node[@]}" ls -q | grep -F "${1%:*}:" | grep -vxF "$1")
+    [ ${#others[@]} -eq 0 ] || "${node[@]}" rm "${others[@]}" >/dev/null
+  done
 }
 
 main() {

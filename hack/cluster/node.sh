@@ -156,7 +156,7 @@ healthzPort: ${ports[0]}
 port: ${ports[1]}
 authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {clientCAFile: $PKI/ca.crt}}
 authorization: {mode: Webhook}
-evictionHard: {memory.available: 200Mi, nodefs.available: 2%, imagefs.available: 2%}
+evictionHard: {memory.available: 200Mi, nodefs.available: 1Gi, imagefs.available: 1Gi}
 imageGCHighThresholdPercent: 99
 imageGCLowThresholdPercent: 98
 YAML

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -98,6 +99,21 @@ def test_a_restricted_namespace_refuses_a_pod_that_may_gain_rights(
     refused = kubectl("-n", namespace, "create", "-f", "-", stdin=json.dumps(pod))
     assert refused.returncode != 0
     assert "violates PodSecurity" in refused.stderr
+
+
+def test_too_little_room_for_the_images_is_said_before_anything_starts(cluster: Cluster, tmp_path: Path) -> None:
+    if not cluster.is_ours:
+        pytest.skip("the test mounts a small file system: it needs the machine of `make cluster`")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "small", tmp_path], check=True)
+    try:
+        environment = os.environ | {"ROOT": str(tmp_path)}
+        up = subprocess.run([SCRIPT, "up"], env=environment, capture_output=True, text=True, check=False, timeout=60)
+        left = {path.name for path in tmp_path.iterdir()}
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert up.returncode == 1, up.stderr
+    assert "needs 20 GB of room" in up.stderr
+    assert left <= {"pki", "log", ".lock"}
 
 
 @pytest.mark.slow
