@@ -115,7 +115,7 @@ class LastFailure(Struct, frozen=True, kw_only=True):
     exit_code: int | None = None
     message: Text = ""
     traceback: Annotated[str, Meta(max_length=2048)] = ""
-    """The last lines of the rank's traceback."""
+    """The last lines of the rank's traceback; of its log, if it had no time for words of its own."""
     time: Time
 
 

@@ -6,6 +6,7 @@ rank's own final code, then a pod that was taken away, then memory, then any oth
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -150,16 +151,25 @@ def _exited(pod: PodRecord) -> Evidence:
     cause = _CAUSE_OF_CODE.get(code, Cause.CRASH)
     if pod.terminated.reason == "OOMKilled":
         cause = Cause.OUT_OF_MEMORY
-    words = said.message if said is not None else pod.terminated.message.strip()[-1000:]
+    log = "" if said is not None else pod.terminated.message.strip()
     return _of(
         pod,
         cause,
-        words or f"exit code {code}",
+        (said.message if said is not None else "") or _tell_end(code, log),
         exit_code=code,
         rank=None if said is None else said.rank,
         is_peer_lost=code == ExitCode.PEER_LOST,
-        traceback="" if said is None else said.traceback,
+        traceback=log if said is None else said.traceback,
     )
+
+
+def _tell_end(code: int, log: str) -> str:
+    """How a worker ended that had no time for words of its own; the kubelet gave its log's tail instead."""
+    try:
+        end = f"ended by {signal.Signals(code - 128).name} (exit code {code})"
+    except ValueError:
+        end = f"exit code {code}"
+    return f"{end}; the last it said: {log.splitlines()[-1]}" if log else end
 
 
 def _of(

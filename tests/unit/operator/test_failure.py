@@ -95,4 +95,21 @@ def test_the_worker_names_rank_and_words() -> None:
 def test_a_cut_message_is_shown_as_it_is() -> None:
     end = Terminated(exit_code=1, message='{"exit_code": 1, "mess')
     (evidence,) = failure.collect_evidence([build_pod("a", terminated=end)], was_running=True)
-    assert evidence.message == '{"exit_code": 1, "mess'
+    assert evidence.message == 'exit code 1; the last it said: {"exit_code": 1, "mess'
+    assert evidence.traceback == end.message
+
+
+def test_who_was_killed_says_so_and_not_only_what_its_log_said_before() -> None:
+    end = Terminated(exit_code=137, message="step 7 of 64\nrank 1 INFO generated new fontManager\n")
+    (evidence,) = failure.collect_evidence([build_pod("a", terminated=end)], was_running=True)
+    said = "ended by SIGKILL (exit code 137); the last it said: rank 1 INFO generated new fontManager"
+    assert (evidence.cause, evidence.message) == (Cause.CRASH, said)
+    assert evidence.traceback == end.message.strip()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(137, "ended by SIGKILL (exit code 137)"), (3, "exit code 3"), (255, "exit code 255")]
+)
+def test_who_said_nothing_is_told_by_its_exit_code(code: int, words: str) -> None:
+    (evidence,) = failure.collect_evidence([build_pod("a", terminated=Terminated(exit_code=code))], was_running=True)
+    assert evidence.message == words
