@@ -235,11 +235,21 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 
 async def _choose_pods(plane: ControlPlane, failures: int, attempt: int) -> list[dict[str, Any]]:
-    selector = f"{names.LABEL_ATTEMPT}={attempt},{names.LABEL_COMPLETION_INDEX}=0"
-    pods: list[dict[str, Any]] = []
-    async for items, _ in plane.client.list_pages(resources.PODS, NAMESPACE, selector=selector, metadata_only=True):
-        pods += items
-    return random.Random(0).sample(pods, failures)
+    """First workers of runs that are at this attempt: those of an earlier failure may be on their way out still."""
+    pods = await _list(plane, resources.PODS, f"{names.LABEL_ATTEMPT}={attempt},{names.LABEL_COMPLETION_INDEX}=0")
+    newer = await _list(plane, resources.JOBS, f"{names.LABEL_ATTEMPT}={attempt + 1}")
+    replaced = {job["metadata"]["labels"][names.LABEL_RUN] for job in newer}
+    return random.Random(0).sample(
+        [p for p in pods if p["metadata"]["labels"][names.LABEL_RUN] not in replaced], failures
+    )
+
+
+async def _list(plane: ControlPlane, resource: Resource, selector: str) -> list[dict[str, Any]]:
+    """Their metadata alone."""
+    found: list[dict[str, Any]] = []
+    async for items, _ in plane.client.list_pages(resource, NAMESPACE, selector=selector, metadata_only=True):
+        found += items
+    return found
 
 
 async def _await_count(plane: ControlPlane, resource: Resource, wanted: int, began: float) -> float:
