@@ -92,9 +92,8 @@ def explain(kubectl: Kubectl, story: Story) -> str:
         (*there, "get", "events", "--sort-by=.lastTimestamp"),
         ("get", "nodes", "-o", "wide"),
     ]
-    told = [align(story.columns)] if story.columns else []
-    told += [f"$ kubectl {' '.join(question)}\n{kubectl(*question).stdout[-5000:]}" for question in questions]
-    return "\n".join(told)
+    told = [f"$ kubectl {' '.join(question)}\n{kubectl(*question).stdout[-5000:]}" for question in questions]
+    return "\n".join([align(story.columns), *told])
 
 
 def look(kubectl: Kubectl, story: Story) -> None:

@@ -239,9 +239,8 @@ async def _choose_pods(plane: ControlPlane, failures: int, attempt: int) -> list
     pods = await _list(plane, resources.PODS, f"{names.LABEL_ATTEMPT}={attempt},{names.LABEL_COMPLETION_INDEX}=0")
     newer = await _list(plane, resources.JOBS, f"{names.LABEL_ATTEMPT}={attempt + 1}")
     replaced = {job["metadata"]["labels"][names.LABEL_RUN] for job in newer}
-    return random.Random(0).sample(
-        [p for p in pods if p["metadata"]["labels"][names.LABEL_RUN] not in replaced], failures
-    )
+    current = [pod for pod in pods if pod["metadata"]["labels"][names.LABEL_RUN] not in replaced]
+    return random.Random(0).sample(current, failures)
 
 
 async def _list(plane: ControlPlane, resource: Resource, selector: str) -> list[dict[str, Any]]:

@@ -59,7 +59,6 @@ up() { # NODES
 room() { # for the images, in the registry and on each node: a kubelet without any evicts its pods, again and again
   local needed=20 free
   [ ! -d "$ROOT/registry" ] || [ ! -d "$ROOT/node-0/containerd" ] || needed=4 # they are there
-  mkdir -p "$ROOT"
   free=$(df --output=avail -BG "$ROOT" | tail -1 | tr -dc 0-9)
   [ "$free" -ge "$needed" ] || die "needs $needed GB of room in $ROOT, there are $free GB. Make some (\`make clean\` in" \
     "checkouts that need no cluster any more), or let ROOT name a folder on a larger disk. \`make check\` needs none."
@@ -93,14 +92,21 @@ known_nodes() {
 }
 
 load() { # IMAGE: only changed layers travel; the nodes let its older builds go, which the registry has still
-  local i node others
+  local i images others
   buildah push -q --tls-verify=false --compression-format zstd --compression-level 1 "$1" "docker://$1"
   for i in $(known_nodes); do
     is_running "node-$i.containerd" || continue
-    node=(ctr -a "$ROOT/node-$i/containerd.sock" -n k8s.io images)
-    mapfile -t others < <("${node[@]}" ls -q | grep -F "${1%:*}:" | grep -vxF "$1")
-    [ ${#others[@]} -eq 0 ] || "${node[@]}" rm "${others[@]}" >/dev/null
+    images=(ctr -a "$ROOT/node-$i/containerd.sock" -n k8s.io images)
+    mapfile -t others < <("${images[@]}" ls | other_builds "$1")
+    [ ${#others[@]} -eq 0 ] || "${images[@]}" rm "${others[@]}" >/dev/null
   done
+}
+
+other_builds() { # IMAGE: of a node's images; a kubelet's pull names each by tag, by digest and by id, and each name keeps it
+  awk -v wanted="$1" -v repository="${1%:*}:" '
+    index($1, repository) == 1 && $1 != wanted { other[$3] }
+    { digest[$1] = $3 }
+    END { for (name in digest) if (digest[name] in other) print name }'
 }
 
 main() {

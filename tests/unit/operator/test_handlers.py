@@ -22,10 +22,10 @@ from sailvl_operator.settings import ApiSettings, LeaseSettings, ProgressSetting
 LEASE = LeaseSettings(namespace="team", renew_interval=0.2, renew_deadline=50, duration=60)
 
 
-def make_settings(lease: LeaseSettings) -> Settings:
+def make_settings(identity: str) -> Settings:
     return Settings(
         api=ApiSettings(backoff=0.01),
-        lease=lease,
+        lease=replace(LEASE, identity=identity),
         server=ServerSettings(host="127.0.0.1", port=0),
         progress=ProgressSettings(interval=0),
     )
@@ -35,8 +35,8 @@ class Process:
     """An operator with a thread and an event loop of its own: kopf takes every task of its loop for one of its own,
     and waits for it, or cancels it, when it ends."""
 
-    def __init__(self, url: str, lease: LeaseSettings) -> None:
-        self.operator = Operator(make_settings(lease), Credentials(Anonymous(url)))
+    def __init__(self, url: str, identity: str) -> None:
+        self.operator = Operator(make_settings(identity), Credentials(Anonymous(url)))
         self.ended = asyncio.create_task(asyncio.to_thread(asyncio.run, self._serve()))
 
     async def _serve(self) -> None:
@@ -53,14 +53,14 @@ class Process:
 
 @asynccontextmanager
 async def operating(url: str, identity: str = "a"):
-    process = Process(url, replace(LEASE, identity=identity))
+    process = Process(url, identity)
     try:
         yield process
     finally:
         await process.end()
 
 
-async def until(condition, seconds: float = 20.0) -> None:
+async def until(condition, seconds: float = 8.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.02)
@@ -106,6 +106,7 @@ async def test_a_standby_takes_over_at_once_from_one_that_ends_cleanly(api):
             await api.put("sailvlruns", build_document())
             await until(lambda: api.names("jobs"))
             await until(lambda: len(second.operator.runs) == 1)
+            assert not second.operator.leadership.is_leading
             assert api.all("leases")[0]["spec"]["holderIdentity"] == "b"
             await first.end()
             began = time.monotonic()
