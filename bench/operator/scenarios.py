@@ -7,7 +7,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,9 @@ from sailvl_operator.cluster.resources import Resource
 NAMESPACE = "default"
 QUIET_SECONDS = 60.0
 _CONNECTIONS = 48
+_WATCHED = (resources.RUNS, resources.JOBS, resources.PODS)
+_PAUSE = 0.25
+"""Seconds between counts."""
 Log = Callable[[str], None]
 
 
@@ -44,9 +46,7 @@ class Start:
 
 async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs: int, nodes: int, log: Log) -> Start:
     """So many runs of one stage with so many pods each."""
-    counters = [EventCounter(plane, resource) for resource in (resources.RUNS, resources.JOBS, resources.PODS)]
-    tasks = [asyncio.create_task(counter.run()) for counter in counters]
-    await asyncio.sleep(1)  # all watch
+    seen = await asyncio.to_thread(plane.count_changes, *_WATCHED)
     cpu, parts, began = operator.cpu_seconds(), plane.cpu_seconds(), time.monotonic()
     creating = asyncio.create_task(create_runs(plane, runs, nodes))
     jobs_s = await _await_count(plane, resources.JOBS, runs, began)
@@ -56,13 +56,13 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
     log(f"{runs * nodes} pods after {pods_s:.1f} s")
     used = {name: seconds - parts.get(name, 0.0) for name, seconds in plane.cpu_seconds().items()}
     await _await_quiet(operator)
-    await _end(tasks)
+    seen = await asyncio.to_thread(plane.count_changes, *_WATCHED) - seen
     return Start(
         runs_s=runs_s,
         jobs_s=jobs_s,
         pods_s=pods_s,
         cpu_s=operator.cpu_seconds() - cpu,
-        events=sum(counter.seen for counter in counters),
+        events=seen,
         parts=used,
     )
 
@@ -193,23 +193,6 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-class EventCounter:
-    """Counts the changes of a kind, unread: each is a line of the watch."""
-
-    def __init__(self, plane: ControlPlane, resource: Resource) -> None:
-        self._plane = plane
-        self._resource = resource
-        self.seen = 0
-
-    async def run(self) -> None:
-        """Until cancelled. Raises ApiError rather than count less than there was."""
-        version = await _list_version(self._plane, self._resource)
-        while True:
-            async for type_, raw in self._plane.client.watch(self._resource, resource_version=version):
-                version = raw["metadata"]["resourceVersion"]
-                self.seen += type_ != "BOOKMARK"
-
-
 async def _list_version(plane: ControlPlane, resource: Resource) -> str:
     version = ""
     async for _, version in plane.client.list_pages(resource, metadata_only=True):  # noqa: B007
@@ -223,15 +206,6 @@ async def _watch_jobs(plane: ControlPlane, attempt: int, made: dict[str, float])
         labels = job["metadata"].get("labels", {})
         if type_ == "ADDED" and labels.get(names.LABEL_ATTEMPT) == str(attempt):
             made[labels[names.LABEL_RUN]] = time.monotonic()
-
-
-async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancels them. Raises what ended one before."""
-    for task in tasks:
-        task.cancel()
-    for task in tasks:
-        with suppress(asyncio.CancelledError):
-            await task
 
 
 async def _choose_pods(plane: ControlPlane, failures: int, attempt: int) -> list[dict[str, Any]]:
@@ -254,7 +228,7 @@ async def _list(plane: ControlPlane, resource: Resource, selector: str) -> list[
 async def _await_count(plane: ControlPlane, resource: Resource, wanted: int, began: float) -> float:
     async with asyncio.timeout(900):
         while await _count(plane, resource) < wanted:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(_PAUSE)
     return time.monotonic() - began
 
 

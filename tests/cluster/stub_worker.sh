@@ -7,8 +7,9 @@
 #   meet     as succeed, once two workers have met at the name of the first
 # Where it may write there, /data/<run>.journal has a line for each thing that a worker did: stage attempt index word.
 bb=/bin/busybox
+log=${SAILVL_TERMINATION_LOG:-/dev/termination-log} port=${SAILVL_RENDEZVOUS_PORT:-29500}
 field() { $bb sed -n "s/.*\"$1\": *\"\{0,1\}\([^\",}]*\).*/\1/p" "$SAILVL_STAGE_FILE"; }
-say() { echo "$1" >"$SAILVL_TERMINATION_LOG"; }
+say() { echo "$1" >"$log"; }
 run=$(field run) stage=$(field stage) attempt=$(field attempt)
 note() { { echo "$stage $attempt $SAILVL_NODE_RANK $1" >>"/data/$run.journal"; } 2>/dev/null; }
 save() {
@@ -31,8 +32,8 @@ succeed() {
     \"attempt\": $attempt, \"output\": \"found/$stage\", \"metrics\": {\"score\": 0.5}}}"
 }
 meet() {
-  if [ "$SAILVL_NODE_RANK" = 0 ]; then $bb nc -l -p "$SAILVL_RENDEZVOUS_PORT" </dev/null >/dev/null; return; fi
-  until $bb nc -w 2 "$SAILVL_RENDEZVOUS_HOST" "$SAILVL_RENDEZVOUS_PORT" </dev/null 2>/dev/null; do $bb sleep 0.5; done
+  if [ "$SAILVL_NODE_RANK" = 0 ]; then $bb nc -l -p "$port" </dev/null >/dev/null; return; fi
+  until $bb nc -w 2 "$SAILVL_RENDEZVOUS_HOST" "$port" </dev/null 2>/dev/null; do $bb sleep 0.5; done
 }
 note began
 case $STUB in

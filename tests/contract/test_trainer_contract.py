@@ -15,7 +15,16 @@ from sailvl_operator.core import failure
 from sailvl_operator.core.desired.workload import build_env, encode_document
 from sailvl_operator.core.observe import Terminated
 from sailvl_operator.core.plan import Defaults, build_attempt, plan
-from sailvl_trainer.contract import FINAL_CODES, Checkpoint, Env, ExitCode, Result, Termination
+from sailvl_trainer.contract import (
+    FINAL_CODES,
+    METRICS_PORT,
+    RENDEZVOUS_PORT,
+    Checkpoint,
+    Env,
+    ExitCode,
+    Result,
+    Termination,
+)
 from sailvl_trainer.runtime.documents import read_stage
 from sailvl_trainer.runtime.settings import read_settings
 from sailvl_trainer.runtime.termination import fit
@@ -23,8 +32,15 @@ from sailvl_trainer.runtime.termination import fit
 OUTPUTS = {name: f"demo/{name}-0" for name in ("curate", "alignment", "knowledge", "evaluate")}
 FROM_THE_POD = {Env.NODE_RANK: "1", Env.NODE_NAME: "node-1"}
 """What the downward API adds."""
-LEFT_OUT = {Env.METRICS_PORT_OFFSET}
-"""For workers that share a machine: local mode sets it."""
+ON_GPUS = {Env.PROCESSES_PER_NODE, Env.DEVICE}
+FOR_SHARED_MACHINES = {
+    Env.METRICS_PORT_OFFSET,
+    Env.METRICS_PORT,
+    Env.RENDEZVOUS_PORT,
+    Env.TERMINATION_LOG,
+    Env.SCRATCH,
+}
+"""Local mode sets them; a pod is taken for granted."""
 
 
 @pytest.mark.parametrize("index", range(4), ids=["curate", "pretrain", "sft", "evaluate"])
@@ -40,11 +56,22 @@ def test_the_trainer_reads_every_variable_of_the_operator() -> None:
     run = build_run()
     attempt = build_attempt(run, plan(run)[1], attempt=2, outputs=OUTPUTS, defaults=Defaults(grace_seconds=90))
     given = build_env(attempt) | FROM_THE_POD
-    assert set(given) == set(Env) - LEFT_OUT
+    assert set(given) == set(Env) - FOR_SHARED_MACHINES - ON_GPUS
     settings = read_settings(given)
     assert (settings.nodes, settings.node_rank, settings.rendezvous_host) == (2, 1, "demo-alignment-2-0.demo")
+    assert (settings.processes_per_node, settings.device) == (1, "cpu")
+    assert (settings.rendezvous_port, settings.metrics_port) == (RENDEZVOUS_PORT, METRICS_PORT), (
+        "as the Service has them"
+    )
     assert settings.grace_seconds < 90, "the worker ends before the kubelet ends it"
     assert settings.stall_seconds == attempt.stall_seconds
+
+
+def test_the_trainer_has_a_rank_a_gpu() -> None:
+    run = build_run(workers={"nodes": 2, "gpusPerNode": 4})
+    attempt = build_attempt(run, plan(run)[1], attempt=1, outputs=OUTPUTS, defaults=Defaults())
+    settings = read_settings(build_env(attempt) | FROM_THE_POD)
+    assert (settings.processes_per_node, settings.device) == (4, "cuda")
 
 
 def end_with(termination: Termination) -> failure.Evidence:

@@ -27,6 +27,7 @@ from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
 from sailvl_operator.cluster.resync import Resync
 from sailvl_operator.cluster.runs import Key, RunStore
+from sailvl_operator.cluster.rush import Rush
 from sailvl_operator.cluster.server import Server
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.status import decode_status
@@ -75,7 +76,10 @@ class Operator:
         self.metrics = Metrics(self.registry)
         self.runs = RunStore()
         self.queue: WorkQueue[Key] = WorkQueue(
-            backoff=settings.queue.backoff, backoff_limit=settings.queue.backoff_limit, batch=settings.queue.batch
+            backoff=settings.queue.backoff,
+            backoff_limit=settings.queue.backoff_limit,
+            batch=settings.queue.batch,
+            hold=self._is_rushed,
         )
         self.client = Client(credentials, settings.api, self._count_call)
         self.children = Children(
@@ -85,6 +89,7 @@ class Operator:
             count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
             clock=self.client.clock.now,
         )
+        self.rush = Rush(self.children, clock=self.client.clock.now)
         self.resync = Resync(
             self.client,
             self.runs,
@@ -208,6 +213,9 @@ class Operator:
     def find_unready(self) -> list[str]:
         """Why this process isn't ready: a standby is, once it has seen everything."""
         return [] if self.children.is_synced() else ["the first lists are not complete"]
+
+    def _is_rushed(self) -> bool:
+        return self.rush.is_on()
 
     def _is_leading(self) -> bool:
         return self.leadership.is_leading or not self.settings.lease.enabled

@@ -1,4 +1,8 @@
-"""Keys to look at: each at most once in the queue and at one worker at a time; timers; backoff for those that fail."""
+"""Keys to look at: each at most once in the queue and at one worker at a time; timers; backoff for those that fail.
+
+A key whose writes can wait is put off: it comes after all others, once nothing holds it, and after `patience` seconds
+in any case. It is still looked at when something happens to it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
+_PAUSE = 0.5
+"""Seconds between looks whether those put off are still held."""
+
 
 class WorkQueue(Generic[K]):
     """Not thread-safe: one event loop's own."""
@@ -20,14 +27,16 @@ class WorkQueue(Generic[K]):
         *,
         backoff: float,
         backoff_limit: float,
-        patience: float = 5.0,
+        patience: float = 30.0,
         batch: float = 0.0,
+        hold: Callable[[], bool] = lambda: False,
         jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
     ) -> None:
         self._backoff = backoff
         self._backoff_limit = backoff_limit
         self._patience = patience
         self._batch = batch
+        self._hold = hold
         self._jitter = jitter
         self._waiting: dict[K, float] = {}  # in order of arrival, with the time of it
         self._put_off: dict[K, float] = {}  # the same, of those that let the others go first
@@ -37,6 +46,7 @@ class WorkQueue(Generic[K]):
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._gathering: dict[K, asyncio.TimerHandle] = {}
         self._idle: deque[asyncio.Future[None]] = deque()  # workers that wait for a key
+        self._pause: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
         """Workers begin now: what came before has not waited for them."""
@@ -46,7 +56,7 @@ class WorkQueue(Generic[K]):
         """Look at a key soon. One that a worker holds is looked at again after it."""
         if key in self._active:
             self._dirty.add(key)
-        elif key not in self._waiting and key not in self._put_off:
+        elif key not in self._waiting:
             self._waiting[key] = time.monotonic()
             self._wake()
 
@@ -54,11 +64,11 @@ class WorkQueue(Generic[K]):
         """Look at a key in a moment: what changes together is looked at once."""
         if not self._batch:
             self.add(key)
-        elif key not in self._gathering and key not in self._waiting and key not in self._put_off:
+        elif key not in self._gathering and key not in self._waiting:
             self._gathering[key] = asyncio.get_running_loop().call_later(self._batch, self._gathered, key)
 
     def put_off(self, key: K) -> None:
-        """Look at a key again once no other waits, or when it has waited long enough for that."""
+        """Write for a key once no other waits and nothing holds it, or when it has waited long enough for that."""
         self._put_off.setdefault(key, time.monotonic())
 
     def add_after(self, key: K, seconds: float) -> None:
@@ -116,15 +126,30 @@ class WorkQueue(Generic[K]):
     def _next(self) -> tuple[K, float, bool] | None:
         """Those put off come after the others, but not for ever. None: nobody waits whom no worker holds."""
         late = next(((k, t) for k, t in self._put_off.items() if k not in self._active), None)
-        if late is not None and (not self._waiting or time.monotonic() - late[1] > self._patience):
+        if late is not None and self._may_pass(late[1]):
             key, since = late
             del self._put_off[key]
             self._waiting.pop(key, None)
             return key, since, True
         if not self._waiting:
+            if late is not None:
+                self._look_again()
             return None
         key = next(iter(self._waiting))
         return key, self._waiting.pop(key), False
+
+    def _may_pass(self, since: float) -> bool:
+        return time.monotonic() - since > self._patience or not self.is_crowded()
+
+    def _look_again(self) -> None:
+        """All that sleep, in a moment: those put off come together."""
+        if self._pause is None:
+            self._pause = asyncio.get_running_loop().call_later(_PAUSE, self._wake_all)
+
+    def _wake_all(self) -> None:
+        self._pause = None
+        for _ in range(min(len(self._idle), len(self._put_off))):
+            self._wake()
 
     def done(self, key: K) -> None:
         """The worker has let go of the key."""
@@ -140,8 +165,8 @@ class WorkQueue(Generic[K]):
         return len(self._waiting.keys() | self._put_off.keys())
 
     def is_crowded(self) -> bool:
-        """Whether others wait, whom a write that can wait would hold up."""
-        return bool(self._waiting)
+        """Whether a write that can wait would hold others up."""
+        return bool(self._waiting) or self._hold()
 
     def oldest(self) -> float:
         """Seconds that the oldest of them has waited."""

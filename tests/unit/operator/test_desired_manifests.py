@@ -48,22 +48,12 @@ LOST = [
     for taint in ("not-ready", "unreachable")
 ]
 ENV = [
-    {"name": "HOME", "value": "/tmp"},
-    {"name": "USER", "value": "sailvl"},
-    {"name": "HF_HOME", "value": "/tmp/hf"},
-    {"name": "HF_HUB_DISABLE_PROGRESS_BARS", "value": "1"},
     {"name": "SAILVL_STAGE_FILE", "value": "/etc/sailvl/stage.json"},
     {"name": "SAILVL_NODES", "value": "2"},
-    {"name": "SAILVL_PROCESSES_PER_NODE", "value": "1"},
-    {"name": "SAILVL_DEVICE", "value": "cpu"},
     {"name": "SAILVL_RENDEZVOUS_HOST", "value": "demo-alignment-2-0.demo"},
-    {"name": "SAILVL_RENDEZVOUS_PORT", "value": "29500"},
-    {"name": "SAILVL_METRICS_PORT", "value": "9400"},
     {"name": "SAILVL_IN_PLACE_RESTARTS", "value": "3"},
     {"name": "SAILVL_GRACE_SECONDS", "value": "85"},
     {"name": "SAILVL_STALL_SECONDS", "value": "900"},
-    {"name": "SAILVL_TERMINATION_LOG", "value": "/dev/termination-log"},
-    {"name": "SAILVL_SCRATCH", "value": "/tmp/sailvl"},
     {
         "name": "SAILVL_NODE_RANK",
         "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-completion-index']"}},
@@ -221,12 +211,12 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
         ),
         pytest.param(
             {"env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "HF_HOME", "value": "/data/hf"}]},
-            lambda job: (environment(job)["NCCL_DEBUG"], environment(job)["HF_HOME"], environment(job)["HOME"]),
-            ("INFO", "/data/hf", "/tmp"),
+            lambda job: (environment(job)["NCCL_DEBUG"], environment(job)["HF_HOME"]),
+            ("INFO", "/data/hf"),
             id="environment",
         ),
         pytest.param(
-            {"env": [{"name": "SAILVL_NODES", "value": "99"}, {"name": "SAILVL_NODE_RANK", "value": "7"}]},
+            {"env": [{"name": f"SAILVL_{name}", "value": "7"} for name in ("NODES", "NODE_RANK", "METRICS_PORT")]},
             lambda job: container(job)["env"],
             ENV,
             id="the contract's variables can't be replaced",

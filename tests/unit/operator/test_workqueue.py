@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from sailvl_operator.cluster.workqueue import WorkQueue
 
 
@@ -40,3 +42,42 @@ async def test_what_changes_together_is_looked_at_once():
     queue.done("a")
     await asyncio.sleep(0.1)
     assert queue.depth() == 0, "gathered changes went with the look that came first"
+
+
+@pytest.fixture
+def held():
+    """A queue that holds those put off for as long as the list isn't empty."""
+    holds = ["rush"]
+    return WorkQueue[str](backoff=1, backoff_limit=1, patience=2.0, hold=lambda: bool(holds)), holds
+
+
+async def test_those_put_off_wait_while_they_are_held_and_then_go_together(held):
+    queue, holds = held
+    for key in "abc":
+        queue.put_off(key)
+    workers = [asyncio.create_task(queue.get()) for _ in range(3)]
+    await asyncio.sleep(0.7)
+    assert not any(worker.done() for worker in workers)
+    holds.clear()
+    found = await asyncio.wait_for(asyncio.gather(*workers), 1)
+    assert sorted((key, is_due) for key, _, is_due in found) == [("a", True), ("b", True), ("c", True)]
+
+
+async def test_those_put_off_are_held_for_so_long_at_most(held):
+    queue, _ = held
+    queue.put_off("a")
+    _, waited, is_due = await asyncio.wait_for(queue.get(), 3.5)
+    assert is_due
+    assert waited > 2.0
+
+
+async def test_what_happens_to_a_key_that_is_put_off_is_looked_at(held):
+    queue, holds = held
+    queue.put_off("a")
+    queue.add("a")
+    key, _, is_due = await asyncio.wait_for(queue.get(), 0.1)
+    assert (key, is_due) == ("a", False)
+    queue.put_off("a")
+    queue.done("a")
+    holds.clear()
+    assert (await asyncio.wait_for(queue.get(), 1))[::2] == ("a", True)

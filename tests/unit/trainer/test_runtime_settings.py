@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from sailvl_trainer.runtime.cores import count_cores
 from sailvl_trainer.runtime.documents import decode, encode, read_stage
 from sailvl_trainer.runtime.errors import ConfigError
 from sailvl_trainer.runtime.files import StageFiles
+from sailvl_trainer.runtime.home import prepare_home
 from sailvl_trainer.runtime.settings import Settings, read_settings
 
 
@@ -169,3 +171,24 @@ def test_a_child_of_a_dead_parent_does_not_begin() -> None:
     command = [sys.executable, "-m", "sailvl_trainer.runtime.child", "999999999", "nowhere", "nothing"]
     done = subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path)}, check=False)
     assert done.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("given", "home"),
+    [
+        pytest.param({}, "/tmp", id="none"),
+        pytest.param({"HOME": "/nowhere"}, "/tmp", id="one that isn't there"),
+        pytest.param({"HOME": "/var/tmp"}, "/var/tmp", id="one that can be written to"),
+    ],
+)
+def test_a_worker_has_a_home_that_can_be_written_to(given, home, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, _: path in ("/tmp", "/var/tmp"))  # root may write anywhere
+    prepare_home(given)
+    assert given == {"HOME": home, "USER": "sailvl", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def test_what_is_set_stays():
+    given = {"HOME": "/tmp", "USER": "me", "HF_HUB_DISABLE_PROGRESS_BARS": "0", "HF_HOME": "/data/hf"}
+    environment = dict(given)
+    prepare_home(environment)
+    assert environment == given

@@ -19,6 +19,7 @@ from sailvl_trainer.contract import ExitCode, Progress, Result, Stage, Terminati
 from sailvl_trainer.runtime.documents import encode, read_stage, write_atomic
 from sailvl_trainer.runtime.errors import TrainerError
 from sailvl_trainer.runtime.files import StageFiles
+from sailvl_trainer.runtime.home import prepare_home
 from sailvl_trainer.runtime.memo import watch_for_result
 from sailvl_trainer.runtime.ranks import Ranks
 from sailvl_trainer.runtime.scratch import Scratch
@@ -52,6 +53,7 @@ class Exit:
 def main(rank_module: str = "sailvl_trainer.rank") -> NoReturn:
     """A worker from its environment to its exit code. `rank_module`: run as the main of every rank."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
+    prepare_home(os.environ)
     ranks = Ranks()
     end = Exit(read_termination_log(os.environ), ranks)
     try:

@@ -18,8 +18,8 @@ USER = 65532
 NODE_LOSS_SECONDS = 20
 """From a node's silence until its pods are evicted; Kubernetes' default is 300."""
 
-_HOME = {"HOME": "/tmp", "USER": "sailvl", "HF_HOME": "/tmp/hf", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 _GPU = "nvidia.com/gpu"
+_CONTRACT = frozenset(map(str, Env))
 
 
 def build_pod_spec(attempt: Attempt, role: Role, labels: dict[str, str]) -> dict[str, Any]:
@@ -76,17 +76,15 @@ def _build_container(attempt: Attempt, role: Role) -> dict[str, Any]:
 
 
 def _build_env(attempt: Attempt, role: Role) -> list[dict[str, Any]]:
-    """Ours come last and win: the user's own can't break the contract."""
-    own = _HOME | {str(name): value for name, value in role.env.items()}
+    """The user's own can't break the contract."""
     references = {
         str(Env.NODE_RANK): f"metadata.labels['{names.LABEL_COMPLETION_INDEX}']",
         str(Env.NODE_NAME): "spec.nodeName",
     }
     given = () if attempt.workers.env is msgspec.UNSET else attempt.workers.env
-    user = [{"name": e.name, "value": e.value} for e in given if e.name not in role.env and e.name not in references]
-    overridden = {e["name"] for e in user}
+    user = [{"name": e.name, "value": e.value} for e in given if e.name not in _CONTRACT]
     return [
-        *({"name": name, "value": value} for name, value in own.items() if name not in overridden),
+        *({"name": str(name), "value": value} for name, value in role.env.items()),
         *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in references.items()),
         *user,
     ]

@@ -8,7 +8,7 @@ from torchx.specs import AppDef, Resource, Role, VolumeMount
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Workers
 from sailvl_operator.core.decision import Attempt
-from sailvl_trainer.contract import METRICS_PORT, RENDEZVOUS_PORT, Env, Stage
+from sailvl_trainer.contract import METRICS_PORT, Env, Stage
 
 ENTRYPOINT = "python"
 ARGS = ("-m", "sailvl_trainer")
@@ -36,22 +36,17 @@ def build_appdef(attempt: Attempt) -> AppDef:
 
 
 def build_env(attempt: Attempt) -> dict[str, str]:
-    """What every worker is told; its index and machine come from where it runs."""
+    """What every worker is told, but for what it takes for granted: each variable is a cost to the API server in every
+    change of every pod. Its index and machine come from where it runs."""
     gpus = count_gpus(attempt.workers)
     return {
         Env.STAGE_FILE: f"{names.STAGE_MOUNT}/stage.json",
         Env.NODES: str(count_nodes(attempt.workers)),
-        Env.PROCESSES_PER_NODE: str(max(1, gpus)),
-        Env.DEVICE: "cuda" if gpus else "cpu",
         Env.RENDEZVOUS_HOST: _rendezvous_host(attempt),
-        Env.RENDEZVOUS_PORT: str(RENDEZVOUS_PORT),
-        Env.METRICS_PORT: str(METRICS_PORT),
         Env.IN_PLACE_RESTARTS: str(attempt.in_place_restarts),
         Env.GRACE_SECONDS: str(max(1, attempt.grace_seconds - 5)),
         Env.STALL_SECONDS: str(attempt.stall_seconds),
-        Env.TERMINATION_LOG: "/dev/termination-log",
-        Env.SCRATCH: "/tmp/sailvl",
-    }
+    } | ({Env.PROCESSES_PER_NODE: str(gpus), Env.DEVICE: "cuda"} if gpus else {})
 
 
 def _rendezvous_host(attempt: Attempt) -> str:
