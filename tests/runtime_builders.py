@@ -9,7 +9,7 @@ from pathlib import Path
 from sailvl_trainer.contract import CurateConfig, ModelConfig, SourceConfig, Stage
 
 
-def build_stage(root: Path, *, run: str = "demo", attempt: int = 1) -> Stage:
+def build_stage(root: Path, *, run: str = "demo", attempt: int = 1, start_timeout_seconds: int = 0) -> Stage:
     """A good stage document to bend; the sources are never read."""
     return Stage(
         namespace="team",
@@ -17,6 +17,7 @@ def build_stage(root: Path, *, run: str = "demo", attempt: int = 1) -> Stage:
         stage="curate",
         kind="curate",
         attempt=attempt,
+        start_timeout_seconds=start_timeout_seconds,
         digest="d" * 64,
         storage=str(root),
         output=str(root / run / "curate"),

@@ -55,7 +55,7 @@ class World:
             self.jobs.pop(job.name)
             self.pods = {n: p for n, p in self.pods.items() if (p.stage, p.attempt) != (job.stage, job.attempt)}
         for job, suspend in decision.suspend:
-            self.jobs[job.name] = replace(job, is_suspended=suspend)
+            self.jobs[job.name] = replace(job, is_suspended=suspend, is_suspended_here=suspend)
         for job in decision.withdraw:
             self.jobs.pop(job.name)
             self.pods = {n: replace(p, is_gone=True) for n, p in self.pods.items()}

@@ -124,8 +124,7 @@ class Engine:
         decision = self._decide(entry, key)
         refusal = await self._act(entry.run, decision, self._actions.carry_out)
         if refusal is None and may_wait and decision.can_wait and self._queue.is_crowded():
-            self._queue.put_off(key)
-            return "put off"
+            return self._put_off(key, decision)
         if refusal is None and decision.serve:
             refusal = await self._act(entry.run, decision, self._actions.serve)
         if refusal is None:
@@ -144,6 +143,12 @@ class Engine:
         self._schedule(key, decision)
         self._forget_closed(entry.run, key)
         return "unchanged"
+
+    def _put_off(self, key: Key, decision: Decision) -> str:
+        """The writes wait; what the run itself waits for doesn't."""
+        self._queue.put_off(key)
+        self._schedule(key, decision)
+        return "put off"
 
     async def _act(self, run: Run, decision: Decision, action: Act) -> OperatorError | None:
         """What a person must mend comes back, and is noted; what passes by itself is raised."""

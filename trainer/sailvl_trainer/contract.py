@@ -244,6 +244,8 @@ class Stage:
     output: str
     """Directory of this stage: <storage>/<run>/<stage>-<digest12>."""
     seed: int = 0
+    start_timeout_seconds: int = 0
+    """For which workers may wait for each other to be started; 0: for ever."""
     model: ModelConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
     init_from: str | None = None
@@ -323,8 +325,11 @@ class Termination:
     traceback: str = ""
     """The last lines of the rank's traceback."""
     checkpoint: Checkpoint | None = None
+    """The newest that this worker knows of."""
     result: Result | None = None
     """Of the worker of index 0, on success."""
+    newest_attempt: int = 0
+    """The attempt that has claimed the stage and cut this one off; 0: none has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

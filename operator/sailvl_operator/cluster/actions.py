@@ -98,7 +98,8 @@ class Actions:
         await self._client.patch(resources.RUNS, run.namespace, run.name, body)
 
     async def _suspend(self, job: JobRecord, is_suspended: bool) -> None:
-        body = {"metadata": {"uid": job.uid}, "spec": {"suspend": is_suspended}}
+        labels = {names.LABEL_SUSPENDED: "true" if is_suspended else None}
+        body = {"metadata": {"uid": job.uid, "labels": labels}, "spec": {"suspend": is_suspended}}
         self._children.jobs.put(await self._client.patch(resources.JOBS, job.namespace, job.name, body))
 
     async def _prepare(self, run: Run) -> None:

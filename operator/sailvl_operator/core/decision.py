@@ -69,7 +69,7 @@ class Decision:
     status: Status | None = None
     """The whole new status; None: nothing changed, nothing is written."""
     is_pressing: bool = False
-    """Something waits for the status: a later attempt for its number."""
+    """Something waits for the status: a later attempt for its number, what follows a stage for its end."""
     events: tuple[Event, ...] = ()
     requeue_at: float | None = None
     """Unix seconds at which to look again though nothing happened."""

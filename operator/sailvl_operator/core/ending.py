@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -10,13 +10,11 @@ import msgspec
 from sailvl_operator.api.status import Cause, LastFailure, Reason, StageStatus
 from sailvl_operator.core import restart
 from sailvl_operator.core.decision import Event
-from sailvl_operator.core.failure import Evidence, was_saved
+from sailvl_operator.core.failure import Evidence, is_node_suspect, was_saved
 from sailvl_operator.core.times import format_time
 from sailvl_operator.core.view import Step, View, next_attempt, read_progress
 from sailvl_trainer.contract import ExitCode
 
-_NODES_AT_FAULT = frozenset({Cause.INFRA, Cause.CRASH, Cause.STALLED})
-"""Causes for which the machine may be to blame."""
 _REMEMBERED_NODES = 32
 
 
@@ -26,8 +24,8 @@ def fail_infra(view: View, message: str) -> Step:
     return _fail(view, Cause.INFRA, last)
 
 
-def fail_by(view: View, evidence: Evidence) -> Step:
-    """An end that a pod tells of."""
+def fail_by(view: View, evidence: Evidence, others: Sequence[Evidence]) -> Step:
+    """An end that a pod tells of; `others`: what all pods tell, that one among them."""
     last = LastFailure(
         cause=evidence.cause,
         attempt=view.status.attempt,
@@ -38,7 +36,8 @@ def fail_by(view: View, evidence: Evidence) -> Step:
         traceback=evidence.traceback,
         time=format_time(evidence.at or view.now),
     )
-    return _fail(view, evidence.cause, last)
+    suspect = evidence.pod.node if is_node_suspect(evidence, others) else ""
+    return _fail(view, evidence.cause, last, suspect=suspect, newest=evidence.newest_attempt)
 
 
 def fail_start(view: View, message: str) -> Step:
@@ -78,11 +77,12 @@ def restart_by_hand(view: View) -> Step:
     return Step(status=status, events=(Event(reason=Reason.RESTART_ASKED, message=words),))
 
 
-def _fail(view: View, cause: Cause, last: LastFailure) -> Step:
-    """The next attempt, or the end of the run."""
-    failed = _blame_node(msgspec.structs.replace(read_progress(view), last_failure=last), cause, last.node)
+def _fail(view: View, cause: Cause, last: LastFailure, *, suspect: str = "", newest: int = 0) -> Step:
+    """The next attempt, or the end of the run. `suspect`: the node that may be at fault; `newest`: the attempt that has
+    cut this one off."""
+    failed = _blame_node(msgspec.structs.replace(read_progress(view), last_failure=last), suspect)
     if restart.may_restart(cause, _charged(view, failed), view.run.spec.restart_policy):
-        return _again(view, cause, last.message, failed)
+        return _again(view, cause, last.message, failed, newest)
     status = msgspec.structs.replace(failed, state="Failed", completion_time=format_time(view.now))
     message = describe_failure(status)
     event = Event(reason=Reason.STAGE_FAILED, message=message, type="Warning")
@@ -98,11 +98,11 @@ def describe_failure(status: StageStatus) -> str:
     return words[: 1000 - len(hint)] + (f"; {hint}" if hint else "")
 
 
-def _again(view: View, cause: Cause, message: str, status: StageStatus) -> Step:
+def _again(view: View, cause: Cause, message: str, status: StageStatus, newest: int) -> Step:
     charged = _charged(view, status)
     wait = restart.backoff_seconds(cause, charged, f"{view.run.uid}/{status.name}/{status.attempt}", view.defaults)
     new = msgspec.structs.replace(
-        next_attempt(status),
+        next_attempt(status, after=newest),
         state="Restarting",
         restarts=_one_more(status.restarts, cause),
         charged=_one_more(charged, cause),
@@ -126,8 +126,8 @@ def _saved_step(view: View, status: StageStatus) -> int:
     return 0 if status.checkpoint is None else status.checkpoint.step
 
 
-def _blame_node(status: StageStatus, cause: Cause, node: str) -> StageStatus:
-    if not node or cause not in _NODES_AT_FAULT:
+def _blame_node(status: StageStatus, node: str) -> StageStatus:
+    if not node:
         return status
     failures = _one_more(status.node_failures, node)
     worst = sorted(failures, key=lambda name: (-failures[name], name))[:_REMEMBERED_NODES]

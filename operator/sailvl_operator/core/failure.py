@@ -34,6 +34,13 @@ GRACE_SLACK = 10.0
 CONFIG_PATIENCE = {"CreateContainerConfigError": 60.0}
 """Seconds for which a container may wait so: a Secret may come a moment later, or be unreadable for one."""
 
+_START_ERRORS = frozenset({"StartError", "ContainerCannotRun"})
+"""Reasons of a container that never ran; its exit code is the runtime's, mostly 128."""
+_WRONG_COMMAND = ("executable file not found", "no such file or directory", "permission denied")
+"""The runtime's words for a command that the image doesn't have."""
+_MACHINE_WORDS = ("cuda error", "cuda driver", "hip error", "nccl", "ecc error", "nvlink", "input/output error")
+"""In a crash's own words: the machine may be to blame, not the program."""
+
 _PRECEDENCE = (
     Cause.CONFIG,
     Cause.DATA,
@@ -65,6 +72,8 @@ class Evidence:
     """Unix seconds, by ours, at which it was first seen."""
     patience: float = 0.0
     """Seconds for which it has to last before it counts."""
+    newest_attempt: int = 0
+    """The attempt that has cut this one off; 0: none has."""
 
 
 def decode_termination(pod: PodRecord) -> Termination | None:
@@ -110,6 +119,20 @@ def diagnose(evidence: Sequence[Evidence]) -> Evidence:
     return min(evidence, key=lambda e: (e.is_peer_lost, _PRECEDENCE.index(e.cause), e.at or float("inf")))
 
 
+def is_node_suspect(blamed: Evidence, evidence: Sequence[Evidence]) -> bool:
+    """Whether the machine of the worker to blame may be at fault: not where the program says what failed in it, nor
+    where several workers report a hang, which is of all of them."""
+    match blamed.cause:
+        case Cause.INFRA:
+            return True
+        case Cause.STALLED:
+            return sum(e.cause is Cause.STALLED for e in evidence) == 1
+        case Cause.CRASH:
+            words = f"{blamed.message}\n{blamed.traceback}".lower()
+            return (blamed.exit_code or 0) > 128 or any(part in words for part in _MACHINE_WORDS)
+    return False
+
+
 def _is_leaving(pod: PodRecord) -> bool:
     return pod.is_deleting or pod.is_gone
 
@@ -151,6 +174,8 @@ def _exited(pod: PodRecord) -> Evidence:
     cause = _CAUSE_OF_CODE.get(code, Cause.CRASH)
     if pod.terminated.reason == "OOMKilled":
         cause = Cause.OUT_OF_MEMORY
+    elif pod.terminated.reason in _START_ERRORS and any(w in pod.terminated.message for w in _WRONG_COMMAND):
+        cause = Cause.CONFIG
     log = "" if said is not None else pod.terminated.message.strip()
     return _of(
         pod,
@@ -160,6 +185,7 @@ def _exited(pod: PodRecord) -> Evidence:
         rank=None if said is None else said.rank,
         is_peer_lost=code == ExitCode.PEER_LOST,
         traceback=log if said is None else said.traceback,
+        newest_attempt=0 if said is None else said.newest_attempt,
     )
 
 
@@ -182,6 +208,7 @@ def _of(
     is_peer_lost: bool = False,
     traceback: str = "",
     patience: float = 0.0,
+    newest_attempt: int = 0,
 ) -> Evidence:
     at = pod.terminated.finished if pod.terminated is not None else 0.0
     return Evidence(
@@ -195,4 +222,5 @@ def _of(
         at=at,
         seen=pod.ended_seen or at,
         patience=patience,
+        newest_attempt=newest_attempt,
     )

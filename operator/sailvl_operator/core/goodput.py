@@ -177,7 +177,8 @@ def _count_gpus(view: View) -> int:
     """Those that its workers hold."""
     placed = {pod.index for pod in view.pods if pod.placed and not pod.is_gone}
     nodes = view.nodes if view.status.state == "Running" else len(placed)
-    return nodes * count_gpus(view.planned.workers)
+    known = None if view.job is None else view.job.gpus  # today's spec may ask for others
+    return nodes * (count_gpus(view.planned.workers) if known is None else known)
 
 
 def _idle(old: Status, elapsed: int) -> Buckets:

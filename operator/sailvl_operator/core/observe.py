@@ -85,6 +85,10 @@ class JobRecord:
     """Deleted from the API; kept until its attempt is closed."""
     queue: str = ""
     """Kueue's queue that holds it back and lets it go."""
+    is_suspended_here: bool = False
+    """By us, with its run."""
+    gpus: int | None = None
+    """A worker; None: not known."""
     digest: str = ""
     """The first letters of its stage's; empty: an earlier version made it."""
 
@@ -160,8 +164,19 @@ def parse_job(raw: Mapping[str, Any]) -> JobRecord:
         created=created,
         started=parse_time(raw.get("status", {}).get("startTime")) or (0.0 if queue else created),
         queue=queue,
+        is_suspended_here=names.LABEL_SUSPENDED in labels,
+        gpus=_count_gpus(spec),
         digest=labels.get(names.LABEL_DIGEST, ""),
     )
+
+
+def _count_gpus(spec: Mapping[str, Any]) -> int:
+    """A worker's, by the limits of a Job's pods."""
+    containers = spec.get("template", {}).get("spec", {}).get("containers", [])
+    found = (
+        c.get("resources", {}).get("limits", {}).get(names.GPU) for c in containers if c["name"] == names.CONTAINER
+    )
+    return _parse_number(next(found, None))
 
 
 def parse_service(raw: Mapping[str, Any]) -> ServiceRecord:

@@ -134,6 +134,7 @@ def _build_document(
         storage=root,
         output=f"{root}/{planned.directory}",
         seed=run.spec.seed,
+        start_timeout_seconds=run.spec.restart_policy.start_timeout_seconds,
         model=recipe.build_model(run.spec.model, resolve),
         engine=recipe.build_engine(run.spec.engine if planned.stage.engine is UNSET else planned.stage.engine),
         init_from=None if planned.init_from is None else locate(planned.init_from),
@@ -174,12 +175,18 @@ def _digest(spec: Spec, stage: Stage, digests: Mapping[str, str], init_from: str
         "recipe": contract.RECIPE_VERSION,
         "kind": stage.kind,
         "seed": spec.seed,
-        "model": to_builtins(recipe.build_model(spec.model, lambda path: path)),
+        "model": _cover_model(spec, stage),
         "initFrom": None if init_from is None else digests[init_from],
         "settings": to_builtins(settings),
     }
     canonical = json.dumps(covered, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _cover_model(spec: Spec, stage: Stage) -> Any:
+    """Curation knows a model's tiles and its words, and looks at nothing with its eyes."""
+    covered = to_builtins(recipe.build_model(spec.model, lambda path: path))
+    return covered | ({"vision": None} if stage.kind == "curate" else {})
 
 
 def _depends_on(stage: Stage, before: list[PlannedStage], init_from: str | None) -> tuple[str, ...]:

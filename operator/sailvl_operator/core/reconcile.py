@@ -53,17 +53,34 @@ def refuse(run: Run, message: str, observed: Observed, *, now: float) -> Decisio
     already go on."""
     old = decode_status(run.status)
     end = _unnoted(old.stages, observed)
+    is_idle = not any(s.state in ACTIVE for s in old.stages)
     if old.observed_generation == run.generation and old.is_true(ConditionType.FAILED):
-        return Decision(end=end)
+        return _keep_refused(run, old, observed, end, now)
     verdicts = build_verdicts(Reason.INVALID_SPEC, message, failed=True)
     status = msgspec.structs.replace(
         old,
         observed_generation=run.generation,
         conditions=set_conditions(old, verdicts, generation=run.generation, now=now),
         summary=msgspec.structs.replace(old.summary, reason=Reason.INVALID_SPEC),
+        completion_time=format_time(now) if is_idle else old.completion_time,
     )
     event = Event(reason=Reason.INVALID_SPEC, message=message[:1000], type="Warning")
     return Decision(end=end, status=status, events=(event,))
+
+
+def _keep_refused(run: Run, status: Status, observed: Observed, end: tuple[JobRecord, ...], now: float) -> Decision:
+    """Of a run that was refused before: its workers stop when it is suspended, and it goes when its time has come."""
+    jobs = [observed.jobs.get((s.name, s.attempt)) for s in status.stages if s.state in ACTIVE]
+    going = [job for job in jobs if job is not None and not job.is_suspended and not job.is_deleting]
+    expiry = lifetime.find_expiry(run, status)
+    is_expired = expiry is not None and expiry <= now
+    return Decision(
+        end=end,
+        suspend=tuple((job, True) for job in going if run.spec.suspend and not job.queue),
+        withdraw=tuple(job for job in going if run.spec.suspend and job.queue),
+        delete_run=is_expired,
+        requeue_at=None if is_expired else expiry,
+    )
 
 
 def refuse_unreadable(run: Run, message: str, observed: Observed, *, now: float) -> Decision:
@@ -215,10 +232,15 @@ def _decide(run: Run, old: Status, outcome: Outcome, observed: Observed, *, defa
         serve=not observed.is_served and _needs_service(outcome),
         take_off_request=requests.is_to_be_taken_off(run, old),
         status=None if new == old else new,
-        is_pressing=any(s.status.attempt > max(1, v.status.attempt) for v, s in pairs),
+        is_pressing=any(_is_awaited(v.status, s.status) for v, s in pairs),
         events=collect_events(run, old, new, outcome),
         requeue_at=min((t for t in times if t is not None and not new.is_finished), default=None),
     )
+
+
+def _is_awaited(old: StageStatus, new: StageStatus) -> bool:
+    has_ended = new.state != old.state and new.state in ("Succeeded", "Failed")
+    return has_ended or new.attempt > max(1, old.attempt)
 
 
 def _needs_service(outcome: Outcome) -> bool:

@@ -21,9 +21,27 @@ class Metadata(TypedDict, total=False):
     ownerReferences: list[Owner]
 
 
+class Resources(TypedDict, total=False):
+    limits: dict[str, str]
+
+
+class Container(TypedDict, total=False):
+    name: str
+    resources: Resources
+
+
+class TemplateSpec(TypedDict, total=False):
+    containers: list[Container]
+
+
+class Template(TypedDict, total=False):
+    spec: TemplateSpec
+
+
 class JobSpec(TypedDict, total=False):
     completions: int
     suspend: bool
+    template: Template
 
 
 class JobStatus(TypedDict, total=False):

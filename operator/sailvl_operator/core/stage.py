@@ -128,8 +128,10 @@ def _may_run(pod: PodRecord) -> bool:
 
 
 def _is_queued(view: View) -> bool:
-    """Whether the Job is Kueue's: the spec may say something else by now."""
-    return view.job is not None and bool(view.job.queue)
+    """Whether the Job is Kueue's, or of another who suspends Jobs: the spec may say something else by now."""
+    if view.job is None:
+        return False
+    return bool(view.job.queue) or (view.job.is_suspended and not view.job.is_suspended_here)
 
 
 def _is_to_be_resumed(view: View) -> bool:
@@ -186,7 +188,7 @@ def _judge(view: View) -> Step | None:
     settled_at = min(e.seen for e in evidence) + view.defaults.settle_seconds
     if len(evidence) < view.nodes and settled_at > view.now:
         return Step(status=read_progress(view), requeue_at=settled_at)
-    return ending.fail_by(view, failure.diagnose(evidence))
+    return ending.fail_by(view, failure.diagnose(evidence), evidence)
 
 
 def _find_lost(view: View) -> Step | None:

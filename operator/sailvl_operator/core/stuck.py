@@ -98,9 +98,11 @@ def _of_words(view: View, words: str) -> Stuck | None:
 
 
 def _of_queue(view: View) -> Stuck | None:
-    if view.job is None or not view.job.is_suspended or not view.job.queue:
+    if view.job is None or not view.job.is_suspended:
         return None
-    return Reason.QUEUED, f"stage {view.status.name} waits in Kueue's queue {view.job.queue}"
+    if view.job.queue:
+        return Reason.QUEUED, f"stage {view.status.name} waits in Kueue's queue {view.job.queue}"
+    return Reason.QUEUED, f"Job {view.job.name} was suspended by another; it starts when whoever did that lets it go"
 
 
 def _of_gate(ruling: Ruling) -> Stuck:

@@ -11,9 +11,11 @@ from sailvl_operator.api.types import Run
 from sailvl_operator.core.activities import count_seconds
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.desired.workload import count_nodes
+from sailvl_operator.core.failure import decode_termination
 from sailvl_operator.core.numbers import format_decimal
 from sailvl_operator.core.observe import JobRecord, Observed, PodRecord
 from sailvl_operator.core.plan import Defaults, PlannedStage
+from sailvl_trainer.contract import Progress
 
 ACTIVE = frozenset({"Starting", "Running", "Restarting", "Suspended"})
 
@@ -68,9 +70,10 @@ class Step:
 def read_progress(view: View) -> StageStatus:
     """The stage's status with the newest that its workers said of themselves."""
     seen = view.observed.progress.get(view.key)
+    checkpoint = _find_checkpoint(view, seen)
     if seen is None:
-        return view.status
-    checkpoint, known = seen.checkpoint, view.status.progress or StageProgress()
+        return msgspec.structs.replace(view.status, checkpoint=checkpoint)
+    known = view.status.progress or StageProgress()
     return msgspec.structs.replace(
         view.status,
         progress=StageProgress(
@@ -83,13 +86,20 @@ def read_progress(view: View) -> StageStatus:
             lost_steps=max(known.lost_steps, seen.lost_steps),
         ),
         metrics={name: format_decimal(value) for name, value in sorted(seen.metrics.items())[:64]},
-        checkpoint=view.status.checkpoint
-        if checkpoint is None
-        else StageCheckpoint(step=checkpoint.step, path=checkpoint.path),
+        checkpoint=checkpoint,
     )
 
 
-def next_attempt(status: StageStatus) -> StageStatus:
-    """The next number; its workers' clocks begin at zero."""
+def _find_checkpoint(view: View, seen: Progress | None) -> StageCheckpoint | None:
+    """The newest that the workers tell of: while they run by their progress, at their end by their last words."""
+    words = (decode_termination(pod) for pod in view.pods)
+    told = [seen.checkpoint if seen is not None else None, *(w.checkpoint for w in words if w is not None)]
+    newest = max((c for c in told if c is not None), key=lambda c: c.step, default=None)
+    return view.status.checkpoint if newest is None else StageCheckpoint(step=newest.step, path=newest.path)
+
+
+def next_attempt(status: StageStatus, *, after: int = 0) -> StageStatus:
+    """The next number; its workers' clocks begin at zero. `after`: a number that the storage knows already, of a run
+    that had this one's name."""
     progress = status.progress and msgspec.structs.replace(status.progress, seconds={})
-    return msgspec.structs.replace(status, attempt=status.attempt + 1, progress=progress)
+    return msgspec.structs.replace(status, attempt=max(status.attempt, after) + 1, progress=progress)

@@ -82,6 +82,26 @@ async def test_starts_come_before_other_writes(world):
     assert writes.count("status") == 10
 
 
+async def test_what_a_run_waits_for_doesn_t_wait_with_its_writes(world):
+    """A worker fails in a rush: the cause is decided in time, and the next attempt follows."""
+    await world.apply(build_document(stages=build_document()["spec"]["stages"][2:3]))
+    await world.until(lambda: world.api.names("jobs"))
+    await world.add_pods("knowledge", nodes=2)
+    await world.until(lambda: world.states()["knowledge"] == ("Running", 1))
+    world.queue._hold = lambda: True
+    await world.end_pod("knowledge", 1, 0, 76)
+    await world.until(lambda: "demo-knowledge-2" in world.api.names("jobs"))
+
+
+async def test_a_stage_s_end_doesn_t_wait_since_others_follow_it(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.names("jobs"))
+    world.queue._hold = lambda: True
+    await world.add_pods("curate")
+    await world.end_pod("curate", 1, 0, 0, result=build_result("curate"))
+    await world.until(lambda: "demo-alignment-1" in world.api.names("jobs"))
+
+
 async def test_nothing_is_written_when_nothing_changed(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.names("jobs"))

@@ -26,6 +26,18 @@ CASES = [
     pytest.param([build_end(68), build_end(143)], Cause.STALLED, 0, id="the watchdog"),
     pytest.param([build_end(75), build_end(76)], Cause.PREEMPTED, 0, id="a saved checkpoint after SIGTERM"),
     pytest.param([build_end(127)], Cause.CONFIG, 0, id="no such command in the image"),
+    pytest.param(
+        [Terminated(exit_code=128, reason="StartError", message='exec: "python": executable file not found in $PATH')],
+        Cause.CONFIG,
+        0,
+        id="no such command, in containerd's words",
+    ),
+    pytest.param(
+        [Terminated(exit_code=128, reason="StartError", message="nvidia-container-cli: driver error")],
+        Cause.CRASH,
+        0,
+        id="a machine that can't start containers",
+    ),
 ]
 
 
@@ -36,6 +48,25 @@ def test_cause_by_exit_codes(ends: list[Terminated], cause: Cause, index: int) -
     ]
     blamed = failure.diagnose(failure.collect_evidence(pods, was_running=True))
     assert (blamed.cause, blamed.pod.index) == (cause, index)
+
+
+SUSPECTS = [
+    pytest.param([build_end(76), build_end(76)], True, id="a lost peer"),
+    pytest.param([build_end(76), build_end(139)], True, id="a crash below the program"),
+    pytest.param([build_end(1, message="RuntimeError: CUDA error: uncorrectable ECC error")], True, id="a broken GPU"),
+    pytest.param([build_end(1, message="KeyError: 'loss'")], False, id="a mistake of the program"),
+    pytest.param([build_end(74, message="/data: No space left on device")], False, id="a full volume"),
+    pytest.param([build_end(68), build_end(76)], True, id="one worker that hangs"),
+    pytest.param([build_end(68), build_end(68)], False, id="a hang that all workers report"),
+    pytest.param([build_end(64)], False, id="a bad setting"),
+]
+
+
+@pytest.mark.parametrize(("ends", "is_suspect"), SUSPECTS)
+def test_whether_the_machine_may_be_at_fault(ends: list[Terminated], is_suspect: bool) -> None:
+    pods = [build_pod("a", index=i, phase="Failed", is_ready=False, terminated=end) for i, end in enumerate(ends)]
+    evidence = failure.collect_evidence(pods, was_running=True)
+    assert failure.is_node_suspect(failure.diagnose(evidence), evidence) is is_suspect
 
 
 PODS = [

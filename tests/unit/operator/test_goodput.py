@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,15 @@ def test_ranks_that_start_again_in_place_lose_what_was_not_saved() -> None:
     clock.wait(10, step=50, saved=30, training=70)
     clock.wait(10, step=31, saved=30, training=72, starting=8)
     assert clock.seconds == {"queued": 10, "starting": 28, "training": 60, "lost": 12}
+
+
+def test_gpus_are_those_that_the_workers_hold_not_those_of_a_changed_spec() -> None:
+    clock = run()
+    before = sum(clock.status.goodput.gpu_seconds.values())
+    clock.jobs = {name: replace(job, gpus=4) for name, job in clock.jobs.items()}
+    clock.spec = ALIGNMENT | {"workers": {"nodes": 2, "gpusPerNode": 1}}
+    clock.wait(100, step=10, training=100)
+    assert sum(clock.status.goodput.gpu_seconds.values()) - before == 100 * 2 * 4
 
 
 def test_backoff_and_suspension_have_their_buckets() -> None:

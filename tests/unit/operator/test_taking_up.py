@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from builders import SPEC, build_run
-from sailvl_operator.api.status import ConditionType, Status
+from sailvl_operator.api.status import ConditionType, StageCheckpoint, Status
 from sailvl_operator.core.decision import Decision
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.reconcile import refuse_unreadable
@@ -106,6 +106,66 @@ def test_whose_a_job_s_suspend_is_says_the_job() -> None:
     world.spec = TRAINING | {"suspend": True}
     world.settle()
     assert world.jobs == {}, "the Job goes, or the queue would start it again"
+
+
+def test_a_job_that_somebody_else_suspends_waits_for_them() -> None:
+    """As Kueue does with manageJobsWithoutQueueName, or a webhook: no attempt follows another meanwhile."""
+    world = World(spec={"stages": SPEC["stages"][2:3]}, is_patient=False)
+    world.step()
+    (name,) = world.jobs
+    world.jobs[name], world.pods = replace(world.jobs[name], is_suspended=True), {}
+    world.now += 5000
+    world.settle()
+    stuck = world.status.condition(ConditionType.STUCK)
+    assert stuck is not None
+    assert (stuck.reason, world.stage("knowledge").attempt) == ("Queued", 1)
+    assert "was suspended by another" in stuck.message
+    world.jobs[name] = replace(world.jobs[name], is_suspended=False, started=world.now)
+    world.add_pods(world.jobs[name])
+    world.settle()
+    assert world.stage("knowledge").state == "Running"
+
+
+def test_attempts_that_a_deleted_run_of_this_name_left_are_passed_by_at_once() -> None:
+    world = World(spec={"stages": SPEC["stages"][2:3]})
+    world.settle()
+    world.end(0, 75, message="attempt 11 has begun; attempt 1 is cut off, ends", newest_attempt=11)
+    world.end(1, 76)
+    world.settle()
+    assert [a.document.attempt for a in world.started] == [1, 12]
+    assert world.stage("knowledge").charged == {"Preempted": 1}
+
+
+def test_the_last_words_of_workers_tell_their_checkpoint() -> None:
+    """Also where nobody reaches their /progress."""
+    world = World(spec={"stages": SPEC["stages"][2:3]})
+    world.settle()
+    for index in range(2):
+        world.end(index, 75, checkpoint={"step": 733, "path": "demo/checkpoints/733"})
+    world.settle()
+    assert world.stage("knowledge").checkpoint == StageCheckpoint(step=733, path="demo/checkpoints/733")
+
+
+def test_a_refused_run_stops_when_it_is_suspended() -> None:
+    world = World()
+    world.settle()
+    world.spec, world.generation = {"engine": {"name": "fsdp2"}}, 2
+    world.settle()
+    assert world.status.is_true(ConditionType.FAILED)
+    assert not any(job.is_suspended for job in world.jobs.values()), "its workers go on"
+    world.spec, world.generation = {"engine": {"name": "fsdp2"}, "suspend": True}, 3
+    world.settle()
+    assert [job.is_suspended for job in world.jobs.values()] == [True]
+
+
+def test_a_refused_run_goes_when_its_time_has_come() -> None:
+    world = World(spec={"engine": {"name": "fsdp2"}, "ttlSecondsAfterFinished": 60}, is_patient=False)
+    world.settle()
+    assert world.status.completion_time
+    assert not world.is_deleted
+    world.now += 61
+    world.step()
+    assert world.is_deleted
 
 
 def test_a_container_may_wait_for_its_secret_for_a_while() -> None:

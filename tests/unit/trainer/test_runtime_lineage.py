@@ -93,6 +93,14 @@ def test_a_checkpoint_that_people_took_away_is_no_start(files: StageFiles) -> No
     assert begin_attempt(files, 3).start == whole
 
 
+def test_one_that_is_cut_off_tells_by_whom(files: StageFiles) -> None:
+    """So that a run whose name was another's before it passes that one's attempts by."""
+    claim(files, 11)
+    with pytest.raises(Preempted) as caught:
+        claim(files, 1)
+    assert caught.value.newest_attempt == 11
+
+
 # What attempt 1 writes after attempt 2 has begun from its step 10.
 LATE: list[object] = [
     pytest.param(lambda files: complete(files, 1, 50), id="a checkpoint"),

@@ -164,7 +164,7 @@ def test_the_rarest_stack_is_the_one_that_is_not_cut() -> None:
     waiting, lost = '  File "distributed.py", line 5 in wait', '  File "odd.py", line 1 in think'
     stacks = [f"local rank {i}:\nThread {i * 7}\n{lost if i == 1 else waiting}" for i in range(4)]
     said = describe_stall("no progress", stacks)
-    assert said.message == "no progress; the stack of every rank is in its worker's log"
+    assert said.message == "no progress; stacks are in the log of every worker"
     assert (said.exit_code, said.traceback) == (68, "\n".join(stacks[i] for i in (0, 2, 3, 1)))
 
 

@@ -47,6 +47,8 @@ class Attempt:
     nodes: int = 1
     environment: dict[str, object] = field(default_factory=dict)
     processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    start_timeout: int = 0
+    """Seconds for which workers wait for each other, at most."""
     rank: str = "runtime_rank"
     """The module that ranks run."""
     group: Path | None = None
@@ -56,7 +58,7 @@ class Attempt:
 
     def start(self, index: int = 0, **environment: object) -> None:
         stage = self.root / "stage.json"
-        stage.write_bytes(encode(build_stage(self.root)))
+        stage.write_bytes(encode(build_stage(self.root, start_timeout_seconds=self.start_timeout)))
         log = self.resources.enter_context((self.root / f"log-{index}").open("wb"))
         variables = {
             Env.STAGE_FILE: stage,
@@ -176,7 +178,7 @@ def test_a_hang_ends_the_worker_and_shows_every_ranks_stack(attempt: Start) -> N
     it = attempt("hang", environment={Env.PROCESSES_PER_NODE: 2, Env.STALL_SECONDS: 2})
     it.start()
     said = it.end()
-    words = "no progress for 2 s (running, after step 7); the stack of every rank is in its worker's log"
+    words = "no progress for 2 s (running, after step 7); stacks are in the log of every worker"
     assert (said.exit_code, said.message) == (68, words)
     log = it.log()
     assert log.index("local rank 0") < log.index("in sum_over_ranks") < log.index("local rank 1")
@@ -192,6 +194,15 @@ def test_a_hang_on_one_worker_shows_the_stacks_of_all(attempt: Start) -> None:
     logs = sorted((it.log(0), it.log(1)), key=lambda log: "in get_lost_in_thought" in log)
     assert "in sum_over_ranks" in logs[0], "the one that waits in the collective"
     assert "in get_lost_in_thought" in logs[1]
+
+
+def test_workers_that_never_meet_end_and_say_where_to_look(attempt: Start) -> None:
+    it = attempt("succeed", nodes=2, start_timeout=1, environment={Env.STALL_SECONDS: 2})
+    it.start(1)
+    said = it.end(1)
+    assert said.exit_code == 68
+    assert said.message.startswith("no rank was started within 3 s: ")
+    assert "in _await_store" in said.traceback
 
 
 def test_a_stopped_rank_cannot_answer_and_the_kernel_answers_for_it(attempt: Start) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +28,7 @@ from sailvl_trainer.runtime.settings import Settings, read_settings, read_termin
 from sailvl_trainer.runtime.stop import handle_sigterm
 from sailvl_trainer.runtime.storage import storage_errors
 from sailvl_trainer.runtime.termination import write_termination
-from sailvl_trainer.runtime.watchdog import start_watchdog
+from sailvl_trainer.runtime.watchdog import Limits, read_progress, start_watchdog
 
 
 class Exit:
@@ -35,6 +36,8 @@ class Exit:
 
     def __init__(self, termination_log: Path, ranks: Ranks) -> None:
         self._path, self._ranks, self._once = termination_log, ranks, threading.Lock()
+        self.progress_file: Path | None = None
+        """Where the first rank says how far it is, once that is known."""
 
     def __call__(self, termination: Termination) -> NoReturn:
         """Say it, end the ranks that still live, and go."""
@@ -43,11 +46,18 @@ class Exit:
         if termination.exit_code:
             print(termination.message, file=sys.stderr, flush=True)  # noqa: T201
         try:
-            write_termination(self._path, termination)
+            write_termination(self._path, self._add_checkpoint(termination))
         except OSError as error:
             print(f"no termination message: {error}", file=sys.stderr, flush=True)  # noqa: T201
         self._ranks.signal(signal.SIGKILL)
         os._exit(termination.exit_code)
+
+    def _add_checkpoint(self, termination: Termination) -> Termination:
+        """The newest that this worker knows of: the operator may have no way to its /progress."""
+        if termination.checkpoint is not None or self.progress_file is None:
+            return termination
+        progress = read_progress(self.progress_file)
+        return termination if progress is None else replace(termination, checkpoint=progress.checkpoint)
 
 
 def main(rank_module: str = "sailvl_trainer.rank") -> NoReturn:
@@ -66,8 +76,10 @@ def main(rank_module: str = "sailvl_trainer.rank") -> NoReturn:
 def _work(settings: Settings, ranks: Ranks, rank_module: str, end: Exit) -> Termination:
     scratch = Scratch(settings.scratch)
     scratch.prepare()
+    end.progress_file = scratch.progress_file
     handle_sigterm(ranks, scratch, settings.grace_seconds, end)
     stage = read_stage(settings.stage_file)
+    start_watchdog(ranks, scratch, limits=_limits(settings, stage), nodes=settings.nodes, end=end)
     files = StageFiles(stage)
     with storage_errors(files.output):
         found = files.find_result()
@@ -75,13 +87,18 @@ def _work(settings: Settings, ranks: Ranks, rank_module: str, end: Exit) -> Term
         return _succeeded(settings, found)
     watch_for_result(files, ranks, lambda result: end(_succeeded(settings, result)))
     _serve(settings, stage, scratch)
-    start_watchdog(ranks, scratch, stall_seconds=settings.stall_seconds, nodes=settings.nodes, end=end)
     from sailvl_trainer.runtime.agent import run_ranks
 
     termination = run_ranks(settings, stage, ranks, rank_module, end)
     if termination.exit_code == ExitCode.OK and settings.node_rank == 0:
         return _succeeded(settings, files.read_result())
     return termination
+
+
+def _limits(settings: Settings, stage: Stage) -> Limits:
+    """All workers run within the start timeout, or the operator ends them; from then on nothing is left to wait for."""
+    wait = stage.start_timeout_seconds and stage.start_timeout_seconds + settings.stall_seconds
+    return Limits(stall_seconds=settings.stall_seconds, meet_seconds=wait)
 
 
 def _serve(settings: Settings, stage: Stage, scratch: Scratch) -> None:

@@ -44,9 +44,11 @@ class StorageError(TrainerError):
 class Preempted(TrainerError):  # noqa: N818  # a stop on request is no error
     exit_code = ExitCode.PREEMPTED
 
-    def __init__(self, message: str, *, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(self, message: str, *, checkpoint: Checkpoint | None = None, newest_attempt: int = 0) -> None:
+        """`newest_attempt`: the one that has cut this one off."""
         super().__init__(message)
         self.checkpoint = checkpoint
+        self.newest_attempt = newest_attempt
 
 
 class PeerLost(TrainerError):  # noqa: N818  # named as its exit code

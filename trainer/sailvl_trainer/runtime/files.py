@@ -53,8 +53,11 @@ class StageFiles:
         return replace(result, memoised=True)
 
     def read_result(self) -> Result:
-        """The result that this attempt's first rank has written."""
-        return decode(Result, (self.output / contract.RESULT_FILE).read_bytes())
+        """The result that this attempt's first rank has written, or has found. Raises FileNotFoundError."""
+        found = _read_result(self.output) or self.find_result()
+        if found is None:
+            raise FileNotFoundError(f"{self.output / contract.RESULT_FILE} is not there, though the ranks ended well")
+        return found
 
     def write_result(self, result: Result) -> None:
         """Last of all, and whole; then the memo by which other runs find it."""

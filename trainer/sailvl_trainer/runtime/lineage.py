@@ -116,7 +116,8 @@ def _choose_start(files: StageFiles, attempt: int) -> tuple[Checkpoint | None, t
 def _require_no_later(files: StageFiles, attempt: int) -> None:
     newest = find_newest(files)
     if newest > attempt:
-        raise Preempted(f"attempt {newest} has begun and goes on from a checkpoint; attempt {attempt} is cut off, ends")
+        words = f"attempt {newest} has begun and goes on from a checkpoint; attempt {attempt} is cut off, ends"
+        raise Preempted(words, newest_attempt=newest)
 
 
 def _create(path: Path) -> None:

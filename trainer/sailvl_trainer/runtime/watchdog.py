@@ -1,4 +1,4 @@
-"""Ends a worker whose ranks make no progress: their stacks go to the log, then it ends with STALLED.
+"""Ends a worker whose ranks make no progress, or never come to be: stacks go to the log, then it ends with STALLED.
 
 A rank in a collective waits for one that hangs elsewhere, so all workers of an attempt stall at the same time, and each
 shows the stacks of its own ranks before the first of them ends.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from sailvl_trainer.contract import ExitCode, Phase, Progress, Termination
+from sailvl_trainer.contract import RENDEZVOUS_PORT, ExitCode, Phase, Progress, Termination
 from sailvl_trainer.runtime.child import STACK_SIGNAL
 from sailvl_trainer.runtime.documents import decode
 from sailvl_trainer.runtime.ranks import Ranks
@@ -29,21 +31,33 @@ LOOK_SECONDS = 5.0
 """Between two looks, at most."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long a worker may make no progress."""
+
+    stall_seconds: int
+    """While ranks work; 0: for ever, whatever it waits for."""
+    meet_seconds: int = 0
+    """Until the first ranks are started: the workers meet then, and the storage has answered; 0: for ever."""
+
+
 def start_watchdog(
-    ranks: Ranks, scratch: Scratch, *, stall_seconds: int, nodes: int, end: Callable[[Termination], None]
+    ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int, end: Callable[[Termination], None]
 ) -> None:
-    """Watch in a thread; 0 seconds: never."""
-    if not stall_seconds:
+    """Watch in a thread, from now on."""
+    if not limits.stall_seconds:
         return
-    pause = min(LOOK_SECONDS, stall_seconds / 4)
+    pause, began = min(LOOK_SECONDS, limits.stall_seconds / 4), time.time()
 
     def watch() -> None:
         while True:
             time.sleep(pause)
-            silent = find_silent(ranks, scratch, now=time.time(), stall_seconds=stall_seconds)
+            now = time.time()
+            silent = find_silent(ranks, scratch, now=now, stall_seconds=limits.stall_seconds)
+            silent = silent or find_unmet(ranks, waited=now - began, limit=limits.meet_seconds)
             if silent is not None:
                 break
-        stacks = collect_stacks(ranks, scratch.stacks)
+        stacks = collect_stacks(ranks, scratch.stacks) or [f"worker:\n{show_own_stack()}"]
         print("\n".join(stacks), file=sys.stderr, flush=True)  # noqa: T201
         if nodes > 1:  # else the others' ranks, which lose a peer, end before their workers have looked
             time.sleep(pause + STACK_SECONDS + 1)
@@ -62,6 +76,22 @@ def find_silent(ranks: Ranks, scratch: Scratch, *, now: float, stall_seconds: in
             phase = f"{progress.phase}, after step {progress.step}" if progress is not None else "starting"
             return f"no progress for {limit} s ({phase})"
     return None
+
+
+def find_unmet(ranks: Ranks, *, waited: float, limit: int) -> str | None:
+    """What a worker waits for that has never started a rank; None: it has, or may wait longer."""
+    if not limit or waited <= limit or ranks.has_begun.is_set():
+        return None
+    return (
+        f"no rank was started within {limit} s: the storage doesn't answer, or the workers don't reach each other; "
+        f"look at the volume, at NetworkPolicies (port {RENDEZVOUS_PORT}) and at the cluster's DNS"
+    )
+
+
+def show_own_stack() -> str:
+    """Where the main thread of this process is."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "".join(traceback.format_stack(frame))
 
 
 def is_stalled(progress: Progress | None, *, since: float, now: float, stall_seconds: int) -> int:
@@ -91,7 +121,7 @@ def describe_stall(silent: str, stacks: list[str]) -> Termination:
     ordered = sorted(range(len(stacks)), key=lambda i: -shared[frames[i]])
     return Termination(
         exit_code=ExitCode.STALLED,
-        message=f"{silent}; the stack of every rank is in its worker's log",
+        message=f"{silent}; stacks are in the log of every worker",
         traceback="\n".join(stacks[i] for i in ordered),
     )
 

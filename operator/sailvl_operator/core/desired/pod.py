@@ -18,7 +18,6 @@ USER = 65532
 NODE_LOSS_SECONDS = 20
 """From a node's silence until its pods are evicted; Kubernetes' default is 300."""
 
-_GPU = "nvidia.com/gpu"
 _CONTRACT = frozenset(map(str, Env))
 
 
@@ -95,7 +94,7 @@ def _build_resources(attempt: Attempt, role: Role) -> dict[str, Any]:
     requests = dict(given.requests) if given is not msgspec.UNSET else {}
     limits = dict(given.limits) if given is not msgspec.UNSET else {}
     if role.resource.gpu > 0:
-        limits[_GPU] = requests[_GPU] = str(role.resource.gpu)
+        limits[names.GPU] = requests[names.GPU] = str(role.resource.gpu)
     return {name: value for name, value in (("requests", requests), ("limits", limits)) if value}
 
 

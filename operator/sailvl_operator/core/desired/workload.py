@@ -39,14 +39,17 @@ def build_env(attempt: Attempt) -> dict[str, str]:
     """What every worker is told, but for what it takes for granted: each variable is a cost to the API server in every
     change of every pod. Its index and machine come from where it runs."""
     gpus = count_gpus(attempt.workers)
-    return {
+    env: dict[str, str] = {
         Env.STAGE_FILE: f"{names.STAGE_MOUNT}/stage.json",
         Env.NODES: str(count_nodes(attempt.workers)),
         Env.RENDEZVOUS_HOST: _rendezvous_host(attempt),
         Env.IN_PLACE_RESTARTS: str(attempt.in_place_restarts),
         Env.GRACE_SECONDS: str(max(1, attempt.grace_seconds - 5)),
         Env.STALL_SECONDS: str(attempt.stall_seconds),
-    } | ({Env.PROCESSES_PER_NODE: str(gpus), Env.DEVICE: "cuda"} if gpus else {})
+    }
+    if gpus:
+        env |= {Env.PROCESSES_PER_NODE: str(gpus), Env.DEVICE: "cuda"}
+    return env
 
 
 def _rendezvous_host(attempt: Attempt) -> str:
