@@ -180,9 +180,9 @@ class ModelApi:
         def mutate(new: Object) -> None:
             for part in parts:
                 new[part] = merge(new.get(part), body.get(part, {}))
-            annotations = (body.get("metadata") or {}).get("annotations")
-            if annotations and not subresource:
-                new["metadata"]["annotations"] = merge(new["metadata"].get("annotations"), annotations)
+            metadata = {} if subresource else body.get("metadata") or {}
+            for part in metadata.keys() & {"annotations", "labels"}:
+                new["metadata"][part] = merge(new["metadata"].get(part), metadata[part])
 
         return self.change(plural, found, mutate, by=by)
 

@@ -198,7 +198,7 @@ class Cluster:
 
     def _avoided(self, pod: Object) -> set[str]:
         job = self.api.find("jobs", owner_of(pod))
-        affinity = {} if job is None else job["spec"]["template"]["spec"]["affinity"].get("nodeAffinity", {})
+        affinity = {} if job is None else job["spec"]["template"]["spec"].get("affinity", {}).get("nodeAffinity", {})
         terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
         return {value for term in terms for field_ in term["matchFields"] for value in field_["values"]}
 

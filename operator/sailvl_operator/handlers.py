@@ -14,16 +14,17 @@ import kopf
 from sailvl_operator.api import names
 from sailvl_operator.cluster.client import SILENCE
 from sailvl_operator.cluster.credentials import Credentials
-from sailvl_operator.cluster.kopf_session import build_session
+from sailvl_operator.cluster.kopf_session import IsKnown, build_session
 
 Sink = Callable[[str | None, dict[str, Any]], None]
 """Called with the watch event's type (None: listed) and the whole object."""
 
 
 def build_registry(
-    sink: Sink, credentials: Credentials, *, watch_timeout: int, on_stop: Callable[[], None]
+    sink: Sink, credentials: Credentials, *, is_known: IsKnown, watch_timeout: int, on_stop: Callable[[], None]
 ) -> kopf.OperatorRegistry:
-    """kopf's handlers, in a registry of their own; `on_stop` is called as soon as this process is told to end."""
+    """kopf's handlers, in a registry of their own; `on_stop` is called as soon as this process is told to end. Changes
+    of which `is_known` says so aren't told."""
     registry = kopf.OperatorRegistry()
 
     @kopf.on.startup(registry=registry)
@@ -44,7 +45,7 @@ def build_registry(
 
     @kopf.on.login(registry=registry)
     async def connect(**_: Any) -> kopf.AiohttpSession:
-        return kopf.AiohttpSession(server=credentials.server, aiohttp_session=build_session(credentials))
+        return kopf.AiohttpSession(server=credentials.server, aiohttp_session=build_session(credentials, is_known))
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
     async def see(event: kopf.RawEvent, **_: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import kopf
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from sailvl_operator import handlers
@@ -58,12 +60,21 @@ def run(args: argparse.Namespace) -> int:
         return 2
     log.info("starting", extra={"settings": describe(settings), "server": credentials.server})
     code = 0
+    _tame_collector()
     try:
-        asyncio.run(Operator(settings, credentials).serve())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(Operator(settings, credentials).serve())
     except* OperatorError as group:
         log.error("the operator ends: %s", _words(group))
         code = 1
     return code
+
+
+def _tame_collector() -> None:
+    """What is imported stays; the rest is freed by counting references, so that cycles are looked for now and then."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 class Operator:
@@ -130,6 +141,7 @@ class Operator:
         registry = handlers.build_registry(
             self._see_run,
             self.credentials,
+            is_known=self.runs.is_known,
             watch_timeout=self.settings.api.watch_timeout,
             on_stop=on_stop,
         )

@@ -40,6 +40,11 @@ class RunStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def is_known(self, namespace: str, name: str, version: str) -> bool:
+        """Whether this state of a run, or a newer one, is known."""
+        known = self._entries.get((namespace, name))
+        return known is not None and bool(version) and int(known.run.resource_version) >= int(version)
+
     def put(self, raw: dict[str, Any]) -> bool:
         """Take a state over if it is newer; tells whether it was."""
         key, version = key_of(raw), int(raw["metadata"]["resourceVersion"])

@@ -12,7 +12,7 @@ from sailvl_operator.core.observe import JobRecord
 
 MANY = 50
 """Jobs that lack pods."""
-YOUNG_SECONDS = 30.0
+YOUNG_SECONDS = 60.0
 """After that it isn't the control plane that a Job waits for: a quota, or a webhook."""
 _PAUSE = 0.5
 

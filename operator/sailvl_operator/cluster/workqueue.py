@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
+_MORE = 5
+"""Times as long changes are gathered while there is something that holds writes back."""
 _PAUSE = 0.5
 """Seconds between looks whether those put off are still held."""
 
@@ -27,7 +29,7 @@ class WorkQueue(Generic[K]):
         *,
         backoff: float,
         backoff_limit: float,
-        patience: float = 30.0,
+        patience: float = 60.0,
         batch: float = 0.0,
         hold: Callable[[], bool] = lambda: False,
         jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
@@ -65,7 +67,8 @@ class WorkQueue(Generic[K]):
         if not self._batch:
             self.add(key)
         elif key not in self._gathering and key not in self._waiting:
-            self._gathering[key] = asyncio.get_running_loop().call_later(self._batch, self._gathered, key)
+            seconds = self._batch * (_MORE if self._hold() else 1)
+            self._gathering[key] = asyncio.get_running_loop().call_later(seconds, self._gathered, key)
 
     def put_off(self, key: K) -> None:
         """Write for a key once no other waits and nothing holds it, or when it has waited long enough for that."""

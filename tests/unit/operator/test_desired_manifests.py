@@ -95,19 +95,14 @@ POD_SPEC = {
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     },
-    "affinity": {
-        "podAntiAffinity": {
-            "preferredDuringSchedulingIgnoredDuringExecution": [
-                {
-                    "weight": 100,
-                    "podAffinityTerm": {
-                        "labelSelector": {"matchLabels": LABELS},
-                        "topologyKey": "kubernetes.io/hostname",
-                    },
-                }
-            ]
+    "topologySpreadConstraints": [
+        {
+            "maxSkew": 1,
+            "topologyKey": "kubernetes.io/hostname",
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": {"batch.kubernetes.io/job-name": "demo-alignment-2"}},
         }
-    },
+    ],
     "tolerations": LOST,
     "containers": [CONTAINER],
     "volumes": [

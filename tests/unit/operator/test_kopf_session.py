@@ -44,7 +44,8 @@ async def world():
     app.router.add_get("/runs", answer)
     async with TestServer(app) as server:
         world.url = str(server.make_url("/runs"))
-        async with build_session(Credentials(Rotated(world.url))) as session:
+        known = world.known = set()
+        async with build_session(Credentials(Rotated(world.url)), lambda *state: state in known) as session:
             world.session = session
             yield world
 
@@ -114,3 +115,13 @@ async def test_other_refusals_are_left_to_kopf(world):
     world.status = 503
     async with world.session.get(world.url) as response:
         assert response.status == 503
+
+
+async def test_changes_that_are_known_are_left_out(world):
+    def event(type_: str, version: int) -> dict:
+        return {"type": type_, "object": {"metadata": {"namespace": "n", "name": "a", "resourceVersion": str(version)}}}
+
+    world.known.add(("n", "a", "6"))
+    world.body = lines(event("ADDED", 6), event("MODIFIED", 6), event("MODIFIED", 7), event("DELETED", 6))
+    told = await watch(world)
+    assert told == [event("ADDED", 6), event("MODIFIED", 7), event("DELETED", 6)]

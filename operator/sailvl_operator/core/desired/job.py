@@ -51,7 +51,7 @@ def _build_spec(attempt: Attempt, app: AppDef, labels: dict[str, str]) -> dict[s
                 | {names.LABEL_RUN_UID: attempt.owner_uid},
                 "annotations": {names.ANNOTATION_STAGE: encode_document(attempt.document)},
             },
-            "spec": build_pod_spec(attempt, app.roles[0], labels),
+            "spec": build_pod_spec(attempt, app.roles[0], app.name),
         },
     }
 

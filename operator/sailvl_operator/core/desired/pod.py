@@ -21,8 +21,8 @@ NODE_LOSS_SECONDS = 20
 _CONTRACT = frozenset(map(str, Env))
 
 
-def build_pod_spec(attempt: Attempt, role: Role, labels: dict[str, str]) -> dict[str, Any]:
-    """`labels` are those of the attempt: its pods keep away from each other."""
+def build_pod_spec(attempt: Attempt, role: Role, job: str) -> dict[str, Any]:
+    """`job`: the Job's name; its pods keep away from each other."""
     workers = attempt.workers
     spec: dict[str, Any] = {
         "restartPolicy": "Never",
@@ -38,12 +38,13 @@ def build_pod_spec(attempt: Attempt, role: Role, labels: dict[str, str]) -> dict
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "affinity": _build_affinity(attempt, labels),
+        "topologySpreadConstraints": [_build_spread(job)],
         "tolerations": _build_tolerations(attempt),
         "containers": [_build_container(attempt, role)],
         "volumes": _build_volumes(attempt),
     }
     optional = {
+        "affinity": _build_affinity(attempt),
         "nodeSelector": workers.node_selector,
         "priorityClassName": workers.priority_class_name,
         "schedulerName": workers.scheduler_name,
@@ -117,15 +118,18 @@ def _build_volumes(attempt: Attempt) -> list[dict[str, Any]]:
     ]
 
 
-def _build_affinity(attempt: Attempt, labels: dict[str, str]) -> dict[str, Any]:
-    """Workers spread over the nodes where they can; the one that took the last attempt down is chosen last, and
-    those that took too many down not at all."""
-    apart = {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": "kubernetes.io/hostname"}
-    affinity: dict[str, Any] = {
-        "podAntiAffinity": {
-            "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": apart}]
-        }
+def _build_spread(job: str) -> dict[str, Any]:
+    """Workers spread over the nodes where they can; an anti-affinity would cost the scheduler more."""
+    return {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": {names.LABEL_JOB_NAME: job}},
     }
+
+
+def _build_affinity(attempt: Attempt) -> dict[str, Any]:
+    """The machine that took the last attempt down is chosen last, and those that took too many down not at all."""
     node_affinity: dict[str, Any] = {}
     if attempt.avoid_nodes:
         terms = [{"matchFields": _other_than(attempt.avoid_nodes)}]
@@ -133,9 +137,7 @@ def _build_affinity(attempt: Attempt, labels: dict[str, str]) -> dict[str, Any]:
     if attempt.doubted_nodes:
         rather = [{"weight": 100, "preference": {"matchFields": _other_than(attempt.doubted_nodes)}}]
         node_affinity["preferredDuringSchedulingIgnoredDuringExecution"] = rather
-    if node_affinity:
-        affinity["nodeAffinity"] = node_affinity
-    return affinity
+    return {"nodeAffinity": node_affinity} if node_affinity else {}
 
 
 def _other_than(nodes: tuple[str, ...]) -> list[dict[str, Any]]:
