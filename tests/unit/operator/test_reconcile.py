@@ -245,6 +245,11 @@ def test_the_digest_covers_what_changes_the_result(change: dict[str, object], is
     assert [a.digest == b.digest for a, b in zip(old, new, strict=True)] == [is_same] * 4
 
 
+def test_curation_is_the_same_whatever_sees_its_pictures_later() -> None:
+    old, new = plan(build_run()), plan(build_run(model={"preset": "tiny", "vision": "/data/models/other"}))
+    assert [a.digest == b.digest for a, b in zip(old, new, strict=True)] == [True, False, False, False]
+
+
 def test_a_changed_stage_changes_what_hangs_on_it() -> None:
     changed = msgspec.json.decode(msgspec.json.encode(SPEC["stages"]))
     changed[1]["pretrain"]["tokens"] = "64K"

@@ -27,6 +27,17 @@ def test_another_runs_result_is_found_by_the_memo(tmp_path: Path) -> None:
     assert second.find_result() == replace(result, memoised=True)
 
 
+def test_ranks_that_found_another_runs_result_leave_it_to_be_read(tmp_path: Path) -> None:
+    """It was written after this worker's own first look, while its ranks started."""
+    first, second = StageFiles(build_stage(tmp_path)), StageFiles(build_stage(tmp_path, run="again"))
+    result = Result(stage="curate", kind="curate", digest="d" * 64, attempt=1, output="demo/curate")
+    with pytest.raises(FileNotFoundError):
+        second.read_result()
+    first.write_result(result)
+    assert first.read_result() == result
+    assert second.read_result() == replace(result, memoised=True)
+
+
 def test_a_result_of_another_digest_is_none(tmp_path: Path) -> None:
     files = StageFiles(build_stage(tmp_path))
     files.write_result(Result(stage="curate", kind="curate", digest="e" * 64, attempt=1, output="demo/curate"))
