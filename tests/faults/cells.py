@@ -90,7 +90,7 @@ def find_recovery(points: Sequence[Point], cell: Cell, broken: Point | None) -> 
     since = cell.struck if broken is None else broken.at
     working = [point for point in points if point.at > since and point.phase in WORKING]
     begun = working[0].step if working else 0
-    again = next((point.at for point in working if point.step > begun), None)
+    again = next((p.at for p in points if working and p.at > working[0].at and is_further(p, begun)), None)
     beyond = next((point.at for point in points if point.at > since and is_further(point, cell.step)), None)
     if broken is None:
         again = None
