@@ -45,14 +45,18 @@ class OperatorProcess:
         progress_seconds: float = 60.0,
         backoff: float = 0.5,
         backoff_limit: float = 60.0,
+        is_rushed: Callable[[], bool] = lambda: False,
     ) -> None:
         self.client, self.namespaces = client, tuple(namespaces)
         self.runs = RunStore()
-        self.queue: WorkQueue[Key] = WorkQueue(backoff=backoff, backoff_limit=backoff_limit)
+        self.queue: WorkQueue[Key] = WorkQueue(
+            backoff=backoff, backoff_limit=backoff_limit, hold=is_rushed, monotonic=monotonic
+        )
         self.children = Children(
             client,
             namespaces=namespaces,
             on_change=self.queue.add,
+            on_calm=self.queue.add_calmly,
             count_restart=lambda _resource, _cause: None,
             clock=clock,
         )

@@ -33,6 +33,8 @@ EPOCH = 1_767_225_600.0
 CALM_SECONDS, QUIET_SECONDS = 1500.0, 200.0
 """Until nothing is under way any more; and how long nothing is written then."""
 FINALE_SECONDS = 40_000.0
+RUSH_EVERY, RUSH_SECONDS = 100.0, 20.0
+"""In which the control plane is busy for others: writes that can wait do so."""
 _TAIL = 60
 _DWELL = ((0.0, 6), (0.02, 3), (0.3, 4), (3.0, 5), (12.0, 4), (45.0, 2), (150.0, 1))
 """Seconds between steps, at most, and how often."""
@@ -142,6 +144,7 @@ class Walk:
             clock=lambda: self.clock() + skew,
             monotonic=asyncio.get_running_loop().time,
             read_progress=self._read_progress,
+            is_rushed=lambda: asyncio.get_running_loop().time() % RUSH_EVERY < RUSH_SECONDS,
         )
         self.operator.start()
         self._reaper = asyncio.ensure_future(self._reap(self.wire))

@@ -97,6 +97,7 @@ class Operator:
             self.client,
             namespaces=settings.api.namespaces,
             on_change=self.queue.add_soon,
+            on_calm=self.queue.add_calmly,
             count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
             clock=self.client.clock.now,
         )
@@ -192,6 +193,7 @@ class Operator:
             enabled=self.settings.api.events,
             count=lambda outcome: self.metrics.events.labels(outcome).inc(),
             clock=self.client.clock.now,
+            is_rushed=self._is_rushed,
         )
 
     def _build_progress(self) -> ProgressReader:

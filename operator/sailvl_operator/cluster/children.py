@@ -15,16 +15,27 @@ from sailvl_operator.core.observe import (
     JobRecord,
     PodRecord,
     ServiceRecord,
+    is_calm_job,
+    is_calm_pod,
     parse_job,
     parse_pod,
     parse_service,
     stamp_pod,
 )
 
-_JOBS: Kind[JobRecord] = Kind(resource=resources.JOBS, shape=shapes.Job, parse=parse_job, mark_gone=mark_gone)
-_SERVICES: Kind[ServiceRecord] = Kind(resource=resources.SERVICES, shape=shapes.Service, parse=parse_service)
+_JOBS: Kind[JobRecord] = Kind(
+    resource=resources.JOBS, shape=shapes.Job, parse=parse_job, mark_gone=mark_gone, is_calm=is_calm_job
+)
+_SERVICES: Kind[ServiceRecord] = Kind(
+    resource=resources.SERVICES, shape=shapes.Service, parse=parse_service, is_calm=lambda _: True
+)
 _PODS: Kind[PodRecord] = Kind(
-    resource=resources.PODS, shape=shapes.Pod, parse=parse_pod, mark_gone=mark_gone, stamp=stamp_pod
+    resource=resources.PODS,
+    shape=shapes.Pod,
+    parse=parse_pod,
+    mark_gone=mark_gone,
+    stamp=stamp_pod,
+    is_calm=is_calm_pod,
 )
 
 
@@ -39,10 +50,12 @@ class Children:
         on_change: Callable[[Key], None],
         count_restart: Callable[[str, str], None],
         clock: Callable[[], float] = time.time,
+        on_calm: Callable[[Key], None] | None = None,
     ) -> None:
-        self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock)
-        self.pods: Store[PodRecord] = Store(_PODS, on_change, clock)
-        self.services: Store[ServiceRecord] = Store(_SERVICES, on_change, clock)
+        """`on_calm` hears in the place of `on_change` of what nothing has to be done about."""
+        self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock, on_calm=on_calm)
+        self.pods: Store[PodRecord] = Store(_PODS, on_change, clock, on_calm=on_calm)
+        self.services: Store[ServiceRecord] = Store(_SERVICES, on_change, clock, on_calm=on_calm)
 
         def watch(kind: Kind[Record], store: Store[Record]) -> list[Informer[Any]]:
             scopes = namespaces or ("",)

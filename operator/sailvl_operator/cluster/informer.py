@@ -45,19 +45,27 @@ class Kind(Generic[Record]):
     """How the last state of a deleted object is kept; None: it isn't."""
     stamp: Callable[[Record, Record | None, float], Record] = lambda record, _known, _now: record
     """What its earlier state and the time now (Unix seconds) add to a record."""
+    is_calm: Callable[[Record], bool] = lambda _: False
+    """Whether nothing has to be done about its new state, but to tell of it."""
 
 
 class Store(Generic[Record]):
-    """Records by run and uid. Every change reports its key.
+    """Records by run and uid. Every change reports its key; to `on_calm` where nothing has to be done about it.
 
     `keeps_gone`: the last state of what was deleted is kept until somebody forgets it.
     """
 
     def __init__(
-        self, kind: Kind[Record], on_change: Callable[[Key], None], clock: Callable[[], float] = time.time
+        self,
+        kind: Kind[Record],
+        on_change: Callable[[Key], None],
+        clock: Callable[[], float] = time.time,
+        *,
+        on_calm: Callable[[Key], None] | None = None,
     ) -> None:
         self._kind = kind
         self._on_change = on_change
+        self._on_calm = on_calm or on_change
         self._clock = clock
         self._by_key: dict[Key, dict[str, Record]] = {}
         self.keeps_gone = False
@@ -118,7 +126,8 @@ class Store(Generic[Record]):
         record = self._kind.stamp(record, known, self._clock())
         if known != record:
             records[record.uid] = record
-            self._on_change(_key(record))
+            tell = self._on_calm if self._kind.is_calm(record) else self._on_change
+            tell(_key(record))
 
     def _all(self, within: str) -> list[Record]:
         return [r for key, rs in self._by_key.items() if within in ("", key[0]) for r in rs.values()]

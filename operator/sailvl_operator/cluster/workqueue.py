@@ -33,8 +33,10 @@ class WorkQueue(Generic[K]):
         batch: float = 0.0,
         hold: Callable[[], bool] = lambda: False,
         jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backoff = backoff
+        self._monotonic = monotonic
         self._backoff_limit = backoff_limit
         self._patience = patience
         self._batch = batch
@@ -52,27 +54,29 @@ class WorkQueue(Generic[K]):
 
     def begin(self) -> None:
         """Workers begin now: what came before has not waited for them."""
-        self._waiting = dict.fromkeys(self._waiting, time.monotonic())
+        self._waiting = dict.fromkeys(self._waiting, self._monotonic())
 
     def add(self, key: K) -> None:
         """Look at a key soon. One that a worker holds is looked at again after it."""
         if key in self._active:
             self._dirty.add(key)
         elif key not in self._waiting:
-            self._waiting[key] = time.monotonic()
+            self._waiting[key] = self._monotonic()
             self._wake()
 
     def add_soon(self, key: K) -> None:
         """Look at a key in a moment: what changes together is looked at once."""
-        if not self._batch:
-            self.add(key)
-        elif key not in self._gathering and key not in self._waiting:
-            seconds = self._batch * (_MORE if self._hold() else 1)
-            self._gathering[key] = asyncio.get_running_loop().call_later(seconds, self._gathered, key)
+        self._gather(key, self._batch)
+
+    def add_calmly(self, key: K) -> None:
+        """The same, of a change about which nothing has to be done: a key that is put off tells of it in its turn, and
+        where writes are held there is time."""
+        if key not in self._put_off:
+            self._gather(key, self._batch * (_MORE if self._hold() else 1))
 
     def put_off(self, key: K) -> None:
         """Write for a key once no other waits and nothing holds it, or when it has waited long enough for that."""
-        self._put_off.setdefault(key, time.monotonic())
+        self._put_off.setdefault(key, self._monotonic())
 
     def add_after(self, key: K, seconds: float) -> None:
         """Look at a key later; replaces its earlier timer."""
@@ -106,7 +110,7 @@ class WorkQueue(Generic[K]):
         key, since, is_due = found
         self._stop_gathering(key)
         self._active.add(key)
-        return key, time.monotonic() - since, is_due
+        return key, self._monotonic() - since, is_due
 
     async def _sleep(self) -> None:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -142,7 +146,7 @@ class WorkQueue(Generic[K]):
         return key, self._waiting.pop(key), False
 
     def _may_pass(self, since: float) -> bool:
-        return time.monotonic() - since > self._patience or not self.is_crowded()
+        return self._monotonic() - since > self._patience or not self.is_crowded()
 
     def _look_again(self) -> None:
         """All that sleep, in a moment: those put off come together."""
@@ -174,7 +178,16 @@ class WorkQueue(Generic[K]):
     def oldest(self) -> float:
         """Seconds that the oldest of them has waited."""
         since = [next(iter(group.values())) for group in (self._waiting, self._put_off) if group]
-        return time.monotonic() - min(since) if since else 0.0
+        return self._monotonic() - min(since) if since else 0.0
+
+    def _gather(self, key: K, seconds: float) -> None:
+        if not self._batch:
+            self.add(key)
+        elif key not in self._waiting:
+            loop, known = asyncio.get_running_loop(), self._gathering.get(key)
+            if known is None or known.when() > loop.time() + seconds:
+                self._stop_gathering(key)
+                self._gathering[key] = loop.call_later(seconds, self._gathered, key)
 
     def _gathered(self, key: K) -> None:
         self._gathering.pop(key, None)

@@ -238,6 +238,17 @@ def stamp_pod(pod: PodRecord, known: PodRecord | None, now: float) -> PodRecord:
     return replace(pod, ended_seen=now) if is_bad or went_silent else pod
 
 
+def is_calm_pod(pod: PodRecord) -> bool:
+    """Whether it only comes to run: nobody has to do anything about that, but tell."""
+    is_hurt = pod.ended_seen or pod.disrupted or pod.terminated is not None or pod.phase == "Failed"
+    return not (is_hurt or pod.is_gone or pod.is_deleting or pod.unschedulable or pod.waiting_reason)
+
+
+def is_calm_job(job: JobRecord) -> bool:
+    """Whether it only exists."""
+    return not (job.is_gone or job.is_deleting or job.is_suspended or job.queue)
+
+
 def parse_time(text: str | None) -> float:
     """RFC 3339 to Unix seconds; nothing is 0."""
     return datetime.fromisoformat(text).timestamp() if text else 0.0

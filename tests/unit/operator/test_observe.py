@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from builders import build_end, build_pod
+from builders import build_end, build_job, build_pod
 from sailvl_operator.api import names
-from sailvl_operator.core.observe import parse_job, parse_pod, stamp_pod
+from sailvl_operator.core.observe import PodRecord, is_calm_job, is_calm_pod, parse_job, parse_pod, stamp_pod
 
 CREATED = "2026-01-01T00:00:00Z"
 
@@ -52,3 +52,34 @@ def test_a_container_that_comes_to_run_waits_no_more() -> None:
     assert stamped.ended_seen == 5.0
     creating = build_pod("a", phase="Pending", is_ready=False, waiting_reason="ContainerCreating")
     assert stamp_pod(creating, stamped, 6.0).ended_seen == 0.0
+
+
+@pytest.mark.parametrize(
+    ("pod", "is_calm"),
+    [
+        pytest.param(build_pod("a"), True, id="it runs"),
+        pytest.param(build_pod("a", phase="Pending", is_ready=False), True, id="it starts"),
+        pytest.param(build_pod("a", is_ready=False, ended_seen=5.0), False, id="it fell silent"),
+        pytest.param(build_pod("a", terminated=build_end(0)), False, id="it is done"),
+        pytest.param(build_pod("a", is_deleting=True), False, id="it is deleted"),
+        pytest.param(build_pod("a", is_gone=True), False, id="it is gone"),
+        pytest.param(build_pod("a", disrupted="TerminationByKubelet"), False, id="it is evicted"),
+        pytest.param(build_pod("a", unschedulable="0/2 nodes are available"), False, id="it finds no node"),
+        pytest.param(build_pod("a", waiting_reason="ImagePullBackOff"), False, id="it can't start"),
+    ],
+)
+def test_pods_of_which_only_has_to_be_told(pod: PodRecord, is_calm: bool) -> None:
+    assert is_calm_pod(pod) is is_calm
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_calm"),
+    [
+        pytest.param({}, True, id="it is there"),
+        pytest.param({"is_suspended": True}, False, id="it is suspended"),
+        pytest.param({"queue": "team"}, False, id="a queue's"),
+        pytest.param({"is_deleting": True}, False, id="it is deleted"),
+    ],
+)
+def test_jobs_of_which_only_has_to_be_told(fields: dict[str, Any], is_calm: bool) -> None:
+    assert is_calm_job(build_job("a", **fields)) is is_calm

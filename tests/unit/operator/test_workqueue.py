@@ -26,7 +26,7 @@ async def test_what_came_before_the_workers_has_not_waited_for_them():
 
 
 async def test_what_changes_together_is_looked_at_once():
-    queue = WorkQueue[str](backoff=1, backoff_limit=1, batch=0.05)
+    queue = WorkQueue[str](backoff=1, backoff_limit=1, batch=0.3)
     for _ in range(3):
         queue.add_soon("a")
         await asyncio.sleep(0.01)
@@ -40,7 +40,7 @@ async def test_what_changes_together_is_looked_at_once():
     queue.add("a")
     await queue.get()
     queue.done("a")
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.5)
     assert queue.depth() == 0, "gathered changes went with the look that came first"
 
 
@@ -69,6 +69,25 @@ async def test_those_put_off_are_held_for_so_long_at_most(held):
     _, waited, is_due = await asyncio.wait_for(queue.get(), 3.5)
     assert is_due
     assert waited > 2.0
+
+
+async def test_calm_changes_of_a_key_that_is_put_off_are_told_of_in_its_turn(held):
+    queue, holds = held
+    queue.put_off("a")
+    queue.add_calmly("a")
+    queue.add_calmly("b")
+    assert (await asyncio.wait_for(queue.get(), 0.1))[0] == "b"
+    holds.clear()
+    assert (await asyncio.wait_for(queue.get(), 1))[::2] == ("a", True)
+
+
+async def test_what_has_to_be_looked_at_doesn_t_wait_with_calm_changes():
+    queue = WorkQueue[str](backoff=1, backoff_limit=1, batch=0.1, hold=lambda: True)
+    queue.add_calmly("a")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(queue.get(), 0.3)
+    queue.add_soon("a")
+    assert (await asyncio.wait_for(queue.get(), 0.2))[0] == "a"
 
 
 async def test_what_happens_to_a_key_that_is_put_off_is_looked_at(held):
