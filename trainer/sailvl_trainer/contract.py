@@ -330,6 +330,8 @@ class Termination:
     """Of the worker of index 0, on success."""
     newest_attempt: int = 0
     """The attempt that has claimed the stage and cut this one off; 0: none has."""
+    had_ranks: bool = True
+    """Whether this worker had started a rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

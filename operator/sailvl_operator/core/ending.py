@@ -37,7 +37,8 @@ def fail_by(view: View, evidence: Evidence, others: Sequence[Evidence]) -> Step:
         time=format_time(evidence.at or view.now),
     )
     suspect = evidence.pod.node if is_node_suspect(evidence, others) else ""
-    return _fail(view, evidence.cause, last, suspect=suspect, newest=evidence.newest_attempt)
+    newest = max(other.newest_attempt for other in others)
+    return _fail(view, evidence.cause, last, suspect=suspect, newest=newest)
 
 
 def fail_start(view: View, message: str) -> Step:

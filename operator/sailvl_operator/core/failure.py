@@ -6,6 +6,7 @@ rank's own final code, then a pod that was taken away, then memory, then any oth
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ CONFIG_PATIENCE = {"CreateContainerConfigError": 60.0}
 
 _START_ERRORS = frozenset({"StartError", "ContainerCannotRun"})
 """Reasons of a container that never ran; its exit code is the runtime's, mostly 128."""
-_WRONG_COMMAND = ("executable file not found", "no such file or directory", "permission denied")
-"""The runtime's words for a command that the image doesn't have."""
+_WRONG_COMMAND = re.compile(r'exec: "[^"]*":.*(executable file not found|no such file or directory|permission denied)')
+"""The runtime's words for a command that the image doesn't have. Hooks and mounts of a broken machine say such
+things of other files."""
 _MACHINE_WORDS = ("cuda error", "cuda driver", "hip error", "nccl", "ecc error", "nvlink", "input/output error")
 """In a crash's own words: the machine may be to blame, not the program."""
 
@@ -74,6 +76,8 @@ class Evidence:
     """Seconds for which it has to last before it counts."""
     newest_attempt: int = 0
     """The attempt that has cut this one off; 0: none has."""
+    had_ranks: bool = True
+    """Whether it had started a rank."""
 
 
 def decode_termination(pod: PodRecord) -> Termination | None:
@@ -126,11 +130,17 @@ def is_node_suspect(blamed: Evidence, evidence: Sequence[Evidence]) -> bool:
         case Cause.INFRA:
             return True
         case Cause.STALLED:
-            return sum(e.cause is Cause.STALLED for e in evidence) == 1
+            return blamed.had_ranks and sum(e.cause is Cause.STALLED for e in evidence) == 1
+        case Cause.CRASH if _never_ran(blamed.pod):
+            return True
         case Cause.CRASH:
             words = f"{blamed.message}\n{blamed.traceback}".lower()
             return (blamed.exit_code or 0) > 128 or any(part in words for part in _MACHINE_WORDS)
     return False
+
+
+def _never_ran(pod: PodRecord) -> bool:
+    return pod.terminated is not None and pod.terminated.reason in _START_ERRORS
 
 
 def _is_leaving(pod: PodRecord) -> bool:
@@ -174,7 +184,7 @@ def _exited(pod: PodRecord) -> Evidence:
     cause = _CAUSE_OF_CODE.get(code, Cause.CRASH)
     if pod.terminated.reason == "OOMKilled":
         cause = Cause.OUT_OF_MEMORY
-    elif pod.terminated.reason in _START_ERRORS and any(w in pod.terminated.message for w in _WRONG_COMMAND):
+    elif pod.terminated.reason in _START_ERRORS and _WRONG_COMMAND.search(pod.terminated.message):
         cause = Cause.CONFIG
     log = "" if said is not None else pod.terminated.message.strip()
     return _of(
@@ -186,6 +196,7 @@ def _exited(pod: PodRecord) -> Evidence:
         is_peer_lost=code == ExitCode.PEER_LOST,
         traceback=log if said is None else said.traceback,
         newest_attempt=0 if said is None else said.newest_attempt,
+        had_ranks=said is None or said.had_ranks,
     )
 
 
@@ -209,6 +220,7 @@ def _of(
     traceback: str = "",
     patience: float = 0.0,
     newest_attempt: int = 0,
+    had_ranks: bool = True,
 ) -> Evidence:
     at = pod.terminated.finished if pod.terminated is not None else 0.0
     return Evidence(
@@ -223,4 +235,5 @@ def _of(
         seen=pod.ended_seen or at,
         patience=patience,
         newest_attempt=newest_attempt,
+        had_ranks=had_ranks,
     )

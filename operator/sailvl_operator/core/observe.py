@@ -147,7 +147,7 @@ def observe(
 
 def parse_job(raw: Mapping[str, Any]) -> JobRecord:
     """Trim a batch/v1 Job that carries our labels."""
-    metadata, spec = raw["metadata"], raw.get("spec", {})
+    metadata, spec, status = raw["metadata"], raw.get("spec", {}), raw.get("status", {})
     labels = metadata.get("labels", {})
     queue, created = labels.get(names.LABEL_KUEUE_QUEUE, ""), parse_time(metadata.get("creationTimestamp"))
     return JobRecord(
@@ -162,12 +162,17 @@ def parse_job(raw: Mapping[str, Any]) -> JobRecord:
         is_deleting="deletionTimestamp" in metadata,
         nodes=spec.get("completions", 1),
         created=created,
-        started=parse_time(raw.get("status", {}).get("startTime")) or (0.0 if queue else created),
+        started=parse_time(status.get("startTime")) or (0.0 if queue or _was_suspended(status) else created),
         queue=queue,
         is_suspended_here=names.LABEL_SUSPENDED in labels,
         gpus=_count_gpus(spec),
         digest=labels.get(names.LABEL_DIGEST, ""),
     )
+
+
+def _was_suspended(status: Mapping[str, Any]) -> bool:
+    """By the Job controller's last word: one that was just let go has its start time a moment later."""
+    return any(c["type"] == "Suspended" and c["status"] == "True" for c in status.get("conditions", []))
 
 
 def _count_gpus(spec: Mapping[str, Any]) -> int:
@@ -241,7 +246,8 @@ def stamp_pod(pod: PodRecord, known: PodRecord | None, now: float) -> PodRecord:
 def is_calm_pod(pod: PodRecord) -> bool:
     """Whether it only comes to run: nobody has to do anything about that, but tell."""
     is_hurt = pod.ended_seen or pod.disrupted or pod.terminated is not None or pod.phase == "Failed"
-    return not (is_hurt or pod.is_gone or pod.is_deleting or pod.unschedulable or pod.waiting_reason)
+    is_waiting = pod.waiting_reason not in ("", "ContainerCreating", "PodInitializing")
+    return not (is_hurt or pod.is_gone or pod.is_deleting or pod.unschedulable or is_waiting)
 
 
 def is_calm_job(job: JobRecord) -> bool:

@@ -62,8 +62,10 @@ def plan(run: Run) -> tuple[PlannedStage, ...]:
     for stage in run.spec.stages:
         init_from = trained if stage.init_from is UNSET else stage.init_from
         init_from = None if stage.kind == "curate" else init_from
-        digest = _digest(run.spec, stage, digests, init_from)
-        digests[stage.name] = digest
+        digests[stage.name] = _digest(run.spec, stage, digests, init_from, model=_cover_model(run.spec))
+        digest = digests[stage.name]
+        if stage.kind == "curate":  # it looks at nothing with the model's eyes; those who read it cover them themselves
+            digest = _digest(run.spec, stage, digests, init_from, model=_cover_model(run.spec) | {"vision": None})
         planned.append(
             PlannedStage(
                 stage=stage,
@@ -168,14 +170,16 @@ def _settings(spec: Spec, stage: Stage, locate: recipe.Locate, resolve: recipe.R
     }
 
 
-def _digest(spec: Spec, stage: Stage, digests: Mapping[str, str], init_from: str | None) -> str:
+def _digest(
+    spec: Spec, stage: Stage, digests: Mapping[str, str], init_from: str | None, *, model: dict[str, Any]
+) -> str:
     """Covers what changes the result, not where it runs: the same stage in another run has the same digest."""
     settings = _settings(spec, stage, lambda name: f"digest:{digests[name]}", lambda path: path)
     covered = {
         "recipe": contract.RECIPE_VERSION,
         "kind": stage.kind,
         "seed": spec.seed,
-        "model": _cover_model(spec, stage),
+        "model": model,
         "initFrom": None if init_from is None else digests[init_from],
         "settings": to_builtins(settings),
     }
@@ -183,10 +187,9 @@ def _digest(spec: Spec, stage: Stage, digests: Mapping[str, str], init_from: str
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _cover_model(spec: Spec, stage: Stage) -> Any:
-    """Curation knows a model's tiles and its words, and looks at nothing with its eyes."""
-    covered = to_builtins(recipe.build_model(spec.model, lambda path: path))
-    return covered | ({"vision": None} if stage.kind == "curate" else {})
+def _cover_model(spec: Spec) -> dict[str, Any]:
+    covered: dict[str, Any] = to_builtins(recipe.build_model(spec.model, lambda path: path))
+    return covered
 
 
 def _depends_on(stage: Stage, before: list[PlannedStage], init_from: str | None) -> tuple[str, ...]:

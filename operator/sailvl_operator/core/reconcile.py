@@ -65,7 +65,7 @@ def refuse(run: Run, message: str, observed: Observed, *, now: float) -> Decisio
         completion_time=format_time(now) if is_idle else old.completion_time,
     )
     event = Event(reason=Reason.INVALID_SPEC, message=message[:1000], type="Warning")
-    return Decision(end=end, status=status, events=(event,))
+    return Decision(end=end, status=status, is_pressing=not is_idle, events=(event,))
 
 
 def _keep_refused(run: Run, status: Status, observed: Observed, end: tuple[JobRecord, ...], now: float) -> Decision:
@@ -232,7 +232,7 @@ def _decide(run: Run, old: Status, outcome: Outcome, observed: Observed, *, defa
         serve=not observed.is_served and _needs_service(outcome),
         take_off_request=requests.is_to_be_taken_off(run, old),
         status=None if new == old else new,
-        is_pressing=any(_is_awaited(v.status, s.status) for v, s in pairs),
+        is_pressing=new.is_finished or any(_is_awaited(v.status, s.status) for v, s in pairs),
         events=collect_events(run, old, new, outcome),
         requeue_at=min((t for t in times if t is not None and not new.is_finished), default=None),
     )

@@ -44,16 +44,6 @@ class JobSpec(TypedDict, total=False):
     template: Template
 
 
-class JobStatus(TypedDict, total=False):
-    startTime: str | None
-
-
-class Job(TypedDict, total=False):
-    metadata: Metadata
-    spec: JobSpec
-    status: JobStatus
-
-
 class Waiting(TypedDict, total=False):
     reason: str
     message: str
@@ -82,6 +72,17 @@ class Condition(TypedDict, total=False):
     reason: str
     message: str
     lastTransitionTime: str | None
+
+
+class JobStatus(TypedDict, total=False):
+    startTime: str | None
+    conditions: list[Condition]
+
+
+class Job(TypedDict, total=False):
+    metadata: Metadata
+    spec: JobSpec
+    status: JobStatus
 
 
 class PodSpec(TypedDict, total=False):

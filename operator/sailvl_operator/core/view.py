@@ -17,6 +17,8 @@ from sailvl_operator.core.observe import JobRecord, Observed, PodRecord
 from sailvl_operator.core.plan import Defaults, PlannedStage
 from sailvl_trainer.contract import Progress
 
+_MOST_LEFT_BEHIND = 10_000
+"""Attempts of a run that had the name before; a number beyond is none."""
 ACTIVE = frozenset({"Starting", "Running", "Restarting", "Suspended"})
 
 
@@ -102,4 +104,5 @@ def next_attempt(status: StageStatus, *, after: int = 0) -> StageStatus:
     """The next number; its workers' clocks begin at zero. `after`: a number that the storage knows already, of a run
     that had this one's name."""
     progress = status.progress and msgspec.structs.replace(status.progress, seconds={})
-    return msgspec.structs.replace(status, attempt=max(status.attempt, after) + 1, progress=progress)
+    known = after if status.attempt < after <= status.attempt + _MOST_LEFT_BEHIND else status.attempt
+    return msgspec.structs.replace(status, attempt=known + 1, progress=progress)

@@ -17,6 +17,7 @@ from sailvl_operator.core.desired.job import build_job
 from sailvl_operator.core.desired.service import build_service
 from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.plan import Defaults, build_attempt, plan
+from sailvl_trainer.contract import Env
 
 OUTPUTS = {"curate": "demo/curate-0", "alignment": "demo/alignment-0", "knowledge": "demo/knowledge-0"}
 
@@ -226,6 +227,13 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
 )
 def test_workers_settings(workers, look, expected):
     assert look(bend(**workers)) == expected
+
+
+def test_what_is_taken_for_granted_is_told_where_a_secret_may_say_otherwise():
+    job = bend(envFrom=[{"secretRef": {"name": "tokens"}}])
+    told = environment(job)
+    assert (told["SAILVL_DEVICE"], told["SAILVL_TERMINATION_LOG"]) == ("cpu", "/dev/termination-log")
+    assert set(told) == set(map(str, Env))
 
 
 def test_the_machine_of_the_last_failure_is_chosen_last():

@@ -12,6 +12,11 @@ from sailvl_operator.core import failure
 from sailvl_operator.core.observe import PodRecord, Terminated
 from sailvl_trainer.contract import ExitCode
 
+BROKEN_DRIVER = (
+    "failed to create task: error running prestart hook: nvidia-container-cli: initialization error: "
+    "load library failed: "
+    "libnvidia-ml.so.1: cannot open shared object file: no such file or directory"
+)
 CASES = [
     pytest.param([build_end(64), build_end(76)], Cause.CONFIG, 0, id="a bad setting"),
     pytest.param([build_end(76), build_end(65)], Cause.DATA, 1, id="a bad record on the second worker"),
@@ -33,7 +38,7 @@ CASES = [
         id="no such command, in containerd's words",
     ),
     pytest.param(
-        [Terminated(exit_code=128, reason="StartError", message="nvidia-container-cli: driver error")],
+        [Terminated(exit_code=128, reason="StartError", message=BROKEN_DRIVER)],
         Cause.CRASH,
         0,
         id="a machine that can't start containers",
@@ -57,6 +62,8 @@ SUSPECTS = [
     pytest.param([build_end(1, message="KeyError: 'loss'")], False, id="a mistake of the program"),
     pytest.param([build_end(74, message="/data: No space left on device")], False, id="a full volume"),
     pytest.param([build_end(68), build_end(76)], True, id="one worker that hangs"),
+    pytest.param([build_end(68, had_ranks=False)], False, id="the first to give up waiting for the others"),
+    pytest.param([Terminated(exit_code=128, reason="StartError", message=BROKEN_DRIVER)], True, id="a broken driver"),
     pytest.param([build_end(68), build_end(68)], False, id="a hang that all workers report"),
     pytest.param([build_end(64)], False, id="a bad setting"),
 ]

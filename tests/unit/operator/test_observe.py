@@ -59,6 +59,7 @@ def test_a_container_that_comes_to_run_waits_no_more() -> None:
     [
         pytest.param(build_pod("a"), True, id="it runs"),
         pytest.param(build_pod("a", phase="Pending", is_ready=False), True, id="it starts"),
+        pytest.param(build_pod("a", phase="Pending", waiting_reason="ContainerCreating"), True, id="it is being made"),
         pytest.param(build_pod("a", is_ready=False, ended_seen=5.0), False, id="it fell silent"),
         pytest.param(build_pod("a", terminated=build_end(0)), False, id="it is done"),
         pytest.param(build_pod("a", is_deleting=True), False, id="it is deleted"),
@@ -70,6 +71,15 @@ def test_a_container_that_comes_to_run_waits_no_more() -> None:
 )
 def test_pods_of_which_only_has_to_be_told(pod: PodRecord, is_calm: bool) -> None:
     assert is_calm_pod(pod) is is_calm
+
+
+def test_a_job_that_was_just_let_go_hasn_t_started_yet() -> None:
+    job = raw({names.LABEL_RUN: "demo"}, conditions=[{"type": "Suspended", "status": "True"}])
+    assert parse_job(job).started == 0.0
+    job["status"] = {"conditions": [{"type": "Suspended", "status": "False"}], "startTime": CREATED}
+    assert parse_job(job).started == parse_job(job).created
+    job["status"] = {}
+    assert parse_job(job).started == parse_job(job).created, "never suspended: the controller hasn't seen it yet"
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,12 @@ def test_curation_is_the_same_whatever_sees_its_pictures_later() -> None:
     assert [a.digest == b.digest for a, b in zip(old, new, strict=True)] == [True, False, False, False]
 
 
+def test_digests_of_trainings_are_those_of_the_first_version() -> None:
+    """Their results are found again after an upgrade."""
+    planned = plan(build_run(model={"preset": "tiny", "vision": "/data/models/other"}))
+    assert [stage.digest[:12] for stage in planned[1:]] == ["461eaea8607f", "c481e3330fb5", "07faa3a8efeb"]
+
+
 def test_a_changed_stage_changes_what_hangs_on_it() -> None:
     changed = msgspec.json.decode(msgspec.json.encode(SPEC["stages"]))
     changed[1]["pretrain"]["tokens"] = "64K"

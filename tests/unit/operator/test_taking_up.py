@@ -136,6 +136,15 @@ def test_attempts_that_a_deleted_run_of_this_name_left_are_passed_by_at_once() -
     assert world.stage("knowledge").charged == {"Preempted": 1}
 
 
+def test_a_number_that_can_t_be_is_no_attempt() -> None:
+    world = World(spec={"stages": SPEC["stages"][2:3]})
+    world.settle()
+    world.end(0, 75, newest_attempt=10**12)
+    world.end(1, 75, newest_attempt=-1)
+    world.settle()
+    assert [a.document.attempt for a in world.started] == [1, 2]
+
+
 def test_the_last_words_of_workers_tell_their_checkpoint() -> None:
     """Also where nobody reaches their /progress."""
     world = World(spec={"stages": SPEC["stages"][2:3]})

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -29,6 +30,9 @@ from sailvl_trainer.runtime.stop import handle_sigterm
 from sailvl_trainer.runtime.storage import storage_errors
 from sailvl_trainer.runtime.termination import write_termination
 from sailvl_trainer.runtime.watchdog import Limits, read_progress, start_watchdog
+
+MEETING_SECONDS = 300
+"""For workers that all run to load their programs and to find each other, at least."""
 
 
 class Exit:
@@ -56,8 +60,10 @@ class Exit:
         """The newest that this worker knows of: the operator may have no way to its /progress."""
         if termination.checkpoint is not None or self.progress_file is None:
             return termination
-        progress = read_progress(self.progress_file)
-        return termination if progress is None else replace(termination, checkpoint=progress.checkpoint)
+        with suppress(OSError, ValueError):
+            progress = read_progress(self.progress_file)
+            return termination if progress is None else replace(termination, checkpoint=progress.checkpoint)
+        return termination
 
 
 def main(rank_module: str = "sailvl_trainer.rank") -> NoReturn:
@@ -97,7 +103,8 @@ def _work(settings: Settings, ranks: Ranks, rank_module: str, end: Exit) -> Term
 
 def _limits(settings: Settings, stage: Stage) -> Limits:
     """All workers run within the start timeout, or the operator ends them; from then on nothing is left to wait for."""
-    wait = stage.start_timeout_seconds and stage.start_timeout_seconds + settings.stall_seconds
+    slack = max(settings.stall_seconds, MEETING_SECONDS)
+    wait = stage.start_timeout_seconds and stage.start_timeout_seconds + slack
     return Limits(stall_seconds=settings.stall_seconds, meet_seconds=wait)
 
 

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sailvl_trainer.contract import RENDEZVOUS_PORT, ExitCode, Phase, Progress, Termination
@@ -47,21 +47,20 @@ def start_watchdog(
     """Watch in a thread, from now on."""
     if not limits.stall_seconds:
         return
-    pause, began = min(LOOK_SECONDS, limits.stall_seconds / 4), time.time()
+    pause, began = min(LOOK_SECONDS, limits.stall_seconds / 4), time.monotonic()
 
     def watch() -> None:
         while True:
             time.sleep(pause)
-            now = time.time()
-            silent = find_silent(ranks, scratch, now=now, stall_seconds=limits.stall_seconds)
-            silent = silent or find_unmet(ranks, waited=now - began, limit=limits.meet_seconds)
+            silent = find_silent(ranks, scratch, now=time.time(), stall_seconds=limits.stall_seconds)
+            silent = silent or find_unmet(ranks, waited=time.monotonic() - began, limit=limits.meet_seconds)
             if silent is not None:
                 break
         stacks = collect_stacks(ranks, scratch.stacks) or [f"worker:\n{show_own_stack()}"]
         print("\n".join(stacks), file=sys.stderr, flush=True)  # noqa: T201
         if nodes > 1:  # else the others' ranks, which lose a peer, end before their workers have looked
             time.sleep(pause + STACK_SECONDS + 1)
-        end(describe_stall(silent, stacks))
+        end(replace(describe_stall(silent, stacks), had_ranks=ranks.has_begun.is_set()))
 
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
 

@@ -11,6 +11,7 @@ from torchx.specs import Role
 
 from sailvl_operator.api import names
 from sailvl_operator.core.decision import Attempt
+from sailvl_operator.core.desired.workload import build_defaults
 from sailvl_trainer.contract import Env
 
 USER = 65532
@@ -83,8 +84,10 @@ def _build_env(attempt: Attempt, role: Role) -> list[dict[str, Any]]:
     }
     given = () if attempt.workers.env is msgspec.UNSET else attempt.workers.env
     user = [{"name": e.name, "value": e.value} for e in given if e.name not in _CONTRACT]
+    is_imported = attempt.workers.env_from is not msgspec.UNSET and bool(attempt.workers.env_from)
+    own = (build_defaults() if is_imported else {}) | role.env  # a Secret may hold any name
     return [
-        *({"name": str(name), "value": value} for name, value in role.env.items()),
+        *({"name": str(name), "value": value} for name, value in own.items()),
         *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in references.items()),
         *user,
     ]

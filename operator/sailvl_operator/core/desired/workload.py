@@ -8,7 +8,7 @@ from torchx.specs import AppDef, Resource, Role, VolumeMount
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Workers
 from sailvl_operator.core.decision import Attempt
-from sailvl_trainer.contract import METRICS_PORT, Env, Stage
+from sailvl_trainer.contract import METRICS_PORT, RENDEZVOUS_PORT, Env, Stage
 
 ENTRYPOINT = "python"
 ARGS = ("-m", "sailvl_trainer")
@@ -50,6 +50,19 @@ def build_env(attempt: Attempt) -> dict[str, str]:
     if gpus:
         env |= {Env.PROCESSES_PER_NODE: str(gpus), Env.DEVICE: "cuda"}
     return env
+
+
+def build_defaults() -> dict[str, str]:
+    """What workers take for granted in a pod, spelt out."""
+    return {
+        Env.PROCESSES_PER_NODE: "1",
+        Env.DEVICE: "cpu",
+        Env.RENDEZVOUS_PORT: str(RENDEZVOUS_PORT),
+        Env.METRICS_PORT: str(METRICS_PORT),
+        Env.METRICS_PORT_OFFSET: "0",
+        Env.TERMINATION_LOG: "/dev/termination-log",
+        Env.SCRATCH: "/tmp/sailvl",
+    }
 
 
 def _rendezvous_host(attempt: Attempt) -> str:
