@@ -173,7 +173,9 @@ def _collect_values(statuses: list[RunStatus]) -> Metric:
 
 def _collect_restarts(statuses: list[RunStatus]) -> Metric:
     metric = CounterMetricFamily(
-        "sailvl_run_restarts", "New attempts by the cause of the failure before them.", labels=[*_STAGE, "cause"]
+        "sailvl_run_restarts",
+        "New attempts by the cause of the failure before them, and restarts in place.",
+        labels=[*_STAGE, "cause"],
     )
     for namespace, run, status in statuses:
         for stage in status.stages:

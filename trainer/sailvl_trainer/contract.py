@@ -278,6 +278,8 @@ class Progress:
     samples: int = 0
     lost_steps: int = 0
     """Optimizer steps done in vain by all attempts of the stage so far: the work went on from before them."""
+    in_place_restarts: int = 0
+    """How often this attempt's ranks were started again."""
     eta_seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """Latest values, e.g. loss, learning_rate, tokens_per_second."""

@@ -44,6 +44,7 @@ class Reason(enum.StrEnum):
     GATE_PASSED = "GatePassed"
     GATE_FAILED = "GateFailed"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+    RESTARTED_IN_PLACE = "RestartedInPlace"
     RESTART_ASKED = "RestartAsked"
     NODE_AVOIDED = "NodeAvoided"
     NAME_TAKEN = "NameTaken"
@@ -58,6 +59,10 @@ class Reason(enum.StrEnum):
     VOLUME = "Volume"
     GATE = "Gate"
     NOT_STUCK = "NotStuck"
+
+
+IN_PLACE = "InPlace"
+"""Among the causes of restarts: ranks that were started again within an attempt."""
 
 
 class Cause(enum.StrEnum):
@@ -99,6 +104,8 @@ class StageProgress(Struct, frozen=True, kw_only=True, omit_defaults=False):
     """Seconds of training since the newest checkpoint: what a failure would cost."""
     lost_steps: int = 0
     """Steps done in vain by all attempts so far: those after a checkpoint that was gone on from."""
+    in_place_restarts: int = 0
+    """How often the newest attempt's ranks were started again within it."""
 
 
 class StageCheckpoint(Struct, frozen=True, kw_only=True):
@@ -125,7 +132,7 @@ class StageStatus(Struct, frozen=True, kw_only=True):
     attempt: int = 0
     """Number of the newest attempt; written before its Job exists."""
     restarts: Annotated[dict[str, int], Meta(max_length=16)] = {}
-    """New attempts by the cause of the failure before them."""
+    """New attempts by the cause of the failure before them; InPlace: ranks started again within an attempt."""
     charged: Annotated[dict[str, int], Meta(max_length=16)] = {}
     """Those of them that count against the budgets: since the saved progress last grew."""
     charged_step: int = 0

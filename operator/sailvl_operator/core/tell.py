@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sailvl_operator.api.status import ConditionType, Reason, Status
+from sailvl_operator.api.status import IN_PLACE, ConditionType, Reason, Status
 from sailvl_operator.api.types import Run
 from sailvl_operator.core import requests
 from sailvl_operator.core.decision import Event
@@ -22,7 +22,21 @@ def collect_events(run: Run, old: Status, new: Status, outcome: Outcome) -> tupl
     asked = requests.find_request(run, old)
     if asked:
         events += requests.refuse_request(asked, old, is_suspended=run.spec.suspend)
-    return tuple(events + _tell_gates(outcome) + _tell_stuck(old, new) + _tell_end(old, new))
+    return tuple(events + _tell_in_place(old, new) + _tell_gates(outcome) + _tell_stuck(old, new) + _tell_end(old, new))
+
+
+def _tell_in_place(old: Status, new: Status) -> list[Event]:
+    before = {stage.name: stage.restarts.get(IN_PLACE, 0) for stage in old.stages}
+    return [
+        Event(
+            reason=Reason.RESTARTED_IN_PLACE,
+            type="Warning",
+            message=f"Stage {stage.name}, attempt {stage.attempt}: ranks failed and were started again in place; "
+            "the workers' logs say why",
+        )
+        for stage in new.stages
+        if stage.restarts.get(IN_PLACE, 0) > before.get(stage.name, 0)
+    ]
 
 
 def _tell_stuck(old: Status, new: Status) -> list[Event]:

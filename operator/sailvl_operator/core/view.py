@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from sailvl_operator.api.status import StageCheckpoint, StageProgress, StageStatus
+from sailvl_operator.api.status import IN_PLACE, StageCheckpoint, StageProgress, StageStatus
 from sailvl_operator.api.types import Run
 from sailvl_operator.core.activities import count_seconds
 from sailvl_operator.core.decision import Event
@@ -76,8 +76,11 @@ def read_progress(view: View) -> StageStatus:
     if seen is None:
         return msgspec.structs.replace(view.status, checkpoint=checkpoint)
     known = view.status.progress or StageProgress()
+    more = max(0, seen.in_place_restarts - known.in_place_restarts)
+    restarts = view.status.restarts
     return msgspec.structs.replace(
         view.status,
+        restarts={**restarts, IN_PLACE: restarts.get(IN_PLACE, 0) + more} if more else restarts,
         progress=StageProgress(
             step=seen.step,
             steps=seen.steps,
@@ -86,6 +89,7 @@ def read_progress(view: View) -> StageStatus:
             seconds=count_seconds(seen, view.planned.stage.kind),
             unsaved_seconds=known.unsaved_seconds,
             lost_steps=max(known.lost_steps, seen.lost_steps),
+            in_place_restarts=max(known.in_place_restarts, seen.in_place_restarts),
         ),
         metrics={name: format_decimal(value) for name, value in sorted(seen.metrics.items())[:64]},
         checkpoint=checkpoint,
@@ -103,6 +107,6 @@ def _find_checkpoint(view: View, seen: Progress | None) -> StageCheckpoint | Non
 def next_attempt(status: StageStatus, *, after: int = 0) -> StageStatus:
     """The next number; its workers' clocks begin at zero. `after`: a number that the storage knows already, of a run
     that had this one's name."""
-    progress = status.progress and msgspec.structs.replace(status.progress, seconds={})
+    progress = status.progress and msgspec.structs.replace(status.progress, seconds={}, in_place_restarts=0)
     known = after if status.attempt < after <= status.attempt + _MOST_LEFT_BEHIND else status.attempt
     return msgspec.structs.replace(status, attempt=known + 1, progress=progress)

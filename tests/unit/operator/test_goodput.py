@@ -108,6 +108,24 @@ def test_ranks_that_start_again_in_place_lose_what_was_not_saved() -> None:
     assert clock.seconds == {"queued": 10, "starting": 28, "training": 60, "lost": 12}
 
 
+def test_ranks_that_start_again_in_place_are_counted_and_told_of() -> None:
+    clock = run()
+    clock.wait(100, step=10, training=80)
+    for restarts in (1, 1, 2):
+        clock.progress["alignment", 1] = replace(clock.progress["alignment", 1], in_place_restarts=restarts)
+        clock.now += 10
+        clock.settle()
+    assert clock.stage("alignment").restarts == {"InPlace": 2}
+    assert [e.reason for e in clock.events].count("RestartedInPlace") == 2
+    assert clock.status.summary.restarts == 2
+    clock.end(0, 139)
+    clock.end(1, 76)
+    clock.settle()
+    stage = clock.stage("alignment")
+    assert stage.progress is not None
+    assert (stage.restarts, stage.progress.in_place_restarts) == ({"InPlace": 2, "Crash": 1}, 0)
+
+
 def test_gpus_are_those_that_the_workers_hold_not_those_of_a_changed_spec() -> None:
     clock = run()
     before = sum(clock.status.goodput.gpu_seconds.values())

@@ -147,6 +147,15 @@ def test_a_final_code_ends_the_worker_without_a_restart_in_place(attempt: Start)
     assert it.log().count("ConfigError: learningRate") == 1
 
 
+def test_a_neighbour_s_restart_in_place_is_counted_by_all(attempt: Start) -> None:
+    it = attempt("crash_once", nodes=2, environment={Env.IN_PLACE_RESTARTS: 1})
+    it.start(0)
+    it.start(1)
+    assert [it.end(index).exit_code for index in range(2)] == [0, 0], it.log(0) + it.log(1)
+    told = [it.progress(index) for index in range(2)]
+    assert [said and said.in_place_restarts for said in told] == [1, 1]
+
+
 def test_a_crash_is_made_good_in_place_and_the_counts_go_on(attempt: Start) -> None:
     it = attempt("crash_once", environment={Env.IN_PLACE_RESTARTS: 1})
     it.start()

@@ -27,6 +27,7 @@ from sailvl_trainer.runtime.ranks import Ranks
 from sailvl_trainer.runtime.rendezvous import REJOIN_SECONDS, build_rendezvous
 from sailvl_trainer.runtime.scratch import Scratch
 from sailvl_trainer.runtime.settings import Settings
+from sailvl_trainer.runtime.telemetry import RESTARTS_VARIABLE
 
 CLOSE_SECONDS = 5
 """Between SIGTERM and SIGKILL for ranks whose neighbour has failed."""
@@ -44,6 +45,7 @@ class Agent(LocalElasticAgent):
             exit_barrier_timeout=60,
         )
         self._ranks, self._scratch, self._on_lost = ranks, scratch, on_lost
+        self._starts = 0
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         timer = threading.Timer(REJOIN_SECONDS, self._on_lost)
@@ -56,6 +58,8 @@ class Agent(LocalElasticAgent):
             timer.cancel()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        os.environ[RESTARTS_VARIABLE] = str(self._starts)  # torch's own count leaves out those for a neighbour's sake
+        self._starts += 1
         started: dict[int, Any] = super()._start_workers(worker_group)
         self._ranks.begin(started.values())
         return started

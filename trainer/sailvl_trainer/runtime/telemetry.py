@@ -18,6 +18,8 @@ from sailvl_trainer.runtime.documents import decode, encode, keep_finite
 from sailvl_trainer.runtime.metrics import TrainerMetrics
 from sailvl_trainer.runtime.storage import storage_errors
 
+RESTARTS_VARIABLE = "SAILVL_RESTARTS_SO_FAR"
+"""Set for ranks by their agent."""
 WRITE_SECONDS = 0.5
 """Between two writes of the progress document, at least, unless the phase changes."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -128,11 +130,12 @@ class Telemetry:
 
 def _take_over(attempt: int, path: Path | None) -> Progress:
     """The document of this attempt so far: its entry began one, and ranks are started again in place."""
+    restarts = int(os.environ.get(RESTARTS_VARIABLE, "0"))
     if path is not None and path.exists():
         before = decode(Progress, path.read_bytes())
         if before.attempt == attempt:
-            return replace(before, phase="starting", eta_seconds=None)
-    return Progress(attempt=attempt, phase="starting", time=time.time())
+            return replace(before, phase="starting", eta_seconds=None, in_place_restarts=restarts)
+    return Progress(attempt=attempt, phase="starting", time=time.time(), in_place_restarts=restarts)
 
 
 def _measure_memory() -> dict[str, int]:
