@@ -32,7 +32,7 @@ FAULTS = [
     ),
     Fault(
         name="power", words="power loss of a node, and its return", inject=do.cut_power, cause="Infra",
-        until="failed",
+        until="failed", node=do.LOST_NODE,
     ),
     Fault(
         name="disk", words="the volume full, later with room", inject=do.fill_disk, cause="Crash", until="failed",

@@ -94,6 +94,8 @@ def find_recovery(points: Sequence[Point], cell: Cell, broken: Point | None) -> 
     beyond = next((point.at for point in points if point.at > since and is_further(point, cell.step)), None)
     if broken is None:
         again = None
+    elif beyond is not None:
+        again = min(again or beyond, beyond)  # a new step is a step
     return tuple(None if at is None else at - cell.struck for at in (again, beyond))  # type: ignore[return-value]
 
 

@@ -98,6 +98,8 @@ class Fault:
     """Whether work is interrupted and begun again."""
     stuck: str = ""
     """Reason of the condition that tells of it."""
+    node: str = ""
+    """The machine that is at fault; empty: none, or any."""
     kinds: tuple[str, ...] = tuple(KINDS.values())
     """Stages that can have it."""
     policy: Mapping[str, int] = field(default_factory=dict)

@@ -39,6 +39,11 @@ def test_the_cause_is_found(report: Report, fault: Fault) -> None:
     assert {cell.stage: cell.cause for cell in report.cells} == wanted
 
 
+def test_the_machine_at_fault_is_named(report: Report, fault: Fault) -> None:
+    named = {cell.stage: cell.failures[0].get("node") for cell in report.cells if fault.node}
+    assert named == dict.fromkeys(named, fault.node)
+
+
 def test_no_sample_is_doubled_or_missing(report: Report) -> None:
     counted = {stage: (books.doubled, books.missing) for stage, books in report.books.items()}
     assert counted == dict.fromkeys(KINDS, (0, 0))

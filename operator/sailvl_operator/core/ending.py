@@ -10,7 +10,7 @@ import msgspec
 from sailvl_operator.api.status import Cause, LastFailure, Reason, StageStatus
 from sailvl_operator.core import restart
 from sailvl_operator.core.decision import Event
-from sailvl_operator.core.failure import Evidence, is_node_suspect, was_saved
+from sailvl_operator.core.failure import Evidence, find_silent, is_node_suspect, was_saved
 from sailvl_operator.core.times import format_time
 from sailvl_operator.core.view import Step, View, next_attempt, read_progress
 from sailvl_trainer.contract import ExitCode
@@ -26,6 +26,8 @@ def fail_infra(view: View, message: str) -> Step:
 
 def fail_by(view: View, evidence: Evidence, others: Sequence[Evidence]) -> Step:
     """An end that a pod tells of; `others`: what all pods tell, that one among them."""
+    if evidence.is_peer_lost:
+        return _fail_by_silence(view, evidence, others)
     last = LastFailure(
         cause=evidence.cause,
         attempt=view.status.attempt,
@@ -39,6 +41,24 @@ def fail_by(view: View, evidence: Evidence, others: Sequence[Evidence]) -> Step:
     suspect = evidence.pod.node if is_node_suspect(evidence, others) else ""
     newest = max(other.newest_attempt for other in others)
     return _fail(view, evidence.cause, last, suspect=suspect, newest=newest)
+
+
+def _fail_by_silence(view: View, evidence: Evidence, others: Sequence[Evidence]) -> Step:
+    """All that told have lost another worker. A dead machine says nothing; the API server learns of it much later."""
+    silent = find_silent(others, view.pods)
+    words = f"worker {evidence.pod.index} on node {evidence.pod.node} lost another: {evidence.message}"
+    if silent is not None:
+        words = f"worker {silent.index} on node {silent.node} fell silent; {words}"
+    last = LastFailure(
+        cause=evidence.cause,
+        attempt=view.status.attempt,
+        node="" if silent is None else silent.node,
+        exit_code=evidence.exit_code if silent is None else None,
+        message=words[:1000],
+        traceback=evidence.traceback,
+        time=format_time(evidence.at or view.now),
+    )
+    return _fail(view, evidence.cause, last, suspect=last.node)
 
 
 def fail_start(view: View, message: str) -> Step:

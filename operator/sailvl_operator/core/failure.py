@@ -123,12 +123,21 @@ def diagnose(evidence: Sequence[Evidence]) -> Evidence:
     return min(evidence, key=lambda e: (e.is_peer_lost, _PRECEDENCE.index(e.cause), e.at or float("inf")))
 
 
+def find_silent(evidence: Sequence[Evidence], pods: Sequence[PodRecord]) -> PodRecord | None:
+    """Where all that told anything have only lost another worker: the one that told nothing. None: somebody told more,
+    or several are silent, or none is."""
+    heard = {e.pod.index for e in evidence}
+    silent = {pod.index: pod for pod in pods if pod.index not in heard and pod.terminated is None and not pod.is_gone}
+    is_unknown = all(e.is_peer_lost for e in evidence)
+    return next(iter(silent.values())) if is_unknown and len(silent) == 1 else None
+
+
 def is_node_suspect(blamed: Evidence, evidence: Sequence[Evidence]) -> bool:
     """Whether the machine of the worker to blame may be at fault: not where the program says what failed in it, nor
     where several workers report a hang, which is of all of them."""
     match blamed.cause:
         case Cause.INFRA:
-            return True
+            return not blamed.is_peer_lost
         case Cause.STALLED:
             return blamed.had_ranks and sum(e.cause is Cause.STALLED for e in evidence) == 1
         case Cause.CRASH if _never_ran(blamed.pod):

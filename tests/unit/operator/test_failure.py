@@ -56,7 +56,7 @@ def test_cause_by_exit_codes(ends: list[Terminated], cause: Cause, index: int) -
 
 
 SUSPECTS = [
-    pytest.param([build_end(76), build_end(76)], True, id="a lost peer"),
+    pytest.param([build_end(76), build_end(76)], False, id="lost peers, and nobody to blame"),
     pytest.param([build_end(76), build_end(139)], True, id="a crash below the program"),
     pytest.param([build_end(1, message="RuntimeError: CUDA error: uncorrectable ECC error")], True, id="a broken GPU"),
     pytest.param([build_end(1, message="KeyError: 'loss'")], False, id="a mistake of the program"),

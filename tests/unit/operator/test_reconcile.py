@@ -102,6 +102,34 @@ def test_one_dead_worker_of_two_waits_for_the_others_word() -> None:
     assert (last.cause, last.node) == (Cause.CRASH, "node-0")
 
 
+def test_a_worker_that_fell_silent_is_named_not_the_one_that_lost_it() -> None:
+    """Its machine has lost power; the API server doesn't know yet."""
+    world = World(spec={"stages": SPEC["stages"][2:3]})
+    world.settle()
+    world.end(0, 76, message="another rank is gone")
+    world.settle()  # the other may have a word to say
+    world.settle()
+    stage = world.stage("knowledge")
+    assert stage.last_failure is not None
+    assert (stage.last_failure.cause, stage.last_failure.node) == ("Infra", "node-1")
+    assert stage.last_failure.message == (
+        "worker 1 on node node-1 fell silent; worker 0 on node node-0 lost another: another rank is gone"
+    )
+    assert stage.node_failures == {"node-1": 1}
+    assert world.started[-1].doubted_nodes == ("node-1",)
+
+
+def test_where_all_have_lost_each_other_no_machine_is_named() -> None:
+    world = World(spec={"stages": SPEC["stages"][2:3]})
+    world.settle()
+    for index in range(2):
+        world.end(index, 76, message="another rank is gone")
+    world.settle()
+    stage = world.stage("knowledge")
+    assert stage.last_failure is not None
+    assert (stage.last_failure.node, stage.last_failure.exit_code, stage.node_failures) == ("", 76, {})
+
+
 def test_suspend_ends_the_workers_and_resume_is_a_new_attempt() -> None:
     world = World()
     world.settle()
