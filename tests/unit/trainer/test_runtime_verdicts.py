@@ -205,7 +205,7 @@ def test_whether_there_is_nothing_to_lose_yet(progress: Progress | None, since: 
     assert is_starting(progress, since) is expected
 
 
-@pytest.mark.parametrize("limit", [4096, 500])
+@pytest.mark.parametrize("limit", [4096, 560])
 def test_what_goes_first_is_the_traceback_then_the_message_then_metrics(limit: int) -> None:
     result = Result(
         stage="e", kind="evaluate", digest="d", attempt=1, output="o", metrics={f"m{i}": 1.0 for i in range(20)}
