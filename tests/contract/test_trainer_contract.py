@@ -12,7 +12,7 @@ import pytest
 from builders import build_pod, build_run
 from sailvl_operator.api.status import Cause
 from sailvl_operator.core import failure
-from sailvl_operator.core.desired.workload import build_env, encode_document
+from sailvl_operator.core.desired.workload import build_defaults, build_env, encode_document
 from sailvl_operator.core.observe import Terminated
 from sailvl_operator.core.plan import Defaults, build_attempt, plan
 from sailvl_trainer.contract import (
@@ -65,6 +65,12 @@ def test_the_trainer_reads_every_variable_of_the_operator() -> None:
     )
     assert settings.grace_seconds < 90, "the worker ends before the kubelet ends it"
     assert settings.stall_seconds == attempt.stall_seconds
+
+
+def test_what_workers_take_for_granted_is_the_same_when_it_is_spelt_out() -> None:
+    run = build_run()
+    given = build_env(build_attempt(run, plan(run)[1], attempt=1, outputs=OUTPUTS, defaults=Defaults())) | FROM_THE_POD
+    assert read_settings(build_defaults() | given) == read_settings(given)
 
 
 def test_the_trainer_has_a_rank_a_gpu() -> None:

@@ -193,7 +193,7 @@ def _exited(pod: PodRecord) -> Evidence:
     cause = _CAUSE_OF_CODE.get(code, Cause.CRASH)
     if pod.terminated.reason == "OOMKilled":
         cause = Cause.OUT_OF_MEMORY
-    elif pod.terminated.reason in _START_ERRORS and _WRONG_COMMAND.search(pod.terminated.message):
+    elif _never_ran(pod) and _WRONG_COMMAND.search(pod.terminated.message):
         cause = Cause.CONFIG
     log = "" if said is not None else pod.terminated.message.strip()
     return _of(

@@ -59,13 +59,14 @@ def plan(run: Run) -> tuple[PlannedStage, ...]:
     planned: list[PlannedStage] = []
     digests: dict[str, str] = {}
     trained: str | None = None
+    model = _cover_model(run.spec)
     for stage in run.spec.stages:
         init_from = trained if stage.init_from is UNSET else stage.init_from
         init_from = None if stage.kind == "curate" else init_from
-        digests[stage.name] = _digest(run.spec, stage, digests, init_from, model=_cover_model(run.spec))
+        digests[stage.name] = _digest(run.spec, stage, digests, init_from, model=model)
         digest = digests[stage.name]
         if stage.kind == "curate":  # it looks at nothing with the model's eyes; those who read it cover them themselves
-            digest = _digest(run.spec, stage, digests, init_from, model=_cover_model(run.spec) | {"vision": None})
+            digest = _digest(run.spec, stage, digests, init_from, model=model | {"vision": None})
         planned.append(
             PlannedStage(
                 stage=stage,

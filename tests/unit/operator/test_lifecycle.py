@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 
-from builders import SPEC, build_end, build_run
+from builders import SPEC, build_end
 from sailvl_operator.api.status import ConditionType, Status
-from sailvl_operator.core.observe import observe
-from sailvl_operator.core.reconcile import reconcile
-from sailvl_operator.core.status import encode_status
 from sailvl_trainer.contract import Checkpoint, Progress
-from worlds import DEFAULTS, World, finish
+from worlds import World, finish
 
 
 def gate(**bounds: Any) -> dict[str, Any]:
@@ -112,18 +109,6 @@ def test_a_deadline_ends_the_run_and_a_later_one_lets_it_go_on() -> None:
     world.spec, world.generation = {"activeDeadlineSeconds": 6000}, 2
     assert settled(world).attempt == 2
     assert not world.status.is_true(ConditionType.FAILED)
-
-
-def test_a_run_s_end_is_pressing() -> None:
-    """Its workers hold GPUs until it is noted."""
-    world = World(spec={"activeDeadlineSeconds": 100}, is_patient=False)
-    world.settle()
-    run = build_run(status=encode_status(world.status), activeDeadlineSeconds=100)
-    seen = observe(world.jobs.values(), world.pods.values())
-    at_the_end = reconcile(run, seen, now=world.now + 101, defaults=DEFAULTS)
-    assert at_the_end.status is not None
-    assert at_the_end.status.is_finished
-    assert not at_the_end.can_wait
 
 
 def test_suspended_time_is_no_active_time() -> None:

@@ -6,8 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from builders import build_job, build_pod
+from builders import build_job, build_pod, build_run
 from sailvl_operator.cluster.rush import MANY, YOUNG_SECONDS, Rush
+from sailvl_operator.core.observe import observe
+from sailvl_operator.core.reconcile import reconcile
+from sailvl_operator.core.status import encode_status
+from worlds import DEFAULTS, World
 
 NOW = 1_000_000.0
 
@@ -64,3 +68,15 @@ def test_it_looks_twice_a_second_at_most():
     assert rush.is_on()
     now[0] = 0.6
     assert not rush.is_on()
+
+
+def test_a_run_s_end_is_pressing() -> None:
+    """Its workers hold GPUs until it is noted."""
+    world = World(spec={"activeDeadlineSeconds": 100}, is_patient=False)
+    world.settle()
+    run = build_run(status=encode_status(world.status), activeDeadlineSeconds=100)
+    seen = observe(world.jobs.values(), world.pods.values())
+    at_the_end = reconcile(run, seen, now=world.now + 101, defaults=DEFAULTS)
+    assert at_the_end.status is not None
+    assert at_the_end.status.is_finished
+    assert not at_the_end.can_wait
