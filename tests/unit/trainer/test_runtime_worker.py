@@ -206,6 +206,15 @@ def test_a_hang_on_one_worker_shows_the_stacks_of_all(attempt: Start) -> None:
     assert "in get_lost_in_thought" in logs[1]
 
 
+def test_a_hang_is_told_by_a_worker_whose_peer_has_ended_first(attempt: Start) -> None:
+    it = attempt("hang", nodes=2)
+    it.start(0, **{Env.STALL_SECONDS: 2})
+    it.start(1, **{Env.STALL_SECONDS: 4})  # the first, which has the store of both, goes before it has said a word
+    assert [it.end(index).exit_code for index in range(2)] == [68, 68], it.log(0) + it.log(1)
+    assert "RendezvousConnectionError" in it.log(1)
+    assert "in get_lost_in_thought" in it.end(1).traceback
+
+
 def test_workers_that_never_meet_end_and_say_where_to_look(attempt: Start) -> None:
     it = attempt("succeed", nodes=2, start_timeout=1, environment={Env.STALL_SECONDS: 2, "MEETING_SECONDS": 2})
     it.start(1)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from sailvl_trainer.contract import SCHEMA_VERSION, Stage
+from sailvl_trainer.contract import SCHEMA_VERSION, Progress, Stage
 from sailvl_trainer.runtime.errors import ConfigError
 from sailvl_trainer.runtime.storage import storage_errors
 
@@ -87,6 +87,14 @@ def read_stage(path: Path) -> Stage:
     if not Path(stage.output).is_relative_to(stage.storage):
         raise ConfigError(f"stage document {path}: output {stage.output} is not below storage {stage.storage}")
     return stage
+
+
+def read_progress(path: Path) -> Progress | None:
+    """How far a rank is; None: it has none."""
+    try:
+        return decode(Progress, path.read_bytes())
+    except FileNotFoundError:
+        return None
 
 
 def _require_version(path: Path, version: Any) -> None:

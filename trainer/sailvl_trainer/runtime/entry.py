@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
-from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
 from typing import NoReturn
 
 from sailvl_trainer.contract import ExitCode, Progress, Result, Stage, Termination
 from sailvl_trainer.runtime.documents import encode, read_stage, write_atomic
 from sailvl_trainer.runtime.errors import TrainerError
+from sailvl_trainer.runtime.exit import Exit
 from sailvl_trainer.runtime.files import StageFiles
 from sailvl_trainer.runtime.home import prepare_home
 from sailvl_trainer.runtime.memo import watch_for_result
@@ -28,42 +24,10 @@ from sailvl_trainer.runtime.scratch import Scratch
 from sailvl_trainer.runtime.settings import Settings, read_settings, read_termination_log
 from sailvl_trainer.runtime.stop import handle_sigterm
 from sailvl_trainer.runtime.storage import storage_errors
-from sailvl_trainer.runtime.termination import write_termination
-from sailvl_trainer.runtime.watchdog import Limits, read_progress, start_watchdog
+from sailvl_trainer.runtime.watchdog import Limits, start_watchdog
 
 MEETING_SECONDS = 300
 """For workers that all run to load their programs and to find each other, at least."""
-
-
-class Exit:
-    """The one way out, from whichever thread comes first."""
-
-    def __init__(self, termination_log: Path, ranks: Ranks) -> None:
-        self._path, self._ranks, self._once = termination_log, ranks, threading.Lock()
-        self.progress_file: Path | None = None
-        """Where the first rank says how far it is, once that is known."""
-
-    def __call__(self, termination: Termination) -> NoReturn:
-        """Say it, end the ranks that still live, and go."""
-        if not self._once.acquire(blocking=False):
-            threading.Event().wait()  # another thread is ending the process
-        if termination.exit_code:
-            print(termination.message, file=sys.stderr, flush=True)  # noqa: T201
-        try:
-            write_termination(self._path, self._add_checkpoint(termination))
-        except OSError as error:
-            print(f"no termination message: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        self._ranks.signal(signal.SIGKILL)
-        os._exit(termination.exit_code)
-
-    def _add_checkpoint(self, termination: Termination) -> Termination:
-        """The newest that this worker knows of: the operator may have no way to its /progress."""
-        if termination.checkpoint is not None or self.progress_file is None:
-            return termination
-        with suppress(OSError, ValueError):
-            progress = read_progress(self.progress_file)
-            return termination if progress is None else replace(termination, checkpoint=progress.checkpoint)
-        return termination
 
 
 def main(rank_module: str = "sailvl_trainer.rank") -> NoReturn:

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 
 from sailvl_trainer.contract import ExitCode, Progress, Termination
+from sailvl_trainer.runtime.documents import read_progress
 from sailvl_trainer.runtime.ranks import Ranks
 from sailvl_trainer.runtime.scratch import Scratch
-from sailvl_trainer.runtime.watchdog import read_progress
 
 
 def handle_sigterm(ranks: Ranks, scratch: Scratch, grace_seconds: int, end: Callable[[Termination], None]) -> None:

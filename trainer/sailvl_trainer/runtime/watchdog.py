@@ -11,13 +11,13 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sailvl_trainer.contract import RENDEZVOUS_PORT, ExitCode, Phase, Progress, Termination
 from sailvl_trainer.runtime.child import STACK_SIGNAL
-from sailvl_trainer.runtime.documents import decode
+from sailvl_trainer.runtime.documents import read_progress
+from sailvl_trainer.runtime.exit import Exit
 from sailvl_trainer.runtime.ranks import Ranks
 from sailvl_trainer.runtime.scratch import Scratch
 
@@ -41,9 +41,7 @@ class Limits:
     """Until the first ranks are started: the workers meet then, and the storage has answered; 0: for ever."""
 
 
-def start_watchdog(
-    ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int, end: Callable[[Termination], None]
-) -> None:
+def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int, end: Exit) -> None:
     """Watch in a thread, from now on."""
     if not limits.stall_seconds:
         return
@@ -56,6 +54,7 @@ def start_watchdog(
             silent = silent or find_unmet(ranks, waited=time.monotonic() - began, limit=limits.meet_seconds)
             if silent is not None:
                 break
+        end.has_stalled.set()
         stacks = collect_stacks(ranks, scratch.stacks) or [f"worker:\n{show_own_stack()}"]
         print("\n".join(stacks), file=sys.stderr, flush=True)  # noqa: T201
         if nodes > 1:  # else the others' ranks, which lose a peer, end before their workers have looked
@@ -123,14 +122,6 @@ def describe_stall(silent: str, stacks: list[str]) -> Termination:
         message=f"{silent}; stacks are in the log of every worker",
         traceback="\n".join(stacks[i] for i in ordered),
     )
-
-
-def read_progress(path: Path) -> Progress | None:
-    """A rank's document; None: it has none."""
-    try:
-        return decode(Progress, path.read_bytes())
-    except FileNotFoundError:
-        return None
 
 
 def _show(pid: int, folder: Path, at: int) -> str:
