@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from faults.picture import draw_table
 from faults.volumes import FOLDER
 
 HEAD = (
@@ -16,16 +15,6 @@ HEAD = (
 )  # fmt: skip
 UNITS = {"curate": "pictures", "pretrain": "steps", "sft": "steps", "evaluate": "questions"}
 Report = dict[str, Any]
-
-
-def write_table(order: Sequence[str]) -> None:
-    """table.md and table.png, of the reports that are there."""
-    reports = read_reports(order)
-    undisturbed = next((report for report in reports if report["name"] == "none"), {"books": {}})
-    rows = [row for report in reports for row in build_rows(report, undisturbed)]
-    parts = [build_markdown(HEAD, rows), build_ledger(reports), *(build_story(report) for report in reports)]
-    (FOLDER / "table.md").write_text("\n".join(parts))
-    draw_table(FOLDER / "table.png", reports)
 
 
 def read_reports(order: Sequence[str]) -> list[Report]:
@@ -95,19 +84,6 @@ def build_ledger(reports: Sequence[Report]) -> str:
         for report in reports
     ]
     return build_markdown(("Seconds by bucket", *buckets, "sum", "wall clock", "steps lost: told, true"), rows)
-
-
-def build_story(report: Report) -> str:
-    """All that kubectl said and what the failures said of themselves, by cell."""
-    lines = [f"## {report['words']}", ""]
-    for cell in report["cells"]:
-        lines += [f"{cell['kind']}, hit at {cell['step']}:", "", "```"]
-        lines += [f"{at:7.1f} s  " + "  ".join(filter(None, line.values())) for at, line in cell["said"]]
-        lines += ["```", ""]
-        lines += [f"- {f['cause']}: {f.get('message', '')}" for f in cell["failures"]]
-        lines += [f"- Stuck: {words}" for words in cell["stuck"]]
-        lines += [""]
-    return "\n".join(lines)
 
 
 def build_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from faults.catalogue import FAULTS, NONE
+from faults.page import write_page
 from faults.play import Report, play
 from faults.recipe import KINDS
 from faults.release import Site
 from faults.scene import Fault
-from faults.table import write_table
 
 pytestmark = pytest.mark.faults
 
@@ -23,11 +23,11 @@ def fault(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session")
 def report(fault: Fault, site: Site) -> Report:
-    """The run with the fault in each stage; the table has it at once."""
+    """The run with the fault in each stage; the page has it at once."""
     try:
         return play(site, fault.name, fault.words, fault.plan(tuple(KINDS)))
     finally:
-        write_table([fault.name for fault in (NONE, *FAULTS)])
+        write_page({fault.name: fault.words for fault in (NONE, *FAULTS)})
 
 
 def test_every_stage_goes_on(report: Report) -> None:

@@ -1,0 +1,89 @@
+"""The page on faults, of the reports in build/faults: words, table, picture, ledger and all that kubectl said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from clusters import ROOT
+from faults.picture import draw_table
+from faults.table import HEAD, Report, build_ledger, build_markdown, build_rows, read_reports
+from faults.volumes import FOLDER
+
+_INTRO = """# What faults do to a run
+
+A small run with a stage of each kind, two workers each on the two nodes of `make cluster`, is carried to every
+stage's middle, hit there for real, and carried on to its end. `make faults` repeats this and writes this page; it
+takes about eighty minutes. These are {cells} cells, a fault in a stage each, played on {days} on a machine of {cores}
+cores.{missing}
+
+- *A step again*: seconds from the fault until the stage's workers did a step again. *A new step*: until they did one
+  that had not been done before. Both count what the fault itself takes, such as a grace, or the time for which a disk
+  was full.
+- *Done again*: steps, pictures or questions that had been done and had to be repeated, by the stage's own ledger.
+- *Doubled, missing*: samples that the result used too often, or not at all.
+- *Same result*: whether weights, shards or answers are an undisturbed run's, byte for byte.
+- *Charged*: the budgets that the failure was counted against. Restarts in place charge none and fail no attempt.
+"""
+_PICTURE = """![Runs with faults, a bar each: what their time went to, with the faults as marks.](pictures/faults.png)
+
+## The ledger
+
+The operator's own books of each run, in seconds, beside the wall clock; and the steps that it says were lost, beside
+those that the stages' ledgers show.
+"""
+_STORIES = """## What kubectl said
+
+Lines of `kubectl get svr` from the fault until the stage had come beyond it, with the seconds since the fault, and
+what the failures said of themselves.
+"""
+
+
+def write_page(faults: dict[str, str]) -> None:
+    """faults.md and its picture, of what has been played so far. `faults`: all names in order, with their words."""
+    reports = read_reports(list(faults))
+    undisturbed = next((report for report in reports if report["name"] == "none"), {"books": {}})
+    rows = [row for report in reports for row in build_rows(report, undisturbed)]
+    intro = build_intro(reports, [words for name, words in faults.items() if name not in {r["name"] for r in reports}])
+    stories = [build_story(report) for report in reports if report["cells"]]
+    parts = [intro, build_markdown(HEAD, rows), _PICTURE, build_ledger(reports), _STORIES, *stories]
+    picture = FOLDER / "pictures/faults.png"
+    picture.parent.mkdir(exist_ok=True)
+    draw_table(picture, reports)
+    (FOLDER / "faults.md").write_text("\n".join(parts).replace(f"{ROOT}/", "/"))
+
+
+def build_intro(reports: Sequence[Report], missing: Sequence[str]) -> str:
+    """What was played when; what wasn't."""
+    paths = [FOLDER / f"{report['name']}.json" for report in reports]
+    days = {datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d") for path in paths}
+    return _INTRO.format(
+        cells=sum(len(report["cells"]) for report in reports),
+        days=" and ".join(sorted(days)),
+        cores=os.cpu_count(),
+        missing=f" Not played yet: {'; '.join(missing)}." if missing else "",
+    )
+
+
+def build_story(report: Report) -> str:
+    """All that kubectl said and what the failures said of themselves, by cell."""
+    lines = ["<details>", f"<summary>{report['words']}</summary>", ""]
+    for cell in report["cells"]:
+        lines += [f"{cell['kind']}, hit at {cell['step']}:", "", "```", *map(show_line, cell["said"]), "```", ""]
+        words = [f"- {f['cause']}: {quote(f.get('message', ''))}" for f in cell["failures"]]
+        words += [f"- Stuck: {quote(stuck)}" for stuck in cell["stuck"]]
+        lines += [*words, ""] if words else []
+    return "\n".join([*lines, "</details>", ""])
+
+
+def show_line(said: tuple[float, dict[str, Any]]) -> str:
+    """As kubectl prints it."""
+    at, columns = said
+    return f"{at:7.1f} s  " + "  ".join(filter(None, columns.values()))
+
+
+def quote(words: str) -> str:
+    """On one line."""
+    return " ".join(words.split())
