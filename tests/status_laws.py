@@ -39,7 +39,8 @@ def states_follow_each_other(run: Object, old: Status, new: Status) -> None:
     for before, after in _pairs(old, new):
         hold(after.state in _NEXT[before.state], f"{after.name} was {before.state} and became {after.state}")
         is_new = after.attempt > before.attempt and not new.is_finished  # then all stops
-        hold(not is_new or after.state in _BEGIN, f"{after.name}'s attempt {after.attempt} begins as {after.state}")
+        begins = _BEGIN | ({"Running"} if after.attempt == 1 else set())
+        hold(not is_new or after.state in begins, f"{after.name}'s attempt {after.attempt} begins as {after.state}")
 
 
 def restarts_never_go_down(run: Object, old: Status, new: Status) -> None:
@@ -139,7 +140,7 @@ def times_are_set_once(run: Object, old: Status, new: Status) -> None:
 
 _ENDS = {"Restarting", "Suspended", "Succeeded", "Failed"}
 _NEXT = {
-    "Pending": {"Pending", "Starting"},
+    "Pending": {"Pending", "Starting", "Running"},  # its workers run before a status told of their start
     "Starting": {"Starting", "Running", *_ENDS},
     "Running": {"Running", *_ENDS},
     "Restarting": {"Running", *_ENDS},

@@ -22,7 +22,7 @@ from sailvl_operator.core.plan import Defaults, PlannedStage, build_attempt, pla
 from sailvl_operator.core.status import decode_status, set_conditions, summarise
 from sailvl_operator.core.tell import collect_events
 from sailvl_operator.core.times import format_time
-from sailvl_operator.core.view import ACTIVE, Step, View
+from sailvl_operator.core.view import ACTIVE, Step, View, look
 
 _MENDED_BY_SPEC = frozenset({Reason.DEADLINE_EXCEEDED, Reason.GATE_FAILED})
 """Reasons of a failure that a changed spec may take away."""
@@ -163,18 +163,7 @@ def _view(
 ) -> View:
     name = planned.stage.name
     status = old.get(name) or StageStatus(name=name, state="Pending")
-    key = (name, status.attempt)
-    job = observed.jobs.get(key)
-    return View(
-        run=run,
-        planned=planned,
-        status=status,
-        job=job if job is not None and job.owner_uid in ("", run.uid) else None,
-        pods=observed.pods.get(key, ()),
-        observed=observed,
-        defaults=defaults,
-        now=now,
-    )
+    return look(View(run=run, planned=planned, status=status, observed=observed, defaults=defaults, now=now), status)
 
 
 def _step(view: View, *, asked: str, may_begin: bool) -> Step:

@@ -6,6 +6,8 @@ its Job exists. So a crash between any two writes is followed by the same decisi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 
 from sailvl_operator.api.names import DIGEST_LETTERS
@@ -17,7 +19,7 @@ from sailvl_operator.core.numbers import format_decimal, format_duration
 from sailvl_operator.core.observe import PodRecord, parse_time
 from sailvl_operator.core.stuck import PATIENCE_SECONDS, is_patient
 from sailvl_operator.core.times import format_time
-from sailvl_operator.core.view import ACTIVE, Step, View, next_attempt, read_progress
+from sailvl_operator.core.view import ACTIVE, Step, View, look, next_attempt, read_progress
 from sailvl_trainer.contract import Result
 
 _LOST_SECONDS = 30.0
@@ -47,8 +49,15 @@ def step(view: View, *, may_begin: bool) -> Step:
     if view.status.state in ACTIVE:
         return advance(view)
     if view.status.state == "Pending" and (may_begin or _has_begun(view)):
-        return begin(view)
+        begun = begin(view)
+        return begun if begun.should_start else _catch_up(view, begun)
     return Step(status=view.status)
+
+
+def _catch_up(view: View, begun: Step) -> Step:
+    """Workers that run before a status told of their start: one write tells of both."""
+    step = advance(look(view, begun.status))
+    return replace(step, events=begun.events + step.events) if step.status.state == "Running" else begun
 
 
 def _has_begun(view: View) -> bool:

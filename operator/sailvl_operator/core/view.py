@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -29,11 +29,11 @@ class View:
     run: Run
     planned: PlannedStage
     status: StageStatus
-    job: JobRecord | None
-    pods: tuple[PodRecord, ...]
     observed: Observed
     defaults: Defaults
     now: float
+    job: JobRecord | None = None
+    pods: tuple[PodRecord, ...] = ()
 
     @property
     def key(self) -> tuple[str, int]:
@@ -50,6 +50,14 @@ class View:
         """Whether every worker's container runs."""
         ready = {p.index for p in self.pods if p.is_ready and not p.is_gone and p.terminated is None}
         return len(ready) == self.nodes
+
+
+def look(view: View, status: StageStatus) -> View:
+    """The same stage with another status: its attempt may be another too."""
+    key = status.name, status.attempt
+    job = view.observed.jobs.get(key)
+    is_own = job is not None and job.owner_uid in ("", view.run.uid)
+    return replace(view, status=status, job=job if is_own else None, pods=view.observed.pods.get(key, ()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

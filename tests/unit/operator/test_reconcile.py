@@ -233,6 +233,31 @@ def test_pods_that_a_first_job_left_are_an_attempt() -> None:
     assert [a.document.attempt for a in world.started] == [1, 2]
 
 
+def test_workers_that_run_before_a_status_told_of_their_start_take_one_write() -> None:
+    world = World(spec={"stages": SPEC["stages"][2:3]})
+    world.step()
+    world.status, world.events = Status(), []  # where many runs start at once, the write was put off
+    world.step()
+    stage = world.stage("knowledge")
+    assert (stage.state, stage.attempt, stage.digest) == ("Running", 1, world.started[0].document.digest)
+    assert [event.reason for event in world.events] == [Reason.STAGE_STARTED]
+    assert not world.step()
+
+
+def test_what_has_failed_before_a_status_told_of_its_start_takes_two() -> None:
+    """A later attempt's number needs a status that tells of the one before."""
+    world = World(spec={"stages": SPEC["stages"][2:3]})
+    world.step()
+    world.status = Status()
+    for index in range(2):
+        world.end(index, 1, message="boom")
+    states = []
+    for _ in range(2):
+        world.step()
+        states.append((world.stage("knowledge").state, world.stage("knowledge").attempt))
+    assert states == [("Starting", 1), ("Restarting", 2)]
+
+
 def test_nothing_changed_nothing_written() -> None:
     world = World()
     world.settle()
