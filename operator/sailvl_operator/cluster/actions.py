@@ -11,6 +11,7 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.core import shapes
 from sailvl_operator.core.decision import Attempt, Decision
 from sailvl_operator.core.desired.claim import build_claim
 from sailvl_operator.core.desired.job import build_job
@@ -60,7 +61,7 @@ class Actions:
         Raises ApiError or NameTaken.
         """
         service = build_service(namespace=run.namespace, run=run.name, owner_uid=run.uid)
-        self._children.services.put_created(await self._create(resources.SERVICES, service, run.uid))
+        self._children.services.put_created(await self._create(resources.SERVICES, service, run.uid, shapes.Service))
         return {}
 
     async def _start_all(self, run: Run, attempts: Iterable[Attempt]) -> Refused:
@@ -108,24 +109,26 @@ class Actions:
             return
         claim = build_claim(run)
         if claim is not None:
-            await self._create(resources.CLAIMS, claim, run.uid)
+            await self._create(resources.CLAIMS, claim, run.uid, shapes.Nothing)
         self._prepared[run.uid] = None
         if len(self._prepared) > 10_000:
             del self._prepared[next(iter(self._prepared))]
 
     async def _start(self, attempt: Attempt) -> None:
         job = build_job(attempt, build_appdef(attempt))
-        found = await self._create(resources.JOBS, job, attempt.owner_uid)
+        found = await self._create(resources.JOBS, job, attempt.owner_uid, shapes.Job)
         if _digest(found) not in ("", _digest(job)):  # made before the spec was changed, which came before the status
             await self._end(parse_job(found))
             raise Conflict(f"Job {job['metadata']['name']} is of an earlier spec")
         self._children.jobs.put_created(found)
 
-    async def _create(self, resource: Resource, body: dict[str, Any], owner_uid: str) -> dict[str, Any]:
+    async def _create(
+        self, resource: Resource, body: dict[str, Any], owner_uid: str, shape: shapes.Shape
+    ) -> dict[str, Any]:
         """POST, or what is there already if it is ours: server-side apply would adopt a deleted run's leftovers."""
         metadata = body["metadata"]
         try:
-            return await self._client.create(resource, metadata["namespace"], body)
+            return await self._client.create(resource, metadata["namespace"], body, shape=shape)
         except Conflict:
             existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
         if not _is_ours(existing["metadata"], body["metadata"], owner_uid):

@@ -130,9 +130,12 @@ class Client:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unreachable(f"watch {path}: {error or type(error).__name__}") from error
 
-    async def create(self, resource: Resource, namespace: str, body: Mapping[str, Any]) -> Object:
-        """POST. After a lost answer the retry meets a Conflict: whoever calls compares the owner."""
-        return await self._request("create", "POST", resource.path(namespace), _manager(), body=body)
+    async def create(
+        self, resource: Resource, namespace: str, body: Mapping[str, Any], *, shape: Shape = dict
+    ) -> Object:
+        """POST; the answer has no more than its shape. After a lost answer the retry meets a Conflict: whoever calls
+        compares the owner."""
+        return await self._request("create", "POST", resource.path(namespace), _manager(), body=body, shape=shape)
 
     async def replace(self, resource: Resource, namespace: str, name: str, body: Mapping[str, Any]) -> Object:
         """PUT of a whole object; its resourceVersion guards against others."""
@@ -251,22 +254,35 @@ async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
         pending = bytearray(rest)
 
 
-class _Event(msgspec.Struct):
-    type: str
-    object: msgspec.Raw
-
-
 def _decode_event(line: bytes, path: str, shape: Shape) -> tuple[EventType, Object]:
+    """Read once: only what isn't of the shape, as errors aren't, is read again."""
+    broken: Exception | None = None
     try:
-        event = msgspec.json.decode(line, type=_Event)
-        is_error = event.type == "ERROR"
-        found: Object = msgspec.json.decode(event.object, type=dict if is_error else shape)
+        event = msgspec.json.decode(line, type=_event_of(shape))
+        if event["type"] != "ERROR":
+            return cast("EventType", event["type"]), event["object"]
     except msgspec.MsgspecError as error:
-        raise Unreachable(f"watch {path}: an event is broken: {error}") from error
-    if is_error:
-        told = api_error(found.get("code", 500), found, request=f"watch {path}")
-        raise Gone(str(told), status=410, reason="Expired") if told.reason == "Expired" else told
-    return cast("EventType", event.type), found
+        broken = error
+    found = _find_error(line)
+    if found is None:
+        raise Unreachable(f"watch {path}: an event is broken: {broken}") from broken
+    told = api_error(found.get("code", 500), found, request=f"watch {path}")
+    raise Gone(str(told), status=410, reason="Expired") if told.reason == "Expired" else told
+
+
+def _find_error(line: bytes) -> Object | None:
+    """The status of an event of type ERROR; None: it is none."""
+    try:
+        event = msgspec.json.decode(line, type=_event_of(dict))
+    except msgspec.MsgspecError:
+        return None
+    return event["object"] if event["type"] == "ERROR" else None
+
+
+@cache
+def _event_of(shape: Shape) -> Any:
+    make: Any = TypedDict
+    return make("event", {"type": str, "object": shape})
 
 
 @cache

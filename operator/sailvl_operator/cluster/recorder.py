@@ -12,6 +12,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
+from sailvl_operator.core.shapes import Nothing
 from sailvl_operator.errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Recorder:
         while True:
             event = await self._backlog.get()
             try:
-                await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event)
+                await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event, shape=Nothing)
                 self._count("written")
             except ApiError as error:
                 self._count("failed")

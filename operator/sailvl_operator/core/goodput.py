@@ -84,10 +84,15 @@ def _cost(gpu_seconds: int, per_gpu_hour: str) -> str:
 
 
 def _last_settlement(old: Status, now: float) -> float:
-    """A run that begins, or goes on after it had ended, owes nothing for before."""
-    if old.completion_time or not old.start_time:
-        return max(now, parse_time(old.goodput.settled_at))
-    return parse_time(old.goodput.settled_at or old.start_time)
+    """A run that begins, or goes on after it had ended, owes nothing for before, but for the part of a second that was
+    too little for the books at its end."""
+    settled = parse_time(old.goodput.settled_at)
+    if not old.start_time:
+        return max(now, settled)
+    if old.completion_time:
+        rest = max(0.0, parse_time(old.completion_time) - settled) % 1
+        return max(now - rest, settled)
+    return settled or parse_time(old.start_time)
 
 
 def _enter(view: View, new: StageStatus, since: float, elapsed: int) -> _Entry:

@@ -321,6 +321,12 @@ def _settle(run: Run, old: Status, new: Status, outcome: Outcome, now: float) ->
 
 def _ready(outcome: Outcome) -> str:
     """Workers that run, of those wanted, over the active stages."""
-    active = [v for v, s in zip(outcome.views, outcome.steps, strict=True) if s.status.state in ACTIVE]
+    pairs = zip(outcome.views, outcome.steps, strict=True)
+    active = [_catch_up(view, step) for view, step in pairs if step.status.state in ACTIVE]
     ready = sum(p.is_ready and not p.is_gone for v in active for p in v.pods)
     return f"{ready}/{sum(v.nodes for v in active)}" if active else ""
+
+
+def _catch_up(view: View, step: Step) -> View:
+    """Workers of a stage that begins may be there already."""
+    return look(view, step.status) if view.status.state == "Pending" else view

@@ -107,5 +107,9 @@ class Service(TypedDict, total=False):
     metadata: Metadata
 
 
+class Nothing(TypedDict):
+    """Of an answer that nobody reads."""
+
+
 Shape = Any
 """One of these types, or dict for a whole object."""

@@ -168,6 +168,21 @@ def test_a_restarted_operator_books_the_time_without_it() -> None:
     assert sum(clock.seconds.values()) == int(clock.now) - 1000
 
 
+def test_parts_of_seconds_at_many_ends_add_up() -> None:
+    clock = run()
+    for attempt in range(1, 11):
+        clock.now += 4.7
+        for index in (0, 1):
+            clock.end(index, ExitCode.CONFIG)
+        clock.settle()
+        assert clock.stage("alignment").state == "Failed"
+        clock.now += 1000  # until a person has mended it
+        clock.restart_stage = "alignment"
+        clock.settle()
+        assert clock.stage("alignment").attempt == attempt + 1
+    assert sum(clock.seconds.values()) == pytest.approx(30 + 47, abs=1)
+
+
 def test_the_pause_before_an_appended_stage_is_nobodys() -> None:
     clock = Clock()
     finish(clock)

@@ -240,6 +240,7 @@ def test_workers_that_run_before_a_status_told_of_their_start_take_one_write() -
     world.step()
     stage = world.stage("knowledge")
     assert (stage.state, stage.attempt, stage.digest) == ("Running", 1, world.started[0].document.digest)
+    assert world.status.summary.ready == "2/2"
     assert [event.reason for event in world.events] == [Reason.STAGE_STARTED]
     assert not world.step()
 
