@@ -31,6 +31,8 @@ class World:
     pods: dict[str, PodRecord] = field(default_factory=dict)
     progress: dict[tuple[str, int], Progress] = field(default_factory=dict)
     """What the workers say, by stage and attempt."""
+    unheard: dict[tuple[str, int], str] = field(default_factory=dict)
+    """Attempts whose workers can't be asked, and why."""
     complaints: dict[tuple[str, int], str] = field(default_factory=dict)
     """Why attempts don't start, by stage and attempt."""
     refusals: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -49,7 +51,14 @@ class World:
         """One reconcile, carried out; whether anything was to be done."""
         run = build_run(status=encode_status(self.status), generation=self.generation, **self.spec)
         run = msgspec.structs.replace(run, restart_stage=self.restart_stage)
-        seen = observe(self.jobs.values(), self.pods.values(), self.progress, self.complaints, refusals=self.refusals)
+        seen = observe(
+            self.jobs.values(),
+            self.pods.values(),
+            self.progress,
+            self.complaints,
+            refusals=self.refusals,
+            unheard=self.unheard,
+        )
         decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS)
         for job in (*decision.clear, *decision.end):
             self.jobs.pop(job.name)

@@ -127,8 +127,10 @@ async def _measure_peer(report: Report, runs: int) -> None:
 async def _measure_bare(report: Report, runs: int) -> None:
     async with ControlPlane() as plane:
         jobs_s, pods_s = await scenarios.start_bare(plane, runs=runs, nodes=2, log=report.log)
+    ratio = report.figures["pods_exist_1000_s"] / pods_s
     report.notes.append(
-        f"without any operator, its Jobs made by this benchmark: Jobs {jobs_s:.1f} s, pods {pods_s:.1f} s"
+        f"without any operator, runs and the same Jobs made here: Jobs {jobs_s:.1f} s, pods {pods_s:.1f} s; "
+        f"with it pods took {ratio:.2f} times that"
     )
 
 

@@ -14,22 +14,26 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from ssl import create_default_context
 from types import TracebackType
+
+from aiohttp import web
 
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.cluster.resources import CLAIMS, RUNS, Resource
 from sailvl_operator.errors import ApiError
 from sailvl_operator.settings import ApiSettings
+from sailvl_trainer.contract import METRICS_PORT, Progress
 
 ROOT = Path(__file__).parents[2]
 API = "https://127.0.0.1:16443"
 ETCD = "http://127.0.0.1:12379"
 POD_ADDRESS = "192.0.2.1"
-"""Of all pods, and this machine's own for as long as the control plane runs: nothing answers there, and what is sent
-there doesn't leave the machine. Endpoints may not have one of the loopback range."""
+"""Of all pods, and this machine's own for as long as the control plane runs; Endpoints may not have one of the loopback
+range. There one server is every worker: what it says is of no attempt, so that it is read and changes nothing."""
 NODES = 20
 QPS = 500
 
@@ -115,10 +119,13 @@ class ControlPlane:
         self.kubeconfig = self.folder / "pki/admin.conf"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._bin = Path(subprocess.check_output([ROOT / "hack/cluster/build.sh"], text=True).strip().splitlines()[-1])
+        self._workers: web.AppRunner
         self.client: Client
 
     async def __aenter__(self) -> ControlPlane:
         try:
+            _set_pod_address("replace")
+            self._workers = await _serve_progress()
             self._start_all()
             await self._await_ready()
             credentials = load_credentials(str(self.kubeconfig), "")
@@ -133,6 +140,7 @@ class ControlPlane:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.client.__aexit__(kind, error, trace)
+        await self._workers.cleanup()
         self._stop()
 
     def cpu_seconds(self) -> dict[str, float]:
@@ -160,7 +168,6 @@ class ControlPlane:
         environment = os.environ | {"PKI": str(pki), "API": API, "HACK": str(ROOT / "hack/cluster")}
         subprocess.run(["bash", "-c", _CERTIFICATES], env=environment, check=True, capture_output=True)
         (self.folder / "kwok.yaml").write_text(_READY.replace("POD_ADDRESS", POD_ADDRESS))
-        _set_pod_address("replace")
         self._start("etcd", *_etcd(self.folder))
         self._start("kube-apiserver", *_api_server(pki))
         for name in ("controller-manager", "scheduler"):
@@ -245,8 +252,24 @@ class ControlPlane:
 
 
 def _set_pod_address(verb: str) -> None:
-    """Where that isn't allowed, the address of documentation (RFC 5737) leads nowhere all the same."""
     subprocess.run(["ip", "address", verb, f"{POD_ADDRESS}/32", "dev", "lo"], capture_output=True, check=False)
+
+
+async def _serve_progress() -> web.AppRunner:
+    """/progress of all workers. Raises RuntimeError where their address couldn't be made this machine's."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(asdict(Progress(attempt=0, phase="running")))
+
+    app = web.Application()
+    app.router.add_get("/progress", answer)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, POD_ADDRESS, METRICS_PORT).start()
+    except OSError as error:
+        raise RuntimeError(f"run this as root: fake pods share the address {POD_ADDRESS}: {error}") from error
+    return runner
 
 
 def cpu_seconds(pid: int) -> float:

@@ -14,8 +14,14 @@ from peers import SETTLE_SECONDS, NaiveKopf, SailVL, until
 
 from control_plane import ControlPlane
 from sailvl_operator.api import names
+from sailvl_operator.api.parse import parse_run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.core.desired import job as desired
+from sailvl_operator.core.desired.workload import build_appdef
+from sailvl_operator.core.observe import observe
+from sailvl_operator.core.plan import Defaults
+from sailvl_operator.core.reconcile import reconcile
 
 NAMESPACE = "default"
 QUIET_SECONDS = 60.0
@@ -68,9 +74,12 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
 
 
 async def start_bare(plane: ControlPlane, *, runs: int, nodes: int, log: Log) -> tuple[float, float]:
-    """What the control plane alone needs: the Jobs are made here. Seconds until all Jobs and until all pods exist."""
+    """What the control plane alone needs: the runs are made, and our operator's Jobs, but by nobody who watches.
+    Seconds until all Jobs and until all pods exist."""
+    jobs = [build_job(f"run-{n:04}", nodes) for n in range(runs)]
     began = time.monotonic()
-    jobs_s = await _create_all(plane, resources.JOBS, [build_job(f"job-{n:04}", nodes) for n in range(runs)]) - began
+    _, done = await asyncio.gather(create_runs(plane, runs, nodes), _create_all(plane, resources.JOBS, jobs))
+    jobs_s = done - began
     pods_s = await _await_count(plane, resources.PODS, runs * nodes, began)
     log(f"without any operator: {runs} Jobs after {jobs_s:.1f} s, {runs * nodes} pods after {pods_s:.1f} s")
     return jobs_s, pods_s
@@ -106,17 +115,15 @@ def build_run(name: str, nodes: int) -> dict[str, Any]:
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
 
 
-def build_job(name: str, nodes: int) -> dict[str, Any]:
-    """An Indexed Job as both operators make them, but for its size."""
-    container = {"name": "worker", "image": "registry.example.com/sailvl-trainer:0.1.0"}
-    spec = {
-        "completionMode": "Indexed",
-        "completions": nodes,
-        "parallelism": nodes,
-        "backoffLimitPerIndex": 0,
-        "template": {"spec": {"restartPolicy": "Never", "containers": [container]}},
-    }
-    return {"metadata": {"name": name}, "spec": spec}
+def build_job(run: str, nodes: int) -> dict[str, Any]:
+    """The Job that our operator makes for a run, but for its owner, which it needn't wait for."""
+    metadata = {"namespace": NAMESPACE, "uid": run, "resourceVersion": "1", "generation": 1}
+    raw = build_run(run, nodes)
+    entry = parse_run(raw | {"metadata": raw["metadata"] | metadata})
+    [attempt] = reconcile(entry, observe([], []), now=time.time(), defaults=Defaults()).start
+    job = desired.build_job(attempt, build_appdef(attempt))
+    del job["metadata"]["ownerReferences"]
+    return job
 
 
 async def measure_quiet(operator: SailVL, log: Log) -> tuple[int, float]:

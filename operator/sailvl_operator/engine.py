@@ -187,6 +187,7 @@ class Engine:
             self._progress.get(key, run.uid),
             self._complaints.get(key),
             refusals=self._complaints.get_refusals(key),
+            unheard=self._progress.get_unheard(key, run.uid),
             is_served=is_served,
         )
 

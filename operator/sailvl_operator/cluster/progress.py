@@ -1,6 +1,7 @@
 """Reads /progress from the first worker of every running attempt, every few seconds; the engine looks at the newest.
 
-Best effort: bounded in number, rate and time, apart from the reconciles; a read that fails means nothing but a count.
+Best effort: bounded in number, rate and time, apart from the reconciles. A read that fails means nothing but a count;
+an attempt that has never answered is told of, since nobody would see how far it is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -23,6 +25,8 @@ Attempt = tuple[str, int]
 """stage, attempt"""
 
 _SIZE_LIMIT = 65536
+_SILENT_READS = 4
+"""In vain, within a minute or more: it isn't that the worker has only begun."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,23 +58,25 @@ class ProgressReader:
         self._port = port
         self._monotonic = monotonic
         self._documents: dict[Key, dict[Attempt, tuple[str, Progress]]] = {}  # with the run's uid
+        self._unheard: dict[Key, dict[Attempt, tuple[str, str]]] = {}  # why not, with the run's uid
         self._turns: dict[str, _Turn] = {}  # by the pod's uid
 
     def get(self, key: Key, uid: str) -> Mapping[Attempt, Progress]:
         """The newest document of each attempt of a run, and of none that had its name before."""
         return {a: found for a, (of, found) in self._documents.get(key, {}).items() if of in ("", uid)}
 
+    def get_unheard(self, key: Key, uid: str) -> Mapping[Attempt, str]:
+        """Attempts of a run that have never answered, with the reason."""
+        return {a: why for a, (of, why) in self._unheard.get(key, {}).items() if of in ("", uid)}
+
     def __len__(self) -> int:
         """Runs whose workers were heard of."""
         return len(self._documents)
 
     def forget(self, key: Key, is_closed: Callable[[str, int], bool]) -> None:
-        """Drop the documents of closed attempts."""
-        documents = self._documents.get(key, {})
-        for attempt in [a for a in documents if is_closed(*a)]:
-            del documents[attempt]
-        if not documents:
-            self._documents.pop(key, None)
+        """Drop what is known of closed attempts."""
+        _drop_closed(self._documents, key, is_closed)
+        _drop_closed(self._unheard, key, is_closed)
 
     async def run(self) -> None:
         """Rounds, until cancelled."""
@@ -95,19 +101,23 @@ class ProgressReader:
     async def _read(self, session: aiohttp.ClientSession, pod: PodRecord) -> None:
         try:
             document = await self._fetch(session, pod.ip)
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, Unreachable):
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, Unreachable) as error:
             self._count("failed")
-            self._put_off(pod)
+            self._put_off(pod, str(error) or "no answer in time")
             return
         self._count("ok")
         self._turns[pod.uid] = _Turn(at=self._monotonic())
         self._store(pod, document)
 
-    def _put_off(self, pod: PodRecord) -> None:
+    def _put_off(self, pod: PodRecord, why: str) -> None:
         """Who doesn't answer is asked less often each time."""
         failures = self._turns[pod.uid].failures + 1
         wait = min(self._settings.interval * 2.0 ** min(failures, 30), self._settings.patience)
         self._turns[pod.uid] = _Turn(failures=failures, at=self._monotonic() + wait)
+        key, attempt = (pod.namespace, pod.run), (pod.stage, pod.attempt)
+        if failures == _SILENT_READS and attempt not in self._documents.get(key, {}):
+            self._unheard.setdefault(key, {})[attempt] = pod.run_uid, f"port {self._port} of pod {pod.name}: {why}"
+            self._on_change(key)
 
     async def _fetch(self, session: aiohttp.ClientSession, ip: str) -> Progress:
         host = f"[{ip}]" if ":" in ip else ip
@@ -127,6 +137,7 @@ class ProgressReader:
             return  # the pod's address belongs to another worker by now
         documents = self._documents.setdefault(key, {})
         before = documents.get(attempt)
+        self._unheard.get(key, {}).pop(attempt, None)
         documents[attempt] = pod.run_uid, document
         if before is None or before[0] != pod.run_uid or _essence(before[1]) != _essence(document):
             self._on_change(key)
@@ -136,6 +147,12 @@ def is_readable(pod: PodRecord) -> bool:
     """The first worker of an attempt, while it runs."""
     is_there = pod.phase == "Running" and not (pod.is_gone or pod.is_deleting)
     return is_there and pod.index == 0 and bool(pod.ip)
+
+
+def _drop_closed(known: dict[Key, dict[Attempt, Any]], key: Key, is_closed: Callable[[str, int], bool]) -> None:
+    kept = {attempt: found for attempt, found in known.pop(key, {}).items() if not is_closed(*attempt)}
+    if kept:
+        known[key] = kept
 
 
 def _essence(document: Progress) -> Progress:

@@ -138,12 +138,14 @@ def _when_placed(view: View) -> float | None:
 
 
 def _divide(view: View, elapsed: int) -> Buckets:
-    """By what the workers did since they were last read; what they don't name is their stage's work."""
-    seen = view.observed.progress.get((view.status.name, view.status.attempt))
+    """By what the workers did since they were last read; what they don't name is their stage's work, as is all of those
+    that nobody can ask."""
+    seen = view.observed.progress.get(view.key)
     kind = view.planned.stage.kind
     if seen is None or seen.phase == "starting":
         is_known = view.status.progress is not None and view.status.progress.seconds
-        return {MAIN[kind] if is_known and seen is None else "starting": elapsed}
+        is_at_work = seen is None and (is_known or view.key in view.observed.unheard)
+        return {MAIN[kind] if is_at_work else "starting": elapsed}
     before = view.status.progress.seconds if view.status.progress is not None else {}
     spent = {name: max(0, value - before.get(name, 0)) for name, value in count_seconds(seen, kind).items()}
     unnamed = max(0, elapsed - sum(spent.values()))

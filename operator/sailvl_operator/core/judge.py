@@ -97,10 +97,19 @@ def _judge_stages(run: Run, outcome: Outcome) -> Verdicts:
 
 def _judge_active(outcome: Outcome) -> Verdicts:
     states = {s.state for s in outcome.statuses}
-    active = [f"{s.name} is {s.state.lower()}" for s in outcome.statuses if s.state in ACTIVE]
+    pairs = zip(outcome.views, outcome.statuses, strict=True)
+    active = [_describe(view, status) for view, status in pairs if status.state in ACTIVE]
     reason = Reason.RUNNING if "Running" in states else Reason.RESTARTING if "Restarting" in states else Reason.STARTING
     stuck = find_stuck(outcome.views, outcome.rulings)
     return build_verdicts(reason, ", ".join(active), running="Running" in states, stuck=stuck)
+
+
+def _describe(view: View, status: StageStatus) -> str:
+    words = f"{status.name} is {status.state.lower()}"
+    unheard = view.observed.unheard.get((status.name, status.attempt))
+    if status.state != "Running" or not unheard:
+        return words
+    return f"{words}, how far can't be read ({unheard}); look at NetworkPolicies between the operator and the workers"
 
 
 def _judge_gates(outcome: Outcome) -> Verdicts:

@@ -112,6 +112,8 @@ class Observed:
     pods: Mapping[tuple[str, int], tuple[PodRecord, ...]] = field(default_factory=dict)
     progress: Mapping[tuple[str, int], Progress] = field(default_factory=dict)
     """What the workers last said of themselves, by stage and attempt."""
+    unheard: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    """Attempts that run and have never told how far they are, with the reason."""
     complaints: Mapping[tuple[str, int], str] = field(default_factory=dict)
     """Why an attempt doesn't start, in the words of whoever holds it back, by stage and attempt."""
     refusals: Mapping[tuple[str, int], str] = field(default_factory=dict)
@@ -127,6 +129,7 @@ def observe(
     complaints: Mapping[tuple[str, int], str] | None = None,
     *,
     refusals: Mapping[tuple[str, int], str] | None = None,
+    unheard: Mapping[tuple[str, int], str] | None = None,
     is_served: bool = True,
 ) -> Observed:
     """Sort a run's children once; the newest pod of an index comes last."""
@@ -139,6 +142,7 @@ def observe(
         removed=frozenset(key for key, job in sorted_jobs.items() if job.is_gone),
         pods={key: tuple(group) for key, group in by_attempt.items()},
         progress=progress or {},
+        unheard=unheard or {},
         complaints=complaints or {},
         refusals=refusals or {},
         is_served=is_served,

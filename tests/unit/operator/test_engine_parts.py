@@ -242,6 +242,36 @@ async def test_only_the_first_worker_of_a_running_attempt_is_asked(reading, fiel
     assert reading.outcomes == []
 
 
+async def test_who_never_answers_is_told_of(reading):
+    reading.reader._monotonic = lambda: next(reading.times)
+    reading.times = iter(range(0, 10**6, 100))
+    reading.worker.status = 503
+    for _ in range(3):
+        await reading.read()
+    assert reading.reader.get_unheard(KEY, "u") == {}
+    assert reading.changes == []
+    for _ in range(3):
+        await reading.read()
+    why = reading.reader.get_unheard(KEY, "u")["curate", 1]
+    assert why.startswith("port ")
+    assert why.endswith("of pod demo-curate-1-0: /progress answers 503")
+    assert reading.changes == [KEY], "once"
+    reading.worker.document, reading.worker.status = asdict(Progress(attempt=1, phase="running", step=1)), 200
+    await reading.read()
+    assert reading.reader.get_unheard(KEY, "u") == {}
+
+
+async def test_who_has_answered_before_is_not(reading):
+    reading.reader._monotonic = lambda: next(reading.times)
+    reading.times = iter(range(0, 10**6, 100))
+    reading.worker.document = asdict(Progress(attempt=1, phase="running", step=1))
+    await reading.read()
+    reading.worker.status = 503
+    for _ in range(8):
+        await reading.read()
+    assert reading.reader.get_unheard(KEY, "u") == {}
+
+
 async def test_the_server_answers_probes_and_scrapes():
     registry, problems = CollectorRegistry(), []
     Counter("sailvl_test", "A counter.", registry=registry).inc()

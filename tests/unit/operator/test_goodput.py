@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sailvl_operator.api.status import ConditionType
 from sailvl_operator.core.numbers import apportion
 from sailvl_trainer.contract import Checkpoint, ExitCode, Progress
 from worlds import World, finish
@@ -75,6 +76,25 @@ def test_workers_say_what_they_did() -> None:
     clock.wait(20, step=60, saved=40, starting=5, training=53, data_wait=7, checkpoint=5)
     assert clock.seconds == {"queued": 10, "starting": 25, "training": 53, "dataWait": 7, "checkpoint": 5}
     assert clock.stage("alignment").progress.unsaved_seconds == 20
+
+
+def test_workers_that_nobody_can_ask_are_at_work() -> None:
+    """As far as the operator knows; the condition says why it doesn't know more."""
+    clock = run()
+    clock.unheard["alignment", 1] = "port 9400 of pod demo-alignment-1-0: no answer in time"
+    clock.wait(0)
+    condition = clock.status.condition(ConditionType.RUNNING)
+    assert condition is not None
+    assert condition.message == (
+        "alignment is running, how far can't be read (port 9400 of pod demo-alignment-1-0: no answer in time); "
+        "look at NetworkPolicies between the operator and the workers"
+    )
+    clock.now += 500
+    clock.end(0, 1)
+    clock.end(1, 1)
+    clock.step()
+    assert clock.seconds["queued"] + clock.seconds["starting"] == 30
+    assert clock.seconds.get("training", 0) + clock.seconds.get("lost", 0) == 500
 
 
 def test_what_a_crash_cost_is_lost() -> None:
