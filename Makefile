@@ -71,7 +71,7 @@ images: cluster  ## both images, in the cluster's registry, tagged by content
 e2e: setup  ## whole runs on the cluster with the built images
 	hack/test.sh e2e
 
-faults: setup  ## every fault in every kind of stage on the cluster, each for real: build/faults/faults.md; about an hour
+faults: setup  ## every fault in every kind of stage on the cluster, each for real: build/faults/faults.md; about eighty minutes
 	hack/test.sh faults
 
 chaos: setup  ## SAILVL_CHAOS_MINUTES (30) of chaos on the cluster from SAILVL_CHAOS_SEED (1); ends in the same weights, bit for bit

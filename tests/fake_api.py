@@ -220,7 +220,7 @@ class FakeApi:
                 except TimeoutError:
                     break
         self.open_watches -= 1
-        await _send(response, "BOOKMARK", {"metadata": {"resourceVersion": str(seen)}})
+        await _send(response, "BOOKMARK", _build_bookmark(plural, str(seen)))
         return response
 
     async def _change(
@@ -309,3 +309,10 @@ def _status(code: int, reason: str, headers: dict[str, str] | None = None) -> we
 
 async def _send(response: web.StreamResponse, type_: str, body: Object) -> None:
     await response.write(json.dumps({"type": type_, "object": body}).encode() + b"\n")
+
+
+def _build_bookmark(plural: str, version: str) -> Object:
+    """An empty object, as the API server sends it: with nulls where others have times and lists."""
+    pod = {"metadata": {"creationTimestamp": None}, "spec": {"containers": None}}
+    inside: Object = {"pods": {"spec": pod["spec"]}, "jobs": {"spec": {"template": pod}}}.get(plural, {})
+    return inside | {"metadata": {"resourceVersion": version, "creationTimestamp": None}, "status": {}}

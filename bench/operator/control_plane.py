@@ -247,8 +247,8 @@ class ControlPlane:
         for process in reversed(self._processes.values()):
             process.kill()
             process.wait()
-        _set_pod_address("delete")
         shutil.rmtree(self.folder, ignore_errors=True)
+        _set_pod_address("delete")
 
 
 def _set_pod_address(verb: str) -> None:

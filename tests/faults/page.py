@@ -50,7 +50,7 @@ def write_page(faults: dict[str, str]) -> None:
     stories = [build_story(report) for report in reports if report["cells"]]
     parts = [intro, build_markdown(HEAD, rows), _PICTURE, build_ledger(reports), _STORIES, *stories]
     picture = FOLDER / "pictures/faults.png"
-    picture.parent.mkdir(exist_ok=True)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     draw_table(picture, reports)
     (FOLDER / "faults.md").write_text("\n".join(parts).replace(f"{ROOT}/", "/"))
 

@@ -65,6 +65,8 @@ class ExitCode(enum.IntEnum):
     """SIGTERM arrived and no checkpoint was saved within the grace."""
 
 
+WATCHDOG_SECONDS = 5.0
+"""Between two looks of a worker's watchdog: workers that stall together end within so long of each other."""
 STORAGE_CODE = 74
 """A volume is full, gone or broken: people have to act. No ExitCode: to the operator it is a crash like any other, and
 new pods, which mount the volume anew, try again after a backoff. The number is EX_IOERR of <sysexits.h>."""

@@ -255,7 +255,8 @@ async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 
 def _decode_event(line: bytes, path: str, shape: Shape) -> tuple[EventType, Object]:
-    """Read once: only what isn't of the shape, as errors aren't, is read again."""
+    """Read once; only errors and bookmarks, which needn't be of the shape, are read again: a bookmark's object is an
+    empty one, with nulls where others have lists."""
     broken: Exception | None = None
     try:
         event = msgspec.json.decode(line, type=_event_of(shape))
@@ -263,20 +264,22 @@ def _decode_event(line: bytes, path: str, shape: Shape) -> tuple[EventType, Obje
             return cast("EventType", event["type"]), event["object"]
     except msgspec.MsgspecError as error:
         broken = error
-    found = _find_error(line)
-    if found is None:
+    type_, found = _read_shapeless(line)
+    if type_ == "BOOKMARK":
+        return "BOOKMARK", found
+    if type_ != "ERROR":
         raise Unreachable(f"watch {path}: an event is broken: {broken}") from broken
     told = api_error(found.get("code", 500), found, request=f"watch {path}")
     raise Gone(str(told), status=410, reason="Expired") if told.reason == "Expired" else told
 
 
-def _find_error(line: bytes) -> Object | None:
-    """The status of an event of type ERROR; None: it is none."""
+def _read_shapeless(line: bytes) -> tuple[str, Object]:
+    """Type and object of an event; no type: it is none."""
     try:
         event = msgspec.json.decode(line, type=_event_of(dict))
     except msgspec.MsgspecError:
-        return None
-    return event["object"] if event["type"] == "ERROR" else None
+        return "", {}
+    return event["type"], event["object"]
 
 
 @cache

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import aiohttp
@@ -25,8 +26,8 @@ Attempt = tuple[str, int]
 """stage, attempt"""
 
 _SIZE_LIMIT = 65536
-_SILENT_READS = 4
-"""In vain, within a minute or more: it isn't that the worker has only begun."""
+_SILENT_SECONDS = 300.0
+"""For which a worker may load its programs, and wait for the storage, before it answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,8 @@ class _Turn:
     at: float = 0.0
     failures: int = 0
     """In a row."""
+    since: float = inf
+    """The first of them."""
 
 
 class ProgressReader:
@@ -111,12 +114,18 @@ class ProgressReader:
 
     def _put_off(self, pod: PodRecord, why: str) -> None:
         """Who doesn't answer is asked less often each time."""
-        failures = self._turns[pod.uid].failures + 1
+        turn, now = self._turns[pod.uid], self._monotonic()
+        failures, since = turn.failures + 1, min(turn.since, now)
         wait = min(self._settings.interval * 2.0 ** min(failures, 30), self._settings.patience)
-        self._turns[pod.uid] = _Turn(failures=failures, at=self._monotonic() + wait)
+        self._turns[pod.uid] = _Turn(failures=failures, since=since, at=now + wait)
+        if now - since >= _SILENT_SECONDS:
+            self._note_silence(pod, f"port {self._port} of pod {pod.name}: {why}")
+
+    def _note_silence(self, pod: PodRecord, why: str) -> None:
         key, attempt = (pod.namespace, pod.run), (pod.stage, pod.attempt)
-        if failures == _SILENT_READS and attempt not in self._documents.get(key, {}):
-            self._unheard.setdefault(key, {})[attempt] = pod.run_uid, f"port {self._port} of pod {pod.name}: {why}"
+        unheard = self._unheard.setdefault(key, {})
+        if attempt not in self._documents.get(key, {}) and attempt not in unheard:
+            unheard[attempt] = pod.run_uid, why
             self._on_change(key)
 
     async def _fetch(self, session: aiohttp.ClientSession, ip: str) -> Progress:

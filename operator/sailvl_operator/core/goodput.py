@@ -90,8 +90,8 @@ def _last_settlement(old: Status, now: float) -> float:
     if not old.start_time:
         return max(now, settled)
     if old.completion_time:
-        rest = max(0.0, parse_time(old.completion_time) - settled) % 1
-        return max(now - rest, settled)
+        rest = parse_time(old.completion_time) - settled
+        return max(now - rest if 0 < rest < 1 else now, settled)
     return settled or parse_time(old.start_time)
 
 

@@ -311,8 +311,8 @@ def _build_status(run: Run, old: Status, outcome: Outcome, now: float) -> Status
 
 def _settle(run: Run, old: Status, new: Status, outcome: Outcome, now: float) -> Status:
     """The ledger is brought up to date with whatever else is written, and is never a reason to write."""
-    if new == old:
-        return old
+    if new == old or (old.completion_time and new.completion_time):
+        return new
     ledger, statuses = goodput.settle(old, outcome.views, new.stages, now=now)
     ledger = goodput.price(ledger, run.spec.price_per_gpu_hour)
     summary = msgspec.structs.replace(new.summary, goodput=goodput.share(ledger))
@@ -322,11 +322,11 @@ def _settle(run: Run, old: Status, new: Status, outcome: Outcome, now: float) ->
 def _ready(outcome: Outcome) -> str:
     """Workers that run, of those wanted, over the active stages."""
     pairs = zip(outcome.views, outcome.steps, strict=True)
-    active = [_catch_up(view, step) for view, step in pairs if step.status.state in ACTIVE]
+    active = [_see_begun(view, step) for view, step in pairs if step.status.state in ACTIVE]
     ready = sum(p.is_ready and not p.is_gone for v in active for p in v.pods)
     return f"{ready}/{sum(v.nodes for v in active)}" if active else ""
 
 
-def _catch_up(view: View, step: Step) -> View:
+def _see_begun(view: View, step: Step) -> View:
     """Workers of a stage that begins may be there already."""
     return look(view, step.status) if view.status.state == "Pending" else view

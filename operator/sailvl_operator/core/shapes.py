@@ -31,7 +31,7 @@ class Container(TypedDict, total=False):
 
 
 class TemplateSpec(TypedDict, total=False):
-    containers: list[Container]
+    containers: list[Container] | None
 
 
 class Template(TypedDict, total=False):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import msgspec
 
 from sailvl_operator.api.names import DIGEST_LETTERS
-from sailvl_operator.api.status import Reason, StageProgress
+from sailvl_operator.api.status import Cause, Reason, StageProgress
 from sailvl_operator.api.types import RestartPolicy
 from sailvl_operator.core import ending, failure
 from sailvl_operator.core.decision import Event
@@ -20,7 +20,7 @@ from sailvl_operator.core.observe import PodRecord, parse_time
 from sailvl_operator.core.stuck import PATIENCE_SECONDS, is_patient
 from sailvl_operator.core.times import format_time
 from sailvl_operator.core.view import ACTIVE, Step, View, look, next_attempt, read_progress
-from sailvl_trainer.contract import Result
+from sailvl_trainer.contract import WATCHDOG_SECONDS, Result
 
 _LOST_SECONDS = 30.0
 """After its grace a worker on a living node is gone."""
@@ -195,6 +195,8 @@ def _judge(view: View) -> Step | None:
     if not evidence:
         return Step(status=read_progress(view), requeue_at=min(e.seen + e.patience for e in found))
     settled_at = min(e.seen for e in evidence) + view.defaults.settle_seconds
+    if any(e.cause is Cause.STALLED for e in evidence):
+        settled_at += WATCHDOG_SECONDS
     if len(evidence) < view.nodes and settled_at > view.now:
         return Step(status=read_progress(view), requeue_at=settled_at)
     return ending.fail_by(view, failure.diagnose(evidence), evidence)

@@ -16,6 +16,7 @@ from fake_api import FakeApi, Refusal, serve
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.core import shapes
 from sailvl_operator.errors import (
     ApiError,
     Conflict,
@@ -77,6 +78,20 @@ async def test_a_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
     seen = [e async for e in world.client.watch(resources.PODS, "team", selector="", resource_version=version)]
     assert [(type_, o["metadata"].get("name")) for type_, o in seen] == [("ADDED", "new"), ("BOOKMARK", None)]
     assert len(seen[0][1]["spec"]["long"]) == 300_000
+
+
+@pytest.mark.parametrize(
+    ("resource", "shape"),
+    [(resources.JOBS, shapes.Job), (resources.PODS, shapes.Pod), (resources.SERVICES, shapes.Service)],
+    ids=lambda value: getattr(value, "plural", ""),
+)
+async def test_a_bookmark_need_not_be_of_the_shape(world, resource, shape):
+    """What a real one looks like stands in tests/cluster/test_watches.py."""
+    world.api.watch_seconds = 0.05
+    seen = [e async for e in world.client.watch(resource, resource_version="1", shape=shape)]
+    assert [(type_, set(o["metadata"])) for type_, o in seen] == [
+        ("BOOKMARK", {"resourceVersion", "creationTimestamp"})
+    ]
 
 
 async def test_a_version_that_is_too_old_is_gone(world):

@@ -12,7 +12,7 @@ from builders import SPEC, build_end, build_run
 from sailvl_operator.api.status import Cause, ConditionType, Reason, Status
 from sailvl_operator.core.plan import plan
 from sailvl_operator.core.status import decode_status, encode_status
-from sailvl_trainer.contract import Checkpoint, Progress
+from sailvl_trainer.contract import WATCHDOG_SECONDS, Checkpoint, Progress
 from worlds import DEFAULTS, World, finish
 
 
@@ -117,6 +117,20 @@ def test_a_worker_that_fell_silent_is_named_not_the_one_that_lost_it() -> None:
     )
     assert stage.node_failures == {"node-1": 1}
     assert world.started[-1].doubted_nodes == ("node-1",)
+
+
+def test_a_stall_waits_for_the_other_watchdog() -> None:
+    """Two workers that hang end within seconds of each other; the first alone would have its machine blamed."""
+    world = World(spec={"stages": SPEC["stages"][2:3]}, is_patient=False)
+    world.settle()
+    world.end(0, 68, message="no progress for 900 s")
+    world.now += WATCHDOG_SECONDS
+    world.settle()
+    assert world.stage("knowledge").attempt == 1
+    world.end(1, 68, message="no progress for 900 s")
+    world.settle()
+    stage = world.stage("knowledge")
+    assert (stage.attempt, stage.restarts, stage.node_failures) == (2, {"Stalled": 1}, {})
 
 
 def test_where_all_have_lost_each_other_no_machine_is_named() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -97,7 +98,7 @@ def run_ranks(
         scratch = Scratch(settings.scratch)
         agent = Agent(_build_spec(settings, rendezvous, rank_module), ranks, scratch, lambda: end(lost))
         return _run(agent, rendezvous, scratch)
-    except RendezvousError as error:
+    except (RendezvousError, DistNetworkError, DistStoreError) as error:
         return Termination(exit_code=ExitCode.PEER_LOST, message=f"{type(error).__name__}: {error}")
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from sailvl_trainer.contract import ExitCode, Termination
 from sailvl_trainer.runtime.documents import read_progress
 from sailvl_trainer.runtime.ranks import Ranks
 from sailvl_trainer.runtime.termination import write_termination
+
+_STALL_SECONDS = 60
+"""For which a lost peer gives way to the stall that was found: what is told then takes no longer."""
 
 
 class Exit:
@@ -28,9 +32,10 @@ class Exit:
         """The watchdog has found a stall, and will end the worker: a peer that is lost meanwhile did the same."""
 
     def __call__(self, termination: Termination) -> NoReturn:
-        """Say it, end the ranks that still live, and go."""
-        is_known = termination.exit_code == ExitCode.PEER_LOST and self.has_stalled.is_set()
-        if is_known or not self._once.acquire(blocking=False):
+        """Say it, end the ranks that still live, and go. Where a stall was found, that is told, not a lost peer."""
+        if termination.exit_code == ExitCode.PEER_LOST and self.has_stalled.is_set():
+            time.sleep(_STALL_SECONDS)  # the watchdog ends the process meanwhile
+        if not self._once.acquire(blocking=False):
             threading.Event().wait()  # another thread is ending the process
         if termination.exit_code:
             print(termination.message, file=sys.stderr, flush=True)  # noqa: T201

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sailvl_trainer.contract import RENDEZVOUS_PORT, ExitCode, Phase, Progress, Termination
+from sailvl_trainer.contract import RENDEZVOUS_PORT, WATCHDOG_SECONDS, ExitCode, Phase, Progress, Termination
 from sailvl_trainer.runtime.child import STACK_SIGNAL
 from sailvl_trainer.runtime.documents import read_progress
 from sailvl_trainer.runtime.exit import Exit
@@ -27,8 +27,6 @@ PATIENCE = 10
 """So many times stall_seconds, in these."""
 STACK_SECONDS = 2.0
 """For the ranks to print their stacks."""
-LOOK_SECONDS = 5.0
-"""Between two looks, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +43,7 @@ def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int
     """Watch in a thread, from now on."""
     if not limits.stall_seconds:
         return
-    pause, began = min(LOOK_SECONDS, limits.stall_seconds / 4), time.monotonic()
+    pause, began = min(WATCHDOG_SECONDS, limits.stall_seconds / 4), time.monotonic()
 
     def watch() -> None:
         while True:
@@ -55,7 +53,8 @@ def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int
             if silent is not None:
                 break
         end.has_stalled.set()
-        stacks = collect_stacks(ranks, scratch.stacks) or [f"worker:\n{show_own_stack()}"]
+        own = show_own_stack()
+        stacks = collect_stacks(ranks, scratch.stacks) or [f"worker:\n{own}"]
         print("\n".join(stacks), file=sys.stderr, flush=True)  # noqa: T201
         if nodes > 1:  # else the others' ranks, which lose a peer, end before their workers have looked
             time.sleep(pause + STACK_SECONDS + 1)

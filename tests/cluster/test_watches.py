@@ -1,0 +1,59 @@
+"""Watches of the real API server, decoded to no more than is read of each kind."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import count
+from typing import Any
+
+import pytest
+
+from builders import build_document
+from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.credentials import load_credentials
+from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.core import shapes
+from sailvl_operator.settings import ApiSettings
+
+pytestmark = pytest.mark.cluster
+
+
+TEMPLATE = {"spec": {"restartPolicy": "Never", "containers": [{"name": "worker", "image": "none"}]}}
+PLACELESS = TEMPLATE["spec"] | {"nodeSelector": {"sailvl.dev/there-is": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("resource", "shape", "body"),
+    [
+        pytest.param(resources.JOBS, shapes.Job, {"spec": {"suspend": True, "template": TEMPLATE}}, id="jobs"),
+        pytest.param(resources.PODS, shapes.Pod, {"spec": PLACELESS}, id="pods"),
+        pytest.param(resources.SERVICES, shapes.Service, {"spec": {"clusterIP": "None"}}, id="services"),
+        pytest.param(resources.RUNS, dict, build_document(suspend=True), id="runs"),
+    ],
+)
+async def test_bookmarks_move_a_quiet_watch_on(
+    kubeconfig: str, resource: Resource, shape: Any, body: dict[str, Any]
+) -> None:
+    """The API server sends one shortly before the end of a watch, and every minute of a longer one, while anything of
+    the kind changes."""
+    async with Client(load_credentials(kubeconfig, ""), ApiSettings(watch_timeout=4), lambda *_: None) as client:
+        made = await client.create(resource, "default", body | {"metadata": {"name": "seen-by-nobody"}})
+        version = made["metadata"]["resourceVersion"]
+        changing = asyncio.create_task(keep_changing(client, resource))
+        try:
+            selector = "sailvl.dev/run=nobody"
+            watch = client.watch(resource, selector=selector, resource_version=version, shape=shape)
+            seen = [(type_, int(raw["metadata"]["resourceVersion"])) async for type_, raw in watch]
+        finally:
+            changing.cancel()
+            await client.delete(resource, "default", "seen-by-nobody", uid=made["metadata"]["uid"])
+    assert {type_ for type_, _ in seen} == {"BOOKMARK"}
+    assert seen[-1][1] > int(version)
+
+
+async def keep_changing(client: Client, resource: Resource) -> None:
+    for number in count():
+        note = {"metadata": {"annotations": {"number": str(number)}}}
+        await client.patch(resource, "default", "seen-by-nobody", note)
+        await asyncio.sleep(0.2)
