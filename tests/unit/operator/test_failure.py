@@ -12,6 +12,12 @@ from sailvl_operator.core import failure
 from sailvl_operator.core.observe import PodRecord, Terminated
 from sailvl_trainer.contract import ExitCode
 
+NO_SUCH_COMMAND = (
+    "failed to create containerd task: failed to create shim task: OCI runtime create failed: runc create failed: "
+    'unable to start container process: exec: "/no/such/command": stat /no/such/command: no such file or directory: '
+    "unknown"
+)
+"""containerd's own, word by word."""
 BROKEN_DRIVER = (
     "failed to create task: error running prestart hook: nvidia-container-cli: initialization error: "
     "load library failed: "
@@ -32,7 +38,7 @@ CASES = [
     pytest.param([build_end(75), build_end(76)], Cause.PREEMPTED, 0, id="a saved checkpoint after SIGTERM"),
     pytest.param([build_end(127)], Cause.CONFIG, 0, id="no such command in the image"),
     pytest.param(
-        [Terminated(exit_code=128, reason="StartError", message='exec: "python": executable file not found in $PATH')],
+        [Terminated(exit_code=128, reason="StartError", message=NO_SUCH_COMMAND)],
         Cause.CONFIG,
         0,
         id="no such command, in containerd's words",
