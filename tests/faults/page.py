@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,6 +13,8 @@ from faults.picture import draw_table
 from faults.table import HEAD, Report, build_ledger, build_markdown, build_rows, read_reports
 from faults.volumes import FOLDER
 
+PICTURES = FOLDER / "pictures"
+_CHAOS_NOTE = FOLDER / "chaos-result.json"
 _INTRO = """# What faults do to a run
 
 A small run with a stage of each kind, two workers each on the two nodes of `make cluster`, is carried to every
@@ -24,7 +27,8 @@ cores.{missing}
   was full.
 - *Done again*: steps, pictures or questions that had been done and had to be repeated, by the stage's own ledger.
 - *Doubled, missing*: samples that the result used too often, or not at all.
-- *Same result*: whether weights, shards or answers are an undisturbed run's, byte for byte.
+- *Same result*: whether weights, shards or answers are an undisturbed run's, byte for byte. *Left out* are the samples
+  of the step that a NaN came from, as the stage's result says too.
 - *Charged*: the budgets that the failure was counted against. Restarts in place charge none and fail no attempt.
 """
 _PICTURE = """![Runs with faults, a bar each: what their time went to, with the faults as marks.](pictures/faults.png)
@@ -33,6 +37,15 @@ _PICTURE = """![Runs with faults, a bar each: what their time went to, with the 
 
 The operator's own books of each run, in seconds, beside the wall clock; and the steps that it says were lost, beside
 those that the stages' ledgers show.
+"""
+_CHAOS = """## Chaos
+
+{strikes} strikes at any moment of {runs} runs, in {minutes:g} minutes, drawn from seed {seed}: in bursts, and one
+before another was over. Ranks, workers, kubelets, machines, disks, Jobs, Services, operators, the API server and etcd
+were hit. Every run ended with the weights, shards and answers of an undisturbed one, bit for bit, with no sample
+doubled or missing, and with a ledger within 1 % of the wall clock. `make chaos` repeats it with any seed.
+
+![Progress of the runs' stages over the time, with the strikes as marks.](pictures/chaos.png)
 """
 _STORIES = """## What kubectl said
 
@@ -48,11 +61,20 @@ def write_page(faults: dict[str, str]) -> None:
     rows = [row for report in reports for row in build_rows(report, undisturbed)]
     intro = build_intro(reports, [words for name, words in faults.items() if name not in {r["name"] for r in reports}])
     stories = [build_story(report) for report in reports if report["cells"]]
-    parts = [intro, build_markdown(HEAD, rows), _PICTURE, build_ledger(reports), _STORIES, *stories]
-    picture = FOLDER / "pictures/faults.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    draw_table(picture, reports)
+    parts = [intro, build_markdown(HEAD, rows), _PICTURE, build_ledger(reports), *build_chaos(), _STORIES, *stories]
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    draw_table(PICTURES / "faults.png", reports)
     (FOLDER / "faults.md").write_text("\n".join(parts).replace(f"{ROOT}/", "/"))
+
+
+def note_chaos(*, seed: int, minutes: float, strikes: int, runs: int) -> None:
+    """That a chaos was played and changed nothing."""
+    _CHAOS_NOTE.write_text(json.dumps({"seed": seed, "minutes": minutes, "strikes": strikes, "runs": runs}))
+
+
+def build_chaos() -> list[str]:
+    """Of the last one that was played to its end; nothing, if none was."""
+    return [_CHAOS.format(**json.loads(_CHAOS_NOTE.read_text()))] if _CHAOS_NOTE.exists() else []
 
 
 def build_intro(reports: Sequence[Report], missing: Sequence[str]) -> str:

@@ -10,8 +10,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from faults.catalogue import FAULTS, NONE
 from faults.chaos import POLICY, Chaos, is_over
 from faults.chaos_picture import draw_chaos
+from faults.page import PICTURES, note_chaos, write_page
 from faults.play import Report, open_scene, play
 from faults.recipe import KINDS
 from faults.release import Site
@@ -57,10 +59,12 @@ def test_chaos_changes_no_bit(site: Site) -> None:
             reports.append(storm(site, chaos, f"chaos-{len(reports) + 1}", until))
     finally:
         (FOLDER / "chaos.json").write_text(json.dumps([asdict(blow) for blow in chaos.blows], indent=1))
-        draw_chaos(FOLDER / "chaos.png", reports, chaos.blows)
+        draw_chaos(PICTURES / "chaos.png", reports, chaos.blows)
     assert chaos.blows, "a chaos without a strike shows nothing"
     assert set(calm.books) == set(KINDS)
     for report in reports:
         assert results(report) == results(calm), report.name
         assert sum(report.seconds.values()) == pytest.approx(report.wall, rel=0.01), report.name
     log(f"{len(chaos.blows)} strikes ({chaos.missed} missed), {len(reports)} runs, no bit changed")
+    note_chaos(seed=SEED, minutes=MINUTES, strikes=len(chaos.blows), runs=len(reports))
+    write_page({fault.name: fault.words for fault in (NONE, *FAULTS)})
