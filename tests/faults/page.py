@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from clusters import ROOT
+from faults.catalogue import FAULTS, NONE
 from faults.picture import draw_table
 from faults.table import HEAD, Report, build_ledger, build_markdown, build_rows, read_reports
 from faults.volumes import FOLDER
@@ -54,12 +55,13 @@ what the failures said of themselves.
 """
 
 
-def write_page(faults: dict[str, str]) -> None:
-    """faults.md and its picture, of what has been played so far. `faults`: all names in order, with their words."""
-    reports = read_reports(list(faults))
+def write_page() -> None:
+    """faults.md and its picture, of what has been played so far."""
+    reports = read_reports([fault.name for fault in (NONE, *FAULTS)])
     undisturbed = next((report for report in reports if report["name"] == "none"), {"books": {}})
     rows = [row for report in reports for row in build_rows(report, undisturbed)]
-    intro = build_intro(reports, [words for name, words in faults.items() if name not in {r["name"] for r in reports}])
+    played = {report["name"] for report in reports}
+    intro = build_intro(reports, [fault.words for fault in (NONE, *FAULTS) if fault.name not in played])
     stories = [build_story(report) for report in reports if report["cells"]]
     parts = [intro, build_markdown(HEAD, rows), _PICTURE, build_ledger(reports), *build_chaos(), _STORIES, *stories]
     PICTURES.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def read_stage(path: Path) -> Stage:
 
 
 def read_progress(path: Path) -> Progress | None:
-    """How far a rank is; None: it has none."""
+    """How far a rank is; None: it hasn't said."""
     try:
         return decode(Progress, path.read_bytes())
     except FileNotFoundError:
