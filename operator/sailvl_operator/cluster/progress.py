@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
@@ -22,6 +22,7 @@ from sailvl_operator.errors import Unreachable
 from sailvl_operator.settings import ProgressSettings
 from sailvl_trainer.contract import METRICS_PORT, Progress
 
+T = TypeVar("T")
 Attempt = tuple[str, int]
 """stage, attempt"""
 
@@ -66,11 +67,11 @@ class ProgressReader:
 
     def get(self, key: Key, uid: str) -> Mapping[Attempt, Progress]:
         """The newest document of each attempt of a run, and of none that had its name before."""
-        return {a: found for a, (of, found) in self._documents.get(key, {}).items() if of in ("", uid)}
+        return _of_run(self._documents.get(key, {}), uid)
 
     def get_unheard(self, key: Key, uid: str) -> Mapping[Attempt, str]:
         """Attempts of a run that have never answered, with the reason."""
-        return {a: why for a, (of, why) in self._unheard.get(key, {}).items() if of in ("", uid)}
+        return _of_run(self._unheard.get(key, {}), uid)
 
     def __len__(self) -> int:
         """Runs whose workers were heard of."""
@@ -156,6 +157,11 @@ def is_readable(pod: PodRecord) -> bool:
     """The first worker of an attempt, while it runs."""
     is_there = pod.phase == "Running" and not (pod.is_gone or pod.is_deleting)
     return is_there and pod.index == 0 and bool(pod.ip)
+
+
+def _of_run(known: Mapping[Attempt, tuple[str, T]], uid: str) -> Mapping[Attempt, T]:
+    """Without what is of a run that had the name before."""
+    return {attempt: found for attempt, (of, found) in known.items() if of in ("", uid)}
 
 
 def _drop_closed(known: dict[Key, dict[Attempt, Any]], key: Key, is_closed: Callable[[str, int], bool]) -> None:

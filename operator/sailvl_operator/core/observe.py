@@ -181,7 +181,7 @@ def _was_suspended(status: Mapping[str, Any]) -> bool:
 
 def _count_gpus(spec: Mapping[str, Any]) -> int:
     """A worker's, by the limits of a Job's pods."""
-    containers = spec.get("template", {}).get("spec", {}).get("containers") or []
+    containers = spec.get("template", {}).get("spec", {}).get("containers", [])
     found = (
         c.get("resources", {}).get("limits", {}).get(names.GPU) for c in containers if c["name"] == names.CONTAINER
     )

@@ -31,7 +31,7 @@ class Container(TypedDict, total=False):
 
 
 class TemplateSpec(TypedDict, total=False):
-    containers: list[Container] | None
+    containers: list[Container]
 
 
 class Template(TypedDict, total=False):
