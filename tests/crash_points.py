@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from operator_process import OperatorProcess
 from sailvl_operator.api import names
@@ -83,24 +84,24 @@ class MortalSession:
         self.writes: list[str] = []
         self.events: list[str] = []
 
-    def get(self, path: str, **options: Any) -> Any:
+    def get(self, url: URL, **options: Any) -> Any:
         """A watch."""
-        return self._session.get(path, **options)
+        return self._session.get(url, **options)
 
     @asynccontextmanager
-    async def request(self, method: str, path: str, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def request(self, method: str, url: URL, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
         if method == "GET":
-            async with self._session.request(method, path, **options) as response:
+            async with self._session.request(method, url, **options) as response:
                 yield response
             return
-        is_event = path.endswith("/events")
+        is_event = url.path.endswith("/events")
         done = self.events if is_event else self.writes
-        done.append(describe(method, path, options))
+        done.append(describe(method, url, options))
         point = self._point
         is_here = point is not None and (point.is_event, point.number) == (is_event, len(done))
         if point is not None and is_here and point.is_before:
             await self._die()
-        async with self._session.request(method, path, **options) as response:
+        async with self._session.request(method, url, **options) as response:
             await response.read()
             if is_here:
                 await self._die()
@@ -340,13 +341,13 @@ def find_differences(found: Any, wanted: Any, path: str = "") -> list[str]:
     return [] if found == wanted else [f"{path}: {found!r}, not {wanted!r}"]
 
 
-def describe(method: str, path: str, options: Mapping[str, Any]) -> str:
+def describe(method: str, url: URL, options: Mapping[str, Any]) -> str:
     """A write in a few words: what it does to which object, and of a status the stages' states."""
     body = {} if options.get("data") is None else msgspec.json.decode(options["data"])
-    parts = path.split("/namespaces/")[1].split("/")[1:]
+    parts = url.path.split("/namespaces/")[1].split("/")[1:]
     name = parts[1] if len(parts) > 1 else body.get("metadata", {}).get("name", "")
     if not name:
-        name = body.get("reason", "") or (options.get("params") or {}).get("labelSelector", "").rpartition("=")[2]
+        name = body.get("reason", "") or url.query.get("labelSelector", "").rpartition("=")[2]
     stages = body.get("status", {}).get("stages", []) if parts[-1] == "status" else []
     states = ", ".join(f"{s['name']} {s['state']} {s['attempt']}" for s in stages if s["state"] not in _QUIET)
     return f"{method} {parts[0]}/{name}{' status ' if parts[-1] == 'status' else ''}{states}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from model_api import Answer, ModelApi, Watch, refuse, split_path
 
@@ -57,15 +58,13 @@ class Wire:
         """The process ends around its write of this number from now, 1 being the next."""
         self._writes_left, self._dies_before = number, before
 
-    def request(
-        self, method: str, path: str, *, headers: Mapping[str, str], params: Any = None, data: bytes | None = None
-    ) -> Exchange:
-        return Exchange(self, method, path, params or {}, data)
+    def request(self, method: str, url: URL, *, headers: Mapping[str, str], data: bytes | None = None) -> Exchange:
+        return Exchange(self, method, url.path, url.query, data)
 
-    def get(self, path: str, *, params: Mapping[str, str], timeout: Any, headers: Mapping[str, str]) -> Watch:
+    def get(self, url: URL, *, timeout: Any, headers: Mapping[str, str]) -> Watch:
         """A watch."""
         self.watches = [w for w in self.watches if w in self.api.watches]
-        watch = Watch(self.api, split_path(path)[1], params, lambda: self._rng.uniform(0.0, self.weather.lag))
+        watch = Watch(self.api, split_path(url.path)[1], url.query, lambda: self._rng.uniform(0.0, self.weather.lag))
         self.watches.append(watch)
         return watch
 

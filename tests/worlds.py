@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from builders import build_end, build_job, build_pod, build_result, build_run
 from sailvl_operator.api.status import StageStatus, Status

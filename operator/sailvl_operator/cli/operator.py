@@ -202,6 +202,7 @@ class Operator:
             pods=lambda: self.children.pods,
             on_change=self.queue.add,
             count=lambda outcome: self.metrics.progress_reads.labels(outcome).inc(),
+            is_rushed=self._is_rushed,
         )
 
     def _build_complaints(self) -> ComplaintReader:

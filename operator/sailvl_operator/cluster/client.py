@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, TypedDict, cast
+from urllib.parse import urlencode
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from sailvl_operator.api import names
+from sailvl_operator.cluster import gulps
 from sailvl_operator.cluster.credentials import Credentials, build_connector
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.cluster.server_clock import ServerClock
@@ -52,10 +55,10 @@ class Client:
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
-            base_url=self._credentials.server + "/",
             connector=build_connector(self._credentials, limit=self._settings.connections),
             timeout=aiohttp.ClientTimeout(total=self._settings.request_timeout),
             headers={"User-Agent": names.FIELD_MANAGER},
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
         return self
 
@@ -120,12 +123,12 @@ class Client:
         path, timeout = resource.path(namespace), aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=SILENCE)
         try:
             async with self._session.get(
-                path, params=parameters, timeout=timeout, headers=await self._credentials.headers()
+                self._url(path, parameters), timeout=timeout, headers=await self._credentials.headers()
             ) as response:
                 self._count("watch", response.status)
                 if response.status != 200:
                     raise self._fail(response, await response.read(), f"watch {path}")
-                async for line in _lines(response.content):
+                async for line in _lines(response):
                     yield _decode_event(line, path, shape)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unreachable(f"watch {path}: {error or type(error).__name__}") from error
@@ -181,12 +184,12 @@ class Client:
         accept: str = _JSON,
         shape: Shape = dict,
     ) -> Object:
-        data = None if body is None else msgspec.json.encode(body)
+        url, data = self._url(path, parameters or {}), None if body is None else msgspec.json.encode(body)
         headers = {"Accept": accept} | ({} if data is None else {"Content-Type": content_type})
         failures = 0
         while True:
             try:
-                return await self._try(verb, method, path, shape, params=parameters, data=data, headers=headers)
+                return await self._try(verb, method, url, shape, data=data, headers=headers)
             except ApiError as error:
                 failures += 1
                 if not self._is_worth_a_retry(error, failures):
@@ -194,14 +197,15 @@ class Client:
                 await asyncio.sleep(self._wait(error, failures))
 
     async def _try(
-        self, verb: str, method: str, path: str, shape: Shape, *, headers: dict[str, str], **options: Any
+        self, verb: str, method: str, url: URL, shape: Shape, *, headers: dict[str, str], data: bytes | None
     ) -> Object:
+        path = url.raw_path
         headers = headers | await self._credentials.headers()
         if method != "GET" and not self.may_write():
             raise ApiError(f"{verb} {path}: not written: the lease of this replica has run out", status=409)
         sent = self.clock.monotonic()
         try:
-            async with self._session.request(method, path, headers=headers, **options) as response:
+            async with self._session.request(method, url, headers=headers, data=data) as response:
                 self._count(verb, response.status)
                 self.clock.heed(response.headers.get("Date"), sent=sent, received=self.clock.monotonic())
                 answer = await response.read()
@@ -215,6 +219,9 @@ class Client:
         except msgspec.MsgspecError as error:
             raise Unreachable(f"{verb} {path}: the answer is broken: {error}") from error
         return decoded
+
+    def _url(self, path: str, parameters: Mapping[str, str]) -> URL:
+        return _build_url(self._credentials.server + path, urlencode(parameters))
 
     def _fail(self, response: aiohttp.ClientResponse, answer: bytes, request: str) -> ApiError:
         try:
@@ -239,19 +246,25 @@ class Client:
         return min(max(asked, backoff), _RETRY_AFTER_LIMIT)
 
 
+@lru_cache(maxsize=1024)  # most are used again and again
+def _build_url(address: str, query: str) -> URL:
+    return URL(f"{address}?{query}" if query else address, encoded=True)
+
+
 def _manager() -> dict[str, str]:
     return {"fieldManager": names.FIELD_MANAGER}
 
 
-async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Whole lines of any length (readline has a limit that one large object breaks)."""
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """Whole lines of any length (readline has a limit that one large object breaks), in gulps."""
     pending = bytearray()
-    async for chunk in stream.iter_any():
+    async for chunk in response.content.iter_any():
         pending += chunk
         *lines, rest = pending.split(b"\n")
         for line in lines:
             yield bytes(line)
         pending = bytearray(rest)
+        await gulps.pause(response)
 
 
 def _decode_event(line: bytes, path: str, shape: Shape) -> tuple[EventType, Object]:

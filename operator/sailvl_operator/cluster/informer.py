@@ -11,8 +11,10 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from msgspec.structs import replace
 
 from sailvl_operator.api import names
 from sailvl_operator.cluster.client import Client, EventType, Object

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 
 from sailvl_operator.cluster.children import Children
 from sailvl_operator.core.observe import JobRecord
@@ -31,6 +32,7 @@ class Rush:
         self._clock = clock
         self._monotonic = monotonic
         self._is_on, self._looked = False, float("-inf")
+        self._whole: set[str] = set()  # uids of young Jobs that have had all their pods
 
     def is_on(self) -> bool:
         """Whether more than MANY young Jobs lack pods."""
@@ -41,13 +43,19 @@ class Rush:
 
     def _look(self) -> bool:
         since = self._clock() - YOUNG_SECONDS
-        young = (job for job in self._children.jobs if job.started > since and not _is_over(job))
-        return sum(self._lacks_pods(job) for job in young) > MANY
+        young = [job for job in self._children.jobs if job.started > since and not _is_over(job)]
+        self._whole.intersection_update(job.uid for job in young)
+        lacking = (job for job in young if job.uid not in self._whole and not self._has_pods(job))
+        return sum(1 for _ in islice(lacking, MANY + 1)) > MANY
 
-    def _lacks_pods(self, job: JobRecord) -> bool:
+    def _has_pods(self, job: JobRecord) -> bool:
+        """Whether they have all been made; if so, remembered."""
         pods = self._children.pods.get((job.namespace, job.run))
         made = {pod.index for pod in pods if (pod.stage, pod.attempt) == (job.stage, job.attempt)}
-        return len(made) < job.nodes
+        if len(made) < job.nodes:
+            return False
+        self._whole.add(job.uid)
+        return True
 
 
 def _is_over(job: JobRecord) -> bool:

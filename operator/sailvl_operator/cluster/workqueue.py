@@ -49,6 +49,7 @@ class WorkQueue(Generic[K]):
         self._failures: dict[K, int] = {}
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._gathering: dict[K, asyncio.TimerHandle] = {}
+        self._calm: set[K] = set()  # those of them about which nothing has to be done
         self._idle: deque[asyncio.Future[None]] = deque()  # workers that wait for a key
         self._pause: asyncio.TimerHandle | None = None
 
@@ -66,17 +67,20 @@ class WorkQueue(Generic[K]):
 
     def add_soon(self, key: K) -> None:
         """Look at a key in a moment: what changes together is looked at once."""
-        self._gather(key, self._batch)
+        self._gather(key, self._batch, is_calm=False)
 
     def add_calmly(self, key: K) -> None:
         """The same, of a change about which nothing has to be done: a key that is put off tells of it in its turn, and
         where writes are held there is time."""
         if key not in self._put_off:
-            self._gather(key, self._batch * (_MORE if self._hold() else 1))
+            self._gather(key, self._batch * (_MORE if self._hold() else 1), is_calm=True)
 
     def put_off(self, key: K) -> None:
-        """Write for a key once no other waits and nothing holds it, or when it has waited long enough for that."""
+        """Write for a key once no other waits and nothing holds it, or when it has waited long enough for that: what
+        came calmly is told of then."""
         self._put_off.setdefault(key, self._monotonic())
+        if key in self._calm:
+            self._stop_gathering(key)
 
     def add_after(self, key: K, seconds: float) -> None:
         """Look at a key later; replaces its earlier timer."""
@@ -180,20 +184,27 @@ class WorkQueue(Generic[K]):
         since = [next(iter(group.values())) for group in (self._waiting, self._put_off) if group]
         return self._monotonic() - min(since) if since else 0.0
 
-    def _gather(self, key: K, seconds: float) -> None:
+    def _gather(self, key: K, seconds: float, *, is_calm: bool) -> None:
         if not self._batch:
             self.add(key)
         elif key not in self._waiting:
             loop, known = asyncio.get_running_loop(), self._gathering.get(key)
+            is_calm = is_calm and (known is None or key in self._calm)
             if known is None or known.when() > loop.time() + seconds:
                 self._stop_gathering(key)
                 self._gathering[key] = loop.call_later(seconds, self._gathered, key)
+            if is_calm:
+                self._calm.add(key)
+            else:
+                self._calm.discard(key)
 
     def _gathered(self, key: K) -> None:
         self._gathering.pop(key, None)
+        self._calm.discard(key)
         self.add(key)
 
     def _stop_gathering(self, key: K) -> None:
+        self._calm.discard(key)
         timer = self._gathering.pop(key, None)
         if timer is not None:
             timer.cancel()

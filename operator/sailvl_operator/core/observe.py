@@ -4,9 +4,13 @@ sorted once into an `Observed` for `reconcile`. Local mode makes the same record
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from sailvl_operator.api import names
 from sailvl_trainer.contract import Progress
@@ -15,8 +19,7 @@ CONFIG_WAITS = frozenset({"InvalidImageName", "CreateContainerConfigError"})
 """What containers wait for because of the pod's own words."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Terminated:
+class Terminated(msgspec.Struct, frozen=True, kw_only=True):
     """How the worker's container ended."""
 
     exit_code: int
@@ -28,8 +31,7 @@ class Terminated:
     """Unix seconds."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PodRecord:
+class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     name: str
     uid: str
@@ -66,8 +68,7 @@ class PodRecord:
     """Reason and message of the DisruptionTarget condition."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobRecord:
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     name: str
     uid: str
@@ -93,8 +94,7 @@ class JobRecord:
     """The first letters of its stage's; empty: an earlier version made it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServiceRecord:
+class ServiceRecord(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     name: str
     uid: str
@@ -259,6 +259,7 @@ def is_calm_job(job: JobRecord) -> bool:
     return not (job.is_gone or job.is_deleting or job.is_suspended or job.queue)
 
 
+@lru_cache(maxsize=4096)  # the moments of a run's status and of its children are read at every look
 def parse_time(text: str | None) -> float:
     """RFC 3339 to Unix seconds; nothing is 0."""
     return datetime.fromisoformat(text).timestamp() if text else 0.0

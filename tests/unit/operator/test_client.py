@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from fake_api import FakeApi, Refusal, serve
-from sailvl_operator.cluster import resources
+from sailvl_operator.cluster import gulps, resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.core import shapes
@@ -78,6 +78,50 @@ async def test_a_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
     seen = [e async for e in world.client.watch(resources.PODS, "team", selector="", resource_version=version)]
     assert [(type_, o["metadata"].get("name")) for type_, o in seen] == [("ADDED", "new"), ("BOOKMARK", None)]
     assert len(seen[0][1]["spec"]["long"]) == 300_000
+
+
+async def test_changes_in_quick_succession_are_read_together(world, monkeypatch):
+    pauses = []
+    pause = gulps.pause
+
+    async def count(response):
+        pauses.append(response)
+        await pause(response)
+
+    monkeypatch.setattr(gulps, "pause", count)
+    first = await world.api.put("pods", make("first"))
+    watch = world.client.watch(resources.PODS, resource_version=first["metadata"]["resourceVersion"])
+
+    async def read(number: int) -> list[str]:
+        return [(await anext(watch))[1]["metadata"]["name"] for _ in range(number)]
+
+    reading = asyncio.create_task(read(40))
+    for i in range(40):
+        await world.api.put("pods", make(f"p{i}"))
+        await asyncio.sleep(gulps.SECONDS / 20)
+    assert await asyncio.wait_for(reading, 1) == [f"p{i}" for i in range(40)]
+    assert len(pauses) < 10
+    await watch.aclose()
+
+
+async def test_a_server_may_stand_behind_a_path():
+    paths = []
+
+    async def answer(request: web.Request) -> web.Response:
+        paths.append(request.path_qs)
+        return web.json_response({"metadata": {"name": "p"}})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(app) as server:
+        token = Token(str(server.make_url("/k8s/clusters/c-1/")))
+        async with Client(Credentials(token), ApiSettings(), lambda *_: None) as client:
+            await client.get(resources.PODS, "team", "p")
+            await client.delete_collection(resources.PODS, "team", selector="app in (a,b)")
+    assert paths == [
+        "/k8s/clusters/c-1/api/v1/namespaces/team/pods/p",
+        "/k8s/clusters/c-1/api/v1/namespaces/team/pods?labelSelector=app+in+%28a%2Cb%29",
+    ]
 
 
 @pytest.mark.parametrize(

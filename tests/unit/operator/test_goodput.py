@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -149,7 +150,7 @@ def test_ranks_that_start_again_in_place_are_counted_and_told_of() -> None:
 def test_gpus_are_those_that_the_workers_hold_not_those_of_a_changed_spec() -> None:
     clock = run()
     before = sum(clock.status.goodput.gpu_seconds.values())
-    clock.jobs = {name: replace(job, gpus=4) for name, job in clock.jobs.items()}
+    clock.jobs = {name: msgspec.structs.replace(job, gpus=4) for name, job in clock.jobs.items()}
     clock.spec = ALIGNMENT | {"workers": {"nodes": 2, "gpusPerNode": 1}}
     clock.wait(100, step=10, training=100)
     assert sum(clock.status.goodput.gpu_seconds.values()) - before == 100 * 2 * 4

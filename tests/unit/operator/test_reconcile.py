@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from builders import SPEC, build_end, build_run
 from sailvl_operator.api.status import Cause, ConditionType, Reason, Status

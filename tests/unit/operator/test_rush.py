@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from builders import build_job, build_pod, build_run
 from sailvl_operator.cluster.rush import MANY, YOUNG_SECONDS, Rush
@@ -30,7 +29,7 @@ class Stores:
 
 def build_jobs(number, **fields):
     job = build_job("curate", nodes=2, created=NOW - 5, **fields)
-    return [replace(job, run=f"run-{n}") for n in range(number)]
+    return [replace(job, run=f"run-{n}", uid=f"uid-{n}") for n in range(number)]
 
 
 def build_pods(jobs, indices):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from builders import SPEC, build_run
 from sailvl_operator.api.status import ConditionType, StageCheckpoint, Status

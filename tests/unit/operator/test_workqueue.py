@@ -81,6 +81,21 @@ async def test_calm_changes_of_a_key_that_is_put_off_are_told_of_in_its_turn(hel
     assert (await asyncio.wait_for(queue.get(), 1))[::2] == ("a", True)
 
 
+@pytest.mark.parametrize("is_told_of_all", [True, False])
+async def test_a_key_that_is_put_off_is_looked_at_again_only_if_something_has_to_be_done(is_told_of_all):
+    queue = WorkQueue[str](backoff=1, backoff_limit=1, batch=0.05, hold=lambda: True)
+    queue.add_calmly("a")
+    if not is_told_of_all:
+        queue.add_soon("a")
+    queue.put_off("a")
+    looked = asyncio.wait_for(queue.get(), 0.4)
+    if is_told_of_all:
+        with pytest.raises(TimeoutError):
+            await looked
+    else:
+        assert (await looked)[::2] == ("a", False)
+
+
 async def test_what_has_to_be_looked_at_doesn_t_wait_with_calm_changes():
     queue = WorkQueue[str](backoff=1, backoff_limit=1, batch=0.1, hold=lambda: True)
     queue.add_calmly("a")
