@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import signal
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ TARGETS = {
 """Each is met by what isn't more."""
 
 WORDS = {
-    "jobs_written_1000_s": "runs created at once → all their Jobs",
+    "jobs_written_1000_s": "runs created at once → all their Jobs, the fastest try",
     "pods_exist_1000_s": "… → all their pods",
     "start_10k_pods_s": "fresh start with ten pods a run → every run looked at",
     "replace_p99_s": "failed pod → next attempt's Job, beyond the settling time, p99",
@@ -66,20 +67,49 @@ class Report:
         print(json.dumps({key: round(self.figures[key], 4) for key in TARGETS}))
 
 
-async def measure(runs: int) -> Report:
+async def measure(runs: int, tries: int) -> Report:
     """Every scenario, each on a control plane of its own."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # nothing that was started stays
     report = Report()
-    await _measure_start(report, runs)
+    await _measure_starts(report, runs, tries)
     await _measure_peer(report, runs)
-    await _measure_bare(report, runs)
     await _measure_many_pods(report, runs)
     return report
 
 
-async def _measure_start(report: Report, runs: int) -> None:
+async def _measure_starts(report: Report, runs: int, tries: int) -> None:
+    """Ours and the control plane alone, in turn: of times the shortest counts, since a machine is only ever slowed
+    down, and of CPU the median."""
+    starts, bare = [await _measure_life(report, runs)], [await _measure_bare(report, runs)]
+    for _ in range(tries - 1):
+        async with ControlPlane() as plane:
+            starts.append(await _start_ours(report, plane, SailVL(plane), runs))
+        bare.append(await _measure_bare(report, runs))
+    pods_s = min(start.pods_s for start in starts)
+    report.figures |= {
+        "jobs_written_1000_s": min(start.jobs_s for start in starts),
+        "pods_exist_1000_s": pods_s,
+        "cpu_per_event_vs_kopf": statistics.median(start.cpu_s / start.events for start in starts),
+    }
+    report.notes += [f"ours, try {number}: {_describe(start)}" for number, start in enumerate(starts, 1)]
+    report.notes.append(
+        f"without any operator, runs and the same Jobs made here: pods {_list_seconds(bare)}; "
+        f"with it {_list_seconds([start.pods_s for start in starts])}, {pods_s / min(bare):.2f} times that"
+    )
+
+
+async def _start_ours(report: Report, plane: ControlPlane, operator: SailVL, runs: int) -> scenarios.Start:
+    await operator.start()
+    try:
+        return await scenarios.start_runs(plane, operator, runs=runs, nodes=2, log=report.log)
+    finally:
+        await operator.stop()
+
+
+async def _measure_life(report: Report, runs: int) -> scenarios.Start:
+    """A start, a quiet minute, and failures."""
     async with ControlPlane() as plane:
         operator = SailVL(plane)
         await operator.start()
@@ -93,20 +123,15 @@ async def _measure_start(report: Report, runs: int) -> None:
         finally:
             await operator.stop()
     report.figures |= {
-        "jobs_written_1000_s": start.jobs_s,
-        "pods_exist_1000_s": start.pods_s,
         "noop_writes": quiet_writes,
         "noop_cpu_ratio": ratio,
         "replace_p99_s": scenarios.percentile(spread, 99),
-        "cpu_per_event_vs_kopf": start.cpu_s / start.events,
     }
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start.parts.items())
     report.notes += [
-        f"the runs themselves were created in {start.runs_s:.1f} s; {writes / runs:.1f} writes a run, events included",
-        f"CPU seconds until all pods existed: operator {start.cpu_s:.1f} (until quiet), {parts}",
+        f"{writes / runs:.1f} writes a run, events included",
         f"{some} replacements at 10 a second: {_spread(spread)}; {some} at once: {_spread(storm)}",
-        f"ours: {_describe(start)}",
     ]
+    return start
 
 
 async def _measure_peer(report: Report, runs: int) -> None:
@@ -118,19 +143,12 @@ async def _measure_peer(report: Report, runs: int) -> None:
         finally:
             await peer.stop()
     report.figures["cpu_per_event_vs_kopf"] /= start.cpu_s / start.events
-    report.notes.append(
-        f"naive kopf: Jobs {start.jobs_s:.1f} s, pods {start.pods_s:.1f} s, CPU {start.cpu_s:.1f} s; {_describe(start)}"
-    )
+    report.notes.append(f"naive kopf: {_describe(start)}")
 
 
-async def _measure_bare(report: Report, runs: int) -> None:
+async def _measure_bare(report: Report, runs: int) -> float:
     async with ControlPlane() as plane:
-        jobs_s, pods_s = await scenarios.start_bare(plane, runs=runs, nodes=2, log=report.log)
-    ratio = report.figures["pods_exist_1000_s"] / pods_s
-    report.notes.append(
-        f"without any operator, runs and the same Jobs made here: Jobs {jobs_s:.1f} s, pods {pods_s:.1f} s; "
-        f"with it pods took {ratio:.2f} times that"
-    )
+        return await scenarios.start_bare(plane, runs=runs, nodes=2, log=report.log)
 
 
 async def _measure_many_pods(report: Report, runs: int) -> None:
@@ -150,12 +168,18 @@ async def _measure_many_pods(report: Report, runs: int) -> None:
 
 
 def _describe(start: scenarios.Start) -> str:
-    """CPU by two counts of events."""
-    events, every = start.events, start.events + start.statuses
+    """What it took; CPU an event by two counts of events."""
+    every = start.events + start.statuses
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start.parts.items())
     return (
-        f"{1e3 * start.cpu_s / events:.2f} ms of CPU an event ({events}), "
+        f"Jobs {start.jobs_s:.1f} s, pods {start.pods_s:.1f} s (CPU: {parts}), CPU {start.cpu_s:.1f} s until quiet, "
+        f"{1e3 * start.cpu_s / start.events:.2f} ms of CPU an event ({start.events}), "
         f"{1e3 * start.cpu_s / every:.2f} with those of its own statuses ({every})"
     )
+
+
+def _list_seconds(values: list[float]) -> str:
+    return " / ".join(f"{value:.1f}" for value in values) + " s"
 
 
 def _spread(values: list[float]) -> str:
@@ -167,8 +191,9 @@ def main() -> None:
     """Read the flags, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=1000, help="runs at once; the keys' names are those of 1000")
-    runs = parser.parse_args().runs
-    asyncio.run(measure(runs)).show(runs)
+    parser.add_argument("--tries", type=int, default=3, help="of the start of all runs; the shortest time counts")
+    args = parser.parse_args()
+    asyncio.run(measure(args.runs, args.tries)).show(args.runs)
 
 
 main()

@@ -76,16 +76,16 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
     )
 
 
-async def start_bare(plane: ControlPlane, *, runs: int, nodes: int, log: Log) -> tuple[float, float]:
+async def start_bare(plane: ControlPlane, *, runs: int, nodes: int, log: Log) -> float:
     """What the control plane alone needs: the runs are made, and our operator's Jobs, but by nobody who watches.
-    Seconds until all Jobs and until all pods exist."""
+    Seconds until all pods exist."""
     jobs = [build_job(f"run-{n:04}", nodes) for n in range(runs)]
     began = time.monotonic()
     _, done = await asyncio.gather(create_runs(plane, runs, nodes), _create_all(plane, resources.JOBS, jobs))
     jobs_s = done - began
     pods_s = await _await_count(plane, resources.PODS, runs * nodes, began)
     log(f"without any operator: {runs} Jobs after {jobs_s:.1f} s, {runs * nodes} pods after {pods_s:.1f} s")
-    return jobs_s, pods_s
+    return pods_s
 
 
 async def create_runs(plane: ControlPlane, runs: int, nodes: int) -> float:
