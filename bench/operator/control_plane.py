@@ -69,6 +69,7 @@ spec:
     matchExpressions:
     - {key: .metadata.deletionTimestamp, operator: DoesNotExist}
     - {key: .status.podIP, operator: DoesNotExist}
+  delay: {durationMilliseconds: 1000, jitterDurationMilliseconds: 5000}
   next:
     statusTemplate: |
       {{ $now := Now }}
@@ -112,7 +113,7 @@ spec:
     statusTemplate: |
       phase: Running
 """
-"""Pods run as soon as they have a node, and go as soon as they are deleted."""
+"""Pods run 1 to 5 s after they have a node, as kwok's own stages have it, and go as soon as they are deleted."""
 
 
 class ControlPlane:
