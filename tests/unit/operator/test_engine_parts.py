@@ -173,7 +173,7 @@ class Worker:
 
 @pytest.fixture
 async def reading():
-    worker, changes, outcomes = Worker(), [], []
+    worker, changes, outcomes, rushes = Worker(), [], [], []
     app = web.Application()
     app.router.add_get("/progress", worker.answer)
     async with TestServer(app, host="127.0.0.1") as server, aiohttp.ClientSession() as session:
@@ -183,9 +183,11 @@ async def reading():
             pods=lambda: pods,
             on_change=changes.append,
             count=outcomes.append,
+            is_rushed=lambda: bool(rushes),
             port=server.port,
         )
         yield SimpleNamespace(
+            rushes=rushes,
             worker=worker,
             changes=changes,
             outcomes=outcomes,
@@ -241,6 +243,15 @@ async def test_only_the_first_worker_of_a_running_attempt_is_asked(reading, fiel
     reading.pods[:] = [build_pod("curate", **({"ip": "127.0.0.1"} | fields))]
     await reading.read()
     assert reading.outcomes == []
+
+
+@pytest.mark.parametrize(("is_rushed", "asked"), [(False, 100), (True, 25)])
+async def test_so_many_workers_are_asked_a_round_and_fewer_in_a_rush(reading, is_rushed, asked):
+    reading.worker.document = asdict(Progress(attempt=1, phase="running"))
+    reading.pods[:] = [replace(build_pod("curate", ip="127.0.0.1"), uid=f"pod-{n}") for n in range(120)]
+    reading.rushes.extend(["rush"] * is_rushed)
+    await reading.read()
+    assert reading.outcomes == ["ok"] * asked
 
 
 async def test_who_never_answers_is_told_of(reading):
