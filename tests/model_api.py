@@ -226,8 +226,6 @@ class ModelApi:
 class Watch:
     """One open watch: lines come in order, late by whatever its owner says."""
 
-    connection = None
-
     def __init__(self, api: ModelApi, plural: str, query: Mapping[str, str], lag: Callable[[], float]) -> None:
         self._api, self._plural, self._lag = api, plural, lag
         self._wanted = parse_selector(query.get("labelSelector", ""))

@@ -40,7 +40,7 @@ WORDS = {
     "noop_writes": "writes in a quiet minute",
     "noop_cpu_ratio": "part of a core in a quiet minute",
     "rss_mib": "most resident memory, with ten pods a run",
-    "cpu_per_event_vs_kopf": "CPU an event that others cause, as a part of the naive operator's",
+    "cpu_per_event_vs_kopf": "CPU an event, as a part of the naive operator's",
 }
 
 

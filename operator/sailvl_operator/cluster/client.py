@@ -10,7 +10,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import cache, lru_cache
 from typing import Any, Literal, TypedDict, cast
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import aiohttp
 import msgspec
@@ -128,7 +128,7 @@ class Client:
                 self._count("watch", response.status)
                 if response.status != 200:
                     raise self._fail(response, await response.read(), f"watch {path}")
-                async for line in _lines(response):
+                async for line in _lines(response.content):
                     yield _decode_event(line, path, shape)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unreachable(f"watch {path}: {error or type(error).__name__}") from error
@@ -248,23 +248,24 @@ class Client:
 
 @lru_cache(maxsize=1024)  # most are used again and again
 def _build_url(address: str, query: str) -> URL:
-    return URL(f"{address}?{query}" if query else address, encoded=True)
+    path = quote(address, safe="/:[]%")
+    return URL(f"{path}?{query}" if query else path, encoded=True)
 
 
 def _manager() -> dict[str, str]:
     return {"fieldManager": names.FIELD_MANAGER}
 
 
-async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
     """Whole lines of any length (readline has a limit that one large object breaks), in gulps."""
     pending = bytearray()
-    async for chunk in response.content.iter_any():
+    async for chunk in stream.iter_any():
         pending += chunk
         *lines, rest = pending.split(b"\n")
         for line in lines:
             yield bytes(line)
         pending = bytearray(rest)
-        await gulps.pause(response)
+        await gulps.pause(len(chunk), is_whole=not rest)
 
 
 def _decode_event(line: bytes, path: str, shape: Shape) -> tuple[EventType, Object]:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-import aiohttp
-
 SECONDS = 0.1
-"""Between two reads; less than changes are gathered for before anybody looks at them."""
+"""Between two reads. Meanwhile what comes is kept where it is received."""
+_LARGE = 65536
+"""Bytes of a read after which the next follows at once: nobody is to fall behind."""
 
 
-async def pause(response: aiohttp.ClientResponse) -> None:
-    """After a read: leave what comes next to the kernel for a moment."""
-    transport = response.connection and response.connection.transport
-    if transport is None or transport.is_closing():
-        return
-    transport.pause_reading()
-    try:
+async def pause(read: int, *, is_whole: bool) -> None:
+    """After so many bytes were read, which end with a whole line or in the middle of one."""
+    if is_whole and read < _LARGE:
         await asyncio.sleep(SECONDS)
-    finally:
-        if not transport.is_closing():
-            transport.resume_reading()

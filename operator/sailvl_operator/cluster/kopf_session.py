@@ -84,16 +84,15 @@ def _pass_on_events(response: aiohttp.ClientResponse, is_known: IsKnown) -> aioh
     """The answer to a watch, with those events only that kopf can live with and that are news."""
     is_expired = response.status == 410
     response.status = 200
-    response.content = cast("aiohttp.StreamReader", _Events(response, is_known, is_expired=is_expired))
+    response.content = cast("aiohttp.StreamReader", _Events(response.content, is_known, is_expired=is_expired))
     return response
 
 
 class _Events:
     """A watch's whole lines; what can't be read ends it as a broken connection does. All else is the stream's."""
 
-    def __init__(self, response: aiohttp.ClientResponse, is_known: IsKnown, *, is_expired: bool) -> None:
-        self._response, self._content = response, response.content
-        self._is_known, self._is_expired = is_known, is_expired
+    def __init__(self, content: aiohttp.StreamReader, is_known: IsKnown, *, is_expired: bool) -> None:
+        self._content, self._is_known, self._is_expired = content, is_known, is_expired
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._content, name)
@@ -108,7 +107,7 @@ class _Events:
             news = [line + b"\n" for line in whole.splitlines() if _is_news(line, self._is_known)]
             if news:
                 yield b"".join(news)
-            await gulps.pause(self._response)
+            await gulps.pause(len(chunk), is_whole=not pending)
 
 
 def _is_news(line: bytes, is_known: IsKnown) -> bool:

@@ -84,9 +84,9 @@ async def test_changes_in_quick_succession_are_read_together(world, monkeypatch)
     pauses = []
     pause = gulps.pause
 
-    async def count(response):
-        pauses.append(response)
-        await pause(response)
+    async def count(read, **which):
+        pauses.append(read)
+        await pause(read, **which)
 
     monkeypatch.setattr(gulps, "pause", count)
     first = await world.api.put("pods", make("first"))
@@ -102,6 +102,20 @@ async def test_changes_in_quick_succession_are_read_together(world, monkeypatch)
     assert await asyncio.wait_for(reading, 1) == [f"p{i}" for i in range(40)]
     assert len(pauses) < 10
     await watch.aclose()
+
+
+@pytest.mark.parametrize(
+    ("read", "is_whole", "waits"),
+    [
+        pytest.param(5_000, True, True, id="a change"),
+        pytest.param(5_000, False, False, id="a part of one"),
+        pytest.param(100_000, True, False, id="a flood"),
+    ],
+)
+async def test_a_watch_waits_only_when_it_has_caught_up(read, is_whole, waits):
+    began = asyncio.get_running_loop().time()
+    await gulps.pause(read, is_whole=is_whole)
+    assert (asyncio.get_running_loop().time() - began >= gulps.SECONDS) is waits
 
 
 async def test_a_server_may_stand_behind_a_path():
