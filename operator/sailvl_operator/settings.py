@@ -70,8 +70,9 @@ class ProgressSettings:
     """Seconds for one request."""
     concurrency: int = 32
     """Requests at once."""
-    rate: float = 20.0
-    """Requests a second at most: with more runs than that allows, each is read less often."""
+    rate: float = 10.0
+    """Requests a second at most, as many as progress is written: with more runs than that allows, each is read less
+    often."""
     patience: float = 60.0
     """Longest pause, in seconds, before a worker that doesn't answer is asked again."""
 

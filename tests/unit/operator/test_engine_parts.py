@@ -245,7 +245,7 @@ async def test_only_the_first_worker_of_a_running_attempt_is_asked(reading, fiel
     assert reading.outcomes == []
 
 
-@pytest.mark.parametrize(("is_rushed", "asked"), [(False, 100), (True, 25)])
+@pytest.mark.parametrize(("is_rushed", "asked"), [(False, 50), (True, 12)])
 async def test_so_many_workers_are_asked_a_round_and_fewer_in_a_rush(reading, is_rushed, asked):
     reading.worker.document = asdict(Progress(attempt=1, phase="running"))
     reading.pods[:] = [replace(build_pod("curate", ip="127.0.0.1"), uid=f"pod-{n}") for n in range(120)]
