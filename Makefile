@@ -80,7 +80,7 @@ chaos: setup  ## SAILVL_CHAOS_MINUTES (30) of chaos on the cluster from SAILVL_C
 bench: setup  ## every benchmark: a table and a JSON line each
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-bench-operator: setup  ## the operator at a thousand runs on a control plane of its own, beside a naive one; a quarter of an hour
+bench-operator: setup  ## the operator at a thousand runs on a control plane of its own, beside a naive one; ten minutes and more
 	@hack/require.sh openssl
 	$(BIN)/python bench/operator
 

@@ -84,8 +84,7 @@ async def _measure_starts(report: Report, runs: int, tries: int) -> None:
     down, and of CPU the median."""
     starts, bare = [await _measure_life(report, runs)], [await _measure_bare(report, runs)]
     for _ in range(tries - 1):
-        async with ControlPlane() as plane:
-            starts.append(await _start_ours(report, plane, SailVL(plane), runs))
+        starts.append(await _measure_start(report, runs, SailVL))
         bare.append(await _measure_bare(report, runs))
     pods_s = min(start.pods_s for start in starts)
     report.figures |= {
@@ -100,12 +99,14 @@ async def _measure_starts(report: Report, runs: int, tries: int) -> None:
     )
 
 
-async def _start_ours(report: Report, plane: ControlPlane, operator: SailVL, runs: int) -> scenarios.Start:
-    await operator.start()
-    try:
-        return await scenarios.start_runs(plane, operator, runs=runs, nodes=2, log=report.log)
-    finally:
-        await operator.stop()
+async def _measure_start(report: Report, runs: int, peer: type[SailVL] | type[NaiveKopf]) -> scenarios.Start:
+    async with ControlPlane() as plane:
+        operator = peer(plane)
+        await operator.start()
+        try:
+            return await scenarios.start_runs(plane, operator, runs=runs, nodes=2, log=report.log)
+        finally:
+            await operator.stop()
 
 
 async def _measure_life(report: Report, runs: int) -> scenarios.Start:
@@ -135,13 +136,7 @@ async def _measure_life(report: Report, runs: int) -> scenarios.Start:
 
 
 async def _measure_peer(report: Report, runs: int) -> None:
-    async with ControlPlane() as plane:
-        peer = NaiveKopf(plane)
-        await peer.start()
-        try:
-            start = await scenarios.start_runs(plane, peer, runs=runs, nodes=2, log=report.log)
-        finally:
-            await peer.stop()
+    start = await _measure_start(report, runs, NaiveKopf)
     report.figures["cpu_per_event_vs_kopf"] /= start.cpu_s / start.events
     report.notes.append(f"naive kopf: {_describe(start)}")
 

@@ -35,8 +35,6 @@ Log = Callable[[str], None]
 class Start:
     """Runs created at once."""
 
-    runs_s: float
-    """Until the last of them was created."""
     jobs_s: float
     """From the first creation until every Job existed."""
     pods_s: float
@@ -66,7 +64,6 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
     await _await_quiet(operator)
     seen = await asyncio.to_thread(plane.count_changes) - seen
     return Start(
-        runs_s=runs_s,
         jobs_s=jobs_s,
         pods_s=pods_s,
         cpu_s=operator.cpu_seconds() - cpu,

@@ -38,11 +38,10 @@ from sailvl_operator.errors import (
     OperatorError,
 )
 from sailvl_operator.metrics import Metrics
+from sailvl_operator.settings import PROGRESS_WRITES
 
 log = logging.getLogger(__name__)
 
-PROGRESS_WRITES = 10.0
-"""Writes a second, over all runs, for the sake of progress alone."""
 Act = Callable[[Run, Decision], Awaitable[Refused]]
 
 

@@ -16,6 +16,8 @@ from sailvl_operator.core.plan import Defaults
 from sailvl_operator.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "SAILVL_OPERATOR_"
+PROGRESS_WRITES = 10.0
+"""Writes a second, over all runs, for the sake of progress alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +72,7 @@ class ProgressSettings:
     """Seconds for one request."""
     concurrency: int = 32
     """Requests at once."""
-    rate: float = 10.0
+    rate: float = PROGRESS_WRITES
     """Requests a second at most, as many as progress is written: with more runs than that allows, each is read less
     often."""
     patience: float = 60.0

@@ -58,6 +58,16 @@ def test_what_lasts_is_no_rush():
     assert not Rush(Stores(jobs), clock=lambda: NOW).is_on()
 
 
+def test_a_job_that_has_had_its_pods_waits_for_the_control_plane_no_more():
+    now, jobs = [0.0], build_jobs(MANY + 1)
+    pods = build_pods(jobs, (0, 1))
+    rush = Rush(Stores(jobs, pods), clock=lambda: NOW, monotonic=lambda: now[0])
+    assert not rush.is_on()
+    pods.clear()
+    now[0] = 1.0
+    assert not rush.is_on()
+
+
 def test_it_looks_twice_a_second_at_most():
     now, jobs = [0.0], build_jobs(MANY + 1)
     rush = Rush(Stores(jobs), clock=lambda: NOW, monotonic=lambda: now[0])
