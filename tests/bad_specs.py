@@ -277,7 +277,12 @@ SCHEMA = _table(
         "leave path out",
     ),
     ("an unknown format", {f"{SOURCE}.format": "zip"}, "spec.stages[0].curate.sources[0].format", '"webdataset"'),
-    ("all of it held out", {"spec.stages.0.curate.heldOut": "1"}, "spec.stages[0].curate.heldOut", "less than 1"),
+    (
+        "all of it held out",
+        {"spec.stages.0.curate.heldOutFraction": "1"},
+        "spec.stages[0].curate.heldOutFraction",
+        "less than 1",
+    ),
     (
         "a server without a scheme",
         {"spec.stages.0.curate.judge": {"server": "judge:8000"}},

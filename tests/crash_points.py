@@ -320,7 +320,7 @@ def expected_children() -> Counter[str]:
     return Counter([*jobs, *pods, f"services/{RUN}", f"persistentvolumeclaims/{names.claim_name(RUN)}"])
 
 
-_TIMES = {"startTime", "completionTime", "lastTransitionTime", "time", "settledAt", "notBefore", "goodput"}
+_TIMES = {"startTime", "completionTime", "lastTransitionTime", "time", "settledAt", "nextAttemptTime", "goodput"}
 
 
 def normalise(value: Any) -> Any:

@@ -65,7 +65,7 @@ class World:
             recorder=self.recorder,
             queue=self.queue,
             metrics=self.metrics,
-            defaults=Defaults(settle_seconds=0.05, backoff_seconds=0.01),
+            defaults=Defaults(failure_settle_seconds=0.05, backoff_seconds=0.01),
             clock=self.clock,
         )
 

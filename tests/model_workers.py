@@ -93,7 +93,7 @@ class Workers:
         """Steps are done; some checkpoint later is saved."""
         spent = self._cluster.api.clock() - gang.began - sum(gang.seconds.values())
         gang.seconds["training"] = gang.seconds.get("training", 0.0) + max(0.0, spent * 0.9)
-        gang.seconds["data_wait"] = gang.seconds.get("data_wait", 0.0) + max(0.0, spent * 0.1)
+        gang.seconds["dataWait"] = gang.seconds.get("dataWait", 0.0) + max(0.0, spent * 0.1)
         gang.step = min(STEPS, gang.step + steps)
         if saves:
             self.saved(gang).step = gang.step
@@ -110,7 +110,7 @@ class Workers:
         saved, document = self.saved(gang), gang.document
         is_found = saved.result is not None
         saved.result = saved.result or self._result(gang)
-        words = asdict(saved.result) | {"memoised": is_found, "attempt": document.attempt}
+        words = asdict(saved.result) | {"reused": is_found, "attempt": document.attempt}
         for pod in self.running(gang):
             own = {"result": words} if says_result and self._is_first(pod) else {}
             self._cluster.later(

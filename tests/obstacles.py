@@ -219,7 +219,7 @@ OBSTACLES = [
     ),
     Obstacle(
         name="image",
-        reason="ImagePull",
+        reason="ImagePullFailed",
         words="no-such-worker:1",
         spec={"image": "localhost:5000/no-such-worker:1"},
         mend=lambda place, run: edit(image=place.image)(place, run),
@@ -227,14 +227,14 @@ OBSTACLES = [
     ),
     Obstacle(
         name="no-claim",
-        reason="Volume",
+        reason="VolumeNotReady",
         words='persistentvolumeclaim "no-claim" not found',
         spec={"storage": {"volumeClaim": "no-claim"}},
         mend=add_claim_and_volume,
     ),
     Obstacle(
         name="unbound",
-        reason="Volume",
+        reason="VolumeNotReady",
         words="unbound immediate PersistentVolumeClaims",
         spec={"storage": {"volumeClaim": "unbound"}},
         put=lambda place, name: place.add_claim(name),
@@ -242,7 +242,7 @@ OBSTACLES = [
     ),
     Obstacle(
         name="template",
-        reason="Volume",
+        reason="VolumeNotReady",
         words="unbound immediate PersistentVolumeClaims",
         spec={
             "storage": {
@@ -253,7 +253,7 @@ OBSTACLES = [
     ),
     Obstacle(
         name="folder",
-        reason="Volume",
+        reason="VolumeNotReady",
         words="FailedMount: MountVolume.SetUp failed for volume",
         spec={"storage": {"volumeClaim": "folder"}},
         put=add_broken_volume,
@@ -289,14 +289,14 @@ OBSTACLES = [
     ),
     Obstacle(
         name="job",
-        reason="NameTaken",
+        reason="NameConflict",
         words="Job job-draw-a-1 exists and isn't this run's; delete it or rename the run",
         put=take_name(JOBS, "Job", "batch/v1", "-draw-a-1", suspend=True, template={"spec": STRANGER}),
         mend=give_name_back(JOBS, "-draw-a-1"),
     ),
     Obstacle(
         name="service",
-        reason="NameTaken",
+        reason="NameConflict",
         words="Service service exists and isn't this run's; delete it or rename the run",
         stub="meet",
         nodes=2,
@@ -305,7 +305,7 @@ OBSTACLES = [
     ),
     Obstacle(
         name="claim",
-        reason="NameTaken",
+        reason="NameConflict",
         words="PersistentVolumeClaim claim-storage exists and isn't this run's; delete it or rename the run",
         spec={
             "storage": {
@@ -328,7 +328,7 @@ OBSTACLES = [
     ),
     Obstacle(
         name="gate",
-        reason="Gate",
+        reason="GateNotPassed",
         words="stage draw-a: score is 0.5; its gate wants at least 0.9; raise the gate",
         spec={"stages": [build_stage("draw-a", gate={"metric": "score", "atLeast": "0.9", "onFail": "Pause"})]},
         mend=lambda place, run: run.edit(

@@ -28,7 +28,7 @@ from sailvl_operator.settings import ApiSettings
 
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, object] = {
-    "settle-seconds": 1,
+    "failure-settle-seconds": 1,
     "backoff-seconds": 1,
     "lease-duration": 4,
     "lease-renew-deadline": 3,

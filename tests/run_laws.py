@@ -217,7 +217,7 @@ def what_may_run_runs(ledger: Ledger) -> None:
     """Once all is quiet: a run has ended, is suspended, waits at a gate or runs."""
     for run in ledger.api.all("sailvlruns"):
         status, stuck = status_of(run), status_of(run).condition(ConditionType.STUCK)
-        waits = run["spec"].get("suspend") or (stuck is not None and stuck.reason == Reason.GATE)
+        waits = run["spec"].get("suspend") or (stuck is not None and stuck.reason == Reason.GATE_NOT_PASSED)
         is_well = status.is_finished or waits or status.is_true(ConditionType.RUNNING)
         hold(bool(is_well), f"nothing holds the run back, and it doesn't run: {status}")
 

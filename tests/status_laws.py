@@ -52,7 +52,7 @@ def restarts_never_go_down(run: Object, old: Status, new: Status) -> None:
 def restarts_stay_in_their_budgets(run: Object, old: Status, new: Status) -> None:
     policy = parse_spec(run["spec"]).restart_policy
     for before, after in _pairs(old, new):
-        counted, known = _charged(after), _charged(before)
+        counted, known = _counted_restarts(after), _counted_restarts(before)
         for cause in (c for c, n in counted.items() if n > known.get(c, 0)):
             allowed = budget(cause, policy)
             used = sum(counted.get(c, 0) for c in _sharing(cause))
@@ -69,7 +69,7 @@ def a_stage_fails_only_beyond_its_budget(run: Object, old: Status, new: Status) 
         if after.state != "Failed" or before.state == "Failed" or last is None:
             continue
         allowed = budget(last.cause, policy)
-        used = sum(_charged(after).get(c, 0) for c in _sharing(last.cause))
+        used = sum(_counted_restarts(after).get(c, 0) for c in _sharing(last.cause))
         hold(
             allowed is not None and used >= allowed,
             f"{after.name} failed by {last.cause} after {used} restarts, of {allowed} allowed",
@@ -186,7 +186,7 @@ def may_go_on(run: Object, old: Status) -> bool:
     is_edited = run["metadata"]["generation"] != old.observed_generation
     is_mended = failed is not None and has_failed and failed.reason in _MENDED_BY_SPEC and is_edited
     is_extended = not has_failed and len(run["spec"]["stages"]) > len(old.stages)
-    is_asked = names.ANNOTATION_RESTART in run["metadata"].get("annotations", {}) or bool(old.restart_handled)
+    is_asked = names.ANNOTATION_RESTART in run["metadata"].get("annotations", {}) or bool(old.observed_restart_request)
     return is_mended or is_extended or is_asked
 
 
@@ -198,7 +198,7 @@ def hold(holds: bool, otherwise: str) -> None:
 def _without_notes(status: Status) -> Status:
     """A status but for the generation and the request that it notes."""
     conditions = [msgspec.structs.replace(c, observed_generation=0) for c in status.conditions]
-    return msgspec.structs.replace(status, observed_generation=0, restart_handled="", conditions=conditions)
+    return msgspec.structs.replace(status, observed_generation=0, observed_restart_request="", conditions=conditions)
 
 
 def _pairs(old: Status, new: Status) -> list[tuple[StageStatus, StageStatus]]:
@@ -211,6 +211,6 @@ def _sharing(cause: str) -> tuple[str, ...]:
     return ("Stalled", "Crash") if cause in ("Stalled", "Crash") else (cause,)
 
 
-def _charged(stage: StageStatus) -> Mapping[str, int]:
+def _counted_restarts(stage: StageStatus) -> Mapping[str, int]:
     """What counts against the budgets."""
-    return stage.charged
+    return stage.counted_restarts

@@ -106,7 +106,7 @@ def open_place(api: Api, image: str, *, prefix: str = "stub") -> Iterator[Place]
 def open_operator(kubeconfig: str, places: Sequence[Place], folder: Path) -> Iterator[Replica]:
     """The operator of these namespaces, soon to ask why runs don't start."""
     namespaces = [place.namespace for place in places]
-    with Replica(kubeconfig, namespaces, folder, complaint_interval=1, grace_seconds=30) as operator:
+    with Replica(kubeconfig, namespaces, folder, diagnostics_interval=1, grace_seconds=30) as operator:
         operator.until_ready()
         yield operator
 

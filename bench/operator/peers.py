@@ -17,7 +17,7 @@ from typing import Protocol
 from control_plane import ROOT, ControlPlane, cpu_seconds
 
 SETTLE_SECONDS = 1.0
-"""--settle-seconds of our operator here: the time it waits for the other pods' word on a failure."""
+"""--failure-settle-seconds of our operator here: the time it waits for the other pods' word on a failure."""
 _PORT = 18090
 _WRITES = ("create", "patch", "delete", "deletecollection")
 """Verbs that count as writes; the lease's renewals are `update`."""
@@ -82,7 +82,7 @@ class SailVL(_Process):
 
     def spawn(self) -> None:
         """Only begin."""
-        flags = ["--metrics-port", str(_PORT), "--settle-seconds", str(SETTLE_SECONDS)]
+        flags = ["--metrics-port", str(_PORT), "--failure-settle-seconds", str(SETTLE_SECONDS)]
         self._spawn("-c", "import sys; from sailvl_operator.cli.main import main; sys.exit(main())", "operator", *flags)
 
     def writes(self) -> int:

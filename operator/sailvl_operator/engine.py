@@ -33,7 +33,7 @@ from sailvl_operator.errors import (
     REFUSALS,
     ApiError,
     Conflict,
-    NameTaken,
+    NameConflict,
     NotFound,
     OperatorError,
 )
@@ -104,7 +104,7 @@ class Engine:
             await self._refresh(key)
             self._queue.retry(key)
             return "conflict"
-        except (ApiError, NameTaken) as error:
+        except (ApiError, NameConflict) as error:
             log_of_run.warning("tried again in %.1f s: %s", self._queue.retry(key), error)
             return "error"
         except Exception:

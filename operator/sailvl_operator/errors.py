@@ -4,7 +4,7 @@ OperatorError
 ├── SettingsError          a flag or variable that can't work
 ├── CredentialsError       no way into a cluster
 ├── LostLease              another replica leads: this process must end
-├── NameTaken              an object of a child's name belongs to someone else
+├── NameConflict              an object of a child's name belongs to someone else
 └── ApiError               the API server's answer, or none
     ├── Unreachable        no answer
     ├── Unauthorized 401, Forbidden 403, NotFound 404, Conflict 409, Gone 410, Invalid 422
@@ -36,7 +36,7 @@ class LostLease(OperatorError):
     """The process must end before it writes anything more."""
 
 
-class NameTaken(OperatorError):
+class NameConflict(OperatorError):
     """A child can't be made: its name is in use by an object that isn't this run's."""
 
 
@@ -98,7 +98,7 @@ _BY_STATUS: dict[int, type[ApiError]] = {
 }
 
 
-REFUSALS = (NameTaken, Forbidden, Invalid, ServerError)
+REFUSALS = (NameConflict, Forbidden, Invalid, ServerError)
 """What a child's creation meets and a person must mend; a webhook that is down shows as a ServerError."""
 
 

@@ -82,7 +82,7 @@ class LocalRun:
         """Until the run has finished; `watch` sees every status, and what happened. Raises LockedError."""
         with self._locked(), self._ending():
             self._end_orphans()
-            defaults = Defaults(image="local", storage=str(self.root), settle_seconds=1.0, backoff_seconds=2.0)
+            defaults = Defaults(image="local", storage=str(self.root), failure_settle_seconds=1.0, backoff_seconds=2.0)
             while not self.status.is_finished or self.attempts:
                 run = msgspec.structs.replace(self.run, status=encode_status(self.status))
                 decision = reconcile(run, self._observe(), now=time.time(), defaults=defaults)

@@ -1,4 +1,4 @@
-"""The operator behind an API server that misbehaves: runs come to their right ends, nothing is doubled or charged."""
+"""The operator behind an API server that misbehaves: runs end correctly, nothing is counted twice."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def list_words(*words: str, attempt: int = 1, nodes: int = 2) -> list[str]:
 
 
 def count_restarts(run: Run) -> tuple[Object, Object]:
-    """By cause: all, and those that are charged."""
-    return run.stage().get("restarts", {}), run.stage().get("charged", {})
+    """By cause: all, and those that count against the budgets."""
+    return run.stage().get("restarts", {}), run.stage().get("countedRestarts", {})
 
 
 def test_suspended_workers_save_and_the_next_attempt_goes_on(place):
@@ -239,13 +239,13 @@ def test_a_person_starts_stages_again(place):
     assert [count_restarts(run) for run in (hung, failed, over)] == [({}, {})] * 3
     assert not failed.is_true("Failed")
     hung.ask("nonsense")
-    until(lambda: find_words(hung, "RestartAsked", "there is no stage 'nonsense'; stages are draw-a"))
-    until(lambda: find_words(over, "RestartAsked", "stage draw-a has its result"))
+    until(lambda: find_words(hung, "RestartRequested", "there is no stage 'nonsense'; stages are draw-a"))
+    until(lambda: find_words(over, "RestartRequested", "stage draw-a has its result"))
     assert over.journal == ["draw-a 1 0 began", "draw-a 1 0 done"]
     hung.edit(suspend=True)
     hung.until_true("Suspended")
     hung.ask("draw-a")
-    until(lambda: find_words(hung, "RestartAsked", "set spec.suspend to false, and it goes on"))
+    until(lambda: find_words(hung, "RestartRequested", "set spec.suspend to false, and it goes on"))
     assert hung.at() == ("Suspended", 2)
     hung.delete()
 
@@ -267,7 +267,7 @@ def test_gates_stop_pause_or_let_go_on_and_open_when_raised(place):
     wanted = "stage draw-a: score is 0.5; its gate wants at least 0.9"
     assert stopped.until_true("Failed") == "GateFailed"
     assert stopped.condition("Failed")[2] == wanted
-    assert paused.until_true("Stuck") == "Gate"
+    assert paused.until_true("Stuck") == "GateNotPassed"
     assert warned.until_true("Succeeded") == "Completed"
     assert warned.condition("GatesPassed") == ("False", "GateFailed", wanted)
     for run, on_fail in ((stopped, "Stop"), (paused, "Pause")):

@@ -111,7 +111,7 @@ class Operator:
     def start(self) -> None:
         flags = ["--namespaces", self.namespace, "--lease-namespace", self.namespace, "--metrics-port", str(PORT)]
         quick = [
-            "--settle-seconds",
+            "--failure-settle-seconds",
             "1",
             "--backoff-seconds",
             "1",

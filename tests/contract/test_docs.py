@@ -186,7 +186,12 @@ def test_reasons_exist_and_what_can_be_stuck_is_explained() -> None:
     _, _, text = QUICKSTART.read_text().partition("## Troubleshooting by reason\n")
     explained = set(re.findall(r"^### (\w+)$", text, re.M))
     assert explained <= {reason.value for reason in Reason}
-    assert explained >= {Reason.UNSCHEDULABLE, Reason.VOLUME, Reason.IMAGE, Reason.CONTAINER_CONFIG}
+    assert explained >= {
+        Reason.UNSCHEDULABLE,
+        Reason.VOLUME_NOT_READY,
+        Reason.IMAGE_PULL_FAILED,
+        Reason.CONTAINER_CONFIG_ERROR,
+    }
 
 
 def test_presets_are_those_of_the_code() -> None:

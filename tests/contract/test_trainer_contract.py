@@ -64,7 +64,7 @@ def test_the_trainer_reads_every_variable_of_the_operator() -> None:
         "as the Service has them"
     )
     assert settings.grace_seconds < 90, "the worker ends before the kubelet ends it"
-    assert settings.stall_seconds == attempt.stall_seconds
+    assert settings.stall_timeout_seconds == attempt.stall_timeout_seconds
 
 
 def test_what_workers_take_for_granted_is_the_same_when_it_is_spelt_out() -> None:

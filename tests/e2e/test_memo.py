@@ -38,8 +38,8 @@ def second(kubectl: Kubectl, story: Story) -> dict[str, Any]:
 
 
 def test_only_what_was_changed_is_computed(second: dict[str, Any]) -> None:
-    memoised = {stage["name"]: stage.get("memoised", False) for stage in second["stages"]}
-    assert memoised == {name: name not in COMPUTED for name in memoised}
+    reused = {stage["name"]: stage.get("reused", False) for stage in second["stages"]}
+    assert reused == {name: name not in COMPUTED for name in reused}
 
 
 def test_what_is_found_is_the_first_run_s(second: dict[str, Any], story: Story) -> None:

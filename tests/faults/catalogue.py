@@ -40,7 +40,7 @@ FAULTS = [
     ),
     Fault(
         name="volume", words="the volume gone, later back", inject=do.take_volume, cause="Crash", until="stuck",
-        stuck="Volume", needs_disk=True,
+        stuck="VolumeNotReady", needs_disk=True,
     ),
     Fault(
         name="memory", words="out of the container's memory", inject=do.run_out_of_memory, cause="OutOfMemory",
@@ -48,13 +48,13 @@ FAULTS = [
     ),
     Fault(
         name="image", words="the image gone before a restart, later back", inject=do.take_image, cause="Crash",
-        until="stuck", stuck="ImagePull", needs_copy=True,
+        until="stuck", stuck="ImagePullFailed", needs_copy=True,
     ),
     Fault(
         name="nan", words="NaN in a rank's memory", inject=do.spoil_memory, cause="NonFinite", kinds=TRAINING,
     ),
     Fault(
-        name="hang", words="SIGSTOP of a rank", inject=do.freeze, cause="Stalled", policy={"stallSeconds": 30},
+        name="hang", words="SIGSTOP of a rank", inject=do.freeze, cause="Stalled", policy={"stallTimeoutSeconds": 30},
     ),
     Fault(
         name="bad-data", words="a garbled shard or benchmark, later mended", inject=do.garble, cause="Data",

@@ -34,7 +34,7 @@ class Cell:
     """Of the stage until then."""
     failures: list[dict[str, Any]] = field(default_factory=list)
     """Every lastFailure until then."""
-    charged: dict[str, int] = field(default_factory=dict)
+    counted_restarts: dict[str, int] = field(default_factory=dict)
     """Against the budgets, right after the first failure."""
     stuck: list[str] = field(default_factory=list)
     """Reasons and words of the Stuck condition until then."""
@@ -73,7 +73,7 @@ def fill_in(cell: Cell, record: Record) -> None:
     cell.attempts = stages[-1][1]["attempt"] if stages else cell.attempt
     told = [(s["lastFailure"], s) for _, s in stages if s.get("lastFailure", {}).get("attempt", 0) >= cell.attempt]
     cell.failures = distinct(failure for failure, _ in told)
-    cell.charged = dict(told[0][1].get("charged", {})) if told else {}
+    cell.counted_restarts = dict(told[0][1].get("countedRestarts", {})) if told else {}
     cell.stuck = distinct(words for at, words in stuck_history(record) if cell.struck <= at <= cell.until + 1)
     cell.said = [(at - cell.struck, line) for at, line in shown_during(record, cell)]
 

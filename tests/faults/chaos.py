@@ -16,7 +16,7 @@ GAP = (12.0, 55.0)
 LOOK_SECONDS = 0.1
 UNDO_SECONDS = 90.0
 """For which the taking back of a strike is tried: it may need what another one took."""
-POLICY = {"maxRestarts": 1000, "maxInfraRestarts": 10000, "nodeFailures": 0, "stallSeconds": 30}
+POLICY = {"maxRestarts": 1000, "maxInfraRestarts": 10000, "maxFailuresPerNode": 0, "stallTimeoutSeconds": 30}
 """No budget ends these runs, and none of the two nodes is left alone."""
 Log = Callable[[str], None]
 

@@ -57,7 +57,7 @@ def build_stage(name: str, learning_rate: str) -> dict[str, Any]:
     match name:
         case "curate":
             sources = [{"format": "imagefolder", "path": f"/data/raw/{folder}"} for folder in ("shapes", "posters")]
-            settings: dict[str, Any] = {"sources": sources, "heldOut": "0.02", "maxTiles": 1}
+            settings: dict[str, Any] = {"sources": sources, "heldOutFraction": "0.02", "maxTiles": 1}
             settings["dedup"] = {"perceptualDistance": -1}
         case "align":
             settings = {"train": ["connector"], "data": [{"from": "curate"}], "learningRate": "3e-3"} | _TRAINING

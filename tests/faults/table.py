@@ -30,7 +30,7 @@ def build_rows(report: Report, undisturbed: Report) -> list[list[str]]:
             cell["kind"],
             name_cause(cell),
             name_culprit(cell),
-            " ".join(f"{cause} {n}" for cause, n in cell["charged"].items()),
+            " ".join(f"{cause} {n}" for cause, n in cell["countedRestarts"].items()),
             str(cell["attempts"] - cell["attempt"] + 1),
             show_seconds(cell["again"]),
             show_seconds(cell["beyond"]),

@@ -33,7 +33,7 @@ EXPORT_DIR = "export"
 SHARDS_DIR = "shards"
 HELD_OUT_DIR = "held-out"
 REPORT_DIR = "report"
-MEMO_DIR = "memo"
+RESULTS_DIR = "results"
 
 Kind = Literal["curate", "pretrain", "sft", "evaluate"]
 Part = Literal["vision", "connector", "language"]
@@ -56,7 +56,7 @@ class ExitCode(enum.IntEnum):
     OUT_OF_MEMORY = 67
     """The accelerator is out of memory."""
     STALLED = 68
-    """No heartbeat for stall_seconds."""
+    """No heartbeat for stall_timeout_seconds."""
     PREEMPTED = 75
     """SIGTERM arrived and a checkpoint was saved."""
     PEER_LOST = 76
@@ -104,7 +104,7 @@ class Env(enum.StrEnum):
     """How often the ranks are started again within the attempt."""
     GRACE_SECONDS = "SAILVL_GRACE_SECONDS"
     """Between SIGTERM and the end; a checkpoint is saved within it."""
-    STALL_SECONDS = "SAILVL_STALL_SECONDS"
+    STALL_TIMEOUT_SECONDS = "SAILVL_STALL_TIMEOUT_SECONDS"
     """Without a heartbeat for so long the worker ends with STALLED; 0: never."""
     TERMINATION_LOG = "SAILVL_TERMINATION_LOG"
     """Path of the termination message."""
@@ -287,7 +287,7 @@ class Progress:
     """Latest values, e.g. loss, learning_rate, tokens_per_second."""
     checkpoint: Checkpoint | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds of this attempt by activity: starting, training, data_wait, checkpoint, evaluating."""
+    """Seconds of this attempt by activity: starting, training, dataWait, checkpoint, evaluating."""
     time: float = 0.0
     """Unix seconds of this document."""
 
@@ -313,7 +313,7 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     """For gates and status, e.g. heldOutLoss, heldOutLossBefore, heldOutLossShuffled, skippedSamples, score, kept,
     dropped."""
-    memoised: bool = False
+    reused: bool = False
     """The result was found, not computed."""
 
 

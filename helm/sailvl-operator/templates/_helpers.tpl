@@ -64,7 +64,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 - --trainer-image={{ . }}
 {{- end }}
 - --grace-seconds={{ int64 .graceSeconds }}
-- --settle-seconds={{ .settleSeconds }}
+- --failure-settle-seconds={{ .failureSettleSeconds }}
 - --backoff-seconds={{ .backoffSeconds }}
 - --backoff-limit-seconds={{ .backoffLimitSeconds }}
 {{- end }}

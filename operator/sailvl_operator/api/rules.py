@@ -82,7 +82,7 @@ RULES: dict[type, list[Rule]] = {
         _rule("self.format != 'procedural' || !has(self.path)", "procedural draws its pictures: leave path out"),
         _rule("self.format != 'procedural' || has(self.samples)", "procedural needs samples: how many to draw"),
     ],
-    types.Curate: [_part_of_one("heldOut")],
+    types.Curate: [_part_of_one("heldOutFraction")],
     types.Evaluate: [
         _rule(
             "(has(self.benchmarks) && self.benchmarks.size() > 0) || (has(self.custom) && self.custom.size() > 0)",

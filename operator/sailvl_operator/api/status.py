@@ -45,19 +45,19 @@ class Reason(enum.StrEnum):
     GATE_FAILED = "GateFailed"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     RESTARTED_IN_PLACE = "RestartedInPlace"
-    RESTART_ASKED = "RestartAsked"
-    NODE_AVOIDED = "NodeAvoided"
-    NAME_TAKEN = "NameTaken"
+    RESTART_REQUESTED = "RestartRequested"
+    NODE_EXCLUDED = "NodeExcluded"
+    NAME_CONFLICT = "NameConflict"
     FORBIDDEN = "Forbidden"
     REJECTED = "Rejected"
     QUOTA = "QuotaExceeded"
     ADMISSION = "AdmissionDenied"
     QUEUED = "Queued"
     UNSCHEDULABLE = "Unschedulable"
-    IMAGE = "ImagePull"
-    CONTAINER_CONFIG = "ContainerConfig"
-    VOLUME = "Volume"
-    GATE = "Gate"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    CONTAINER_CONFIG_ERROR = "ContainerConfigError"
+    VOLUME_NOT_READY = "VolumeNotReady"
+    GATE_NOT_PASSED = "GateNotPassed"
     NOT_STUCK = "NotStuck"
 
 
@@ -133,18 +133,18 @@ class StageStatus(Struct, frozen=True, kw_only=True):
     """Number of the newest attempt; written before its Job exists."""
     restarts: Annotated[dict[str, int], Meta(max_length=16)] = {}
     """New attempts by the cause of the failure before them; InPlace: ranks started again within an attempt."""
-    charged: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    counted_restarts: Annotated[dict[str, int], Meta(max_length=16)] = {}
     """Those of them that count against the budgets: since the saved progress last grew."""
-    charged_step: int = 0
+    progress_at_last_failure: int = 0
     """The saved progress at the last of them."""
     node_failures: Annotated[dict[str, int], Meta(max_length=32)] = {}
     """Attempts that a node took down."""
     digest: Annotated[str, Meta(max_length=64)] = ""
-    memoised: bool = False
+    reused: bool = False
     """The result was found on the storage, not computed again."""
     start_time: Time = ""
     completion_time: Time = ""
-    not_before: Time = ""
+    next_attempt_time: Time = ""
     """The next attempt starts at this time: backoff."""
     progress: StageProgress | None = None
     metrics: Annotated[dict[str, Annotated[str, Meta(max_length=32)]], Meta(max_length=64)] = {}
@@ -190,7 +190,7 @@ class Status(Struct, frozen=True, kw_only=True):
     conditions: Annotated[list[Condition], Meta(max_length=16)] = []
     stages: Annotated[list[StageStatus], Meta(max_length=32)] = []
     goodput: Goodput = Goodput()
-    restart_handled: Short = ""
+    observed_restart_request: Short = ""
     """The value of the annotation sailvl.dev/restart-stage that was acted upon."""
 
     def condition(self, type_: ConditionType) -> Condition | None:

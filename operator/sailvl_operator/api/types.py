@@ -93,11 +93,11 @@ class RestartPolicy(Struct, frozen=True, kw_only=True):
     """After lost nodes, evictions and lost peers."""
     in_place_restarts: Annotated[int, Meta(ge=0, le=100)] = 3
     """Restarts of the processes within an attempt, the pods kept."""
-    stall_seconds: Seconds = 900
+    stall_timeout_seconds: Seconds = 900
     """Without progress for so long an attempt counts as hung; 0: never."""
     start_timeout_seconds: Seconds = 900
     """All pods must run by then, else the attempt makes room and is tried again."""
-    node_failures: Annotated[int, Meta(ge=0, le=100)] = 3
+    max_failures_per_node: Annotated[int, Meta(ge=0, le=100)] = 3
     """A node that took so many attempts of a stage down gets no more of its workers; 0: never."""
 
 
@@ -173,7 +173,7 @@ class Curate(Struct, frozen=True, kw_only=True):
     """Default: nothing is resampled."""
     min_side: Annotated[int, Meta(ge=1, le=4096)] = 28
     """Pixels; smaller pictures are dropped."""
-    held_out: Decimal = "0.02"
+    held_out_fraction: Decimal = "0.02"
     """Part of the samples kept apart for the held-out loss."""
     shard_samples: Annotated[int, Meta(ge=1, le=1_000_000)] = 1024
     """Samples a shard, at most."""

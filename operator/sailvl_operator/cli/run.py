@@ -102,7 +102,7 @@ def build_table(status: Status) -> Table:
         progress = stage.progress
         table.add_row(
             stage.name,
-            stage.state + (", memoised" if stage.memoised else ""),
+            stage.state + (", reused" if stage.reused else ""),
             "" if took is None else format_duration(took),
             str(progress.step) if progress else "",
             str(progress.tokens) if progress and progress.tokens else "",

@@ -18,7 +18,7 @@ from sailvl_operator.core.desired.job import build_job
 from sailvl_operator.core.desired.service import build_service
 from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.observe import JobRecord, parse_job
-from sailvl_operator.errors import REFUSALS, Conflict, NameTaken, NotFound, OperatorError
+from sailvl_operator.errors import REFUSALS, Conflict, NameConflict, NotFound, OperatorError
 
 _DEAD_GRACE_SECONDS = 1
 """A dead attempt's hung ranks would hold their GPUs for the whole grace."""
@@ -58,7 +58,7 @@ class Actions:
     async def serve(self, run: Run, _: Decision) -> Refused:
         """The Service by which workers find each other; they look for it once their programs are loaded.
 
-        Raises ApiError or NameTaken.
+        Raises ApiError or NameConflict.
         """
         service = build_service(namespace=run.namespace, run=run.name, owner_uid=run.uid)
         self._children.services.put_created(await self._create(resources.SERVICES, service, run.uid, shapes.Service))
@@ -132,7 +132,7 @@ class Actions:
         except Conflict:
             existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
         if not _is_ours(existing["metadata"], body["metadata"], owner_uid):
-            raise NameTaken(
+            raise NameConflict(
                 f"{body['kind']} {metadata['name']} exists and isn't this run's; delete it or rename the run"
             )
         return existing

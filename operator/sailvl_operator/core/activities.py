@@ -12,7 +12,7 @@ MAIN = {"curate": "curating", "pretrain": "training", "sft": "training", "evalua
 ACTIVITIES = {
     "starting": "starting",
     "training": "training",
-    "data_wait": "dataWait",
+    "dataWait": "dataWait",
     "waiting": "dataWait",
     "checkpoint": "checkpoint",
     "evaluating": "evaluating",

@@ -22,7 +22,7 @@ class Attempt:
     image: str
     image_pull_policy: str
     in_place_restarts: int
-    stall_seconds: int
+    stall_timeout_seconds: int
     grace_seconds: int
     """Between SIGTERM and SIGKILL: time for a checkpoint."""
     claim: str

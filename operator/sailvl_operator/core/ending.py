@@ -89,20 +89,20 @@ def restart_by_hand(view: View) -> Step:
     status = msgspec.structs.replace(
         next_attempt(read_progress(view)),
         state="Restarting",
-        charged={},
+        counted_restarts={},
         node_failures={},
-        not_before="",
+        next_attempt_time="",
         completion_time="",
     )
     words = f"Stage {status.name} starts again with attempt {status.attempt}, as asked for"
-    return Step(status=status, events=(Event(reason=Reason.RESTART_ASKED, message=words),))
+    return Step(status=status, events=(Event(reason=Reason.RESTART_REQUESTED, message=words),))
 
 
 def _fail(view: View, cause: Cause, last: LastFailure, *, suspect: str = "", newest: int = 0) -> Step:
     """The next attempt, or the end of the run. `suspect`: the node that may be at fault; `newest`: the attempt that has
     cut this one off."""
     failed = _blame_node(msgspec.structs.replace(read_progress(view), last_failure=last), suspect)
-    if restart.may_restart(cause, _charged(view, failed), view.run.spec.restart_policy):
+    if restart.may_restart(cause, _counted_restarts(view, failed), view.run.spec.restart_policy):
         return _again(view, cause, last.message, failed, newest)
     status = msgspec.structs.replace(failed, state="Failed", completion_time=format_time(view.now))
     message = describe_failure(status)
@@ -120,24 +120,26 @@ def describe_failure(status: StageStatus) -> str:
 
 
 def _again(view: View, cause: Cause, message: str, status: StageStatus, newest: int) -> Step:
-    charged = _charged(view, status)
-    wait = restart.backoff_seconds(cause, charged, f"{view.run.uid}/{status.name}/{status.attempt}", view.defaults)
+    counted_restarts = _counted_restarts(view, status)
+    wait = restart.backoff_seconds(
+        cause, counted_restarts, f"{view.run.uid}/{status.name}/{status.attempt}", view.defaults
+    )
     new = msgspec.structs.replace(
         next_attempt(status, after=newest),
         state="Restarting",
         restarts=_one_more(status.restarts, cause),
-        charged=_one_more(charged, cause),
-        charged_step=max(status.charged_step, _saved_step(view, status)),
-        not_before=format_time(view.now + wait) if wait else "",
+        counted_restarts=_one_more(counted_restarts, cause),
+        progress_at_last_failure=max(status.progress_at_last_failure, _saved_step(view, status)),
+        next_attempt_time=format_time(view.now + wait) if wait else "",
     )
     words = f"Stage {status.name}, attempt {status.attempt}: {cause}: {message}; attempt {new.attempt} follows"
     event = Event(reason=Reason.RESTARTING, message=words[:1000], type="Warning")
     return Step(status=new, events=(event, *_tell_avoided(view, new)))
 
 
-def _charged(view: View, status: StageStatus) -> Mapping[str, int]:
+def _counted_restarts(view: View, status: StageStatus) -> Mapping[str, int]:
     """Restarts that count: none when more is saved than at the failure before."""
-    return {} if _saved_step(view, status) > status.charged_step else status.charged
+    return {} if _saved_step(view, status) > status.progress_at_last_failure else status.counted_restarts
 
 
 def _saved_step(view: View, status: StageStatus) -> int:
@@ -160,7 +162,7 @@ def _tell_avoided(view: View, new: StageStatus) -> tuple[Event, ...]:
     before = set(restart.avoided_nodes(view.status, policy))
     return tuple(
         Event(
-            reason=Reason.NODE_AVOIDED,
+            reason=Reason.NODE_EXCLUDED,
             type="Warning",
             message=f"Node {node} took {new.node_failures[node]} attempts of stage {new.name} down and gets no more of "
             "its workers; look at the machine, then annotate the run to start the stage again",

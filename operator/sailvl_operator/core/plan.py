@@ -30,7 +30,7 @@ class Defaults:
     """Where workers find the run's storage."""
     grace_seconds: int = 120
     """Between SIGTERM and SIGKILL of a worker: time for a checkpoint."""
-    settle_seconds: float = 3.0
+    failure_settle_seconds: float = 3.0
     """From the first sign of a failure until its cause is decided."""
     backoff_seconds: float = 10.0
     """Before the second attempt after a crash; doubled by each further one."""
@@ -100,7 +100,7 @@ def build_attempt(
         image=defaults.image if spec.image is UNSET else spec.image,
         image_pull_policy=spec.image_pull_policy,
         in_place_restarts=policy.in_place_restarts,
-        stall_seconds=policy.stall_seconds,
+        stall_timeout_seconds=policy.stall_timeout_seconds,
         grace_seconds=defaults.grace_seconds,
         claim=claim_of(run),
         avoid_nodes=avoid_nodes,

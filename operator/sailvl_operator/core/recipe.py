@@ -47,7 +47,7 @@ def build_curate(curate: Curate, resolve: Resolve) -> contract.CurateConfig:
         min_side=curate.min_side,
         exact_duplicates=curate.dedup.exact,
         perceptual_distance=curate.dedup.perceptual_distance,
-        held_out_fraction=float(curate.held_out),
+        held_out_fraction=float(curate.held_out_fraction),
         shard_samples=curate.shard_samples,
         max_tiles=curate.max_tiles,
     )

@@ -109,7 +109,7 @@ def _retire(run: Run, status: Status, observed: Observed, now: float) -> Decisio
     noted = msgspec.structs.replace(
         status,
         observed_generation=run.generation,
-        restart_handled=status.restart_handled if run.restart_stage else "",
+        observed_restart_request=status.observed_restart_request if run.restart_stage else "",
     )
     return Decision(
         end=_leftovers(status.stages, observed) + _unnoted(status.stages, observed),
@@ -201,7 +201,7 @@ def _stop(view: View, step: Step) -> Step:
         return step
     if view.status.state in ("Pending", "Suspended"):
         return Step(status=view.status)
-    status = msgspec.structs.replace(step.status, state="Suspended", not_before="")
+    status = msgspec.structs.replace(step.status, state="Suspended", next_attempt_time="")
     return Step(status=status, events=step.events)
 
 
@@ -305,7 +305,7 @@ def _build_status(run: Run, old: Status, outcome: Outcome, now: float) -> Status
         conditions=set_conditions(old, verdicts, generation=run.generation, now=now),
         stages=outcome.statuses,
         goodput=old.goodput,
-        restart_handled=run.restart_stage[: requests.NOTE_LENGTH],
+        observed_restart_request=run.restart_stage[: requests.NOTE_LENGTH],
     )
 
 

@@ -17,12 +17,12 @@ NOTE_LENGTH = 64
 def find_request(run: Run, status: Status) -> str:
     """The stage to start again; empty: nothing new is asked for."""
     asked = run.restart_stage[:NOTE_LENGTH]
-    return "" if asked == status.restart_handled else asked
+    return "" if asked == status.observed_restart_request else asked
 
 
 def is_to_be_taken_off(run: Run, status: Status) -> bool:
     """Whether the annotation was acted upon and is still there."""
-    return bool(run.restart_stage) and run.restart_stage[:NOTE_LENGTH] == status.restart_handled
+    return bool(run.restart_stage) and run.restart_stage[:NOTE_LENGTH] == status.observed_restart_request
 
 
 def refuse_request(stage: str, status: Status, *, is_suspended: bool) -> tuple[Event, ...]:
@@ -38,7 +38,7 @@ def refuse_request(stage: str, status: Status, *, is_suspended: bool) -> tuple[E
         "Succeeded": f"stage {stage} has its result, which a new attempt would find; create a run with other settings",
     }
     message = f"{names.ANNOTATION_RESTART}: {words.get(state, words['Suspended'])}"
-    return (Event(reason=Reason.RESTART_ASKED, message=message[:1000], type="Warning"),)
+    return (Event(reason=Reason.RESTART_REQUESTED, message=message[:1000], type="Warning"),)
 
 
 def _why_suspended(stage: str, status: Status, *, is_suspended: bool) -> str:

@@ -54,10 +54,10 @@ def backoff_seconds(cause: Cause, restarts: Mapping[str, int], key: str, default
 
 
 def avoided_nodes(status: StageStatus, policy: RestartPolicy) -> tuple[str, ...]:
-    """Machines that get no more workers of a stage, by name: each took `nodeFailures` attempts down."""
-    if not policy.node_failures:
+    """Machines that get no more workers of a stage, by name: each took `maxFailuresPerNode` attempts down."""
+    if not policy.max_failures_per_node:
         return ()
-    return tuple(sorted(node for node, n in status.node_failures.items() if n >= policy.node_failures))
+    return tuple(sorted(node for node, n in status.node_failures.items() if n >= policy.max_failures_per_node))
 
 
 def advice(cause: Cause) -> str:

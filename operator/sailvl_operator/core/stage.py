@@ -92,18 +92,18 @@ def _succeed(view: View) -> Step:
         state="Succeeded",
         completion_time=format_time(view.now),
         output=result.output,
-        memoised=result.memoised,
+        reused=result.reused,
         metrics=_metrics(result),
         progress=StageProgress(
             step=result.steps,
             steps=result.steps,
             tokens=result.tokens,
             eta_seconds=0,
-            lost_steps=lost if result.memoised else max(lost, result.lost_steps),
+            lost_steps=lost if result.reused else max(lost, result.lost_steps),
         ),
-        not_before="",
+        next_attempt_time="",
     )
-    words = "found its result" if result.memoised else f"succeeded in {seconds}"
+    words = "found its result" if result.reused else f"succeeded in {seconds}"
     return Step(status=status, events=(Event(reason=Reason.STAGE_SUCCEEDED, message=f"Stage {name} {words}"),))
 
 
@@ -116,7 +116,7 @@ def _suspend(view: View) -> Step:
     if _has_workers(view) or should_suspend or view.status.state == "Suspended":
         suspend = True if should_suspend else None
         return Step(status=read_progress(view), suspend=suspend, requeue_at=_when_lost(view))
-    status = msgspec.structs.replace(read_progress(view), state="Suspended", not_before="")
+    status = msgspec.structs.replace(read_progress(view), state="Suspended", next_attempt_time="")
     message = f"Stage {status.name} is suspended; its workers are gone"
     return Step(status=status, events=(Event(reason=Reason.SUSPENDED, message=message),))
 
@@ -169,9 +169,9 @@ def _start_or_wait(view: View) -> Step:
     """No Job and no pod: it is to be made, now or after the backoff; if it was there before, somebody removed it."""
     if view.status.state == "Running" or view.key in view.observed.removed:
         return ending.fail_infra(view, "the Job was removed from outside")
-    not_before = parse_time(view.status.not_before)
-    if not_before > view.now:
-        return Step(status=view.status, requeue_at=not_before)
+    next_attempt_time = parse_time(view.status.next_attempt_time)
+    if next_attempt_time > view.now:
+        return Step(status=view.status, requeue_at=next_attempt_time)
     return Step(status=view.status, should_start=True)
 
 
@@ -182,7 +182,7 @@ def _watch(view: View) -> Step:
     if over := _judge(view) or _find_lost(view):
         return over
     if view.is_running and view.status.state != "Running":
-        return Step(status=msgspec.structs.replace(read_progress(view), state="Running", not_before=""))
+        return Step(status=msgspec.structs.replace(read_progress(view), state="Running", next_attempt_time=""))
     return _await_start(view)
 
 
@@ -194,7 +194,7 @@ def _judge(view: View) -> Step | None:
     evidence = [e for e in found if not e.patience or e.seen + e.patience <= view.now]
     if not evidence:
         return Step(status=read_progress(view), requeue_at=min(e.seen + e.patience for e in found))
-    settled_at = min(e.seen for e in evidence) + view.defaults.settle_seconds
+    settled_at = min(e.seen for e in evidence) + view.defaults.failure_settle_seconds
     if any(e.cause is Cause.STALLED for e in evidence):
         settled_at += WATCHDOG_SECONDS
     if len(evidence) < view.nodes and settled_at > view.now:
@@ -209,7 +209,7 @@ def _find_lost(view: View) -> Step | None:
     done = [pod.ended_seen for pod in view.pods if pod.terminated is not None]
     if not missing or not (done or view.status.state == "Running"):
         return None
-    settled_at = min(done, default=0.0) + view.defaults.settle_seconds
+    settled_at = min(done, default=0.0) + view.defaults.failure_settle_seconds
     if view.job is not None:
         timeout = view.run.spec.restart_policy.start_timeout_seconds or RestartPolicy().start_timeout_seconds
         settled_at = max(settled_at, view.job.started + timeout)

@@ -18,28 +18,28 @@ PATIENCE_SECONDS = 5.0
 """For which a pod may have no node before that is worth a word."""
 
 _REASON_OF_WAIT = {
-    "ErrImagePull": Reason.IMAGE,
-    "ImagePullBackOff": Reason.IMAGE,
-    "InvalidImageName": Reason.IMAGE,
-    "ErrImageNeverPull": Reason.IMAGE,
-    "CreateContainerConfigError": Reason.CONTAINER_CONFIG,
-    "CreateContainerError": Reason.CONTAINER_CONFIG,
-    "RunContainerError": Reason.CONTAINER_CONFIG,
+    "ErrImagePull": Reason.IMAGE_PULL_FAILED,
+    "ImagePullBackOff": Reason.IMAGE_PULL_FAILED,
+    "InvalidImageName": Reason.IMAGE_PULL_FAILED,
+    "ErrImageNeverPull": Reason.IMAGE_PULL_FAILED,
+    "CreateContainerConfigError": Reason.CONTAINER_CONFIG_ERROR,
+    "CreateContainerError": Reason.CONTAINER_CONFIG_ERROR,
+    "RunContainerError": Reason.CONTAINER_CONFIG_ERROR,
 }
 
 _REASON_OF_WORDS = (
     ("exceeded quota", Reason.QUOTA),
     ("failed quota", Reason.QUOTA),
     ("waits for the scheduler", Reason.UNSCHEDULABLE),
-    ("ImagePullBackOff", Reason.IMAGE),
-    ("ErrImagePull", Reason.IMAGE),
+    ("ImagePullBackOff", Reason.IMAGE_PULL_FAILED),
+    ("ErrImagePull", Reason.IMAGE_PULL_FAILED),
     ("admission webhook", Reason.ADMISSION),
     ("failed calling webhook", Reason.ADMISSION),
     ("violates PodSecurity", Reason.ADMISSION),
     ("ValidatingAdmissionPolicy", Reason.ADMISSION),
-    ("isn't this run's", Reason.NAME_TAKEN),
-    ("volume", Reason.VOLUME),
-    ("Volume", Reason.VOLUME),
+    ("isn't this run's", Reason.NAME_CONFLICT),
+    ("volume", Reason.VOLUME_NOT_READY),
+    ("Volume", Reason.VOLUME_NOT_READY),
     ("is forbidden", Reason.FORBIDDEN),
 )
 """The first that the words of a refusal hold; others: Rejected."""
@@ -81,7 +81,11 @@ def _find_stuck_pod(pods: Sequence[PodRecord], now: float) -> Stuck | None:
         if pod.is_gone or pod.is_deleting or is_patient(pod, now):
             continue
         if pod.unschedulable:
-            reason = Reason.VOLUME if "persistentvolumeclaim" in pod.unschedulable.lower() else Reason.UNSCHEDULABLE
+            reason = (
+                Reason.VOLUME_NOT_READY
+                if "persistentvolumeclaim" in pod.unschedulable.lower()
+                else Reason.UNSCHEDULABLE
+            )
             return reason, f"pod {pod.name}: {pod.unschedulable}"
         if pod.waiting_reason in _REASON_OF_WAIT:
             return _REASON_OF_WAIT[pod.waiting_reason], f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
@@ -107,4 +111,4 @@ def _of_queue(view: View) -> Stuck | None:
 
 def _of_gate(ruling: Ruling) -> Stuck:
     advice = "raise the gate, or set its onFail to Continue, to go on"
-    return Reason.GATE, f"stage {ruling.stage}: {ruling.message}; {advice}"
+    return Reason.GATE_NOT_PASSED, f"stage {ruling.stage}: {ruling.message}; {advice}"

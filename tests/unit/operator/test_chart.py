@@ -139,7 +139,7 @@ SETTINGS = {
         defaults=Defaults(
             image="registry.example.com/sailvl-trainer:0.1.0",
             grace_seconds=300,
-            settle_seconds=1.5,
+            failure_settle_seconds=1.5,
             backoff_seconds=20,
             backoff_limit_seconds=1_000_000,
         ),

@@ -54,7 +54,7 @@ ENV = [
     {"name": "SAILVL_RENDEZVOUS_HOST", "value": "demo-alignment-2-0.demo"},
     {"name": "SAILVL_IN_PLACE_RESTARTS", "value": "3"},
     {"name": "SAILVL_GRACE_SECONDS", "value": "85"},
-    {"name": "SAILVL_STALL_SECONDS", "value": "900"},
+    {"name": "SAILVL_STALL_TIMEOUT_SECONDS", "value": "900"},
     {
         "name": "SAILVL_NODE_RANK",
         "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-completion-index']"}},

@@ -218,7 +218,7 @@ async def test_a_job_of_a_deleted_run_of_the_same_name_is_not_adopted(world):
     old = {"metadata": {"name": "demo-curate-1", "ownerReferences": [{"uid": "old-run"}]}, "spec": {}}
     await world.api.put("jobs", old)
     await world.apply(build_document())
-    await world.until(lambda: any(e["reason"] == "NameTaken" for e in world.api.all("events")))
+    await world.until(lambda: any(e["reason"] == "NameConflict" for e in world.api.all("events")))
     assert "isn't this run's" in world.status.condition("Stuck").message
     assert world.api.all("jobs")[0]["metadata"]["ownerReferences"] == [{"uid": "old-run"}]
     await world.api.remove("jobs", "demo-curate-1")
@@ -271,7 +271,7 @@ async def test_what_a_kubelet_says_of_a_volume_is_shown(world):
     await world.until(lambda: world.children.pods.get(KEY))
     await world.complaints.read_some()
     await world.until(lambda: world.status.is_true("Stuck"))
-    assert world.status.condition("Stuck").reason == "Volume"
+    assert world.status.condition("Stuck").reason == "VolumeNotReady"
 
 
 async def test_what_kueue_says_is_shown(world):
@@ -298,7 +298,7 @@ async def test_a_person_s_request_is_carried_out_once_and_taken_off(world):
     await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
     await world.until(lambda: not world.run["metadata"].get("annotations"))
     world.see(world.run)
-    await world.until(lambda: not world.status.restart_handled)
+    await world.until(lambda: not world.status.observed_restart_request)
     assert world.states()["curate"] == ("Starting", 2) or world.states()["curate"] == ("Restarting", 2)
 
 

@@ -71,10 +71,10 @@ def test_waiting_for_a_node_and_starting_are_told_apart() -> None:
 
 def test_workers_say_what_they_did() -> None:
     clock = run()
-    clock.wait(50, step=40, saved=40, starting=5, training=33.4, data_wait=6.6, checkpoint=5)
+    clock.wait(50, step=40, saved=40, starting=5, training=33.4, dataWait=6.6, checkpoint=5)
     assert clock.seconds == {"queued": 10, "starting": 25, "training": 33, "dataWait": 7, "checkpoint": 5}
     assert clock.status.summary.goodput == "41%"
-    clock.wait(20, step=60, saved=40, starting=5, training=53, data_wait=7, checkpoint=5)
+    clock.wait(20, step=60, saved=40, starting=5, training=53, dataWait=7, checkpoint=5)
     assert clock.seconds == {"queued": 10, "starting": 25, "training": 53, "dataWait": 7, "checkpoint": 5}
     assert clock.stage("alignment").progress.unsaved_seconds == 20
 
@@ -244,7 +244,7 @@ def _make_move(clock: Clock, what: str, seconds: float) -> None:
     step, trained = (seen.step, seen.seconds["training"]) if seen else (0, 0.0)
     match what:
         case "work":
-            clock.wait(seconds, attempt=attempt, step=step + 1, training=trained + 0.9 * seconds, data_wait=1.0)
+            clock.wait(seconds, attempt=attempt, step=step + 1, training=trained + 0.9 * seconds, dataWait=1.0)
         case "save":
             clock.wait(seconds, attempt=attempt, step=step + 1, saved=step + 1, training=trained + 2 * seconds)
         case "crash" if any(p.terminated is None for p in clock.pods.values()):

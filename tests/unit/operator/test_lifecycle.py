@@ -65,13 +65,13 @@ def test_a_gate_says_what_it_wants() -> None:
     world = run_up_to_the_gate(gate(atMost="2.1", onFail="Pause"))
     stuck = world.status.condition(ConditionType.STUCK)
     assert stuck is not None
-    assert (stuck.status, stuck.reason) == ("True", "Gate")
+    assert (stuck.status, stuck.reason) == ("True", "GateNotPassed")
     assert stuck.message == (
         "stage alignment: heldOutLoss is 2.4; its gate wants at most 2.1; raise the gate, or set its onFail to "
         "Continue, to go on"
     )
-    assert world.status.summary.reason == "Gate"
-    assert world.events[-1].reason == "Gate"
+    assert world.status.summary.reason == "GateNotPassed"
+    assert world.events[-1].reason == "GateNotPassed"
 
 
 @pytest.mark.parametrize("on_fail", ["Pause", "Stop"])
@@ -134,7 +134,7 @@ def restart(world: World, stage: str) -> None:
     world.restart_stage = stage
     world.settle()
     assert world.restart_stage == ""
-    assert world.status.restart_handled == ""
+    assert world.status.observed_restart_request == ""
 
 
 def test_a_person_starts_a_failed_stage_again() -> None:
@@ -145,7 +145,7 @@ def test_a_person_starts_a_failed_stage_again() -> None:
     assert world.status.is_true(ConditionType.FAILED)
     restart(world, "curate")
     curate = world.stage("curate")
-    assert (curate.state, curate.attempt, curate.charged) == ("Running", 2, {})
+    assert (curate.state, curate.attempt, curate.counted_restarts) == ("Running", 2, {})
     assert not world.status.is_true(ConditionType.FAILED)
     finish(world)
     assert world.status.is_true(ConditionType.SUCCEEDED)
@@ -207,7 +207,7 @@ def test_budgets_refill_when_more_is_saved() -> None:
     for saved in (10, 10, 20, 20, 30):
         fail_at(world, saved=saved)
     knowledge = world.stage("knowledge")
-    assert (knowledge.restarts, knowledge.charged) == ({"Crash": 5}, {"Crash": 1})
+    assert (knowledge.restarts, knowledge.counted_restarts) == ({"Crash": 5}, {"Crash": 1})
     assert not world.status.is_true(ConditionType.FAILED)
 
 
@@ -222,17 +222,17 @@ def test_budgets_don_t_refill_with_time() -> None:
 
 
 def test_a_node_that_fails_often_is_avoided_and_named() -> None:
-    world = World(spec=TRAINING | {"restartPolicy": {"nodeFailures": 2}})
+    world = World(spec=TRAINING | {"restartPolicy": {"maxFailuresPerNode": 2}})
     for saved in (10, 20):
         fail_at(world, saved=saved, code=139)
     world.settle()
     assert world.started[-1].avoid_nodes == ("node-0",)
-    told = next(e for e in world.events if e.reason == "NodeAvoided")
+    told = next(e for e in world.events if e.reason == "NodeExcluded")
     assert told.message.startswith("Node node-0 took 2 attempts of stage knowledge down")
 
 
 def test_where_the_others_don_t_suffice_an_avoided_node_counts_again() -> None:
-    spec = TRAINING | {"restartPolicy": {"nodeFailures": 1, "startTimeoutSeconds": 60}}
+    spec = TRAINING | {"restartPolicy": {"maxFailuresPerNode": 1, "startTimeoutSeconds": 60}}
     world = World(spec=spec)
     fail_at(world, saved=10, code=139)
     world.is_patient = False
@@ -298,8 +298,8 @@ WORDS = [
     pytest.param('pods "x" is forbidden: exceeded quota: gpus, requested: 8', "QuotaExceeded", id="quota"),
     pytest.param('admission webhook "policy.example.com" denied the request: no', "AdmissionDenied", id="webhook"),
     pytest.param('pods "x" is forbidden: violates PodSecurity "restricted"', "AdmissionDenied", id="pod security"),
-    pytest.param("pod x: FailedMount: MountVolume.SetUp failed for volume", "Volume", id="volume"),
-    pytest.param("Job demo-a-1 exists and isn't this run's; delete it or rename the run", "NameTaken", id="name"),
+    pytest.param("pod x: FailedMount: MountVolume.SetUp failed for volume", "VolumeNotReady", id="volume"),
+    pytest.param("Job demo-a-1 exists and isn't this run's; delete it or rename the run", "NameConflict", id="name"),
     pytest.param("jobs.batch is forbidden: User cannot create resource", "Forbidden", id="rights"),
     pytest.param("Job.batch is invalid: spec.template", "Rejected", id="anything else"),
 ]
@@ -386,7 +386,7 @@ def test_a_refusal_shows_also_while_workers_run() -> None:
     world.settle()
     stuck = world.status.condition(ConditionType.STUCK)
     assert stuck is not None
-    assert (stuck.status, stuck.reason) == ("True", "NameTaken")
+    assert (stuck.status, stuck.reason) == ("True", "NameConflict")
 
 
 def test_a_finished_run_notes_the_generation_that_it_has_seen() -> None:

@@ -32,7 +32,7 @@ def build_conditions(true: str = "", reason: str = "Running") -> list[Condition]
 def build_status(true: str = "Running", reason: str = "Running", **first: object) -> Status:
     """One whose first stage runs, unless `first` says otherwise."""
     known = {"state": "Running", "attempt": 2, "digest": "d", "start_time": BEGUN, "restarts": {"Crash": 1}}
-    stages = [StageStatus(name=NAMES[0], **(known | {"charged": {"Crash": 1}} | first))]
+    stages = [StageStatus(name=NAMES[0], **(known | {"counted_restarts": {"Crash": 1}} | first))]
     return Status(
         observed_generation=1,
         start_time=BEGUN,
@@ -58,7 +58,7 @@ BROKEN = [
     ("states follow each other", OLD, build_status(state="Starting")),
     ("states follow each other", OLD, build_status(attempt=3)),
     ("restarts never go down", OLD, build_status(restarts={})),
-    ("restarts stay in their budgets", OLD, build_status(charged={"Crash": 3})),
+    ("restarts stay in their budgets", OLD, build_status(counted_restarts={"Crash": 3})),
     ("a stage fails only beyond its budget", OLD, build_status(state="Failed", last_failure=FAILED)),
     ("what succeeded stays", build_status(state="Succeeded"), build_status(state="Succeeded", output="other")),
     ("a started stage keeps its digest", OLD, build_status(digest="e")),
@@ -103,10 +103,15 @@ def test_every_law_of_a_status_is_broken_here():
     [
         pytest.param(change(OLD, goodput=SETTLED), id="time passes"),
         pytest.param(
-            change(build_status(state="Restarting", attempt=3, charged={"Crash": 2}, restarts={"Crash": 2})), id="again"
+            change(build_status(state="Restarting", attempt=3, counted_restarts={"Crash": 2}, restarts={"Crash": 2})),
+            id="again",
         ),
         pytest.param(
-            change(build_status("Failed", "StageFailed", state="Failed", charged={"Crash": 2}, last_failure=FAILED)),
+            change(
+                build_status(
+                    "Failed", "StageFailed", state="Failed", counted_restarts={"Crash": 2}, last_failure=FAILED
+                )
+            ),
             id="it fails beyond its budget",
         ),
     ],

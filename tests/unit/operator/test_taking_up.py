@@ -133,7 +133,7 @@ def test_attempts_that_a_deleted_run_of_this_name_left_are_passed_by_at_once() -
     world.end(1, 76)
     world.settle()
     assert [a.document.attempt for a in world.started] == [1, 12]
-    assert world.stage("knowledge").charged == {"Preempted": 1}
+    assert world.stage("knowledge").counted_restarts == {"Preempted": 1}
 
 
 def test_a_number_that_can_t_be_is_no_attempt() -> None:
@@ -192,7 +192,7 @@ def test_a_container_may_wait_for_its_secret_for_a_while() -> None:
     world.now += 1
     world.settle()
     assert world.stage("knowledge").state == "Failed"
-    assert DEFAULTS.settle_seconds < 59
+    assert DEFAULTS.failure_settle_seconds < 59
 
 
 def test_a_restart_by_hand_loses_what_was_not_saved() -> None:

@@ -24,7 +24,7 @@ def test_another_runs_result_is_found_by_the_memo(tmp_path: Path) -> None:
     assert second.find_result() is None
     result = Result(stage="curate", kind="curate", digest="d" * 64, attempt=1, output="demo/curate")
     first.write_result(result)
-    assert second.find_result() == replace(result, memoised=True)
+    assert second.find_result() == replace(result, reused=True)
 
 
 def test_ranks_that_found_another_runs_result_leave_it_to_be_read(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_ranks_that_found_another_runs_result_leave_it_to_be_read(tmp_path: Path
         second.read_result()
     first.write_result(result)
     assert first.read_result() == result
-    assert second.read_result() == replace(result, memoised=True)
+    assert second.read_result() == replace(result, reused=True)
 
 
 def test_a_result_of_another_digest_is_none(tmp_path: Path) -> None:

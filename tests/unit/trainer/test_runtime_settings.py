@@ -42,7 +42,7 @@ def test_a_stage_file_is_all_that_a_worker_needs() -> None:
         metrics_port=9400,
         in_place_restarts=0,
         grace_seconds=30,
-        stall_seconds=0,
+        stall_timeout_seconds=0,
         termination_log=Path("/dev/termination-log"),
         scratch=Path("/tmp/sailvl"),
     )
@@ -154,7 +154,7 @@ def test_a_result_is_handed_over_without_starting_ranks(tmp_path: Path) -> None:
     StageFiles(stage).write_result(result)
     assert run_worker(tmp_path, **{Env.STAGE_FILE: str(path)}) == (
         0,
-        Termination(exit_code=0, result=replace(result, memoised=True)),
+        Termination(exit_code=0, result=replace(result, reused=True)),
     )
 
 

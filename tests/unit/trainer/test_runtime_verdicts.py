@@ -139,7 +139,7 @@ STALLS = [
 
 @pytest.mark.parametrize(("progress", "since", "now", "limit"), STALLS)
 def test_when_a_rank_is_stalled(progress: Progress | None, since: float, now: float, limit: int) -> None:
-    assert is_stalled(progress, since=since, now=now, stall_seconds=10) == limit
+    assert is_stalled(progress, since=since, now=now, stall_timeout_seconds=10) == limit
 
 
 def beat(scratch: Scratch, *progress: Progress) -> None:
@@ -150,14 +150,16 @@ def beat(scratch: Scratch, *progress: Progress) -> None:
 def test_every_rank_is_watched(tmp_path: Path) -> None:
     """A rank that waits for its neighbours may go on beating."""
     ranks, scratch = Ranks(), Scratch(tmp_path)
-    assert find_silent(ranks, scratch, now=1e12, stall_seconds=10) is None
+    assert find_silent(ranks, scratch, now=1e12, stall_timeout_seconds=10) is None
     ranks.begin([1, 2])
     now = time.time() + 1000
     well = replace(BEAT, time=now)
     beat(scratch, well, well)
-    assert find_silent(ranks, scratch, now=now, stall_seconds=10) is None
+    assert find_silent(ranks, scratch, now=now, stall_timeout_seconds=10) is None
     beat(scratch, well, replace(BEAT, time=now - 11, step=7))
-    assert find_silent(ranks, scratch, now=now, stall_seconds=10) == "no progress for 10 s (running, after step 7)"
+    assert (
+        find_silent(ranks, scratch, now=now, stall_timeout_seconds=10) == "no progress for 10 s (running, after step 7)"
+    )
 
 
 def test_the_rarest_stack_is_the_one_that_is_not_cut() -> None:

@@ -135,7 +135,7 @@ def test_two_ranks_succeed_and_the_next_attempt_ends_at_once(attempt: Start) -> 
     assert (said.result.steps, said.result.metrics) == (2, {"loss": 0.5}), "NaN has no JSON"
     again = attempt("refuse")
     again.start()
-    assert again.end().result == replace(said.result, memoised=True)
+    assert again.end().result == replace(said.result, reused=True)
 
 
 def test_a_final_code_ends_the_worker_without_a_restart_in_place(attempt: Start) -> None:
@@ -185,7 +185,7 @@ def test_a_killed_rank_is_named_and_its_neighbour_says_that_it_is_not_to_blame(a
 
 
 def test_a_hang_ends_the_worker_and_shows_every_ranks_stack(attempt: Start) -> None:
-    it = attempt("hang", environment={Env.PROCESSES_PER_NODE: 2, Env.STALL_SECONDS: 2})
+    it = attempt("hang", environment={Env.PROCESSES_PER_NODE: 2, Env.STALL_TIMEOUT_SECONDS: 2})
     it.start()
     said = it.end()
     words = "no progress for 2 s (running, after step 7); stacks are in the log of every worker"
@@ -197,7 +197,7 @@ def test_a_hang_ends_the_worker_and_shows_every_ranks_stack(attempt: Start) -> N
 
 
 def test_a_hang_on_one_worker_shows_the_stacks_of_all(attempt: Start) -> None:
-    it = attempt("hang", nodes=2, environment={Env.STALL_SECONDS: 2})
+    it = attempt("hang", nodes=2, environment={Env.STALL_TIMEOUT_SECONDS: 2})
     it.start(0)
     it.start(1)
     assert [it.end(index).exit_code for index in range(2)] == [68, 68], it.log(0) + it.log(1)
@@ -208,15 +208,17 @@ def test_a_hang_on_one_worker_shows_the_stacks_of_all(attempt: Start) -> None:
 
 def test_a_hang_is_told_by_a_worker_whose_peer_has_ended_first(attempt: Start) -> None:
     it = attempt("hang", nodes=2)
-    it.start(0, **{Env.STALL_SECONDS: 2})
-    it.start(1, **{Env.STALL_SECONDS: 4})  # the first, which has the store of both, goes before it has said a word
+    it.start(0, **{Env.STALL_TIMEOUT_SECONDS: 2})
+    it.start(
+        1, **{Env.STALL_TIMEOUT_SECONDS: 4}
+    )  # the first, which has the store of both, goes before it has said a word
     assert [it.end(index).exit_code for index in range(2)] == [68, 68], it.log(0) + it.log(1)
     assert "RendezvousConnectionError" in it.log(1)
     assert "in get_lost_in_thought" in it.end(1).traceback
 
 
 def test_workers_that_never_meet_end_and_say_where_to_look(attempt: Start) -> None:
-    it = attempt("succeed", nodes=2, start_timeout=1, environment={Env.STALL_SECONDS: 2, "MEETING_SECONDS": 2})
+    it = attempt("succeed", nodes=2, start_timeout=1, environment={Env.STALL_TIMEOUT_SECONDS: 2, "MEETING_SECONDS": 2})
     it.start(1)
     said = it.end(1)
     assert (said.exit_code, said.had_ranks) == (68, False)
@@ -225,7 +227,7 @@ def test_workers_that_never_meet_end_and_say_where_to_look(attempt: Start) -> No
 
 
 def test_a_stopped_rank_cannot_answer_and_the_kernel_answers_for_it(attempt: Start) -> None:
-    it = attempt("step_until_stopped", nodes=2, environment={Env.STALL_SECONDS: 2})
+    it = attempt("step_until_stopped", nodes=2, environment={Env.STALL_TIMEOUT_SECONDS: 2})
     it.start(0)
     it.start(1)
     it.wait_for_step(2)

@@ -125,7 +125,7 @@ def test_a_killed_attempt_is_gone_on_with_bit_for_bit(root: Path) -> None:
     assert used == Counter(dict.fromkeys(range(120), 2)), "two epochs: every sample twice"
     again = Workers(root, replace(killed, attempt=3)).end()
     assert again[0].result is not None
-    assert again[0].result.memoised
+    assert again[0].result.reused
 
 
 def test_a_killed_rank_ends_its_worker_and_its_neighbour(root: Path) -> None:

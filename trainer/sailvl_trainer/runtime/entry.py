@@ -67,9 +67,9 @@ def _work(settings: Settings, ranks: Ranks, rank_module: str, end: Exit) -> Term
 
 def _limits(settings: Settings, stage: Stage) -> Limits:
     """All workers run within the start timeout, or the operator ends them; from then on nothing is left to wait for."""
-    slack = max(settings.stall_seconds, MEETING_SECONDS)
+    slack = max(settings.stall_timeout_seconds, MEETING_SECONDS)
     wait = stage.start_timeout_seconds and stage.start_timeout_seconds + slack
-    return Limits(stall_seconds=settings.stall_seconds, meet_seconds=wait)
+    return Limits(stall_timeout_seconds=settings.stall_timeout_seconds, meet_seconds=wait)
 
 
 def _serve(settings: Settings, stage: Stage, scratch: Scratch) -> None:

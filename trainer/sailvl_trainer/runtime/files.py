@@ -23,7 +23,7 @@ class StageFiles:
         self.held_out = self.output / contract.HELD_OUT_DIR
         self.report = self.output / contract.REPORT_DIR
         self._digest = stage.digest
-        self._memo = self.storage / contract.MEMO_DIR / f"{stage.digest}.json"
+        self._memo = self.storage / contract.RESULTS_DIR / f"{stage.digest}.json"
 
     def relative(self, path: Path) -> str:
         """As documents name paths: from the storage's root."""
@@ -50,7 +50,7 @@ class StageFiles:
             result = _read_result(self.storage / decode(dict[str, str], self._memo.read_bytes())["output"])
         if result is None or result.digest != self._digest:
             return None
-        return replace(result, memoised=True)
+        return replace(result, reused=True)
 
     def read_result(self) -> Result:
         """The result that this attempt's first rank has written, or has found. Raises FileNotFoundError."""

@@ -41,7 +41,7 @@ class TrainerMetrics:
         self.samples = counter("sailvl_samples_total", "Samples by what became of them, of this worker.", "outcome")
         self.seconds = counter(
             "sailvl_activity_seconds_total",
-            "Wall seconds by activity (starting, data_wait, training, …), summed over this worker's ranks.",
+            "Wall seconds by activity (starting, dataWait, training, …), summed over this worker's ranks.",
             "activity",
         )
         self.memory = gauge(

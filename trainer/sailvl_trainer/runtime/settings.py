@@ -29,7 +29,7 @@ class Settings:
     """The offset is added already."""
     in_place_restarts: int = 0
     grace_seconds: int = 30
-    stall_seconds: int = 0
+    stall_timeout_seconds: int = 0
     termination_log: Path = TERMINATION_LOG
     scratch: Path = Path("/tmp/sailvl")  # lost with the container, as it should be
 
@@ -53,7 +53,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         metrics_port=_number(environment, Env.METRICS_PORT, base.metrics_port, most=65535) + offset,
         in_place_restarts=_number(environment, Env.IN_PLACE_RESTARTS, base.in_place_restarts),
         grace_seconds=_number(environment, Env.GRACE_SECONDS, base.grace_seconds),
-        stall_seconds=_number(environment, Env.STALL_SECONDS, base.stall_seconds),
+        stall_timeout_seconds=_number(environment, Env.STALL_TIMEOUT_SECONDS, base.stall_timeout_seconds),
         termination_log=read_termination_log(environment),
         scratch=Path(environment.get(Env.SCRATCH, base.scratch)),
     )

@@ -80,7 +80,7 @@ class Telemetry:
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
-        """Add a block's wall seconds to an activity: training, data_wait, checkpoint, evaluating."""
+        """Add a block's wall seconds to an activity: training, dataWait, checkpoint, evaluating."""
         start = time.monotonic()
         try:
             yield

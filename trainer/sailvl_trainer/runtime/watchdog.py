@@ -24,7 +24,7 @@ from sailvl_trainer.runtime.scratch import Scratch
 PATIENT: frozenset[Phase] = frozenset({"starting", "checkpointing", "evaluating", "finished"})
 """Phases without a beat for minutes: a model is loaded, a checkpoint or a report written."""
 PATIENCE = 10
-"""So many times stall_seconds, in these."""
+"""So many times stall_timeout_seconds, in these."""
 STACK_SECONDS = 2.0
 """For the ranks to print their stacks."""
 
@@ -33,7 +33,7 @@ STACK_SECONDS = 2.0
 class Limits:
     """How long a worker may make no progress."""
 
-    stall_seconds: int
+    stall_timeout_seconds: int
     """While ranks work; 0: for ever, whatever it waits for."""
     meet_seconds: int = 0
     """Until the first ranks are started: the workers meet then, and the storage has answered; 0: for ever."""
@@ -41,14 +41,14 @@ class Limits:
 
 def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int, end: Exit) -> None:
     """Watch in a thread, from now on."""
-    if not limits.stall_seconds:
+    if not limits.stall_timeout_seconds:
         return
-    pause, began = min(WATCHDOG_SECONDS, limits.stall_seconds / 4), time.monotonic()
+    pause, began = min(WATCHDOG_SECONDS, limits.stall_timeout_seconds / 4), time.monotonic()
 
     def watch() -> None:
         while True:
             time.sleep(pause)
-            silent = find_silent(ranks, scratch, now=time.time(), stall_seconds=limits.stall_seconds)
+            silent = find_silent(ranks, scratch, now=time.time(), stall_timeout_seconds=limits.stall_timeout_seconds)
             silent = silent or find_unmet(ranks, waited=time.monotonic() - began, limit=limits.meet_seconds)
             if silent is not None:
                 break
@@ -63,12 +63,12 @@ def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
 
-def find_silent(ranks: Ranks, scratch: Scratch, *, now: float, stall_seconds: int) -> str | None:
+def find_silent(ranks: Ranks, scratch: Scratch, *, now: float, stall_timeout_seconds: int) -> str | None:
     """Which rank is silent for too long, in words; None: all are well, or there are none."""
     since = ranks.since
     for local_rank in range(len(ranks.pids)) if since is not None else ():
         progress = read_progress(scratch.progress_of(local_rank))
-        limit = is_stalled(progress, since=since or now, now=now, stall_seconds=stall_seconds)
+        limit = is_stalled(progress, since=since or now, now=now, stall_timeout_seconds=stall_timeout_seconds)
         if limit:
             phase = f"{progress.phase}, after step {progress.step}" if progress is not None else "starting"
             return f"no progress for {limit} s ({phase})"
@@ -91,13 +91,13 @@ def show_own_stack() -> str:
     return "".join(traceback.format_stack(frame))
 
 
-def is_stalled(progress: Progress | None, *, since: float, now: float, stall_seconds: int) -> int:
+def is_stalled(progress: Progress | None, *, since: float, now: float, stall_timeout_seconds: int) -> int:
     """The seconds that were allowed, if more have passed; 0: all is well.
 
     `since`: start of the present ranks. A document older than that tells of their predecessors.
     """
     is_patient = progress is None or progress.time < since or progress.phase in PATIENT
-    limit = stall_seconds * (PATIENCE if is_patient else 1)
+    limit = stall_timeout_seconds * (PATIENCE if is_patient else 1)
     last = since if progress is None else max(progress.time, since)
     return limit if now - last > limit else 0
 

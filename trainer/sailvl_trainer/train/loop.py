@@ -74,7 +74,7 @@ class Loop:
             skips=self.skips,
         )
         while self.position.step < self.steps:
-            with self.meter.part("data"), context.telemetry.activity("data_wait"):
+            with self.meter.part("data"), context.telemetry.activity("dataWait"):
                 step = next(loaded)
             if step.is_skipped:
                 self._skip(step)

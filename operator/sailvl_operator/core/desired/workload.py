@@ -45,7 +45,7 @@ def build_env(attempt: Attempt) -> dict[str, str]:
         Env.RENDEZVOUS_HOST: _rendezvous_host(attempt),
         Env.IN_PLACE_RESTARTS: str(attempt.in_place_restarts),
         Env.GRACE_SECONDS: str(max(1, attempt.grace_seconds - 5)),
-        Env.STALL_SECONDS: str(attempt.stall_seconds),
+        Env.STALL_TIMEOUT_SECONDS: str(attempt.stall_timeout_seconds),
     }
     if gpus:
         env |= {Env.PROCESSES_PER_NODE: str(gpus), Env.DEVICE: "cuda"}
