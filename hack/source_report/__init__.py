@@ -1,0 +1,1 @@
+"""Measures of the sources' sizes and language: `python -m hack.source_report`."""

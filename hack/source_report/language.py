@@ -1,0 +1,160 @@
+"""Find refused words in the names and docstrings of Python sources."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from hack.source_report.glossary import RefusedWord, Scope
+from hack.source_report.sizes import parse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Name:
+    """One place where a source binds an identifier."""
+
+    identifier: str
+    line: int
+    is_function: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Docstring:
+    """A docstring of a module, class, function or attribute."""
+
+    text: str
+    line: int
+    prose: str
+    """The text with blanks in place of code in backticks, of the same length."""
+    tokens: frozenset[str]
+    """The words of the prose, in lower case."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Occurrence:
+    """A refused word in a source."""
+
+    path: Path
+    line: int
+    subject: str
+    """The name, or an extract of the docstring, that contains the word."""
+    refused: RefusedWord
+    kind: Literal["name", "docstring", "opening"]
+
+    def __str__(self) -> str:
+        """Return a message in the form of a compiler's: file, line, problem, remedy."""
+        subject = f"name `{self.subject}`" if self.kind == "name" else f'docstring "{self.subject}"'
+        word, instead = self.refused.word, self.refused.instead
+        return f"{self.path}:{self.line}: {subject} uses refused word `{word}`; the glossary says `{instead}`"
+
+
+def find_refused(path: Path, source: str, refused: Iterable[RefusedWord]) -> list[Occurrence]:
+    """Return every use of a refused word in one file, in the order of lines."""
+    tree = parse(source)
+    names = [Name(identifier=path.stem, line=1), *collect_names(tree)]
+    docstrings = list(collect_docstrings(tree))
+    found: list[Occurrence] = []
+    for word in refused:
+        found += _find_in_names(path, names, word)
+        found += _find_in_docstrings(path, docstrings, word)
+    return sorted(found, key=lambda occurrence: (occurrence.line, occurrence.refused.word))
+
+
+def _find_in_names(path: Path, names: Iterable[Name], refused: RefusedWord) -> Iterator[Occurrence]:
+    if refused.scope not in ("docstrings", "docstring openings"):
+        for name in names:
+            if is_refused_name(name.identifier, refused.word, refused.scope, is_function=name.is_function):
+                yield Occurrence(path=path, line=name.line, subject=name.identifier, refused=refused, kind="name")
+
+
+def _find_in_docstrings(path: Path, docstrings: Iterable[Docstring], refused: RefusedWord) -> Iterator[Occurrence]:
+    if refused.scope in ("docstrings", "docstring openings", "names and docstrings"):
+        kind: Literal["docstring", "opening"] = "opening" if refused.scope == "docstring openings" else "docstring"
+        for docstring in docstrings:
+            for line, extract in find_in_docstring(docstring, refused.word, refused.scope):
+                yield Occurrence(path=path, line=line, subject=extract, refused=refused, kind=kind)
+
+
+def collect_names(tree: ast.AST) -> Iterator[Name]:
+    """Yield the identifiers that a module binds: classes, functions, parameters, attributes, variables, aliases."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield Name(identifier=name, line=node.lineno, is_function=True)
+            case ast.ClassDef(name=name):
+                yield Name(identifier=name, line=node.lineno)
+            case ast.arg(arg=name):
+                yield Name(identifier=name, line=node.lineno)
+            case ast.Name(id=name, ctx=ast.Store()):
+                yield Name(identifier=name, line=node.lineno)
+            case ast.Attribute(attr=name, ctx=ast.Store()):
+                yield Name(identifier=name, line=node.lineno)
+            case ast.alias(asname=str(name)):
+                yield Name(identifier=name, line=node.lineno)
+
+
+def collect_docstrings(tree: ast.AST) -> Iterator[Docstring]:
+    """Yield every string that stands as a statement of its own, which includes docstrings of attributes."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                prose = re.sub(r"`[^`]*`", lambda code: " " * len(code[0]), text)
+                tokens = frozenset(re.findall(r"\w+", prose.lower()))
+                yield Docstring(text=text, line=node.lineno, prose=prose, tokens=tokens)
+
+
+@cache
+def is_refused_name(identifier: str, word: str, scope: Scope, *, is_function: bool) -> bool:
+    """Whether an identifier contains a refused word, or is one if the scope is that of whole names.
+
+    A refused word with underscores at both ends, as `_a_`, is refused inside snake-case names only.
+    """
+    if word.startswith("_") and word.endswith("_"):
+        return word in identifier.strip("_")
+    parts, refused = split_identifier(identifier), word.lower().split()
+    if scope in ("whole names", "function names"):
+        return parts == refused and (is_function or scope == "whole names")
+    size, forms = len(refused), inflect(refused[0])
+    return any(part in forms and parts[at + 1 : at + size] == refused[1:] for at, part in enumerate(parts))
+
+
+def find_in_docstring(docstring: Docstring, word: str, scope: Scope) -> Iterator[tuple[int, str]]:
+    """Yield line and extract of each use of a word in the prose of a docstring."""
+    if docstring.tokens.isdisjoint(inflect(word.lower().split()[0])):
+        return
+    pattern = _compile_opening(word) if scope == "docstring openings" else _compile_pattern(word)
+    for match in pattern.finditer(docstring.prose):
+        line = docstring.line + docstring.prose.count("\n", 0, match.start())
+        extract = docstring.text[max(0, match.start() - 20) : match.end() + 20]
+        yield line, " ".join(extract.split())
+
+
+@cache
+def _compile_opening(word: str) -> re.Pattern[str]:
+    return re.compile(rf"\A\s*{re.escape(word)}(?!\w)")
+
+
+@cache
+def _compile_pattern(word: str) -> re.Pattern[str]:
+    first, *others = word.lower().split()
+    forms = "|".join(sorted(inflect(first), key=len, reverse=True))
+    return re.compile(rf"(?<!\w)(?:{forms})" + "".join(rf"\s+{other}" for other in others) + r"(?!\w)", re.I)
+
+
+@cache
+def split_identifier(identifier: str) -> list[str]:
+    """Split a snake-case or camel-case identifier in words of lower case."""
+    return [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", identifier)]
+
+
+@cache
+def inflect(word: str) -> frozenset[str]:
+    """Return a word with its regular endings, as a verb and as a noun."""
+    endings = ("", "s", "es", "d", "ed", "ing", "ly")
+    stems = [word[:-1]] if word.endswith("e") else [word[:-1] + "i"] if word.endswith("y") else []
+    return frozenset([word + e for e in endings] + [stem + e for stem in stems for e in ("es", "ed", "ing")])
