@@ -22,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from sailvl_trainer.data.planner import PlanState
-from sailvl_trainer.runtime.distributed import start_group
+from sailvl_trainer.rank.distributed import start_group
 from sailvl_trainer.train import checkpoint
 from sailvl_trainer.train.fragments import KEYS, Fragment
 

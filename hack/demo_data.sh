@@ -14,6 +14,6 @@ if [ ! -d "$tree/usr" ] && command -v apt-get >/dev/null && command -v dpkg >/de
 fi
 stamps=()
 [ ! -d "$tree/usr" ] || stamps=(--stamps "$tree")
-"$python" -m sailvl_trainer.data.make "$directory" "${stamps[@]}" --shapes 1800 --questions 1500
-"$python" -m sailvl_trainer.train.tinylm "$directory/models/tiny-language"
+"$python" -m sailvl_trainer.demo.build_data "$directory" "${stamps[@]}" --shapes 1800 --questions 1500
+"$python" -m sailvl_trainer.demo.tiny_lm "$directory/models/tiny-language"
 touch "$directory/.whole"

@@ -2,7 +2,7 @@
 
 from hypothesis import settings
 
-pytest_plugins = ["clusters"]
+pytest_plugins = ["tests.support.live.cluster"]
 
 settings.register_profile("unhurried", deadline=None)  # machines that build are busy: time is no reason to fail
 settings.load_profile("unhurried")

@@ -18,7 +18,7 @@ from math import inf
 import scenarios
 from peers import NaiveKopf, SailVL
 
-from control_plane import FLAGS, ControlPlane
+from tests.support.live.control_plane import FLAGS, ControlPlane
 
 TARGETS = {
     "jobs_written_1000_s": 10.0,

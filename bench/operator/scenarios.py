@@ -12,7 +12,6 @@ from typing import Any
 
 from peers import SETTLE_SECONDS, NaiveKopf, SailVL, until
 
-from control_plane import ControlPlane
 from sailvl_operator.api import names
 from sailvl_operator.api.parse import parse_run
 from sailvl_operator.cluster import resources
@@ -22,6 +21,7 @@ from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.core.reconcile import reconcile
+from tests.support.live.control_plane import ControlPlane
 
 NAMESPACE = "default"
 QUIET_SECONDS = 60.0

@@ -31,7 +31,7 @@ from sailvl_operator.core.desired.workload import build_appdef, count_nodes, enc
 from sailvl_operator.core.observe import JobRecord, Observed, PodRecord, Terminated, observe
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.core.reconcile import reconcile
-from sailvl_operator.core.status import encode_status
+from sailvl_operator.core.summary import encode_status
 from sailvl_trainer.contract import Env, Progress
 
 POLL_SECONDS = 0.5

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from cluster_api import Api, until
-from clusters import Cluster
-from faulty_proxy import FaultyProxy
-from operators import QUICK, Replica, Witness
 from sailvl_operator.cluster.resources import PODS
-from stub_runs import Place, Run, build_image, open_place
+from tests.support.live.api import Api, until
+from tests.support.live.cluster import Cluster
+from tests.support.live.proxy import FaultyProxy
+from tests.support.live.replicas import QUICK, Replica, Witness
+from tests.support.live.stub_runs import Place, Run, build_image, open_place
 
 pytestmark = pytest.mark.cluster
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from builders import SPEC, build_document
-from charts import (
+from tests.support.builders.operator import SPEC, build_document
+from tests.support.chart import (
     CHART,
     RUN_RIGHTS,
     SCENARIOS,

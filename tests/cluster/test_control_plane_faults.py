@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from api_faults import HAPPENS_TO, Faults
-from cluster_api import until
-from crash_points import Case
-from faulty_proxy import FaultyProxy
-from operators import Replica
-from own_plane import ROOT, Plane, judge, open_plane
+from tests.support.live.api import until
+from tests.support.live.api_faults import HAPPENS_TO, Faults
+from tests.support.live.crash_points import Case
+from tests.support.live.disposable_control_plane import ROOT, Plane, judge, open_plane
+from tests.support.live.proxy import FaultyProxy
+from tests.support.live.replicas import Replica
 
 pytestmark = pytest.mark.cluster
 

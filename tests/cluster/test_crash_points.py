@@ -13,8 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from control_plane import control_plane
-from crash_points import (
+from sailvl_operator.api import names
+from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.credentials import Credentials, load_credentials
+from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.settings import ApiSettings
+from tests.support.live.control_plane import control_plane
+from tests.support.live.crash_points import (
     PATIENCE,
     RUN,
     SPEC,
@@ -27,12 +33,6 @@ from crash_points import (
     live_through,
     normalise,
 )
-from sailvl_operator.api import names
-from sailvl_operator.cluster import resources
-from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.credentials import Credentials, load_credentials
-from sailvl_operator.cluster.resources import Resource
-from sailvl_operator.settings import ApiSettings
 
 pytestmark = pytest.mark.cluster
 

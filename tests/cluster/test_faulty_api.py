@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from api_faults import HAPPENS_TO, every_fault
-from cluster_api import Api, until
-from clusters import Cluster
-from faulty_proxy import FaultyProxy, Write
-from operators import Replica, Witness
-from stub_runs import Place, Run, build_image, open_place
+from tests.support.live.api import Api, until
+from tests.support.live.api_faults import HAPPENS_TO, every_fault
+from tests.support.live.cluster import Cluster
+from tests.support.live.proxy import FaultyProxy, Write
+from tests.support.live.replicas import Replica, Witness
+from tests.support.live.stub_runs import Place, Run, build_image, open_place
 
 pytestmark = pytest.mark.cluster
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cluster_api import PRIORITIES, Api, build_object, until
-from kueue import FLAVOR, Kueue, at_version, install_workloads, serve_workloads
-from operators import Replica
 from sailvl_operator.cluster.resources import JOBS, PODS
 from sailvl_operator.core.observe import parse_time
-from stub_runs import Place, Run, build_image, open_operator, open_place
+from tests.support.live.api import PRIORITIES, Api, build_object, until
+from tests.support.live.kueue import FLAVOR, Kueue, at_version, install_workloads, serve_workloads
+from tests.support.live.replicas import Replica
+from tests.support.live.stub_runs import Place, Run, build_image, open_operator, open_place
 
 pytestmark = pytest.mark.cluster
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from cluster_api import CLAIMS, Api, Object, Refused, until
-from operators import Replica
 from sailvl_operator.cluster.resources import EVENTS, JOBS, PODS, SERVICES, Resource
 from sailvl_operator.core.observe import parse_time
-from stub_runs import Place, Run, build_image, build_stage, open_operator, open_place
+from tests.support.live.api import CLAIMS, Api, Object, Refused, until
+from tests.support.live.replicas import Replica
+from tests.support.live.stub_runs import Place, Run, build_image, build_stage, open_operator, open_place
 
 pytestmark = pytest.mark.cluster
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from clusters import Cluster
-from stub_runs import build_image
+from tests.support.live.cluster import Cluster
+from tests.support.live.stub_runs import build_image
 
 pytestmark = pytest.mark.cluster
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from bad_specs import OPERATOR, SCHEMA, BadSpec
-from builders import build_document
 from sailvl_operator.api.validation import validate
+from tests.support.builders.operator import build_document
+from tests.support.invalid_specs import OPERATOR, SCHEMA, BadSpec
 
 pytestmark = pytest.mark.cluster
 

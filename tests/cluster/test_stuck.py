@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from cluster_api import Api, until
-from clusters import Kubectl
-from obstacles import OBSTACLES, Obstacle, clean, create, is_denied
-from operators import Replica
-from stub_runs import Place, Run, build_image, open_operator, open_place
+from tests.support.live.api import Api, until
+from tests.support.live.cluster import Kubectl
+from tests.support.live.obstacles import OBSTACLES, Obstacle, clean, create, is_denied
+from tests.support.live.replicas import Replica
+from tests.support.live.stub_runs import Place, Run, build_image, open_operator, open_place
 
 pytestmark = pytest.mark.cluster
 

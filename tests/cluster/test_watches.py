@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from builders import build_document
-from sailvl_operator.cluster import resources
+from sailvl_operator.cluster import resources, wire
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.cluster.resources import Resource
-from sailvl_operator.core import shapes
 from sailvl_operator.settings import ApiSettings
+from tests.support.builders.operator import build_document
 
 pytestmark = pytest.mark.cluster
 
@@ -26,9 +25,9 @@ PLACELESS = TEMPLATE["spec"] | {"nodeSelector": {"sailvl.dev/there-is": "none"}}
 @pytest.mark.parametrize(
     ("resource", "shape", "body"),
     [
-        pytest.param(resources.JOBS, shapes.Job, {"spec": {"suspend": True, "template": TEMPLATE}}, id="jobs"),
-        pytest.param(resources.PODS, shapes.Pod, {"spec": PLACELESS}, id="pods"),
-        pytest.param(resources.SERVICES, shapes.Service, {"spec": {"clusterIP": "None"}}, id="services"),
+        pytest.param(resources.JOBS, wire.Job, {"spec": {"suspend": True, "template": TEMPLATE}}, id="jobs"),
+        pytest.param(resources.PODS, wire.Pod, {"spec": PLACELESS}, id="pods"),
+        pytest.param(resources.SERVICES, wire.Service, {"spec": {"clusterIP": "None"}}, id="services"),
         pytest.param(resources.RUNS, dict, build_document(suspend=True), id="runs"),
     ],
 )

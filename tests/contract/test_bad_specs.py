@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bad_specs import OPERATOR, SCHEMA, BadSpec
-from builders import build_document
 from sailvl_operator.api.validation import validate
 from sailvl_operator.cli.documents import read_documents
 from sailvl_operator.cli.generate import WHAT
+from tests.support.builders.operator import build_document
+from tests.support.invalid_specs import OPERATOR, SCHEMA, BadSpec
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,7 +22,7 @@ from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
 from sailvl_operator.settings import OPTIONS, Option, Settings
 from sailvl_trainer.contract import ExitCode
 from sailvl_trainer.model.presets import PRESETS, preset
-from sailvl_trainer.runtime.metrics import TrainerMetrics
+from sailvl_trainer.rank.metrics import TrainerMetrics
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"]

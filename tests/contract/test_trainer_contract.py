@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from builders import build_pod, build_run
 from sailvl_operator.api.status import Cause
 from sailvl_operator.core import failure
 from sailvl_operator.core.desired.workload import build_defaults, build_env, encode_document
@@ -25,9 +24,10 @@ from sailvl_trainer.contract import (
     Result,
     Termination,
 )
-from sailvl_trainer.runtime.documents import read_stage
-from sailvl_trainer.runtime.settings import read_settings
-from sailvl_trainer.runtime.termination import fit
+from sailvl_trainer.rank.settings import read_settings
+from sailvl_trainer.rank.termination import fit
+from sailvl_trainer.storage.documents import read_stage
+from tests.support.builders.operator import build_pod, build_run
 
 OUTPUTS = {name: f"demo/{name}-0" for name in ("curate", "alignment", "knowledge", "evaluate")}
 FROM_THE_POD = {Env.NODE_RANK: "1", Env.NODE_NAME: "node-1"}

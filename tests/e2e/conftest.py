@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from clusters import Cluster, Kubectl
-from prometheus_server import Prometheus, render_monitors, start_prometheus
-from run_picture import draw_run
-from whole_run import RUN, Fault, Story, align, follow, kill_operators, kill_second_rank, must
+from tests.support.live.cluster import Cluster, Kubectl
+from tests.support.live.prometheus import Prometheus, render_monitors, start_prometheus
+from tests.support.live.run_plot import draw_run
+from tests.support.live.whole_run import RUN, Fault, Story, align, follow, kill_operators, kill_second_rank, must
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm/sailvl-operator"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from prometheus_server import Prometheus
-from whole_run import Story
+from tests.support.live.prometheus import Prometheus
+from tests.support.live.whole_run import Story
 
 pytestmark = pytest.mark.e2e
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from clusters import Kubectl
-from whole_run import Story, must
+from tests.support.live.cluster import Kubectl
+from tests.support.live.whole_run import Story, must
 
 pytestmark = pytest.mark.e2e
 

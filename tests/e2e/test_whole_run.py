@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from clusters import Kubectl
 from sailvl_trainer.contract import SHARDS_DIR, ModelConfig, Stage
 from sailvl_trainer.data.shards import read_manifest
 from sailvl_trainer.evaluate.generate import Generator
 from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.model.presets import preset
-from sailvl_trainer.runtime.documents import decode
-from sailvl_trainer.runtime.files import StageFiles
-from sailvl_trainer.train.ledger import read_ledger
-from whole_run import Story, align
+from sailvl_trainer.storage.documents import decode
+from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.train.sample_log import read_ledger
+from tests.support.live.cluster import Kubectl
+from tests.support.live.whole_run import Story, align
 
 pytestmark = pytest.mark.e2e
 

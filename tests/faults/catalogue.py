@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-from faults import injections as do
-from faults.scene import Fault
+from tests.faults import injections as do
+from tests.faults.scene import Fault
 
 TRAINING = ("pretrain", "sft")
 GANG = {"inPlaceRestarts": 0}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from faults.recorder import Point, Record
+from tests.faults.recorder import Point, Record
 
 WORKING = ("running", "checkpointing")
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from faults.scene import Scene
-from faults.strikes import STRIKES, MissedError, Strike, Undo
+from tests.faults.scene import Scene
+from tests.faults.strikes import STRIKES, MissedError, Strike, Undo
 
 BURST_CHANCE, BURST_GAP = 0.25, (0.0, 4.0)
 GAP = (12.0, 55.0)

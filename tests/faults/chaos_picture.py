@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from faults.chaos import Blow
-from faults.picture import COLORS, MAIN
-from faults.play import Report
-from faults.recipe import KINDS
-from run_picture import GREY, RED, quiet
+from tests.faults.chaos import Blow
+from tests.faults.picture import COLORS, MAIN
+from tests.faults.play import Report
+from tests.faults.recipe import KINDS
+from tests.support.live.run_plot import GREY, RED, quiet
 
 LABEL_CHARACTERS = 34
 

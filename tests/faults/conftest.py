@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from clusters import Cluster, Kubectl
-from faults.api import Api
-from faults.release import NAMESPACE, Site, install, remove
-from faults.volumes import prepare_data
+from tests.faults.api import Api
+from tests.faults.release import NAMESPACE, Site, install, remove
+from tests.faults.volumes import prepare_data
+from tests.support.live.cluster import Cluster, Kubectl
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters import ROOT, SCRIPT
+from tests.support.live.cluster import ROOT, SCRIPT
 
 STATE = ROOT / "build/cluster"
-RANK = b"sailvl_trainer.rank"
+RANK = b"sailvl_trainer.rank.main"
 TREES = Path("/sys/fs/cgroup")
 
 

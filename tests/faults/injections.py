@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clusters import ROOT
-from faults import host, memory
-from faults.recipe import HIGH_PRIORITY, KINDS
-from faults.scene import Scene
+from tests.faults import host, memory
+from tests.faults.recipe import HIGH_PRIORITY, KINDS
+from tests.faults.scene import Scene
+from tests.support.live.cluster import ROOT
 
 LOST_NODE = "node-1"
 """The one that may lose its power: the other holds what the control plane is reached by."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from faults.host import find_group
+from tests.faults.host import find_group
 
 ROTARY_BASE, HEAD_WIDTH = 10_000.0, 32
 """Of the tiny language model's positions."""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from clusters import ROOT
-from faults.catalogue import FAULTS, NONE
-from faults.picture import draw_table
-from faults.table import HEAD, Report, build_ledger, build_markdown, build_rows, read_reports
-from faults.volumes import FOLDER
+from tests.faults.catalogue import FAULTS, NONE
+from tests.faults.picture import draw_table
+from tests.faults.table import HEAD, Report, build_ledger, build_markdown, build_rows, read_reports
+from tests.faults.volumes import FOLDER
+from tests.support.live.cluster import ROOT
 
 PICTURES = FOLDER / "pictures"
 _CHAOS_NOTE = FOLDER / "chaos-result.json"

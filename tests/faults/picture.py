@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from run_picture import GREY, RED, quiet, seconds
+from tests.support.live.run_plot import GREY, RED, quiet, seconds
 
 COLORS = {
     "starting": "#cfd4dc",

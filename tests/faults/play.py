@@ -11,14 +11,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from faults.books import Books, audit
-from faults.cells import Cell
-from faults.recipe import EPOCHS, KINDS, build_run
-from faults.recorder import Point, Record, Recorder
-from faults.registry import copy_image
-from faults.release import Site
-from faults.scene import Fault, Scene, carry_out, running
-from faults.volumes import FOLDER, Disk, Volume, build_volume, claim_name
+from tests.faults.books import Books, audit
+from tests.faults.cells import Cell
+from tests.faults.recipe import EPOCHS, KINDS, build_run
+from tests.faults.recorder import Point, Record, Recorder
+from tests.faults.registry import copy_image
+from tests.faults.release import Site
+from tests.faults.scene import Fault, Scene, carry_out, running
+from tests.faults.volumes import FOLDER, Disk, Volume, build_volume, claim_name
 
 Plan = list[tuple[str, Fault]]
 """Stages and what is done to them, in order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from faults.volumes import BENCHMARKS
+from tests.faults.volumes import BENCHMARKS
 
 KINDS = {"curate": "curate", "align": "pretrain", "tune": "sft", "score": "evaluate"}
 """Stage to its kind."""

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from faults.api import Api
-from faults.host import Worker, list_workers
+from tests.faults.api import Api
+from tests.faults.host import Worker, list_workers
 
 LOOK_SECONDS = 0.25
 PROGRESS_TIMEOUT = 0.5

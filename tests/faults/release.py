@@ -7,10 +7,10 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from clusters import ROOT, Kubectl
-from faults.api import Api
-from faults.recipe import HIGH_PRIORITY, LOW_PRIORITY
-from whole_run import must
+from tests.faults.api import Api
+from tests.faults.recipe import HIGH_PRIORITY, LOW_PRIORITY
+from tests.support.live.cluster import ROOT, Kubectl
+from tests.support.live.whole_run import must
 
 NAMESPACE, SYSTEM, RELEASE = "sailvl-faults", "sailvl-faults-system", "sailvl-faults"
 

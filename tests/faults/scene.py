@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from clusters import Kubectl
-from faults.api import Api
-from faults.books import UNIT, TrainingFiles, count_answered_twice, read_units
-from faults.cells import WORKING, Cell, fill_in, find_interruption, find_recovery
-from faults.host import Worker
-from faults.recipe import KINDS
-from faults.recorder import Point, Recorder
-from faults.registry import Copy
-from faults.volumes import Disk, Volume
-from whole_run import must
+from tests.faults.api import Api
+from tests.faults.books import UNIT, TrainingFiles, count_answered_twice, read_units
+from tests.faults.cells import WORKING, Cell, fill_in, find_interruption, find_recovery
+from tests.faults.host import Worker
+from tests.faults.recipe import KINDS
+from tests.faults.recorder import Point, Recorder
+from tests.faults.registry import Copy
+from tests.faults.volumes import Disk, Volume
+from tests.support.live.cluster import Kubectl
+from tests.support.live.whole_run import must
 
 READY_SECONDS = 300
 """Until a stage is in its middle."""

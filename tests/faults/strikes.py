@@ -9,9 +9,9 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from faults import host
-from faults.injections import LOST_NODE, build_rival
-from faults.scene import Scene
+from tests.faults import host
+from tests.faults.injections import LOST_NODE, build_rival
+from tests.faults.scene import Scene
 
 Undo = Callable[[], None]
 

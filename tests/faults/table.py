@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from faults.volumes import FOLDER
+from tests.faults.volumes import FOLDER
 
 HEAD = (
     "Fault", "Stage", "Cause", "Rank, node, exit code", "Charged", "Attempts", "A step again", "A new step",

@@ -10,14 +10,14 @@ from datetime import UTC, datetime
 
 import pytest
 
-from faults.chaos import POLICY, Chaos, is_over
-from faults.chaos_picture import draw_chaos
-from faults.page import PICTURES, note_chaos, write_page
-from faults.play import Report, open_scene, play
-from faults.recipe import KINDS
-from faults.release import Site
-from faults.scene import END_SECONDS
-from faults.volumes import FOLDER
+from tests.faults.chaos import POLICY, Chaos, is_over
+from tests.faults.chaos_picture import draw_chaos
+from tests.faults.page import PICTURES, note_chaos, write_page
+from tests.faults.play import Report, open_scene, play
+from tests.faults.recipe import KINDS
+from tests.faults.release import Site
+from tests.faults.scene import END_SECONDS
+from tests.faults.volumes import FOLDER
 
 pytestmark = pytest.mark.chaos
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from faults.catalogue import FAULTS, NONE
-from faults.page import write_page
-from faults.play import Report, play
-from faults.recipe import KINDS
-from faults.release import Site
-from faults.scene import Fault
+from tests.faults.catalogue import FAULTS, NONE
+from tests.faults.page import write_page
+from tests.faults.play import Report, play
+from tests.faults.recipe import KINDS
+from tests.faults.release import Site
+from tests.faults.scene import Fault
 
 pytestmark = pytest.mark.faults
 

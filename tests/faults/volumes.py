@@ -17,8 +17,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from clusters import ROOT
-from sailvl_trainer.data.make import make_benchmark, make_questions, make_shapes
+from sailvl_trainer.demo.build_data import make_benchmark, make_questions, make_shapes
+from tests.support.live.cluster import ROOT
 
 FOLDER = ROOT / "build/faults"
 DATA = FOLDER / "data"

@@ -20,21 +20,21 @@ from prometheus_client import CollectorRegistry
 from sailvl_operator import handlers
 from sailvl_operator.api import names
 from sailvl_operator.cluster import resources
-from sailvl_operator.cluster.children import Children
+from sailvl_operator.cluster.backpressure import Rush
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.complaints import ComplaintReader, find_waiting
 from sailvl_operator.cluster.credentials import Credentials, load_credentials
 from sailvl_operator.cluster.lease import Leadership
+from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
-from sailvl_operator.cluster.resync import Resync
 from sailvl_operator.cluster.runs import Key, RunStore
-from sailvl_operator.cluster.rush import Rush
-from sailvl_operator.cluster.server import Server
+from sailvl_operator.cluster.start_diagnostics import ComplaintReader, find_waiting
+from sailvl_operator.cluster.watch_audit import Resync
 from sailvl_operator.cluster.workqueue import WorkQueue
-from sailvl_operator.core.status import decode_status
-from sailvl_operator.engine import Engine, handle_run_event
+from sailvl_operator.controller import Engine, handle_run_event
+from sailvl_operator.core.summary import decode_status
 from sailvl_operator.errors import NotFound, OperatorError
+from sailvl_operator.health import Server
 from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
 from sailvl_operator.settings import OPTIONS, Settings, describe, read_settings
 

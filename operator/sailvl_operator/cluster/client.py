@@ -21,7 +21,7 @@ from sailvl_operator.cluster import gulps
 from sailvl_operator.cluster.credentials import Credentials, build_connector
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.cluster.server_clock import ServerClock
-from sailvl_operator.core.shapes import Shape
+from sailvl_operator.cluster.wire import Shape
 from sailvl_operator.errors import ApiError, Gone, TooManyRequests, Unauthorized, Unreachable, api_error
 from sailvl_operator.settings import ApiSettings
 

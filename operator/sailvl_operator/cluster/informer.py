@@ -19,8 +19,8 @@ from msgspec.structs import replace
 from sailvl_operator.api import names
 from sailvl_operator.cluster.client import Client, EventType, Object
 from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.cluster.wire import Shape
 from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
-from sailvl_operator.core.shapes import Shape
 from sailvl_operator.errors import ApiError, Gone
 
 log = logging.getLogger(__name__)

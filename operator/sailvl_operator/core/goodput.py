@@ -17,10 +17,10 @@ from sailvl_operator.api.status import ConditionType, Goodput, StageProgress, St
 from sailvl_operator.core.activities import MAIN, Buckets, count_seconds
 from sailvl_operator.core.desired.workload import count_gpus
 from sailvl_operator.core.failure import was_saved
-from sailvl_operator.core.numbers import apportion
 from sailvl_operator.core.observe import parse_time
+from sailvl_operator.core.stage_view import ACTIVE, View
 from sailvl_operator.core.times import format_time
-from sailvl_operator.core.view import ACTIVE, View
+from sailvl_operator.core.units import apportion
 from sailvl_trainer.contract import ExitCode
 
 PRODUCTIVE = ("training", "curating", "evaluating")

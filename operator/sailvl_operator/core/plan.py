@@ -12,7 +12,7 @@ from msgspec import UNSET, to_builtins
 
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Run, Spec, Stage, Workers
-from sailvl_operator.core import recipe
+from sailvl_operator.core import stage_config
 from sailvl_operator.core.decision import Attempt
 from sailvl_operator.core.desired.workload import count_gpus
 from sailvl_trainer import contract
@@ -74,7 +74,7 @@ def plan(run: Run) -> tuple[PlannedStage, ...]:
                 init_from=init_from,
                 digest=digest,
                 directory=f"{run.name}/{stage.name}-{digest[: names.DIGEST_LETTERS]}",
-                workers=recipe.merge_workers(run.spec, stage),
+                workers=stage_config.merge_workers(run.spec, stage),
             )
         )
         if stage.kind in ("pretrain", "sft"):
@@ -138,8 +138,8 @@ def _build_document(
         output=f"{root}/{planned.directory}",
         seed=run.spec.seed,
         start_timeout_seconds=run.spec.restart_policy.start_timeout_seconds,
-        model=recipe.build_model(run.spec.model, resolve),
-        engine=recipe.build_engine(run.spec.engine if planned.stage.engine is UNSET else planned.stage.engine),
+        model=stage_config.build_model(run.spec.model, resolve),
+        engine=stage_config.build_engine(run.spec.engine if planned.stage.engine is UNSET else planned.stage.engine),
         init_from=None if planned.init_from is None else locate(planned.init_from),
         **_settings(run.spec, planned.stage, locate, resolve),
     )
@@ -151,16 +151,16 @@ def resolve_path(path: str, root: str) -> str:
     return root + path[len(mount) :] if path == mount or path.startswith(mount + "/") else path
 
 
-def _settings(spec: Spec, stage: Stage, locate: recipe.Locate, resolve: recipe.Resolve) -> dict[str, Any]:
+def _settings(spec: Spec, stage: Stage, locate: stage_config.Locate, resolve: stage_config.Resolve) -> dict[str, Any]:
     if stage.curate is not UNSET:
-        return {"curate": recipe.build_curate(stage.curate, resolve)}
+        return {"curate": stage_config.build_curate(stage.curate, resolve)}
     if stage.evaluate is not UNSET:
-        return {"evaluate": recipe.build_evaluate(stage.evaluate, resolve)}
+        return {"evaluate": stage_config.build_evaluate(stage.evaluate, resolve)}
     training = stage.pretrain if stage.pretrain is not UNSET else stage.sft
     assert training is not UNSET, "the schema asks for exactly one kind"
-    gpus = count_gpus(recipe.merge_workers(spec, stage))
+    gpus = count_gpus(stage_config.merge_workers(spec, stage))
     return {
-        "train": recipe.build_train(
+        "train": stage_config.build_train(
             training,
             train=training.train,
             preset=spec.model.preset,
@@ -189,7 +189,7 @@ def _digest(
 
 
 def _cover_model(spec: Spec) -> dict[str, Any]:
-    covered: dict[str, Any] = to_builtins(recipe.build_model(spec.model, lambda path: path))
+    covered: dict[str, Any] = to_builtins(stage_config.build_model(spec.model, lambda path: path))
     return covered
 
 

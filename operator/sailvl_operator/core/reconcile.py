@@ -12,17 +12,17 @@ from msgspec import UNSET
 from sailvl_operator.api.status import Cause, ConditionType, Reason, StageStatus, Status
 from sailvl_operator.api.types import Run
 from sailvl_operator.api.unsupported import unsupported
-from sailvl_operator.core import gates, goodput, lifetime, requests, restart, stage
+from sailvl_operator.core import deadlines, gates, goodput, restart, restart_request, stage
+from sailvl_operator.core.conditions import Outcome, build_verdicts, headline, is_over, judge
 from sailvl_operator.core.decision import Attempt, Decision, Event
-from sailvl_operator.core.ending import describe_failure, restart_by_hand
-from sailvl_operator.core.judge import Outcome, build_verdicts, headline, is_over, judge
+from sailvl_operator.core.events import collect_events
 from sailvl_operator.core.observe import JobRecord, Observed
-from sailvl_operator.core.pace import put_off
 from sailvl_operator.core.plan import Defaults, PlannedStage, build_attempt, plan
-from sailvl_operator.core.status import decode_status, set_conditions, summarise
-from sailvl_operator.core.tell import collect_events
+from sailvl_operator.core.restart_policy import describe_failure, restart_by_hand
+from sailvl_operator.core.stage_view import ACTIVE, Step, View, look
+from sailvl_operator.core.status_throttle import put_off
+from sailvl_operator.core.summary import decode_status, set_conditions, summarise
 from sailvl_operator.core.times import format_time
-from sailvl_operator.core.view import ACTIVE, Step, View, look
 
 _MENDED_BY_SPEC = frozenset({Reason.DEADLINE_EXCEEDED, Reason.GATE_FAILED})
 """Reasons of a failure that a changed spec may take away."""
@@ -72,7 +72,7 @@ def _keep_refused(run: Run, status: Status, observed: Observed, end: tuple[JobRe
     """Of a run that was refused before: its workers stop when it is suspended, and it goes when its time has come."""
     jobs = [observed.jobs.get((s.name, s.attempt)) for s in status.stages if s.state in ACTIVE]
     going = [job for job in jobs if job is not None and not job.is_suspended and not job.is_deleting]
-    expiry = lifetime.find_expiry(run, status)
+    expiry = deadlines.find_expiry(run, status)
     is_expired = expiry is not None and expiry <= now
     return Decision(
         end=end,
@@ -93,7 +93,7 @@ def refuse_unreadable(run: Run, message: str, observed: Observed, *, now: float)
 def _may_go_on(run: Run, status: Status) -> bool:
     """A finished run goes on when stages were appended, a failed one when its spec was mended (or this version of the
     operator can read it again) or a person asks."""
-    if requests.find_request(run, status):
+    if restart_request.find_request(run, status):
         return True
     failed = status.condition(ConditionType.FAILED)
     if failed is not None and failed.status == "True":
@@ -104,7 +104,7 @@ def _may_go_on(run: Run, status: Status) -> bool:
 
 def _retire(run: Run, status: Status, observed: Observed, now: float) -> Decision:
     """A finished run: what is left of its workers is ended, and it goes itself when its time has come."""
-    expiry = lifetime.find_expiry(run, status)
+    expiry = deadlines.find_expiry(run, status)
     is_expired = expiry is not None and expiry <= now
     noted = msgspec.structs.replace(
         status,
@@ -115,7 +115,7 @@ def _retire(run: Run, status: Status, observed: Observed, now: float) -> Decisio
         end=_leftovers(status.stages, observed) + _unnoted(status.stages, observed),
         withdraw=_stopped(status.stages, observed),
         delete_run=is_expired,
-        take_off_request=requests.is_to_be_taken_off(run, status),
+        take_off_request=restart_request.is_to_be_taken_off(run, status),
         status=None if noted == status else noted,
         requeue_at=None if is_expired else expiry,
     )
@@ -131,7 +131,7 @@ def _step_all(
     now: float,
 ) -> Outcome:
     old = {s.name: s for s in status.stages}
-    asked = requests.find_request(run, status)
+    asked = restart_request.find_request(run, status)
     steps: list[Step] = []
     views: list[View] = []
     rulings: list[gates.Ruling] = []
@@ -187,7 +187,7 @@ def _count_rest(run: Run, status: Status, outcome: Outcome, now: float) -> float
     if run.spec.active_deadline_seconds is UNSET:
         return inf
     ledger, _ = goodput.settle(status, outcome.views, outcome.statuses, now=now)
-    return lifetime.find_rest(run, ledger)
+    return deadlines.find_rest(run, ledger)
 
 
 def _stop_all(outcome: Outcome) -> Outcome:
@@ -219,7 +219,7 @@ def _decide(run: Run, old: Status, outcome: Outcome, observed: Observed, *, defa
         withdraw=tuple(v.job for v, s in pairs if s.should_withdraw and v.job is not None),
         start=_build_starts(outcome),
         serve=not observed.is_served and _needs_service(outcome),
-        take_off_request=requests.is_to_be_taken_off(run, old),
+        take_off_request=restart_request.is_to_be_taken_off(run, old),
         status=None if new == old else new,
         is_pressing=new.is_finished or any(_is_awaited(v.status, s.status) for v, s in pairs),
         events=collect_events(run, old, new, outcome),
@@ -305,7 +305,7 @@ def _build_status(run: Run, old: Status, outcome: Outcome, now: float) -> Status
         conditions=set_conditions(old, verdicts, generation=run.generation, now=now),
         stages=outcome.statuses,
         goodput=old.goodput,
-        observed_restart_request=run.restart_stage[: requests.NOTE_LENGTH],
+        observed_restart_request=run.restart_stage[: restart_request.NOTE_LENGTH],
     )
 
 

@@ -13,13 +13,13 @@ import msgspec
 from sailvl_operator.api.names import DIGEST_LETTERS
 from sailvl_operator.api.status import Cause, Reason, StageProgress
 from sailvl_operator.api.types import RestartPolicy
-from sailvl_operator.core import ending, failure
+from sailvl_operator.core import failure, restart_policy
 from sailvl_operator.core.decision import Event
-from sailvl_operator.core.numbers import format_decimal, format_duration
 from sailvl_operator.core.observe import PodRecord, parse_time
+from sailvl_operator.core.stage_view import ACTIVE, Step, View, look, next_attempt, read_progress
 from sailvl_operator.core.stuck import PATIENCE_SECONDS, is_patient
 from sailvl_operator.core.times import format_time
-from sailvl_operator.core.view import ACTIVE, Step, View, look, next_attempt, read_progress
+from sailvl_operator.core.units import format_decimal, format_duration
 from sailvl_trainer.contract import WATCHDOG_SECONDS, Result
 
 _LOST_SECONDS = 30.0
@@ -84,7 +84,7 @@ def advance(view: View) -> Step:
 def _succeed(view: View) -> Step:
     result = failure.find_result(view.pods)
     if result is None:
-        return ending.lose_result(view)
+        return restart_policy.lose_result(view)
     name, seconds = view.status.name, format_duration(result.seconds)
     lost = 0 if view.status.progress is None else view.status.progress.lost_steps
     status = msgspec.structs.replace(
@@ -168,7 +168,7 @@ def _resume(view: View) -> Step:
 def _start_or_wait(view: View) -> Step:
     """No Job and no pod: it is to be made, now or after the backoff; if it was there before, somebody removed it."""
     if view.status.state == "Running" or view.key in view.observed.removed:
-        return ending.fail_infra(view, "the Job was removed from outside")
+        return restart_policy.fail_infra(view, "the Job was removed from outside")
     next_attempt_time = parse_time(view.status.next_attempt_time)
     if next_attempt_time > view.now:
         return Step(status=view.status, requeue_at=next_attempt_time)
@@ -178,7 +178,7 @@ def _start_or_wait(view: View) -> Step:
 def _watch(view: View) -> Step:
     if view.job is not None and view.job.is_suspended and (view.pods or view.status.state == "Running"):
         going = Step(status=read_progress(view), requeue_at=_when_lost(view))
-        return going if _has_workers(view) else ending.requeue(view)
+        return going if _has_workers(view) else restart_policy.requeue(view)
     if over := _judge(view) or _find_lost(view):
         return over
     if view.is_running and view.status.state != "Running":
@@ -199,7 +199,7 @@ def _judge(view: View) -> Step | None:
         settled_at += WATCHDOG_SECONDS
     if len(evidence) < view.nodes and settled_at > view.now:
         return Step(status=read_progress(view), requeue_at=settled_at)
-    return ending.fail_by(view, failure.diagnose(evidence), evidence)
+    return restart_policy.fail_by(view, failure.diagnose(evidence), evidence)
 
 
 def _find_lost(view: View) -> Step | None:
@@ -215,7 +215,7 @@ def _find_lost(view: View) -> Step | None:
         settled_at = max(settled_at, view.job.started + timeout)
     if view.status.state != "Running" and settled_at > view.now:
         return Step(status=read_progress(view), requeue_at=settled_at)
-    return ending.fail_infra(view, f"the pod of index {missing[0]} was removed from outside")
+    return restart_policy.fail_infra(view, f"the pod of index {missing[0]} was removed from outside")
 
 
 def _await_start(view: View) -> Step:
@@ -232,7 +232,7 @@ def _await_start(view: View) -> Step:
         return Step(status=read_progress(view))
     ready = sum(p.is_ready for p in view.pods)
     message = f"{ready} of {view.nodes} workers ran within startTimeoutSeconds ({timeout})"
-    return ending.fail_start(view, message)
+    return restart_policy.fail_start(view, message)
 
 
 def _find_patience(view: View) -> list[float]:

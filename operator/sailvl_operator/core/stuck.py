@@ -9,7 +9,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.status import Reason
 from sailvl_operator.core.gates import Ruling
 from sailvl_operator.core.observe import PodRecord
-from sailvl_operator.core.view import ACTIVE, View
+from sailvl_operator.core.stage_view import ACTIVE, View
 
 Stuck = tuple[Reason, str]
 """Reason and message of the condition."""

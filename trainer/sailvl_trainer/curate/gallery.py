@@ -7,10 +7,10 @@ from typing import Any
 
 import duckdb
 
+from sailvl_trainer.curate.artifacts import to_items
 from sailvl_trainer.curate.items import Item, read_item
-from sailvl_trainer.curate.parts import to_items
 from sailvl_trainer.curate.statistics import DUPLICATES, KEPT
-from sailvl_trainer.pages.thumbnails import draw_thumbnail
+from sailvl_trainer.reporting.thumbnails import draw_thumbnail
 
 KEPT_PICTURES = 24
 DROPPED_PICTURES = 4

@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 from sailvl_trainer.contract import SourceConfig
-from sailvl_trainer.curate.folder import list_folder
+from sailvl_trainer.curate.image_folder import list_folder
 from sailvl_trainer.curate.items import Container, Item
-from sailvl_trainer.curate.tars import list_tar
-from sailvl_trainer.runtime.errors import ConfigError
+from sailvl_trainer.curate.webdataset import list_tar
+from sailvl_trainer.errors import ConfigError
 
 
 def name_sources(sources: tuple[SourceConfig, ...]) -> list[SourceConfig]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sailvl_trainer.data.procedural import draw_caption
+from sailvl_trainer.data.synthetic import draw_caption
 
 SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
 MAX_TEXT = 1 << 20

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from sailvl_trainer.contract import CurateConfig
 from sailvl_trainer.curate import gallery
-from sailvl_trainer.curate.parts import Parts
+from sailvl_trainer.curate.artifacts import Parts
 from sailvl_trainer.curate.plots import draw_plots
 from sailvl_trainer.curate.statistics import KEPT, REPORT_JSON, measure, open_decided
-from sailvl_trainer.pages.render import render
-from sailvl_trainer.runtime.documents import encode, write_atomic
+from sailvl_trainer.reporting.render import render
+from sailvl_trainer.storage.documents import encode, write_atomic
 
 REASONS = {
     "kept": "kept for training",

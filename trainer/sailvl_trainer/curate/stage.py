@@ -9,15 +9,15 @@ from __future__ import annotations
 import time
 
 from sailvl_trainer.contract import CurateConfig, Result
-from sailvl_trainer.curate import passes
-from sailvl_trainer.curate.decide import decide
+from sailvl_trainer.curate import pipeline
+from sailvl_trainer.curate.artifacts import Parts
+from sailvl_trainer.curate.distributed_tasks import Crew
 from sailvl_trainer.curate.ingest import list_containers
-from sailvl_trainer.curate.parts import Parts
 from sailvl_trainer.curate.report import write_report
+from sailvl_trainer.curate.selection import decide
 from sailvl_trainer.curate.statistics import Statistics, read_statistics
-from sailvl_trainer.curate.work import Crew
-from sailvl_trainer.runtime.context import Context
-from sailvl_trainer.runtime.documents import encode, write_atomic
+from sailvl_trainer.rank.context import Context
+from sailvl_trainer.storage.documents import encode, write_atomic
 
 
 def run(context: Context) -> Result:
@@ -29,15 +29,15 @@ def run(context: Context) -> Result:
     with crew.first_alone("listing") as is_mine:
         if is_mine and not parts.containers.exists():
             write_atomic(parts.containers, encode(list_containers(config.sources, context.stage.seed)))
-    passes.list_all(context, crew, parts)
-    passes.verify_all(context, crew, parts, config)
+    pipeline.list_all(context, crew, parts)
+    pipeline.verify_all(context, crew, parts, config)
     with crew.first_alone("deciding") as is_mine:
         if is_mine and not parts.shards.exists():
             _decide(context, parts, config)
-    passes.write_all(context, crew, parts)
+    pipeline.write_all(context, crew, parts)
     with crew.first_alone("reporting") as is_mine:
         if is_mine:
-            passes.write_manifests(context, parts)
+            pipeline.write_manifests(context, parts)
             write_report(parts, context.files.report, config)
     return _build_result(context, read_statistics(context.files.report), time.time() - started)
 

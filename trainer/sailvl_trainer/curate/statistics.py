@@ -11,9 +11,9 @@ from typing import Any
 
 import duckdb
 
-from sailvl_trainer.curate.decide import open_database
-from sailvl_trainer.curate.parts import Parts
-from sailvl_trainer.runtime.documents import decode
+from sailvl_trainer.curate.artifacts import Parts
+from sailvl_trainer.curate.selection import open_database
+from sailvl_trainer.storage.documents import decode
 
 REPORT_JSON = "report.json"
 KEPT = ("kept", "held_out")

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from sailvl_trainer.data.chat import IGNORE
+from sailvl_trainer.data.dataset import Encoder, Index
 from sailvl_trainer.data.images import UnreadableImage, open_image
-from sailvl_trainer.data.index import Encoder, Index
 from sailvl_trainer.data.packing import Pack
 from sailvl_trainer.data.tiling import count_tiles, cut_tiles
 

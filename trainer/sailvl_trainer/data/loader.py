@@ -13,7 +13,7 @@ import numpy as np
 
 from sailvl_trainer.contract import Skip
 from sailvl_trainer.data.collate import Batch, collate
-from sailvl_trainer.data.index import Encoder, Index
+from sailvl_trainer.data.dataset import Encoder, Index
 from sailvl_trainer.data.packing import Pack, deal, pack_best_fit
 from sailvl_trainer.data.planner import Planner, PlanState, Step
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sailvl_trainer.data.index import Index
+from sailvl_trainer.data.dataset import Index
 from sailvl_trainer.data.packing import Pack, pack_best_fit
 from sailvl_trainer.data.shuffle import permute
-from sailvl_trainer.runtime.errors import ConfigError
+from sailvl_trainer.errors import ConfigError
 
 BLOCK = 64
 """Neighbouring samples that come in the same window, so that storage is read in runs."""

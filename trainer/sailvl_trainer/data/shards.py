@@ -27,9 +27,9 @@ import pyarrow as pa
 from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.images import read_size
 from sailvl_trainer.data.samples import KEY, Message, Sample
-from sailvl_trainer.runtime.documents import decode, encode, sync_directory, write_atomic
-from sailvl_trainer.runtime.errors import DataError
-from sailvl_trainer.runtime.storage import storage_errors
+from sailvl_trainer.errors import DataError
+from sailvl_trainer.storage.documents import decode, encode, sync_directory, write_atomic
+from sailvl_trainer.storage.errors import storage_errors
 
 SCHEMA = pa.schema(
     [

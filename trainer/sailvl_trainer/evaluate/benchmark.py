@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sailvl_trainer.contract import HELD_OUT_DIR, MANIFEST_FILE, BenchmarkConfig
-from sailvl_trainer.data.index import Encoder, build_index
+from sailvl_trainer.data.dataset import Encoder, build_index
+from sailvl_trainer.errors import DataError, Preempted
+from sailvl_trainer.evaluate.answer_cache import KeptAnswers
 from sailvl_trainer.evaluate.generate import Generator
-from sailvl_trainer.evaluate.kept import KeptAnswers
 from sailvl_trainer.evaluate.scoring import answers_of, is_yes, score_answers
 from sailvl_trainer.evaluate.tsv import Question, read_tsv
-from sailvl_trainer.loss.forward import PackedModel
-from sailvl_trainer.loss.held_out import measure
-from sailvl_trainer.runtime.context import Context
-from sailvl_trainer.runtime.distributed import gather
-from sailvl_trainer.runtime.errors import DataError, Preempted
+from sailvl_trainer.rank.context import Context
+from sailvl_trainer.rank.distributed import gather
+from sailvl_trainer.train.forward import PackedModel
+from sailvl_trainer.train.validation import measure
 
 WORDS = 2048
 """Positions of a pack of the caption loss beside those of a picture with all its tiles."""

@@ -14,9 +14,9 @@ from sailvl_trainer.data.chat import encode_prompt
 from sailvl_trainer.data.images import UnreadableImage, open_image
 from sailvl_trainer.data.samples import IMAGE_MARK, Message
 from sailvl_trainer.data.tiling import choose_grid, cut_tiles
+from sailvl_trainer.errors import DataError
 from sailvl_trainer.evaluate.tsv import Question
 from sailvl_trainer.model.presets import Preset
-from sailvl_trainer.runtime.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,16 +7,16 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from sailvl_trainer.contract import EXPORT_DIR, EvaluateConfig, Result
+from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.evaluate import benchmark as benchmarks
+from sailvl_trainer.evaluate.answer_cache import KeptAnswers
 from sailvl_trainer.evaluate.benchmark import Scored
 from sailvl_trainer.evaluate.generate import Generator
-from sailvl_trainer.evaluate.kept import KeptAnswers
 from sailvl_trainer.evaluate.report import write_report
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
-from sailvl_trainer.runtime.context import Context
-from sailvl_trainer.runtime.errors import ConfigError
+from sailvl_trainer.rank.context import Context
 
 
 def run(context: Context) -> Result:

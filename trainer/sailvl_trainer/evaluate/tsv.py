@@ -14,7 +14,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from sailvl_trainer.data.images import UnreadableImage, read_size
-from sailvl_trainer.runtime.errors import DataError
+from sailvl_trainer.errors import DataError
 
 csv.field_size_limit(sys.maxsize)
 REQUIRED = ("index", "question", "answer")

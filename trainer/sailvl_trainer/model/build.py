@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from sailvl_trainer.contract import ModelConfig
+from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.model.presets import DOWNSAMPLE, Preset, preset
 from sailvl_trainer.model.tokenizer import END_OF_TEXT, IM_END, IMAGE_CONTEXT
-from sailvl_trainer.runtime.errors import ConfigError
 
 
 def build_config(preset_: Preset, tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:

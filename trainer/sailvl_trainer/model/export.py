@@ -12,8 +12,8 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 
 from sailvl_trainer.model.presets import Preset
 from sailvl_trainer.model.processor import write_processor
-from sailvl_trainer.runtime.documents import sync_directory, sync_file
-from sailvl_trainer.runtime.storage import storage_errors
+from sailvl_trainer.storage.documents import sync_directory, sync_file
+from sailvl_trainer.storage.errors import storage_errors
 
 
 def export_model(

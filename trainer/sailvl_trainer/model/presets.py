@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sailvl_trainer.runtime.errors import ConfigError
+from sailvl_trainer.errors import ConfigError
 
 DOWNSAMPLE = 0.5
 """Pixel shuffle: the side of the patch grid is halved."""

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.planner import PlanState
-from sailvl_trainer.runtime.distributed import gather
-from sailvl_trainer.runtime.documents import decode, encode, sync_directory, sync_file, write_atomic
-from sailvl_trainer.runtime.errors import ConfigError, DataError
-from sailvl_trainer.runtime.storage import storage_errors
+from sailvl_trainer.errors import ConfigError, DataError
+from sailvl_trainer.rank.distributed import gather
+from sailvl_trainer.storage.documents import decode, encode, sync_directory, sync_file, write_atomic
+from sailvl_trainer.storage.errors import storage_errors
 from sailvl_trainer.train.fragments import KEYS, Fragment
 
 FORMAT = 1

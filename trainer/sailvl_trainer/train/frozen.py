@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sailvl_trainer.runtime.distributed import gather
+from sailvl_trainer.rank.distributed import gather
 from sailvl_trainer.train.engines import Engine
 
 

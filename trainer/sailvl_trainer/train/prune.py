@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from sailvl_trainer.contract import MANIFEST_FILE
-from sailvl_trainer.runtime.files import StageFiles
-from sailvl_trainer.runtime.lineage import find_newest, walk
+from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.storage.lineage import find_newest, walk
 
 
 def prune(files: StageFiles, attempt: int, keep: int) -> list[Path]:

@@ -10,20 +10,20 @@ from functools import partial
 import torch.distributed as dist
 
 from sailvl_trainer.contract import Lineage, Result, TrainConfig
-from sailvl_trainer.loss import held_out
-from sailvl_trainer.loss.forward import PackedModel
+from sailvl_trainer.errors import NonFiniteError
 from sailvl_trainer.model.export import export_model
-from sailvl_trainer.runtime.context import Context
-from sailvl_trainer.runtime.distributed import broadcast
-from sailvl_trainer.runtime.errors import NonFiniteError
-from sailvl_trainer.runtime.lineage import begin_attempt, require_newest
+from sailvl_trainer.rank.context import Context
+from sailvl_trainer.rank.distributed import broadcast
+from sailvl_trainer.storage.lineage import begin_attempt, require_newest
 from sailvl_trainer.train import checkpoint as checkpoints
+from sailvl_trainer.train import validation
 from sailvl_trainer.train.checkpoint import Position
 from sailvl_trainer.train.engines import Engine, build_engine
-from sailvl_trainer.train.ledger import count_lost
-from sailvl_trainer.train.loop import Loop
-from sailvl_trainer.train.prepare import Prepared, prepare
+from sailvl_trainer.train.forward import PackedModel
 from sailvl_trainer.train.prune import prune
+from sailvl_trainer.train.sample_log import count_lost
+from sailvl_trainer.train.setup import Prepared, prepare
+from sailvl_trainer.train.trainer import Loop
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _measure(
         return None
     context.telemetry.update(phase="evaluating")
     with context.telemetry.activity("evaluating"):
-        loss = held_out.measure(
+        loss = validation.measure(
             context,
             module,
             prepared.held_out,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sailvl_trainer.contract import EngineConfig, TrainConfig
-from sailvl_trainer.runtime.errors import ConfigError
+from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.train.fragments import Fragment
 
 

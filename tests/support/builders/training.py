@@ -1,0 +1,84 @@
+"""Builders for tests of training: a small prepared set, a stage document to bend, ranks as processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sailvl_trainer.contract import ModelConfig, Stage, TrainConfig
+from sailvl_trainer.demo.build_data import make_questions
+from sailvl_trainer.rank.context import Context, build_context
+from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.storage.documents import encode, read_stage
+
+SAMPLES = 40
+
+
+def build_set(directory: Path) -> Path:
+    """Questions of level 1, with held-out ones."""
+    make_questions(directory, level=1, number=SAMPLES)
+    return directory
+
+
+def build_stage(root: Path, *, run: str = "demo", attempt: int = 1, **train: Any) -> Stage:
+    """Two epochs over `root`/set, in 8 steps of 2 packs; `train` replaces settings."""
+    settings = TrainConfig(
+        train=("vision", "connector", "language"),
+        data=(str(root / "set"),),
+        learning_rate=1e-3,
+        epochs=2.0,
+        batch_tokens=512,
+        pack_tokens=256,
+        pack_tiles=16,
+        max_tiles=1,
+        precision="fp32",
+        checkpoint_steps=3,
+        held_out_samples=4,
+    )
+    return Stage(
+        namespace="team",
+        run=run,
+        stage="knowledge",
+        kind="sft",
+        attempt=attempt,
+        digest=f"digest-of-{run}",
+        storage=str(root),
+        output=str(root / run / "knowledge"),
+        model=ModelConfig(preset="tiny"),
+        train=replace(settings, **train),
+    )
+
+
+def join_ranks() -> Context:
+    """What a rank that `start_ranks` has started begins with."""
+    torch.set_num_threads(1)
+    rank, scratch = int(os.environ["RANK"]), Path(os.environ["SCRATCH"])
+    own = scratch / f"rank-{rank}"
+    own.mkdir()
+    stage = read_stage(Path(os.environ["STAGE"]))
+    return build_context(stage, device=torch.device("cpu"), rank=rank, local_rank=0, scratch=Scratch(own))
+
+
+def start_ranks(script: Path, stage: Stage, world_size: int, scratch: Path) -> list[subprocess.Popen[bytes]]:
+    """A script on every rank of a group over gloo; it finds the stage document at $STAGE and a folder at $SCRATCH."""
+    scratch.mkdir(parents=True)
+    (scratch / "stage.json").write_bytes(encode(stage))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost"}
+        settings = place | {"MASTER_PORT": port, "STAGE": scratch / "stage.json", "SCRATCH": scratch}
+        environment = os.environ | {name: str(value) for name, value in settings.items()}
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+        with (scratch / f"log-{rank}").open("wb") as log:
+            processes.append(subprocess.Popen([sys.executable, script], env=environment, stdout=log, stderr=log))
+    return processes

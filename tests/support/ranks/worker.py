@@ -1,0 +1,140 @@
+"""A rank for tests of the worker around it: joins the group, then does what $SCENARIO says. No test itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sailvl_trainer.contract import Checkpoint, Result, Termination
+from sailvl_trainer.errors import ConfigError, Preempted
+from sailvl_trainer.rank.context import Context, build_context
+from sailvl_trainer.rank.distributed import sum_over_ranks
+from sailvl_trainer.rank.exceptions import describe
+from sailvl_trainer.rank.exit import end_rank
+from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.settings import read_settings
+from sailvl_trainer.storage.documents import read_stage
+
+RANK = int(os.environ["RANK"])
+RESTART = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+LAST = int(os.environ["WORLD_SIZE"]) - 1
+
+
+def succeed(context: Context) -> None:
+    for step in range(1, 4):
+        context.telemetry.count_samples("trained")
+        context.telemetry.update(step=step, steps=3, tokens=10 * step, metrics={"loss": 1 / step, "odd": float("nan")})
+        sum_over_ranks(1.0)
+
+
+def refuse(context: Context) -> None:
+    if context.rank == LAST:
+        raise ConfigError("learningRate is 7; set less")
+    sum_over_ranks(1.0)  # the others hang in a collective, whose neighbour dies
+
+
+def crash_once(context: Context) -> None:
+    succeed(context)
+    if context.rank == LAST and not RESTART:
+        sys.exit(f"the first life of rank {RANK} ends here")
+    sum_over_ranks(1.0)
+
+
+def killed(context: Context) -> None:
+    if context.rank == LAST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sum_over_ranks(1.0)
+
+
+def hang(context: Context) -> None:
+    context.telemetry.update(phase="running", step=7)
+    if context.rank == LAST:
+        get_lost_in_thought()
+    sum_over_ranks(1.0)
+
+
+def get_lost_in_thought() -> None:
+    time.sleep(600)
+
+
+def step_until_stopped(context: Context) -> None:
+    for step in range(1, 100_000):
+        context.telemetry.update(phase="running", step=step)
+        if context.preemption.requested():
+            raise Preempted(f"stopped at {step}", checkpoint=Checkpoint(step=step, path="demo/c"))
+        time.sleep(0.02)
+
+
+def ignore_the_stop(context: Context) -> None:
+    context.telemetry.update(phase="checkpointing", step=1)
+    time.sleep(600)
+
+
+def start_slowly(context: Context) -> None:
+    time.sleep(600)
+
+
+def crash_below_python(context: Context) -> None:
+    ctypes.string_at(0)
+
+
+def eat(context: Context) -> None:
+    context.telemetry.update(phase="running", step=7)
+    (b"x" * (256 << 20)) * 64
+
+
+SCENARIOS: dict[str, Callable[[Context], None]] = {
+    f.__name__: f
+    for f in (
+        succeed,
+        refuse,
+        crash_once,
+        killed,
+        hang,
+        step_until_stopped,
+        ignore_the_stop,
+        start_slowly,
+        crash_below_python,
+        eat,
+    )
+}
+
+
+def main() -> None:
+    settings = read_settings(os.environ)
+    local = int(os.environ["LOCAL_RANK"])
+    stage = read_stage(settings.stage_file)
+    try:
+        context = build_context(
+            stage, device=torch.device("cpu"), rank=RANK, local_rank=local, scratch=Scratch(settings.scratch)
+        )
+        SCENARIOS[os.environ["SCENARIO"]](context)
+        if context.is_first:
+            result = Result(
+                stage=stage.stage,
+                kind=stage.kind,
+                digest=stage.digest,
+                attempt=stage.attempt,
+                output=context.files.relative(Path(stage.output)),
+                steps=context.world_size,
+            )
+            context.files.write_result(replace(result, metrics={"loss": 0.5, "odd": float("nan")}))
+        dist.barrier()
+    except BaseException as error:  # noqa: BLE001  # as a real rank does
+        traceback.print_exc()
+        end_rank(describe(error, RANK))
+    end_rank(Termination(exit_code=0))
+
+
+if __name__ == "__main__":
+    main()

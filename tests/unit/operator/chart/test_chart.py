@@ -1,0 +1,281 @@
+"""The chart, rendered by helm without a cluster: what it makes of each ci scenario, what it refuses, what it names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter as Tally
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sailvl_operator.cli.operator import add_arguments
+from sailvl_operator.core.plan import Defaults
+from sailvl_operator.settings import (
+    ApiSettings,
+    LeaseSettings,
+    ProgressSettings,
+    QueueSettings,
+    ServerSettings,
+    Settings,
+    read_settings,
+)
+from tests.support.chart import (
+    CHART,
+    KUBERNETES,
+    RUN_RIGHTS,
+    SCENARIOS,
+    find_helm,
+    flatten_rules,
+    get_pod,
+    lease_rights,
+    render,
+    run_helm,
+    values_file,
+)
+
+pytestmark = pytest.mark.skipif(
+    find_helm() is None, reason="helm is neither in PATH nor built (`make cluster` builds it)"
+)
+
+LEASE = ["Role", "RoleBinding"]
+ALWAYS = ["Deployment", "Service", "ServiceAccount", *LEASE]
+KINDS = {
+    "default": [*ALWAYS, "ClusterRole", "ClusterRoleBinding", "PodDisruptionBudget"],
+    "namespaced": [*ALWAYS, *LEASE, *LEASE],
+    "monitored": [
+        *ALWAYS,
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "PodDisruptionBudget",
+        "ServiceMonitor",
+        "PodMonitor",
+        "PrometheusRule",
+        "ConfigMap",
+    ],
+    "everything": ["Deployment", "ServiceAccount", *LEASE, *LEASE, "ConfigMap"],
+    "given-rights": ["Deployment", "Service", "PodDisruptionBudget"],
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_lint(scenario: str) -> None:
+    done = run_helm("lint", "--strict", str(CHART), "--kube-version", KUBERNETES, "-f", values_file(scenario))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_kinds(scenario: str) -> None:
+    assert Tally(o["kind"] for o in render(scenario)) == Tally(KINDS[scenario])
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_object_says_where_it_belongs(scenario: str) -> None:
+    for o in render(scenario):
+        is_cluster_wide = o["kind"].startswith("Cluster")
+        assert ("namespace" in o["metadata"]) is not is_cluster_wide, o["metadata"]["name"]
+        assert o["metadata"]["labels"]["app.kubernetes.io/instance"] == "train"
+
+
+def test_the_definition_is_the_generated_one() -> None:
+    assert [path.name for path in (CHART / "crds").iterdir()] == ["sailvlruns.yaml"]
+    generated = CHART.parents[1] / "crds/sailvlruns.yaml"
+    assert (CHART / "crds/sailvlruns.yaml").read_bytes() == generated.read_bytes(), "copy it: make generate"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_pod_is_restricted(scenario: str) -> None:
+    spec = get_pod(scenario)["spec"]
+    [container] = spec["containers"]
+    assert spec["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 65532,
+        "runAsGroup": 65532,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert spec["volumes"] == [{"name": "tmp", "emptyDir": {}}]
+    assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
+    assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & set(spec)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_probes_and_the_service_share_the_port(scenario: str) -> None:
+    [container] = get_pod(scenario)["spec"]["containers"]
+    assert container["ports"] == [{"name": "http", "containerPort": ServerSettings().port, "protocol": "TCP"}]
+    probes = {name: container[name]["httpGet"] for name in ("livenessProbe", "readinessProbe", "startupProbe")}
+    assert probes == {
+        "livenessProbe": {"path": "/healthz", "port": "http"},
+        "readinessProbe": {"path": "/readyz", "port": "http"},
+        "startupProbe": {"path": "/healthz", "port": "http"},
+    }
+    for service in (o for o in render(scenario) if o["kind"] == "Service"):
+        assert service["spec"]["ports"] == [{"name": "http", "port": 8080, "targetPort": "http", "protocol": "TCP"}]
+
+
+def lease(name: str, **fields: Any) -> LeaseSettings:
+    return LeaseSettings(name=name, namespace="sail", identity="pod", **fields)
+
+
+SETTINGS = {
+    "default": Settings(lease=lease("train-sailvl-operator")),
+    "namespaced": Settings(
+        api=ApiSettings(namespaces=("team-a", "team-b")),
+        lease=lease("train-sailvl-operator"),
+        defaults=Defaults(image="registry.example.com/sailvl-trainer:0.1.0"),
+    ),
+    "everything": Settings(
+        api=ApiSettings(namespaces=("team-a",), events=False),
+        queue=QueueSettings(workers=32),
+        progress=ProgressSettings(interval=0),
+        lease=lease("sail-trainer", duration=30, renew_deadline=20, renew_interval=5),
+        defaults=Defaults(
+            image="registry.example.com/sailvl-trainer:0.1.0",
+            grace_seconds=300,
+            failure_settle_seconds=1.5,
+            backoff_seconds=20,
+            backoff_limit_seconds=1_000_000,
+        ),
+        log_level="DEBUG",
+        log_format="text",
+    ),
+}
+
+
+@pytest.mark.parametrize("scenario", SETTINGS)
+def test_the_operator_reads_its_flags(scenario: str) -> None:
+    [container] = get_pod(scenario)["spec"]["containers"]
+    assert "command" not in container, "the image's entrypoint is `sailvl`"
+    verb, *flags = container["args"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = read_settings(parser.parse_args(flags), {"SAILVL_OPERATOR_IDENTITY": "pod"})
+    assert (verb, given) == ("operator", SETTINGS[scenario])
+
+
+@pytest.mark.parametrize(
+    ("scenario", "image"),
+    [
+        ("default", "sailvl-operator:0.1.0"),
+        ("namespaced", "registry.example.com/sailvl-operator:0.1.0"),
+        ("everything", f"registry.example.com/sailvl-operator@sha256:{'0123456789abcdef' * 4}"),
+    ],
+)
+def test_the_image(scenario: str, image: str) -> None:
+    assert get_pod(scenario)["spec"]["containers"][0]["image"] == image
+
+
+def test_what_a_user_adds_to_the_pod() -> None:
+    values = yaml.safe_load(Path(values_file("everything")).read_text())
+    template = get_pod("everything")
+    passed = ("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName")
+    assert {name: template["spec"][name] for name in passed} == {name: values[name] for name in passed}
+    assert template["spec"]["imagePullSecrets"] == values["imagePullSecrets"]
+    assert {name: template["spec"]["containers"][0][name] for name in ("env", "resources")} == {
+        name: values[name] for name in ("env", "resources")
+    }
+    assert template["metadata"]["labels"]["team"] == "vision"
+    assert template["metadata"]["annotations"] == values["podAnnotations"]
+
+
+def rights_by_namespace(scenario: str) -> dict[str, Any]:
+    """Of the service account that the pods run as; "" is the whole cluster."""
+    objects = render(scenario)
+    rules = {(o["kind"], o["metadata"]["name"], o["metadata"].get("namespace", "")): o.get("rules") for o in objects}
+    account = {"kind": "ServiceAccount", "name": get_pod(scenario)["spec"]["serviceAccountName"], "namespace": "sail"}
+    found: dict[str, Any] = {}
+    for binding in (o for o in objects if o["kind"].endswith("RoleBinding")):
+        assert binding["subjects"] == [account]
+        namespace = binding["metadata"].get("namespace", "")
+        role = rules[(binding["roleRef"]["kind"], binding["roleRef"]["name"], namespace)]
+        found.setdefault(namespace, set()).update(flatten_rules(role))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scenario", "expected"),
+    [
+        ("default", {"": RUN_RIGHTS, "sail": lease_rights("train-sailvl-operator")}),
+        (
+            "namespaced",
+            {"team-a": RUN_RIGHTS, "team-b": RUN_RIGHTS, "sail": lease_rights("train-sailvl-operator")},
+        ),
+        ("everything", {"team-a": RUN_RIGHTS, "sail": lease_rights("sail-trainer")}),
+        ("given-rights", {}),
+    ],
+)
+def test_rights(scenario: str, expected: dict[str, Any]) -> None:
+    assert rights_by_namespace(scenario) == expected
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_service_account(scenario: str) -> None:
+    accounts = [o["metadata"]["name"] for o in render(scenario) if o["kind"] == "ServiceAccount"]
+    assert get_pod(scenario)["spec"]["serviceAccountName"] in (accounts or ["given"])
+
+
+BAD_VALUES = [
+    pytest.param("replica=2", "additional properties 'replica' not allowed", id="an unknown name"),
+    pytest.param("image.repo=x", "additional properties 'repo' not allowed", id="an unknown name below"),
+    pytest.param("image.tag=a/b", "/image/tag", id="a tag with a slash"),
+    pytest.param("image.repository=", "/image/repository", id="no repository"),
+    pytest.param("image.digest=sha256:12", "/image/digest", id="half a digest"),
+    pytest.param("image.pullPolicy=Sometimes", "/image/pullPolicy", id="a pull policy"),
+    pytest.param("replicas=-1", "/replicas", id="fewer than no replicas"),
+    pytest.param("replicas=two", "/replicas", id="replicas in words"),
+    pytest.param("watchNamespaces={team-a,team-a}", "/watchNamespaces", id="a namespace twice"),
+    pytest.param("watchNamespaces={Team}", "/watchNamespaces/0", id="a namespace in capitals"),
+    pytest.param("runs.graceSeconds=0", "/runs/graceSeconds", id="no grace"),
+    pytest.param("operator.logLevel=LOUD", "/operator/logLevel", id="a log level"),
+    pytest.param("operator.events=maybe", "/operator/events", id="events in words"),
+    pytest.param("resources.limits.memory=lots", "/resources/limits/memory", id="a quantity in words"),
+    pytest.param(
+        "podLabels.app\\.kubernetes\\.io/managed-by=sailvl-operator", "invalid propertyName", id="the workers' mark"
+    ),
+    pytest.param("metrics.podMonitor.interval=often", "/metrics/podMonitor/interval", id="an interval in words"),
+    pytest.param("metrics.prometheusRule.enabled=true", "/metrics/serviceMonitor/enabled", id="alerts without series"),
+    pytest.param("leaderElection.renewDeadlineSeconds=15", "set it below durationSeconds, 15", id="two leaders"),
+]
+
+
+@pytest.mark.parametrize(("value", "words"), BAD_VALUES)
+def test_bad_values(value: str, words: str) -> None:
+    done = run_helm("template", "train", str(CHART), "--kube-version", KUBERNETES, "--set", value)
+    assert done.returncode != 0
+    assert words in done.stderr
+
+
+def test_an_old_cluster_is_refused() -> None:
+    done = run_helm("template", "train", str(CHART), "--kube-version", "1.32.0")
+    assert "chart requires kubeVersion" in done.stderr
+
+
+def list_names(schema: dict[str, Any], root: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Every value that a schema knows."""
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+    for name, below in schema.get("properties", {}).items() if schema.get("type") == "object" else ():
+        yield f"{path}{name}"
+        yield from list_names(below, root, f"{path}{name}.")
+
+
+def test_values_and_schema_name_the_same() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def is_set(path: str) -> bool:
+        node: Any = values
+        for part in path.split("."):
+            if part not in node:
+                return False
+            node = node[part]
+        return True
+
+    assert [path for path in list_names(schema, schema) if not is_set(path)] == ["global"]

@@ -1,0 +1,163 @@
+"""The chart's selectors, monitors, dashboard and alerts: they find what operator and workers really have."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter as Tally
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from sailvl_operator.api import names
+from sailvl_operator.api.status import Goodput, StageProgress, StageStatus, Status
+from sailvl_operator.core.desired.metadata import build_attempt_labels
+from sailvl_operator.core.desired.service import build_service
+from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
+from sailvl_trainer.rank.metrics import TrainerMetrics
+from tests.support.builders.operator import build_run
+from tests.support.chart import SCENARIOS, find, find_helm, get_pod, render, render_text
+
+pytestmark = pytest.mark.skipif(
+    find_helm() is None, reason="helm is neither in PATH nor built (`make cluster` builds it)"
+)
+
+
+def is_selected(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    return selector.items() <= labels.items()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_selectors_find_the_operator_alone(scenario: str) -> None:
+    objects, pod = render(scenario), get_pod(scenario)["metadata"]["labels"]
+    selectors = [o["spec"]["selector"] for o in objects if o["kind"] in ("Deployment", "PodDisruptionBudget")]
+    services = [o["spec"]["selector"] for o in objects if o["kind"] == "Service"]
+    for selector in [s["matchLabels"] for s in selectors] + services:
+        assert is_selected(selector, pod)
+        assert not is_selected(selector, build_attempt_labels("demo", "curate", 1))
+    assert pod[names.LABEL_MANAGED_BY] != names.FIELD_MANAGER, "the operator would take itself for a worker"
+
+
+def test_the_service_monitor_finds_the_service() -> None:
+    objects = render("monitored")
+    monitor, service = find(objects, "ServiceMonitor"), find(objects, "Service")
+    assert is_selected(monitor["spec"]["selector"]["matchLabels"], service["metadata"]["labels"])
+    [endpoint] = monitor["spec"]["endpoints"]
+    assert endpoint == {"port": service["spec"]["ports"][0]["name"], "path": "/metrics", "interval": "15s"} | {
+        "honorLabels": True
+    }
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_the_pod_monitor_finds_workers_everywhere() -> None:
+    monitor = find(render("monitored"), "PodMonitor")["spec"]
+    worker = build_service(namespace="team", run=build_run().name, owner_uid="uid")["spec"]
+    assert monitor["selector"]["matchLabels"] == {names.LABEL_MANAGED_BY: names.FIELD_MANAGER}
+    assert is_selected(monitor["selector"]["matchLabels"], worker["selector"])
+    [endpoint] = monitor["podMetricsEndpoints"]
+    assert endpoint == {"port": names.METRICS_PORT_NAME, "path": "/metrics", "interval": "5s", "honorLabels": True}
+    assert monitor["namespaceSelector"] == {"any": True}
+
+
+TARGET_LABELS = {"namespace", "job", "pod"}
+"""What Prometheus adds to every series."""
+
+
+def describe_series() -> dict[str, set[str]]:
+    """Labels by name of every series that the operator and its workers serve."""
+    registry = CollectorRegistry()
+    metrics = [*vars(Metrics(registry)).values(), *vars(trainer := TrainerMetrics(registry)).values()]
+    metrics += trainer.values.values()
+    by_name = {m._name: set(m._labelnames) for m in metrics if hasattr(m, "_labelnames")}
+    registry.register(OperatorCollector(queue=lambda: (0, 0.0), watches=lambda: [("jobs", 1.0)], is_leading=bool))
+    time = "2026-01-01T00:00:00Z"
+    stage = StageStatus(
+        name="curate",
+        state="Running",
+        restarts={"Crash": 1},
+        start_time=time,
+        completion_time=time,
+        progress=StageProgress(),
+        metrics={"loss": "1"},
+    )
+    status = Status(stages=(stage,), goodput=Goodput(seconds={"training": 1}, gpu_seconds={"training": 1}))
+    registry.register(RunCollector(lambda: [("team", "demo", status)]))
+    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
+    return {
+        family.name + suffix: by_name.get(family.name, set()) | {n for s in family.samples for n in s.labels}
+        for family in registry.collect()
+        for suffix in suffixes[family.type]
+    }
+
+
+def list_queries() -> Iterator[tuple[str, str]]:
+    """Title and PromQL of every panel and alert."""
+    objects = render("monitored")
+    dashboard = json.loads(find(objects, "ConfigMap")["data"]["sailvl.json"])
+    for panel in dashboard["panels"]:
+        yield from ((panel["title"], target["expr"]) for target in panel.get("targets", ()))
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            yield variable["name"], variable["definition"]
+    for group in find(objects, "PrometheusRule")["spec"]["groups"]:
+        yield from ((rule["alert"], rule["expr"]) for rule in group["rules"])
+
+
+def test_every_query_is_of_series_that_exist() -> None:
+    series = describe_series()
+    for title, query in list_queries():
+        used = re.findall(r"\b(sailvl_\w+)(?:\{([^}]*)\})?", query)
+        assert used, title
+        for name, selector in used:
+            assert name in series, f"{title}: {name}"
+            labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
+            assert labels <= series[name] | TARGET_LABELS, f"{title}: {name}{{{selector}}}"
+        kept = {label.strip() for by in re.findall(r"\bby \(([^)]*)\)", query) for label in by.split(",")}
+        assert kept <= set().union(*(series[name] for name, _ in used)) | TARGET_LABELS | {"le"}, f"{title}: by {kept}"
+
+
+def test_legends_and_words_use_labels_that_the_query_keeps() -> None:
+    objects = render("monitored")
+    dashboard = json.loads(find(objects, "ConfigMap")["data"]["sailvl.json"])
+    told = [(t["expr"], t["legendFormat"], r"\{\{(\w+)\}\}") for p in dashboard["panels"] for t in p.get("targets", ())]
+    for group in find(objects, "PrometheusRule")["spec"]["groups"]:
+        told += [(r["expr"], " ".join(r["annotations"].values()), r"\$labels\.(\w+)") for r in group["rules"]]
+    for query, words, pattern in told:
+        kept = {label.strip() for by in re.findall(r"\bby \(([^)]*)\)", query) for label in by.split(",")}
+        assert set(re.findall(pattern, words)) <= kept, query
+
+
+PANELS = [
+    *("Runs by state", "Stage progress", "Loss", "Held-out loss", "Learning rate", "Tokens a second"),
+    *("Activity share", "Pack fill", "Restarts by cause", "Score by benchmark"),
+    *("Reconcile latency", "Queue depth", "Watch age", "API calls"),
+]
+
+
+def test_the_dashboard_is_whole() -> None:
+    config = find(render("monitored"), "ConfigMap")
+    assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert config["metadata"]["annotations"] == {"grafana_folder": "Training"}
+    panels = json.loads(config["data"]["sailvl.json"])["panels"]
+    assert set(PANELS) <= {panel["title"] for panel in panels}
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken = Tally(
+        (column, line)
+        for g in (panel["gridPos"] for panel in panels)
+        for column in range(g["x"], g["x"] + g["w"])
+        for line in range(g["y"], g["y"] + g["h"])
+    )
+    assert max(taken.values()) == 1, "panels lie on each other"
+    assert max(column for column, _ in taken) == 23
+
+
+def test_alerts_are_whole_and_of_this_release() -> None:
+    rules = [r for g in find(render("monitored"), "PrometheusRule")["spec"]["groups"] for r in g["rules"]]
+    assert len({rule["alert"] for rule in rules}) == len(rules)
+    for rule in rules:
+        assert rule["labels"]["severity"] in ("info", "warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "description"}
+        for name, selector in re.findall(r"(sailvl_operator_\w+)(\{[^}]*\})?", rule["expr"]):
+            assert 'namespace="sail",job="train-sailvl-operator"' in selector, name
+    assert "<operator>" not in render_text("monitored")

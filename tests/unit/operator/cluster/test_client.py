@@ -1,0 +1,306 @@
+"""The client against an API server that pages, refuses and disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from sailvl_operator.cluster import gulps, resources, wire
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.errors import (
+    ApiError,
+    Conflict,
+    Forbidden,
+    Gone,
+    NotFound,
+    ServerError,
+    TooManyRequests,
+    Unreachable,
+)
+from sailvl_operator.settings import ApiSettings
+from tests.support.apiserver.server import FakeApi, Refusal, serve
+
+CALLS: Counter[tuple[str, int]] = Counter()
+
+
+class Token:
+    """A kubernetes Configuration whose token file is rotated."""
+
+    def __init__(self, host: str) -> None:
+        self.host, self.reads, self.username = host, 0, ""
+
+    def auth_settings(self) -> dict[str, dict[str, str]]:
+        self.reads += 1
+        return {"BearerToken": {"value": f"Bearer token-{self.reads}"}}
+
+
+@pytest.fixture
+async def world():
+    CALLS.clear()
+    api = FakeApi()
+    async with serve(api) as url:
+        token = Token(url)
+        settings = ApiSettings(backoff=0.001, page_size=2, tries=3)
+        async with Client(Credentials(token), settings, lambda verb, code: CALLS.update([(verb, code)])) as client:
+            yield SimpleNamespace(api=api, client=client, token=token)
+
+
+def make(name: str, **labels: str) -> dict:
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}}
+
+
+async def test_a_list_comes_in_pages(world):
+    for i in range(5):
+        await world.api.put("pods", make(f"p{i}", app="x" if i != 1 else "y"))
+    pages = [
+        ([o["metadata"]["name"] for o in items], version)
+        async for items, version in world.client.list_pages(resources.PODS, selector="app=x")
+    ]
+    assert pages == [(["p0", "p2"], str(world.api.version)), (["p3", "p4"], str(world.api.version))]
+    assert CALLS == {("list", 200): 2}
+
+
+async def test_a_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
+    first = await world.api.put("pods", make("old"))
+    await world.api.put("pods", make("new") | {"spec": {"long": "x" * 300_000}})
+    await world.api.put("pods", make("other") | {"metadata": {"name": "other", "namespace": "elsewhere"}})
+    world.api.watch_seconds = 0.05
+    version = first["metadata"]["resourceVersion"]
+    seen = [e async for e in world.client.watch(resources.PODS, "team", selector="", resource_version=version)]
+    assert [(type_, o["metadata"].get("name")) for type_, o in seen] == [("ADDED", "new"), ("BOOKMARK", None)]
+    assert len(seen[0][1]["spec"]["long"]) == 300_000
+
+
+async def test_changes_in_quick_succession_are_read_together(world, monkeypatch):
+    pauses = []
+    pause = gulps.pause
+
+    async def count(read, **which):
+        pauses.append(read)
+        await pause(read, **which)
+
+    monkeypatch.setattr(gulps, "pause", count)
+    first = await world.api.put("pods", make("first"))
+    watch = world.client.watch(resources.PODS, resource_version=first["metadata"]["resourceVersion"])
+
+    async def read(number: int) -> list[str]:
+        return [(await anext(watch))[1]["metadata"]["name"] for _ in range(number)]
+
+    reading = asyncio.create_task(read(40))
+    for i in range(40):
+        await world.api.put("pods", make(f"p{i}"))
+        await asyncio.sleep(gulps.SECONDS / 20)
+    assert await asyncio.wait_for(reading, 1) == [f"p{i}" for i in range(40)]
+    assert len(pauses) < 10
+    await watch.aclose()
+
+
+@pytest.mark.parametrize(
+    ("read", "is_whole", "waits"),
+    [
+        pytest.param(5_000, True, True, id="a change"),
+        pytest.param(5_000, False, False, id="a part of one"),
+        pytest.param(100_000, True, False, id="a flood"),
+    ],
+)
+async def test_a_watch_waits_only_when_it_has_caught_up(read, is_whole, waits):
+    began = asyncio.get_running_loop().time()
+    await gulps.pause(read, is_whole=is_whole)
+    assert (asyncio.get_running_loop().time() - began >= gulps.SECONDS) is waits
+
+
+async def test_a_server_may_stand_behind_a_path():
+    paths = []
+
+    async def answer(request: web.Request) -> web.Response:
+        paths.append(request.path_qs)
+        return web.json_response({"metadata": {"name": "p"}})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(app) as server:
+        token = Token(str(server.make_url("/k8s/clusters/c-1/")))
+        async with Client(Credentials(token), ApiSettings(), lambda *_: None) as client:
+            await client.get(resources.PODS, "team", "p")
+            await client.delete_collection(resources.PODS, "team", selector="app in (a,b)")
+    assert paths == [
+        "/k8s/clusters/c-1/api/v1/namespaces/team/pods/p",
+        "/k8s/clusters/c-1/api/v1/namespaces/team/pods?labelSelector=app+in+%28a%2Cb%29",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("resource", "shape"),
+    [(resources.JOBS, wire.Job), (resources.PODS, wire.Pod), (resources.SERVICES, wire.Service)],
+    ids=lambda value: getattr(value, "plural", ""),
+)
+async def test_a_bookmark_need_not_be_of_the_shape(world, resource, shape):
+    """What a real one looks like stands in tests/cluster/test_watches.py."""
+    world.api.watch_seconds = 0.05
+    seen = [e async for e in world.client.watch(resource, resource_version="1", shape=shape)]
+    assert [(type_, set(o["metadata"])) for type_, o in seen] == [
+        ("BOOKMARK", {"resourceVersion", "creationTimestamp"})
+    ]
+
+
+async def test_a_version_that_is_too_old_is_gone(world):
+    world.api.forget_history()
+    with pytest.raises(Gone):
+        [e async for e in world.client.watch(resources.PODS, resource_version="1")]
+
+
+@pytest.mark.parametrize(
+    ("status", "times", "error", "calls"),
+    [
+        pytest.param(503, 2, None, {("create", 503): 2, ("create", 200): 1}, id="passes within the tries"),
+        pytest.param(500, 9, ServerError, {("create", 500): 3}, id="does not pass"),
+        pytest.param(429, 9, TooManyRequests, {("create", 429): 3}, id="too many requests"),
+        pytest.param(403, 9, Forbidden, {("create", 403): 1}, id="forbidden is final"),
+        pytest.param(409, 9, Conflict, {("create", 409): 1}, id="a conflict is final"),
+        pytest.param(401, 1, None, {("create", 401): 1, ("create", 200): 1}, id="an expired token is read again"),
+    ],
+)
+async def test_only_what_passes_is_tried_again(world, status, times, error, calls):
+    world.api.refusals = [Refusal(method="POST", path_end="/pods", status=status, times=times)]
+    if error is None:
+        await world.client.create(resources.PODS, "team", make("p"))
+        assert world.api.names("pods") == {"p"}
+    else:
+        with pytest.raises(error):
+            await world.client.create(resources.PODS, "team", make("p"))
+    assert dict(CALLS) == calls
+    assert world.token.reads == (2 if status == 401 else 1)
+
+
+async def test_retry_after_is_waited_for(world):
+    world.api.refusals = [Refusal(method="GET", path_end="/p", status=429, headers={"Retry-After": "1"})]
+    await world.api.put("pods", make("p"))
+    started = asyncio.get_running_loop().time()
+    await world.client.get(resources.PODS, "team", "p")
+    assert asyncio.get_running_loop().time() - started >= 1
+
+
+async def test_preconditions(world):
+    pod = await world.api.put("pods", make("p"))
+    stale = {"metadata": {"resourceVersion": "1"}, "status": {"phase": "Failed"}}
+    with pytest.raises(Conflict):
+        await world.client.patch(resources.PODS, "team", "p", stale, subresource="status")
+    with pytest.raises(Conflict):
+        await world.client.delete(resources.PODS, "team", "p", uid="another")
+    with pytest.raises(NotFound):
+        await world.client.delete(resources.PODS, "team", "q", uid="another")
+    await world.client.delete(resources.PODS, "team", "p", uid=pod["metadata"]["uid"])
+    assert world.api.all("pods") == []
+
+
+async def test_a_collection_is_deleted_by_labels_with_a_grace(world):
+    await world.api.put("pods", make("a", job="x"))
+    await world.api.put("pods", make("b", job="y"))
+    await world.client.delete_collection(resources.PODS, "team", selector="job=x", grace_seconds=1)
+    assert world.api.names("pods") == {"b"}
+    assert world.api.requests[-1][3] == {"gracePeriodSeconds": 1}
+
+
+async def test_server_side_apply_names_its_manager(world):
+    await world.api.put("pods", make("p"))
+    await world.client.server_side_apply(resources.PODS, "team", "p", {"spec": {"nodeName": "n"}})
+    assert world.api.all("pods")[0]["spec"] == {"nodeName": "n"}
+    assert world.api.requests[-1][2] == {"fieldManager": "sailvl-operator", "force": "true"}
+
+
+async def test_no_server_is_unreachable():
+    settings = ApiSettings(backoff=0.001, tries=2)
+    async with Client(Credentials(Token("http://127.0.0.1:9")), settings, lambda *_: None) as client:
+        with pytest.raises(Unreachable, match="get /api/v1/namespaces/team/pods/p"):
+            await client.get(resources.PODS, "team", "p")
+        with pytest.raises(Unreachable):
+            [e async for e in client.watch(resources.PODS, resource_version="1")]
+
+
+@asynccontextmanager
+async def answering(*bodies: bytes):
+    """A client of a server that gives these answers, the last one for ever."""
+    given = list(bodies)
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=given.pop(0) if len(given) > 1 else given[0], content_type="application/json")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    settings = ApiSettings(backoff=0.001, tries=3)
+    async with (
+        TestServer(app) as server,
+        Client(Credentials(Token(str(server.make_url("")))), settings, lambda *_: None) as client,
+    ):
+        yield client
+
+
+async def test_an_answer_that_was_cut_is_asked_for_again():
+    async with answering(b'{"metadata": {"na', b"[]", b'{"metadata": {}}') as client:
+        assert await client.get(resources.PODS, "team", "p") == {"metadata": {}}
+    async with answering(b'{"metadata": {"na') as client:
+        with pytest.raises(Unreachable, match="the answer is broken"):
+            await client.get(resources.PODS, "team", "p")
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "words"),
+    [
+        pytest.param(b'{"type": "ADDED", "obj\n', Unreachable, "an event is broken", id="a broken line"),
+        pytest.param(b'{"kind": "Status"}\n', Unreachable, "an event is broken", id="something else"),
+        pytest.param(
+            b'{"type": "ERROR", "object": {"code": 500, "message": "etcd"}}\n', ServerError, "etcd", id="its trouble"
+        ),
+        pytest.param(
+            b'{"type": "ERROR", "object": {"reason": "Expired"}}\n', Gone, "watch", id="expired, by its reason"
+        ),
+    ],
+)
+async def test_a_watch_that_cannot_go_on(line, error, words):
+    event = b'{"type": "ADDED", "object": {"metadata": {"name": "p"}}}\n'
+    async with answering(event + line) as client:
+        watch = client.watch(resources.PODS, resource_version="1")
+        assert await anext(watch) == ("ADDED", {"metadata": {"name": "p"}})
+        with pytest.raises(error, match=words):
+            await anext(watch)
+
+
+async def test_a_line_without_its_end_is_no_event():
+    async with answering(b'{"type": "ADDED", "object": {}}\n{"type": "ADDED", "object": {}}') as client:
+        assert [e async for e in client.watch(resources.PODS, resource_version="1")] == [("ADDED", {})]
+
+
+async def test_who_may_not_write_only_reads(world):
+    await world.api.put("pods", make("p"))
+    world.client.may_write = lambda: False
+    with pytest.raises(ApiError, match="the lease of this replica has run out"):
+        await world.client.create(resources.PODS, "team", make("q"))
+    assert await world.client.get(resources.PODS, "team", "p")
+    assert dict(CALLS) == {("get", 200): 1}
+
+
+async def test_its_clock_follows_the_server(world):
+    await world.api.put("pods", make("p"))
+    ours = world.client.clock
+    ours._wall = lambda: 0.0
+    assert ours.now() == 0.0
+    await world.client.get(resources.PODS, "team", "p")
+    assert ours.now() > 1_700_000_000
+
+
+async def test_connections_notice_that_the_peer_is_gone(world):
+    await world.api.put("pods", make("p"))
+    await world.client.get(resources.PODS, "team", "p")
+    [[(protocol, _)]] = world.client._session.connector._conns.values()
+    opened = protocol.transport.get_extra_info("socket")
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
+    assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert [opened.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [15, 5, 5000]

@@ -1,0 +1,173 @@
+"""The informer against an API server whose watches end, expire and miss things."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sailvl_operator.api import names
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.cluster.owned_objects import Children
+from sailvl_operator.core.observe import parse_job
+from sailvl_operator.settings import ApiSettings
+from tests.support.apiserver.server import Anonymous, FakeApi, serve
+
+KEY = ("team", "demo")
+
+
+def make_pod(name: str, *, run: str = "demo", index: int = 0, phase: str = "Running", **status: object) -> dict:
+    labels = {
+        names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
+        names.LABEL_RUN: run,
+        names.LABEL_STAGE: "curate",
+        names.LABEL_ATTEMPT: "1",
+        names.LABEL_COMPLETION_INDEX: str(index),
+    }
+    return {"metadata": {"name": name, "namespace": "team", "labels": labels}, "status": {"phase": phase, **status}}
+
+
+@asynccontextmanager
+async def watching(*namespaces: str, pods: int = 0, is_leading: bool = True):
+    api, changes, restarts = FakeApi(), [], []
+    for i in range(pods):
+        await api.put("pods", make_pod(f"p{i}", index=i))
+    async with (
+        serve(api) as url,
+        Client(Credentials(Anonymous(url)), ApiSettings(page_size=2), lambda *_: None) as client,
+    ):
+        children = Children(
+            client,
+            namespaces=namespaces,
+            on_change=changes.append,
+            count_restart=lambda resource, cause: restarts.append((resource, cause)),
+        )
+        task = asyncio.create_task(children.run())
+        try:
+            async with asyncio.timeout(10):
+                await children.wait_synced()
+                await until(lambda: api.open_watches == 3 * max(1, len(namespaces)))
+                if is_leading:
+                    children.keep_evidence()
+                yield SimpleNamespace(api=api, children=children, changes=changes, restarts=restarts)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def pods(world) -> dict[str, bool]:
+    """Which are known, and whether they are gone."""
+    return {p.name: p.is_gone for p in world.children.pods.get(KEY)}
+
+
+async def test_lists_pages_and_then_watches():
+    async with watching(pods=5) as world:
+        assert pods(world) == {f"p{i}": False for i in range(5)}
+        assert set(world.changes) == {KEY}
+        await world.api.put("pods", make_pod("p5", index=5))
+        await until(lambda: len(pods(world)) == 6)
+
+
+async def test_the_last_state_of_a_deleted_pod_stays_until_it_is_forgotten():
+    ended = {"containerStatuses": [{"name": "worker", "state": {"terminated": {"exitCode": 64, "message": "why"}}}]}
+    async with watching(pods=1) as world:
+        await world.api.put("pods", make_pod("p0", phase="Failed", **ended))
+        await world.api.remove("pods", "p0")
+        await until(lambda: pods(world) == {"p0": True})
+        [pod] = world.children.pods.get(KEY)
+        assert (pod.phase, pod.terminated.exit_code, pod.terminated.message) == ("Failed", 64, "why")
+        world.children.pods.forget(KEY, lambda pod: pod.attempt > 1)
+        assert pods(world) == {"p0": True}
+        world.children.pods.forget(KEY, lambda pod: pod.attempt == 1)
+        assert pods(world) == {}
+
+
+async def test_what_was_missed_is_found_by_a_new_list():
+    async with watching(pods=3) as world:
+        del world.api.objects["pods"]["team", "p1"]
+        await world.api.put("pods", make_pod("p9", index=9))
+        world.api.forget_history()
+        await world.api.break_watches()
+        await until(lambda: ("pods", "expired") in world.restarts or pods(world).get("p1"))
+        await until(lambda: pods(world) == {"p0": False, "p1": True, "p2": False, "p9": False})
+
+
+async def test_a_watch_that_ends_is_resumed_without_a_list():
+    async with watching(pods=1) as world:
+        lists = sum("watch" not in query for _, _, query, _ in world.api.requests)
+        await world.api.break_watches()
+        await world.api.put("pods", make_pod("p1", index=1))
+        await until(lambda: len(pods(world)) == 2)
+        assert sum("watch" not in query for _, _, query, _ in world.api.requests) == lists
+        assert ("pods", "timeout") in world.restarts
+
+
+async def test_a_deleted_job_stays_as_gone_and_late_answers_do_not_bring_it_back():
+    labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo", names.LABEL_STAGE: "curate"}
+    async with watching() as world:
+        job = await world.api.put("jobs", {"metadata": {"name": "j", "labels": labels}, "spec": {}})
+        await until(lambda: world.children.jobs.get(KEY))
+        await world.api.remove("jobs", "j")
+        await until(lambda: world.children.jobs.get(KEY)[0].is_gone)
+        world.children.jobs.put_created(job)
+        world.children.jobs.put(job)
+        assert [found.is_gone for found in world.children.jobs.get(KEY)] == [True]
+        world.children.jobs.forget(KEY, lambda _: True)
+        assert world.children.jobs.get(KEY) == []
+
+
+async def test_a_standby_collects_no_evidence():
+    async with watching(pods=2, is_leading=False) as world:
+        await world.api.remove("pods", "p0")
+        await until(lambda: pods(world) == {"p1": False})
+
+
+def test_a_list_that_was_asked_for_before_our_own_post_takes_nothing_away():
+    labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo"}
+    jobs = [{"metadata": {"name": n, "uid": n, "namespace": "team", "labels": labels}, "spec": {}} for n in "abc"]
+    store = Children(Any, namespaces=(), on_change=lambda _: None, count_restart=lambda *_: None).jobs
+    store.keeps_gone = True
+    for job in jobs[:2]:
+        store.put(job)
+    known = store.uids("")
+    store.put_created(jobs[2])  # while the list is under way
+    store.replace_all([parse_job(jobs[0])], within="", known=known)
+    assert {job.name: job.is_gone for job in store.get(KEY)} == {"a": False, "b": True, "c": False}
+
+
+async def test_only_the_given_namespaces_are_seen():
+    async with watching("team", "other") as world:
+        for namespace in ("team", "other", "third"):
+            pod = make_pod("p")
+            pod["metadata"]["namespace"] = namespace
+            await world.api.put("pods", pod)
+        await until(lambda: len(list(world.children.pods)) == 2)
+        assert {p.namespace for p in world.children.pods} == {"team", "other"}
+
+
+async def test_ages_grow_while_nothing_is_heard():
+    async with watching() as world:
+        await asyncio.sleep(0.1)
+        ages = dict(world.children.ages())
+        assert ages.keys() == {"jobs", "pods", "services"}
+        assert all(age >= 0.1 for age in ages.values())
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["an event without news", "a change"])
+async def test_only_changes_of_the_record_are_reported(same):
+    async with watching(pods=1) as world:
+        await until(lambda: world.changes)
+        world.changes.clear()
+        await world.api.put("pods", make_pod("p0", phase="Running" if same else "Failed"))
+        await world.api.put("pods", make_pod("x", run="other"))
+        await until(lambda: ("team", "other") in world.changes)
+        assert (KEY in world.changes) is not same

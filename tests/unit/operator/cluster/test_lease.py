@@ -1,0 +1,159 @@
+"""Leader election against an API server, on a clock of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.cluster.lease import Leadership
+from sailvl_operator.errors import ApiError, LostLease
+from sailvl_operator.settings import ApiSettings, LeaseSettings
+from tests.support.apiserver.server import Anonymous, FakeApi, Refusal, serve
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def candidates(*identities: str):
+    """Leaderships of several processes over one API server and one clock."""
+    api, clock = FakeApi(), Clock()
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(serve(api))
+
+        async def candidate(identity: str) -> Leadership:
+            client = Client(Credentials(Anonymous(url)), ApiSettings(tries=1), lambda *_: None)
+            settings = LeaseSettings(identity=identity, namespace="team", renew_interval=0.01)
+            return Leadership(await stack.enter_async_context(client), settings, monotonic=clock)
+
+        yield api, clock, [await candidate(identity) for identity in identities]
+
+
+def holder(api: FakeApi) -> tuple[str, int]:
+    [lease] = api.all("leases")
+    return lease["spec"]["holderIdentity"], lease["spec"]["leaseTransitions"]
+
+
+async def is_acquired(leadership: Leadership, seconds: float = 0.2) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await leadership.acquire()
+    except TimeoutError:
+        return False
+    return leadership.is_leading
+
+
+async def test_the_first_one_leads_and_the_second_waits_until_the_lease_has_not_moved_for_its_duration():
+    async with candidates("a", "b") as (api, clock, (a, b)):
+        assert await is_acquired(a)
+        assert not await is_acquired(b)
+        clock.now += 14
+        assert not await is_acquired(b)
+        clock.now += 2
+        assert await is_acquired(b)
+        assert holder(api) == ("b", 2)
+
+
+async def test_a_renewed_lease_is_not_taken():
+    async with candidates("a", "b") as (api, clock, (a, b)):
+        assert await is_acquired(a)
+        assert not await is_acquired(b)
+        keeping = asyncio.create_task(a.keep())
+        version = api.version
+        clock.now += 9
+        while api.version == version:
+            await asyncio.sleep(0.01)
+        clock.now += 9
+        assert not await is_acquired(b)
+        keeping.cancel()
+        assert holder(api) == ("a", 1)
+
+
+async def take_by_hand(api: FakeApi, holder: str) -> None:
+    """As another client would."""
+    lease = copy.deepcopy(api.all("leases")[0])
+    lease["spec"]["holderIdentity"] = holder
+    await api.put("leases", lease)
+
+
+async def test_who_is_overtaken_ends():
+    async with candidates("a") as (api, _, (a,)):
+        assert await is_acquired(a)
+        await take_by_hand(api, "b")
+        with pytest.raises(LostLease, match="another replica"):
+            await a.keep()
+        assert not a.is_leading
+        await a.release()
+        assert holder(api) == ("b", 1)
+
+
+async def test_who_finds_its_lease_removed_ends():
+    async with candidates("a") as (api, _, (a,)):
+        assert await is_acquired(a)
+        await api.remove("leases", "sailvl-operator")
+        with pytest.raises(LostLease, match="may take it"):
+            await a.keep()
+
+
+async def test_who_stood_still_for_too_long_writes_nothing_more():
+    async with candidates("a", "b") as (api, clock, (a, b)):
+        assert await is_acquired(a)
+        assert not await is_acquired(b)
+        clock.now += 20
+        with pytest.raises(ApiError, match="run out"):
+            await a._client.create(resources.PODS, "team", {"metadata": {"name": "p"}})
+        assert await is_acquired(b)
+        with pytest.raises(LostLease, match="could not be renewed"):
+            await a.keep()
+        assert (api.all("pods"), holder(api)) == ([], ("b", 2))
+
+
+@pytest.mark.parametrize("lost", [1, 3], ids=["once", "again and again"])
+async def test_a_renewal_whose_answer_is_lost_is_no_loss(lost):
+    async with candidates("a") as (api, _, (a,)):
+        assert await is_acquired(a)
+        for _ in range(lost):
+            await take_by_hand(api, "a")  # our own write, of which we know nothing
+            await a._renew()
+        await take_by_hand(api, "a")
+        await a.release()
+        assert holder(api) == ("", 2)
+
+
+async def test_a_release_does_not_hold_up_the_end():
+    async with candidates("a") as (api, _, (a,)):
+        assert await is_acquired(a)
+        api.refusals = [Refusal(method="PUT", path_end="/leases/sailvl-operator", status=409, times=10_000)]
+        async with asyncio.timeout(3):
+            await a.release()
+        assert holder(api) == ("a", 1)
+
+
+async def test_who_cannot_renew_ends_before_the_lease_runs_out():
+    async with candidates("a") as (api, clock, (a,)):
+        assert await is_acquired(a)
+        api.refusals = [Refusal(method="PUT", path_end="/leases/sailvl-operator", status=503, times=10_000)]
+        keeping = asyncio.create_task(a.keep())
+        await asyncio.sleep(0.1)
+        assert not keeping.done()
+        clock.now += 11
+        with pytest.raises(LostLease, match="could not be renewed"):
+            await keeping
+
+
+async def test_a_released_lease_is_free_at_once():
+    async with candidates("a", "b") as (api, _, (a, b)):
+        assert await is_acquired(a)
+        await a.release()
+        assert await is_acquired(b)
+        assert holder(api) == ("b", 3)

@@ -1,0 +1,65 @@
+"""Another version of the operator takes over in the middle of a run and goes on with what the earlier one stored.
+
+stored/VERSION.json has the objects of one run as that version left them: curate succeeded, the second attempt of
+alignment running after a crash.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sailvl_operator.api import names
+from tests.support.builders.operator import build_result
+from tests.support.controller_world import KEY, World, running
+
+STORED = sorted(Path(__file__).with_name("stored").glob("*.json"))
+
+
+@pytest.fixture(params=STORED, ids=lambda path: path.stem)
+async def taken_over(request: pytest.FixtureRequest) -> AsyncIterator[tuple[World, dict[str, Any]]]:
+    """The world in which the operator of today has just started, and the run as it was."""
+    objects: dict[str, list[dict[str, Any]]] = json.loads(request.param.read_bytes())
+    async with running() as world:
+        for plural, found in objects.items():
+            for body in found:
+                await world.api.put(plural, copy.deepcopy(body))
+        await world.settled()
+        world.see(world.run, "ADDED")
+        await world.settled()
+        [run] = objects["sailvlruns"]
+        yield world, run["status"]
+
+
+async def test_the_attempt_that_runs_goes_on(taken_over):
+    world, before = taken_over
+    assert world.api.names("jobs") == {"demo-curate-1", "demo-alignment-2"}, "nothing is made, nothing is ended"
+    assert world.states() == {stage["name"]: (stage["state"], stage.get("attempt", 0)) for stage in before["stages"]}
+    alignment = world.status.stages[1]
+    assert (alignment.restarts, alignment.last_failure.cause) == ({"Crash": 1}, "Crash")
+
+
+async def test_the_digests_are_the_same(taken_over):
+    """Or every finished stage would be computed again after an upgrade."""
+    world, before = taken_over
+    planned = {p.stage.name: p.digest for p in world.runs.get(KEY).planned}
+    assert all(planned[stage["name"]] == stage["digest"] for stage in before["stages"] if "digest" in stage)
+
+
+async def test_the_run_comes_to_its_end(taken_over):
+    world, _ = taken_over
+    for stage, attempt, nodes in (("alignment", 2, 2), ("knowledge", 1, 2), ("evaluate", 1, 1)):
+        await world.until(lambda stage=stage, n=attempt: names.job_name("demo", stage, n) in world.api.names("jobs"))
+        await world.add_pods(stage, attempt, nodes)
+        await world.until(lambda stage=stage: world.states()[stage][0] == "Running")
+        for index in range(nodes):
+            await world.end_pod(stage, attempt, index, 0, result=build_result(stage))
+        await world.until(lambda stage=stage: world.states()[stage][0] == "Succeeded")
+    await world.until(lambda: world.status.is_true("Succeeded"))
+    made = [path for method, path in world.api.writes() if method == "POST" and path.endswith("/jobs")]
+    assert len(made) == 2, "no attempt is made again"

@@ -1,0 +1,322 @@
+"""The manifests of an attempt, whole: a Job's every field is a promise to the cluster."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from sailvl_operator.api import names
+from sailvl_operator.api.types import Run
+from sailvl_operator.core.decision import Attempt
+from sailvl_operator.core.desired.claim import build_claim
+from sailvl_operator.core.desired.job import build_job
+from sailvl_operator.core.desired.service import build_service
+from sailvl_operator.core.desired.workload import build_appdef
+from sailvl_operator.core.plan import Defaults, build_attempt, plan
+from sailvl_trainer.contract import Env
+from tests.support.builders.operator import build_run
+
+OUTPUTS = {"curate": "demo/curate-0", "alignment": "demo/alignment-0", "knowledge": "demo/knowledge-0"}
+
+
+def make_attempt(run: Run, stage: int = 1, **nodes: tuple[str, ...]) -> Attempt:
+    return build_attempt(
+        run, plan(run)[stage], attempt=2, outputs=OUTPUTS, defaults=Defaults(grace_seconds=90), **nodes
+    )
+
+
+def make_job(attempt: Attempt) -> dict[str, Any]:
+    """As the API server gets it."""
+    return json.loads(msgspec.json.encode(build_job(attempt, build_appdef(attempt))))
+
+
+OWNER = {
+    "apiVersion": "sailvl.dev/v1alpha1",
+    "kind": "SailVLRun",
+    "name": "demo",
+    "uid": "run-uid",
+    "controller": True,
+    "blockOwnerDeletion": True,
+}
+RUN_LABELS = {"app.kubernetes.io/managed-by": "sailvl-operator", "sailvl.dev/run": "demo"}
+LABELS = RUN_LABELS | {"sailvl.dev/stage": "alignment", "sailvl.dev/attempt": "2"}
+POD_LABELS = LABELS | {"sailvl.dev/run-uid": "run-uid"}
+LOST = [
+    {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 20}
+    for taint in ("not-ready", "unreachable")
+]
+ENV = [
+    {"name": "SAILVL_STAGE_FILE", "value": "/etc/sailvl/stage.json"},
+    {"name": "SAILVL_NODES", "value": "2"},
+    {"name": "SAILVL_RENDEZVOUS_HOST", "value": "demo-alignment-2-0.demo"},
+    {"name": "SAILVL_IN_PLACE_RESTARTS", "value": "3"},
+    {"name": "SAILVL_GRACE_SECONDS", "value": "85"},
+    {"name": "SAILVL_STALL_TIMEOUT_SECONDS", "value": "900"},
+    {
+        "name": "SAILVL_NODE_RANK",
+        "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-completion-index']"}},
+    },
+    {"name": "SAILVL_NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+]
+CONTAINER = {
+    "name": "worker",
+    "image": "registry.example.com/sailvl-trainer:0.1.0",
+    "imagePullPolicy": "IfNotPresent",
+    "command": ["python", "-m", "sailvl_trainer"],
+    "env": ENV,
+    "ports": [{"name": "metrics", "containerPort": 9400, "protocol": "TCP"}],
+    "resources": {},
+    "securityContext": {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    },
+    "terminationMessagePolicy": "FallbackToLogsOnError",
+    "volumeMounts": [
+        {"name": "storage", "mountPath": "/data"},
+        {"name": "stage", "mountPath": "/etc/sailvl", "readOnly": True},
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ],
+}
+POD_SPEC = {
+    "restartPolicy": "Never",
+    "subdomain": "demo",
+    "terminationGracePeriodSeconds": 90,
+    "automountServiceAccountToken": False,
+    "enableServiceLinks": False,
+    "securityContext": {
+        "runAsNonRoot": True,
+        "runAsUser": 65532,
+        "runAsGroup": 65532,
+        "fsGroup": 65532,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    },
+    "topologySpreadConstraints": [
+        {
+            "maxSkew": 1,
+            "topologyKey": "kubernetes.io/hostname",
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": {"batch.kubernetes.io/job-name": "demo-alignment-2"}},
+        }
+    ],
+    "tolerations": LOST,
+    "containers": [CONTAINER],
+    "volumes": [
+        {"name": "storage", "persistentVolumeClaim": {"claimName": "sail-data"}},
+        {
+            "name": "stage",
+            "downwardAPI": {
+                "items": [
+                    {
+                        "path": "stage.json",
+                        "fieldRef": {"fieldPath": "metadata.annotations['sailvl.dev/stage.json']"},
+                    }
+                ]
+            },
+        },
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+    ],
+}
+
+
+def test_the_whole_job():
+    job = make_job(make_attempt(build_run()))
+    document = job["spec"]["template"]["metadata"].pop("annotations").pop("sailvl.dev/stage.json")
+    assert job == {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": "demo-alignment-2",
+            "namespace": "team",
+            "labels": LABELS | {"sailvl.dev/digest": plan(build_run())[1].digest[:12]},
+            "ownerReferences": [OWNER],
+        },
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": 2,
+            "parallelism": 2,
+            "backoffLimitPerIndex": 0,
+            "podReplacementPolicy": "Failed",
+            "suspend": False,
+            "template": {"metadata": {"labels": POD_LABELS}, "spec": POD_SPEC},
+        },
+    }
+    told = json.loads(document)
+    assert (told["stage"], told["attempt"], told["kind"]) == ("alignment", 2, "pretrain")
+    assert told["train"]["data"] == ["/data/demo/curate-0"]
+
+
+def bend(**workers: Any) -> dict[str, Any]:
+    """The Job of a run whose workers have more to say."""
+    return make_job(make_attempt(build_run(workers={"nodes": 2, "gpusPerNode": 0} | workers)))
+
+
+def pod_spec(job: dict[str, Any]) -> dict[str, Any]:
+    return job["spec"]["template"]["spec"]
+
+
+def container(job: dict[str, Any]) -> dict[str, Any]:
+    return pod_spec(job)["containers"][0]
+
+
+def environment(job: dict[str, Any]) -> dict[str, str]:
+    return {e["name"]: e.get("value", "") for e in container(job)["env"]}
+
+
+@pytest.mark.parametrize(
+    ("workers", "look", "expected"),
+    [
+        pytest.param(
+            {"gpusPerNode": 8, "resources": {"requests": {"cpu": "4"}, "limits": {"memory": "64Gi"}}},
+            lambda job: container(job)["resources"],
+            {
+                "requests": {"cpu": "4", "nvidia.com/gpu": "8"},
+                "limits": {"memory": "64Gi", "nvidia.com/gpu": "8"},
+            },
+            id="GPUs",
+        ),
+        pytest.param(
+            {"queueName": "gold"},
+            lambda job: (job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], job["spec"]["suspend"]),
+            ("gold", True),
+            id="Kueue starts what is created suspended",
+        ),
+        pytest.param(
+            {"labels": {"pod-group": "g", names.LABEL_RUN: "another"}},
+            lambda job: job["spec"]["template"]["metadata"]["labels"],
+            POD_LABELS | {"pod-group": "g"},
+            id="labels can't replace ours",
+        ),
+        pytest.param(
+            {"nodeSelector": {"zone": "a"}, "priorityClassName": "high", "schedulerName": "volcano"},
+            lambda job: {k: pod_spec(job)[k] for k in ("nodeSelector", "priorityClassName", "schedulerName")},
+            {"nodeSelector": {"zone": "a"}, "priorityClassName": "high", "schedulerName": "volcano"},
+            id="placement",
+        ),
+        pytest.param(
+            {"tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]},
+            lambda job: pod_spec(job)["tolerations"],
+            [*LOST, {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+            id="tolerations",
+        ),
+        pytest.param(
+            {"env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "HF_HOME", "value": "/data/hf"}]},
+            lambda job: (environment(job)["NCCL_DEBUG"], environment(job)["HF_HOME"]),
+            ("INFO", "/data/hf"),
+            id="environment",
+        ),
+        pytest.param(
+            {"env": [{"name": f"SAILVL_{name}", "value": "7"} for name in ("NODES", "NODE_RANK", "METRICS_PORT")]},
+            lambda job: container(job)["env"],
+            ENV,
+            id="the contract's variables can't be replaced",
+        ),
+        pytest.param(
+            {"envFrom": [{"secretRef": {"name": "tokens"}}, {"configMapRef": {"name": "proxy", "optional": True}}]},
+            lambda job: container(job)["envFrom"],
+            [{"secretRef": {"name": "tokens"}}, {"configMapRef": {"name": "proxy", "optional": True}}],
+            id="envFrom",
+        ),
+    ],
+)
+def test_workers_settings(workers, look, expected):
+    assert look(bend(**workers)) == expected
+
+
+def test_what_is_taken_for_granted_is_told_where_a_secret_may_say_otherwise():
+    job = bend(envFrom=[{"secretRef": {"name": "tokens"}}])
+    told = environment(job)
+    assert (told["SAILVL_DEVICE"], told["SAILVL_TERMINATION_LOG"]) == ("cpu", "/dev/termination-log")
+    assert set(told) == set(map(str, Env))
+
+
+def test_the_machine_of_the_last_failure_is_chosen_last():
+    job = make_job(make_attempt(build_run(), doubted_nodes=("node-a",)))
+    other = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-a"]}]}
+    assert pod_spec(job)["affinity"]["nodeAffinity"] == {
+        "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": other}]
+    }
+
+
+def test_machines_that_took_many_attempts_down_are_left_alone():
+    job = make_job(make_attempt(build_run(), avoid_nodes=("node-b", "node-a")))
+    assert pod_spec(job)["affinity"]["nodeAffinity"] == {
+        "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [
+                {
+                    "matchFields": [
+                        {"key": "metadata.name", "operator": "NotIn", "values": ["node-a"]},
+                        {"key": "metadata.name", "operator": "NotIn", "values": ["node-b"]},
+                    ]
+                }
+            ]
+        }
+    }
+
+
+def test_builders_leave_their_inputs_alone():
+    attempt = make_attempt(
+        build_run(workers={"nodes": 2, "gpusPerNode": 8, "resources": {"limits": {"memory": "1Gi"}}})
+    )
+    assert make_job(attempt) == make_job(attempt)
+
+
+def test_the_whole_service():
+    assert build_service(namespace="team", run="demo", owner_uid="run-uid") == {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "demo", "namespace": "team", "labels": RUN_LABELS, "ownerReferences": [OWNER]},
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": RUN_LABELS,
+            "ports": [
+                {"name": "metrics", "port": 9400, "protocol": "TCP"},
+                {"name": "rendezvous", "port": 29500, "protocol": "TCP"},
+            ],
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("storage", "spec"),
+    [
+        pytest.param({"volumeClaim": "sail-data"}, None, id="an existing claim"),
+        pytest.param(
+            {"volumeClaimTemplate": {"resources": {"requests": {"storage": "1Ti"}}}},
+            {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Ti"}}},
+            id="the default class",
+        ),
+        pytest.param(
+            {
+                "volumeClaimTemplate": {
+                    "storageClassName": "fast",
+                    "accessModes": ["ReadWriteOnce"],
+                    "resources": {"requests": {"storage": "1Gi"}},
+                }
+            },
+            {
+                "accessModes": ["ReadWriteOnce"],
+                "resources": {"requests": {"storage": "1Gi"}},
+                "storageClassName": "fast",
+            },
+            id="a class",
+        ),
+    ],
+)
+def test_the_claim(storage, spec):
+    metadata = {"name": "demo-storage", "namespace": "team", "labels": RUN_LABELS}
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
+    assert build_claim(build_run(storage=storage)) == (spec and claim)
+
+
+def test_a_claim_that_is_to_go_with_its_run_is_owned_by_it():
+    template = {"resources": {"requests": {"storage": "1Ti"}}}
+    claim = build_claim(build_run(storage={"volumeClaimTemplate": template, "whenDeleted": "Delete"}))
+    assert claim["metadata"]["ownerReferences"] == [OWNER]

@@ -1,0 +1,95 @@
+"""What is read of Jobs and pods, and what their earlier state adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from sailvl_operator.api import names
+from sailvl_operator.core.observe import PodRecord, is_calm_job, is_calm_pod, parse_job, parse_pod, stamp_pod
+from tests.support.builders.operator import build_end, build_job, build_pod
+
+CREATED = "2026-01-01T00:00:00Z"
+
+
+def raw(labels: dict[str, str], **status: Any) -> dict[str, Any]:
+    metadata = {"namespace": "team", "name": "x", "uid": "u", "labels": labels, "creationTimestamp": CREATED}
+    return {"metadata": metadata, "spec": {}, "status": status}
+
+
+@pytest.mark.parametrize("number", ["x", "-1", "", "1.5"])
+def test_anybody_s_labels_are_read(number: str) -> None:
+    labels = {names.LABEL_RUN: "demo", names.LABEL_ATTEMPT: number, names.LABEL_COMPLETION_INDEX: number}
+    assert (parse_pod(raw(labels)).attempt, parse_pod(raw(labels)).index, parse_job(raw(labels)).attempt) == (0, 0, 0)
+
+
+def test_a_job_in_a_queue_has_not_started() -> None:
+    """The Job controller writes the start time some time after the queue let go."""
+    queued = {names.LABEL_KUEUE_QUEUE: "team"}
+    assert parse_job(raw(queued)).started == 0.0
+    assert parse_job(raw(queued, startTime="2026-01-01T00:15:00Z")).started == 1767226500.0
+    assert parse_job(raw({})).started == 1767225600.0
+
+
+def test_a_silence_that_passes_was_no_end() -> None:
+    silent = stamp_pod(build_pod("a", is_ready=False), build_pod("a"), 5.0)
+    assert silent.ended_seen == 5.0
+    assert stamp_pod(replace(silent, ended_seen=0.0), silent, 6.0).ended_seen == 5.0
+    gone = replace(silent, ended_seen=0.0, is_gone=True)
+    assert stamp_pod(gone, silent, 6.5).ended_seen == 6.5
+    assert stamp_pod(replace(gone, terminated=build_end(0)), replace(gone, ended_seen=6.5), 6.6).ended_seen == 6.5
+    back = stamp_pod(build_pod("a"), silent, 7.0)
+    assert back.ended_seen == 0.0
+    ended = build_pod("a", is_ready=False, terminated=build_end(76))
+    assert stamp_pod(ended, back, 9.0).ended_seen == 9.0
+
+
+def test_a_container_that_comes_to_run_waits_no_more() -> None:
+    waiting = build_pod("a", phase="Pending", is_ready=False, waiting_reason="CreateContainerConfigError")
+    stamped = stamp_pod(waiting, None, 5.0)
+    assert stamped.ended_seen == 5.0
+    creating = build_pod("a", phase="Pending", is_ready=False, waiting_reason="ContainerCreating")
+    assert stamp_pod(creating, stamped, 6.0).ended_seen == 0.0
+
+
+@pytest.mark.parametrize(
+    ("pod", "is_calm"),
+    [
+        pytest.param(build_pod("a"), True, id="it runs"),
+        pytest.param(build_pod("a", phase="Pending", is_ready=False), True, id="it starts"),
+        pytest.param(build_pod("a", phase="Pending", waiting_reason="ContainerCreating"), True, id="it is being made"),
+        pytest.param(build_pod("a", is_ready=False, ended_seen=5.0), False, id="it fell silent"),
+        pytest.param(build_pod("a", terminated=build_end(0)), False, id="it is done"),
+        pytest.param(build_pod("a", is_deleting=True), False, id="it is deleted"),
+        pytest.param(build_pod("a", is_gone=True), False, id="it is gone"),
+        pytest.param(build_pod("a", disrupted="TerminationByKubelet"), False, id="it is evicted"),
+        pytest.param(build_pod("a", unschedulable="0/2 nodes are available"), False, id="it finds no node"),
+        pytest.param(build_pod("a", waiting_reason="ImagePullBackOff"), False, id="it can't start"),
+    ],
+)
+def test_pods_of_which_only_has_to_be_told(pod: PodRecord, is_calm: bool) -> None:
+    assert is_calm_pod(pod) is is_calm
+
+
+def test_a_job_that_was_just_let_go_hasn_t_started_yet() -> None:
+    job = raw({names.LABEL_RUN: "demo"}, conditions=[{"type": "Suspended", "status": "True"}])
+    assert parse_job(job).started == 0.0
+    job["status"] = {"conditions": [{"type": "Suspended", "status": "False"}], "startTime": CREATED}
+    assert parse_job(job).started == parse_job(job).created
+    job["status"] = {}
+    assert parse_job(job).started == parse_job(job).created, "never suspended: the controller hasn't seen it yet"
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_calm"),
+    [
+        pytest.param({}, True, id="it is there"),
+        pytest.param({"is_suspended": True}, False, id="it is suspended"),
+        pytest.param({"queue": "team"}, False, id="a queue's"),
+        pytest.param({"is_deleting": True}, False, id="it is deleted"),
+    ],
+)
+def test_jobs_of_which_only_has_to_be_told(fields: dict[str, Any], is_calm: bool) -> None:
+    assert is_calm_job(build_job("a", **fields)) is is_calm

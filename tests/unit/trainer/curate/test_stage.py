@@ -1,0 +1,321 @@
+"""The whole stage: what it keeps, what it says, the same bytes on one worker and two, and after any kill."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from PIL import Image
+
+from sailvl_trainer.contract import CurateConfig, ModelConfig, Result, SourceConfig, Stage
+from sailvl_trainer.curate import pipeline, selection
+from sailvl_trainer.curate import stage as subject
+from sailvl_trainer.data.shards import ShardReader, read_manifest
+from sailvl_trainer.data.synthetic import draw_caption
+from sailvl_trainer.errors import ConfigError, DataError, Preempted
+from sailvl_trainer.rank.context import Context, single_process_context
+from sailvl_trainer.storage.documents import encode
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    """A process group of its own for every test."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_raw(folder: Path, number: int = 40) -> Path:
+    """Drawn pictures with captions, and among them every sort that is dropped."""
+    folder.mkdir(parents=True)
+    for index in range(number):
+        sample = draw_caption(0, index, 3)
+        assert sample.image is not None
+        (folder / f"{index:03d}.png").write_bytes(sample.image)
+        (folder / f"{index:03d}.txt").write_text(str(sample.meta["caption"]))
+    first = (folder / "000.png").read_bytes()
+    blurred = io.BytesIO()
+    Image.open(io.BytesIO(first)).convert("RGB").save(blurred, "JPEG", quality=92)
+    bad = {"copy.png": first, "near.jpg": blurred.getvalue(), "cut.png": first[:200], "text.jpg": b"words"}
+    for name, data in bad.items():
+        (folder / name).write_bytes(data)
+        (folder / name).with_suffix(".txt").write_text("a caption")
+    (folder / "silent.png").write_bytes(first)
+    return folder
+
+
+def build_stage(root: Path, *, name: str = "curate", **changes: Any) -> Stage:
+    sources = (
+        SourceConfig(path=str(root / "raw"), format="imagefolder"),
+        SourceConfig(path="", format="procedural", name="drawn", samples=20, level=2),
+    )
+    config = CurateConfig(sources=sources, perceptual_distance=2, held_out_fraction=0.2, shard_samples=16, max_tiles=4)
+    return Stage(
+        namespace="team",
+        run="demo",
+        stage=name,
+        kind="curate",
+        attempt=1,
+        digest=name,
+        storage=str(root),
+        output=str(root / "demo" / name),
+        seed=3,
+        model=ModelConfig(preset="tiny"),
+        curate=replace(config, **changes),
+    )
+
+
+def curate(stage: Stage) -> tuple[Result, Context]:
+    context = single_process_context(stage, scratch=Path(stage.output) / "scratch")
+    return subject.run(context), context
+
+
+def digests(stage: Stage) -> dict[str, str]:
+    """File to digest, of all that training reads."""
+    output = Path(stage.output)
+    files = [p for split in ("shards", "held-out") for p in (output / split).rglob("*")]
+    return {str(p.relative_to(output)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("storage")
+    build_raw(directory / "raw")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> tuple[Stage, Result, Context]:
+    stage = build_stage(root, name="whole")
+    found = curate(stage)
+    dist.destroy_process_group()
+    return (stage, *found)
+
+
+def test_the_result_counts_everything(whole: tuple[Stage, Result, Context]) -> None:
+    _, result, context = whole
+    metrics = dict(result.metrics)
+    assert metrics.pop("heldOut") > 0
+    assert metrics.pop("nearDuplicate") + metrics.pop("kept") == 61
+    assert metrics.pop("dropped") == 65 - result.samples
+    assert metrics.pop("duplicates") == 1 + result.metrics["nearDuplicate"]
+    assert metrics == {"duplicate": 1, "unreadable": 2, "noCaption": 1}
+    assert (result.steps, result.samples) == (65, result.metrics["kept"])
+    assert (result.kind, result.output, result.digest) == ("curate", "demo/whole", "whole")
+    progress = context.telemetry.progress
+    assert (progress.step, progress.steps, progress.unit, progress.samples) == (65, 65, "samples", 65)
+    assert {"listing", "verifying", "deciding", "writing", "reporting"} <= set(progress.seconds)
+
+
+def test_shards_hold_what_was_kept(root: Path, whole: tuple[Stage, Result, Context]) -> None:
+    stage, result, _ = whole
+    splits: dict[str, list[str]] = {}
+    for split in ("shards", "held-out"):
+        folder = Path(stage.output) / split
+        manifest = read_manifest(folder)
+        readers = [ShardReader(folder, shard.name) for shard in manifest.shards]
+        samples = [reader.sample(row) for reader in readers for row in range(len(reader))]
+        assert manifest.samples == len(samples)
+        assert all(shard.samples <= 16 for shard in manifest.shards)
+        splits[split] = [sample.key for sample in samples]
+        for sample in samples:
+            _, _, name = sample.key.partition("-")
+            if sample.meta["source"] == "raw":
+                assert sample.image == next((root / "raw").glob(f"{name}.[pj][nop]g")).read_bytes()
+                assert sample.meta["caption"] == (root / "raw" / f"{name}.txt").read_text()
+            assert sample.messages[1].content == sample.meta["caption"]
+        assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    assert splits["shards"] == sorted(splits["shards"])
+    assert not set(splits["shards"]) & set(splits["held-out"])
+    assert len(splits["held-out"]) == result.metrics["heldOut"]
+    assert len(splits["shards"]) + len(splits["held-out"]) == result.samples
+
+
+def test_held_out_pictures_stay_held_out_when_data_comes_to_them(
+    root: Path, whole: tuple[Stage, Result, Context]
+) -> None:
+    def held_out(stage: Stage) -> set[str]:
+        reader = ShardReader(Path(stage.output) / "held-out", "00000")
+        return {hashlib.sha256(reader.image(row) or b"").hexdigest() for row in range(len(reader))}
+
+    stage = whole[0]
+    assert stage.curate is not None
+    turned = replace(build_stage(root, name="turned"), curate=replace(stage.curate, sources=stage.curate.sources[::-1]))
+    curate(turned)
+    assert held_out(turned) == held_out(stage)
+
+
+def test_the_report_stands_alone(whole: tuple[Stage, Result, Context]) -> None:
+    stage, result, _ = whole
+    report = Path(stage.output) / "report"
+    page = (report / "index.html").read_text()
+    assert not re.search(r"https?://|src=\"(?!data:)|<script|@import|url\(", page)
+    for words in ("picture broken", "no caption", "the same pixels as an earlier one", "looks like an earlier one"):
+        assert words in page
+    assert page.count("data:image/png") == 4
+    facts = json.loads((report / "report.json").read_bytes())
+    assert facts["items"] == 65
+    assert sum(facts["outcomes"].values()) == 65
+    assert [source["name"] for source in facts["sources"]] == ["raw", "drawn"]
+    assert sum(source["items"] for source in facts["sources"]) == 65
+    for histogram in ("caption_words", "longer_side", "aspect_ratio", "tiles"):
+        assert sum(number for _, number in facts[histogram]) == result.samples
+    assert facts["unigrams"]["total"] - facts["bigrams"]["total"] == result.samples
+    assert facts["tiles"] == [[1.0, result.samples]]
+
+
+def test_the_same_bytes_again(root: Path, whole: tuple[Stage, Result, Context]) -> None:
+    again = build_stage(root, name="again")
+    curate(again)
+    assert digests(again) == digests(whole[0])
+
+
+@pytest.mark.parametrize("after", ["list_all", "verify_all", "decide", "write_all", "write_manifests"])
+def test_a_killed_run_goes_on_where_it_was(
+    root: Path,
+    whole: tuple[Stage, Result, Context],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: str,
+) -> None:
+    killed = replace(build_stage(root, name="killed"), output=str(root / "demo" / f"killed-{after}"))
+    module = subject if after == "decide" else pipeline
+    original = getattr(module, after)
+
+    def end(*args: Any) -> None:
+        original(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, after, end)
+        with pytest.raises(KeyboardInterrupt):
+            curate(killed)
+    dist.destroy_process_group()
+    before = {p: p.stat().st_mtime_ns for p in (Path(killed.output) / "parts").rglob("*.parquet")}
+    result, _ = curate(replace(killed, attempt=2))
+    assert digests(killed) == digests(whole[0])
+    assert result.metrics == whole[1].metrics
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "what was done is not done again"
+
+
+def test_only_what_is_missing_is_done_again(root: Path, whole: tuple[Stage, Result, Context]) -> None:
+    stage = replace(build_stage(root, name="holes"), digest="holes")
+    shutil.copytree(whole[0].output, stage.output)
+    parts = Path(stage.output) / "parts"
+    for path in (parts / "rows" / "000001.parquet", parts / "shards" / "00001.json"):
+        path.unlink()
+    (Path(stage.output) / "shards" / ".00001.tar.77").write_bytes(b"half")
+    kept = {p: p.stat().st_mtime_ns for p in parts.rglob("*") if p.is_file()}
+    curate(stage)
+    assert digests(stage) == digests(whole[0])
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+
+POINTS = [
+    pytest.param(pipeline, "write_rows", 1, id="verifying"),
+    pytest.param(subject, "decide", 2, id="deciding"),
+    pytest.param(pipeline, "encode", 2, id="writing"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "rows"), POINTS)
+def test_a_stop_waits_for_the_unit_in_hand_and_keeps_it(
+    owner: Any,
+    name: str,
+    rows: int,
+    *,
+    root: Path,
+    whole: tuple[Stage, Result, Context],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = build_stage(root, name=f"stop-{name}")
+    stop, original = Path(stage.output) / "scratch" / "stop", getattr(owner, name)
+
+    def ask(*args: Any) -> Any:
+        stop.touch()
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, ask)
+        with pytest.raises(Preempted, match="what is done stays done"):
+            curate(stage)
+    assert len(list((Path(stage.output) / "parts" / "rows").glob("*.parquet"))) == rows
+    dist.destroy_process_group()
+    stop.unlink()
+    curate(replace(stage, attempt=2))
+    assert digests(stage) == digests(whole[0])
+
+
+def test_nothing_kept_says_why(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no picture was kept.*too_small"):
+        curate(build_stage(root, name="none", min_side=5000))
+
+
+def test_a_picture_that_went_after_it_was_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_raw(tmp_path / "raw", number=4)
+    original = selection.decide
+
+    def lose(*args: Any) -> dict[str, int]:
+        (tmp_path / "raw" / "002.png").unlink()
+        return original(*args)
+
+    monkeypatch.setattr(subject, "decide", lose)
+    with pytest.raises(DataError, match="raw: 002 was verified and is gone"):
+        curate(build_stage(tmp_path))
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+import torch
+from sailvl_trainer.curate.stage import run
+from sailvl_trainer.rank.context import build_context
+from sailvl_trainer.storage.documents import read_stage
+from sailvl_trainer.rank.scratch import Scratch
+rank = int(os.environ["RANK"])
+scratch = Path(sys.argv[2]) / str(rank)
+scratch.mkdir(parents=True)
+stage = read_stage(Path(sys.argv[1]))
+context = build_context(stage, device=torch.device("cpu"), rank=rank, local_rank=0, scratch=Scratch(scratch))
+result = run(context)
+print("samples", result.samples, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_two_workers_write_the_same_bytes(
+    root: Path, whole: tuple[Stage, Result, Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = build_stage(root, name="two")
+    (tmp_path / "stage.json").write_bytes(encode(stage))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path / "stage.json"), str(tmp_path / "scratch")],
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+            | {"MASTER_PORT": port, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in ranks]
+    assert said == [f"samples {whole[1].samples}\n"] * 2
+    assert digests(stage) == digests(whole[0])

@@ -1,0 +1,279 @@
+"""From a prepared set to batches: labels, packing without leakage, pictures where they belong, pictures shuffled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sailvl_trainer.contract import ModelConfig, Skip
+from sailvl_trainer.data.chat import IGNORE
+from sailvl_trainer.data.collate import Batch, collate
+from sailvl_trainer.data.dataset import Encoder, Index, build_index
+from sailvl_trainer.data.loader import LoadedStep, choose_samples, held_out_batches, load_steps
+from sailvl_trainer.data.planner import Planner, build_planner
+from sailvl_trainer.data.samples import Message, Sample
+from sailvl_trainer.data.shards import ShardWriter, write_manifest
+from sailvl_trainer.data.synthetic import draw_question
+from sailvl_trainer.demo.build_data import make_questions
+from sailvl_trainer.errors import ConfigError, DataError
+from sailvl_trainer.model.build import build_model
+from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.tokenizer import IMAGE_CONTEXT, load_tokenizer
+from sailvl_trainer.train.forward import PackedModel
+
+TINY = ModelConfig(preset="tiny")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("set")
+    make_questions(directory, level=2, number=60)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(tokenizer=load_tokenizer(TINY), preset=preset("tiny"), max_tiles=1, pack_tokens=512)
+
+
+@pytest.fixture(scope="module")
+def index(prepared: Path, encoder: Encoder) -> Index:
+    return build_index([prepared], "shards", encoder)
+
+
+@pytest.fixture(scope="module")
+def planner(index: Index) -> Planner:
+    return build_planner(index, pack_tokens=512, pack_tiles=16, packs_per_step=4)
+
+
+def write_set(directory: Path, samples: list[Sample]) -> Path:
+    with ShardWriter(directory / "shards", "00000") as writer:
+        for sample in samples:
+            writer.write(sample)
+    assert writer.info is not None
+    write_manifest(directory / "shards", [writer.info])
+    return directory
+
+
+def test_a_pack_gives_the_logits_of_its_samples_alone(index: Index, encoder: Encoder) -> None:
+    model = PackedModel(build_model(TINY, encoder.tokenizer, seed=1)).eval()
+    pack = tuple(range(5))
+
+    def hidden(samples: tuple[int, ...]) -> torch.Tensor:
+        batch = collate(index, encoder, samples)
+        with torch.no_grad():
+            return model.encode(batch.input_ids_1T, batch.position_ids_1T, batch.pixels_N3HW)
+
+    together, at = hidden(pack), 0
+    for sample in pack:
+        length = int(index.lengths_S["tokens"][sample])
+        alone = hidden((sample,))[:length]
+        torch.testing.assert_close(together[at : at + length], alone, atol=1e-5, rtol=1e-4)
+        at += length
+
+
+def test_no_label_crosses_from_one_sample_to_the_next(index: Index, encoder: Encoder) -> None:
+    batch = collate(index, encoder, tuple(range(5)))
+    ends = np.cumsum(index.lengths_S["tokens"][:5]) - 1
+    assert (batch.labels_1T[0][torch.from_numpy(ends)] == IGNORE).all()
+    starts = torch.from_numpy(np.r_[0, ends + 1])
+    assert (batch.position_ids_1T[0][starts] == 0).all()
+    assert int((batch.position_ids_1T[0] == 0).sum()) == 6  # five samples and the padding
+
+
+def test_labels_are_the_next_positions(index: Index, encoder: Encoder) -> None:
+    batch = collate(index, encoder, tuple(range(5)))
+    at = torch.nonzero(batch.labels_1T[0] != IGNORE)[:, 0]
+    assert torch.equal(batch.labels_1T[0][at], batch.input_ids_1T[0][at + 1])
+    assert batch.labels == len(at) > 0
+
+
+def test_every_picture_has_its_positions(index: Index, encoder: Encoder) -> None:
+    batch = collate(index, encoder, tuple(range(5)))
+    context = encoder.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+    assert int((batch.input_ids_1T == context).sum()) == 16 * len(batch.pixels_N3HW)
+    assert batch.tiles == len(batch.pixels_N3HW) == 5
+
+
+def test_a_pack_without_pictures_still_has_a_tile(index: Index, encoder: Encoder) -> None:
+    empty = collate(index, encoder, ())
+    assert empty.pixels_N3HW.shape == (1, 3, 112, 112)
+    assert (empty.labels, empty.tokens, empty.tiles) == (0, 0, 0)
+
+
+def test_words_alone_make_a_sample(tmp_path: Path, encoder: Encoder) -> None:
+    turns = (Message(role="user", content="What is red and blue?"), Message(role="assistant", content="purple"))
+    write_set(tmp_path, [Sample(key="a", image=None, suffix="", messages=turns)])
+    batch = collate(build_index([tmp_path], "shards", encoder), encoder, (0,))
+    assert (batch.tiles, len(batch.pixels_N3HW)) == (0, 1)
+    assert batch.labels > 0
+
+
+def build_long(words_before: int, words_after: int) -> Sample:
+    question = "red " * words_before + "<image>\n" + "blue " * words_after
+    turns = (Message(role="user", content=question), Message(role="assistant", content="green"))
+    return replace(draw_question(0, 0, 1), messages=turns)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 900), (900, 0), (500, 500), (498, 0)])
+def test_a_long_sample_is_cut_and_its_picture_kept(tmp_path: Path, encoder: Encoder, before: int, after: int) -> None:
+    write_set(tmp_path, [build_long(before, after), draw_question(0, 1, 1)])
+    index = build_index([tmp_path], "shards", encoder)
+    context = encoder.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+    assert index.truncated == 1
+    batch = collate(index, encoder, (0,))
+    assert batch.tokens == encoder.pack_tokens
+    assert int((batch.input_ids_1T == context).sum()) == 16
+
+
+def test_a_sample_of_just_the_length_is_not_cut(tmp_path: Path, encoder: Encoder) -> None:
+    write_set(tmp_path, [draw_question(0, 1, 1)])
+    length = build_index([tmp_path], "shards", encoder).tokens
+    assert build_index([tmp_path], "shards", replace(encoder, pack_tokens=length)).truncated == 0
+    assert build_index([tmp_path], "shards", replace(encoder, pack_tokens=length - 1)).truncated == 1
+
+
+def test_a_pack_too_short_for_a_tile_is_refused(encoder: Encoder) -> None:
+    with pytest.raises(ConfigError, match=r"packTokens is 16 .* at least 32"):
+        replace(encoder, pack_tokens=16)
+
+
+def test_a_pack_with_too_few_tiles_is_refused(tmp_path: Path, encoder: Encoder) -> None:
+    write_set(tmp_path, [draw_question(0, 1, 1)])
+    index = build_index([tmp_path], "shards", encoder)
+    with pytest.raises(ConfigError, match="packTiles is 0"):
+        build_planner(index, pack_tokens=512, pack_tiles=0, packs_per_step=1)
+
+
+BROKEN = [
+    pytest.param(
+        {"messages": (Message(role="user", content="no mark"),)}, "no <image> in a user turn", id="mark missing"
+    ),
+    pytest.param({"messages": (Message(role="user", content="<image><image>"),)}, "2 <image> marks", id="two marks"),
+    pytest.param({"image": b"broken"}, "no readable picture", id="picture"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BROKEN)
+def test_a_broken_record_is_named(tmp_path: Path, encoder: Encoder, change: dict[str, object], words: str) -> None:
+    with ShardWriter(tmp_path / "shards", "00007") as writer:
+        writer.write(draw_question(0, 0, 1))
+        writer.write(replace(draw_question(0, 1, 1), key="bad", **change), (112, 112))  # type: ignore[arg-type]
+    assert writer.info is not None
+    write_manifest(tmp_path / "shards", [writer.info])
+
+    def load() -> None:
+        index = build_index([tmp_path], "shards", encoder)
+        planner = build_planner(index, pack_tokens=512, pack_tiles=16, packs_per_step=4)
+        next(load_steps(planner, index, encoder, planner.start(0), rank=0, world_size=1))
+
+    with pytest.raises(DataError, match=rf"00007.tar, record 1 \(bad\): .*{words}"):
+        load()
+
+
+def test_lengths_are_mapped_from_the_cache(prepared: Path, tmp_path: Path, index: Index, encoder: Encoder) -> None:
+    for _ in range(2):
+        cached = build_index([prepared], "shards", encoder, cache=tmp_path / "index")
+        assert isinstance(cached.lengths_S, np.memmap)
+        assert np.array_equal(cached.lengths_S, index.lengths_S)
+        assert cached.fingerprint == index.fingerprint
+    assert len(list((tmp_path / "index").iterdir())) == 1
+
+
+def test_counted_and_uncounted_shards_give_the_same_index(tmp_path: Path, index: Index, encoder: Encoder) -> None:
+    samples = [index.locate(sample)[0].sample(index.locate(sample)[1]) for sample in range(len(index))]
+    assert index.locate(0)[0].counted_by is not None
+    uncounted = build_index([write_set(tmp_path, samples)], "shards", encoder)
+    assert uncounted.locate(0)[0].counted_by is None
+    assert np.array_equal(uncounted.lengths_S, index.lengths_S)
+
+
+def test_the_fingerprint_knows_the_data_and_the_lengths(prepared: Path, index: Index, encoder: Encoder) -> None:
+    shorter = build_index([prepared], "shards", replace(encoder, pack_tokens=256))
+    twice = build_index([prepared, prepared], "shards", encoder)
+    assert len({index.fingerprint, shorter.fingerprint, twice.fingerprint}) == 3
+    assert len(twice) == 2 * len(index)
+    assert twice.locate(len(index))[1] == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_ranks_share_an_epoch(index: Index, encoder: Encoder, planner: Planner, world_size: int) -> None:
+    steps, _ = planner.count_steps(seed=0)
+    seen = Counter[int]()
+    for rank in range(world_size):
+        loaded = load_steps(planner, index, encoder, planner.start(0), rank=rank, world_size=world_size)
+        for step in islice(loaded, steps):
+            assert len(step.batches) == -(-4 // world_size) or step.after.epoch == 1
+            seen.update(s for batch in step.batches for s in batch.samples)
+    assert seen == Counter(range(len(index)))
+
+
+def test_loading_goes_on_where_it_stopped(index: Index, encoder: Encoder, planner: Planner) -> None:
+    def load(state: object, number: int) -> list[Batch]:
+        loaded = load_steps(planner, index, encoder, state, rank=0, world_size=1)  # type: ignore[arg-type]
+        return [batch for step in islice(loaded, number) for batch in step.batches]
+
+    first = next(load_steps(planner, index, encoder, planner.start(0), rank=0, world_size=1))
+    whole, rest = load(planner.start(0), 3), load(first.after, 2)
+    for one, other in zip(whole[len(first.batches) :], rest, strict=True):
+        assert one.samples == other.samples
+        assert torch.equal(one.input_ids_1T, other.input_ids_1T)
+        assert torch.equal(one.pixels_N3HW, other.pixels_N3HW)
+
+
+def test_steps_that_are_left_out_are_planned_and_not_read(index: Index, encoder: Encoder, planner: Planner) -> None:
+    state, skips = planner.start(0), (Skip(first=4, last=5, step=4, failures=2),)
+
+    def load(**options: Any) -> list[LoadedStep]:
+        return list(islice(load_steps(planner, index, encoder, state, rank=0, world_size=1, **options), 4))
+
+    plain, skipped = load(), load(done=2, skips=skips)
+    assert [step.is_skipped for step in skipped] == [False, True, True, False]
+    assert [len(step.batches) for step in skipped[1:3]] == [0, 0]
+    for one, other in zip(plain, skipped, strict=True):
+        assert (one.samples, one.tokens, one.after) == (other.samples, other.tokens, other.after)
+
+
+def held_out(index: Index, encoder: Encoder, **changes: object) -> list[Batch]:
+    options: dict[str, object] = {"samples": 30, "pack_tiles": 16, "rank": 0, "world_size": 1, "shuffle": False}
+    return list(held_out_batches(index, encoder, **(options | changes)))  # type: ignore[arg-type]
+
+
+def test_shuffled_pictures_keep_every_length(index: Index, encoder: Encoder) -> None:
+    plain, shuffled = held_out(index, encoder), held_out(index, encoder, shuffle=True)
+    for one, other in zip(plain, shuffled, strict=True):
+        assert torch.equal(one.input_ids_1T, other.input_ids_1T)
+        assert one.pixels_N3HW.shape == other.pixels_N3HW.shape
+        differ = (one.pixels_N3HW != other.pixels_N3HW).flatten(1).any(1)
+        assert differ.all()
+    tiles = [sorted(t.sum().item() for b in batches for t in b.pixels_N3HW) for batches in (plain, shuffled)]
+    assert tiles[0] == pytest.approx(tiles[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_ranks_share_the_held_out_samples(index: Index, encoder: Encoder, world_size: int) -> None:
+    ranks = [held_out(index, encoder, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = sorted(s for batches in ranks for batch in batches for s in batch.samples)
+    assert seen == choose_samples(len(index), 30).tolist()
+
+
+def test_shuffled_pictures_are_cut_to_the_samples_own_tiles(tmp_path: Path) -> None:
+    tall = Encoder(tokenizer=load_tokenizer(TINY), preset=preset("tiny"), max_tiles=4, pack_tokens=512)
+    samples = [draw_question(0, i, 1) for i in range(4)]
+    with ShardWriter(tmp_path / "shards", "00000") as writer:
+        for i, sample in enumerate(samples):
+            writer.write(sample, (112, 112) if i % 2 else (112, 224))
+    assert writer.info is not None
+    write_manifest(tmp_path / "shards", [writer.info])
+    index = build_index([tmp_path], "shards", tall)
+    assert sorted(index.lengths_S["tiles"].tolist()) == [1, 1, 3, 3]
+    for batch in held_out(index, tall, shuffle=True):
+        assert len(batch.pixels_N3HW) == batch.tiles

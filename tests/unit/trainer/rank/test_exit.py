@@ -1,0 +1,128 @@
+"""How ranks of every kind of stage end: by a mistake, by a full storage, on request; and what comes after it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from sailvl_trainer.contract import STORAGE_CODE, CurateConfig, ModelConfig, SourceConfig, Stage
+from sailvl_trainer.storage.layout import StageFiles
+from tests.support.builders import evaluation, training
+from tests.support.rank_faults import (
+    BALLAST,
+    Ranks,
+    Volume,
+    ask_to_stop,
+    at,
+    do_nothing,
+    fail,
+    fill,
+    next_attempt,
+    provide_volume,
+)
+
+pytestmark = pytest.mark.slow
+STOPPED = 75
+
+
+def build_curation(root: Path) -> Stage:
+    config = CurateConfig(
+        sources=(SourceConfig(path="", format="procedural", samples=24),), shard_samples=16, max_tiles=4
+    )
+    return Stage(
+        namespace="team",
+        run="demo",
+        stage="curate",
+        kind="curate",
+        attempt=1,
+        digest="curate",
+        storage=str(root),
+        output=str(root / "demo" / "curate"),
+        model=ModelConfig(preset="tiny"),
+        curate=config,
+    )
+
+
+def build_training(root: Path) -> Stage:
+    training.build_set(root / "set")
+    return training.build_stage(root, epochs=0.5)
+
+
+def build_evaluation(root: Path) -> Stage:
+    evaluation.export_untrained(root)
+    questions = evaluation.build_questions(root / "colours.tsv")
+    return evaluation.build_stage(root, evaluation.build_benchmark(questions))
+
+
+Build = Callable[[Path], Stage]
+MISTAKES = [
+    pytest.param(build_curation, "writing a shard", "writer.write", id="curate"),
+    pytest.param(build_training, "step 1", "self._advance", id="train"),
+    pytest.param(build_evaluation, "keeping answers", "kept.add", id="evaluate"),
+]
+
+
+@pytest.mark.parametrize(("build", "point", "place"), MISTAKES)
+def test_a_mistake_is_told_with_its_place(build: Build, point: str, place: str, tmp_path: Path) -> None:
+    ranks = Ranks(build(tmp_path / "storage"), 1, [at(point, fail)])
+    assert ranks.end() == [1], ranks.log()
+    said = ranks.said()
+    assert (said.exit_code, said.rank, said.message) == (1, 0, "ValueError: a plain mistake")
+    assert place in said.traceback
+    assert said.traceback.endswith("ValueError: a plain mistake\n")
+
+
+FILLED = [
+    pytest.param(build_curation, "writing a shard", id="a shard"),
+    pytest.param(build_curation, "writing the report of curation", id="the report of curation"),
+    pytest.param(build_evaluation, "keeping answers", id="answers"),
+    pytest.param(build_evaluation, "writing the report of evaluation", id="the report of evaluation"),
+]
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Volume]:
+    yield from provide_volume(tmp_path, is_disk=False)
+
+
+@pytest.mark.parametrize(("build", "point"), FILLED)
+def test_a_full_volume_leaves_nothing_half_written(build: Build, point: str, volume: Volume, tmp_path: Path) -> None:
+    stage = build(volume.path)
+    ranks = Ranks(stage, 1, [at(point, partial(fill, volume.path))])
+    assert ranks.end() == [STORAGE_CODE], ranks.log()
+    assert f"the volume {volume.path} is full: " in ranks.said().message
+    assert StageFiles(stage).find_result() is None
+    (volume.path / BALLAST).unlink()
+    again = next_attempt(stage)
+    ranks = Ranks(again, 1)
+    assert ranks.end() == [0], ranks.log()
+    (tmp_path / "whole").mkdir()
+    whole = build(tmp_path / "whole")
+    assert Ranks(whole, 1).end() == [0]
+    assert contents(again) == contents(whole)
+    assert StageFiles(again).read_result().metrics == StageFiles(whole).read_result().metrics
+
+
+@pytest.mark.parametrize("build", [build_curation, build_evaluation], ids=["curate", "evaluate"])
+def test_all_ranks_stop_when_one_is_asked(build: Build, tmp_path: Path) -> None:
+    stage = build(tmp_path / "storage")
+    ranks = Ranks(stage, faults=[do_nothing, ask_to_stop])
+    assert ranks.end() == [STOPPED, STOPPED], ranks.log()
+    assert StageFiles(stage).find_result() is None
+    ranks = Ranks(next_attempt(stage))
+    assert ranks.end() == [0, 0], ranks.log()
+
+
+def contents(stage: Stage) -> dict[str, str]:
+    """What a stage leaves for others, by digest; a report tells of times and places."""
+    output = Path(stage.output)
+    found = (path for part in ("shards", "held-out", "report/predictions.jsonl") for path in list_files(output / part))
+    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def list_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

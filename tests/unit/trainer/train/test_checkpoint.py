@@ -1,0 +1,153 @@
+"""Checkpoints: what one partition wrote another reads, what is torn is refused, what no resume needs goes."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage
+from sailvl_trainer.data.planner import PlanState
+from sailvl_trainer.errors import ConfigError, DataError, TrainerError
+from sailvl_trainer.rank.distributed import start_group
+from sailvl_trainer.storage.documents import encode, write_atomic
+from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.train.checkpoint import Position, load, read_manifest, save
+from sailvl_trainer.train.fragments import KEYS, Fragment
+from sailvl_trainer.train.prune import prune
+from tests.support.builders.training import build_stage
+
+POSITION = Position(step=7, tokens=70, samples=17, loss=1.5, data=PlanState(seed=1, fingerprint="f", cursor=3))
+SHAPES = {"a.weight": (3, 4), "a.bias": (5,)}
+
+
+@pytest.fixture(autouse=True)
+def group() -> None:
+    if not dist.is_initialized():
+        start_group(torch.device("cpu"))
+
+
+def build_fragments(cuts: int, fill: float | None = None) -> list[Fragment]:
+    """Every parameter in `cuts` runs at random places; the numbers count upwards, or are all `fill`."""
+    fragments = []
+    for name, shape in SHAPES.items():
+        numel = torch.Size(shape).numel()
+        edges = sorted(random.Random(cuts).sample(range(1, numel), cuts - 1))
+        for start, end in zip([0, *edges], [*edges, numel], strict=True):
+            whole = {key: torch.arange(numel, dtype=torch.float32) + 100 * i for i, key in enumerate(KEYS)}
+            tensors = {
+                key: t[start:end].clone() if fill is None else torch.full((end - start,), fill)
+                for key, t in whole.items()
+            }
+            fragments.append(Fragment(name=name, shape=shape, start=start, tensors=tensors))
+    return fragments
+
+
+def write(folder: Path, fragments: list[Fragment]) -> None:
+    save(folder, fragments, digest="d", position=POSITION)
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 4])
+def test_any_partition_reads_it_back(cuts: int, tmp_path: Path) -> None:
+    write(tmp_path / "c", build_fragments(1))
+    manifest = read_manifest(tmp_path / "c", "d")
+    fragments = build_fragments(cuts, fill=-1.0)
+    load(tmp_path / "c", manifest, fragments)
+    assert manifest.position == POSITION
+    for found, expected in zip(fragments, build_fragments(cuts), strict=True):
+        assert all(torch.equal(found.tensors[key], expected.tensors[key]) for key in KEYS)
+
+
+def test_a_gap_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"a\.weight"):
+        write(tmp_path / "c", build_fragments(1)[1:] + build_fragments(2)[1:2])
+    assert not (tmp_path / "c" / MANIFEST_FILE).exists()
+
+
+def test_what_a_killed_predecessor_left_is_cleared(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "rank-00007.safetensors").write_bytes(b"half")
+    write(folder, build_fragments(1))
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST_FILE, "rank-00000.safetensors"]
+
+
+def test_frozen_and_learning_parameters_may_not_change(tmp_path: Path) -> None:
+    write(tmp_path / "c", build_fragments(1))
+    manifest = read_manifest(tmp_path / "c", "d")
+    with pytest.raises(ConfigError, match=r"don't learn now: \['a\.bias'\]"):
+        load(tmp_path / "c", manifest, build_fragments(1)[:1])
+    other = replace(build_fragments(1)[0], shape=(12,))
+    with pytest.raises(ConfigError, match=r"no a\.weight of shape \(12,\)"):
+        load(tmp_path / "c", manifest, [other])
+
+
+DAMAGES = [
+    pytest.param(lambda f: (f / MANIFEST_FILE).unlink(), DataError, "remove the folder", id="no manifest"),
+    pytest.param(lambda f: (f / MANIFEST_FILE).write_bytes(b"{"), DataError, "remove the folder", id="torn manifest"),
+    pytest.param(lambda f: (f / "rank-00000.safetensors").unlink(), DataError, "rank-00000", id="a file is gone"),
+    pytest.param(lambda f: os.truncate(f / "rank-00000.safetensors", 99), DataError, "has 99 bytes", id="cut off"),
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "words"), DAMAGES)
+def test_a_damaged_checkpoint_is_refused(damage: object, error: type[TrainerError], words: str, tmp_path: Path) -> None:
+    write(tmp_path, build_fragments(1))
+    damage(tmp_path)  # type: ignore[operator]
+    with pytest.raises(error, match=words):
+        load(tmp_path, read_manifest(tmp_path, "d"), build_fragments(1))
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    write(tmp_path, build_fragments(1))
+    path = tmp_path / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="of hash"):
+        load(tmp_path, read_manifest(tmp_path, "d"), build_fragments(1))
+
+
+def test_another_stages_checkpoint_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, build_fragments(1))
+    with pytest.raises(DataError, match="not 1 and other"):
+        read_manifest(tmp_path, "other")
+
+
+# attempt → (step of its start, of attempt, its whole checkpoints, its torn ones)
+HISTORIES = [
+    pytest.param({1: (None, [3, 6, 9], [])}, 1, 2, {(1, 6), (1, 9)}, id="the newest two"),
+    pytest.param({1: (None, [3, 6], []), 2: ((1, 6), [9], [])}, 2, 2, {(1, 6), (2, 9)}, id="back along the lineage"),
+    pytest.param({1: (None, [3, 6, 9], []), 2: ((1, 3), [6], [])}, 2, 2, {(1, 3), (2, 6)}, id="off the chain goes"),
+    pytest.param({1: (None, [3], [6]), 2: ((1, 3), [6, 9], [5])}, 2, 2, {(2, 6), (2, 9)}, id="torn ones go"),
+    pytest.param(
+        {1: (None, [3], []), 2: ((1, 3), [6], []), 3: ((1, 3), [9], [])}, 2, 1, {(1, 3), (2, 6), (3, 9)}, id="cut off"
+    ),
+    pytest.param({1: (None, [3], []), 2: (None, [6], [])}, 2, 0, {(2, 6)}, id="one stays at least"),
+]
+
+
+@pytest.mark.parametrize(("history", "attempt", "keep", "left"), HISTORIES)
+def test_pruning(
+    history: dict[int, tuple[tuple[int, int] | None, list[int], list[int]]],
+    attempt: int,
+    keep: int,
+    left: set[tuple[int, int]],
+    tmp_path: Path,
+) -> None:
+    files = StageFiles(build_stage(tmp_path))
+    for number, (start, whole, torn) in history.items():
+        begun = None if start is None else Checkpoint(step=start[1], path=files.relative(files.checkpoint_dir(*start)))
+        write_atomic(files.attempts / f"{number}.json", encode(Lineage(attempt=number, start=begun)))
+        for step in whole + torn:
+            files.checkpoint_dir(number, step).mkdir(parents=True)
+        for step in whole:
+            (files.checkpoint_dir(number, step) / MANIFEST_FILE).touch()
+    prune(files, attempt, keep)
+    found = {(a, s) for a in history for s in range(20) if files.checkpoint_dir(a, s).exists()}
+    assert found == left

@@ -1,0 +1,172 @@
+"""Two ranks of a training stage, killed or stopped at each of its points: the next attempt changes no bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sailvl_trainer.contract import Result, Stage
+from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.storage.lineage import find_newest
+from sailvl_trainer.train.sample_log import read_ledger
+from tests.support.builders.training import SAMPLES, build_set, build_stage
+from tests.support.rank_faults import Fault, Ranks, ask_to_stop, at, die, do_nothing, next_attempt, pause
+
+pytestmark = pytest.mark.slow
+STOPPED, LOST = 75, (76, -signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("storage")
+    build_set(root / "set")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Stage:
+    """Never interrupted."""
+    stage = build_stage(root, run="whole")
+    finish(stage)
+    return stage
+
+
+def finish(stage: Stage) -> None:
+    ranks = Ranks(stage)
+    assert ranks.end() == [0, 0], ranks.log()
+
+
+def weights(stage: Stage) -> bytes:
+    return (StageFiles(stage).export / "model.safetensors").read_bytes()
+
+
+def outcome(stage: Stage) -> tuple[int, int, int, dict[str, float]]:
+    result: Result = StageFiles(stage).read_result()
+    return result.steps, result.tokens, result.samples, result.metrics
+
+
+def require_same(stage: Stage, whole: Stage, attempt: int) -> None:
+    """To the bit, and every sample of the two epochs used twice."""
+    assert weights(stage) == weights(whole)
+    assert outcome(stage) == outcome(whole)
+    used = Counter(s for samples in read_ledger(StageFiles(stage), attempt).values() for s in samples)
+    assert used == dict.fromkeys(range(SAMPLES), 2)
+
+
+KILLS = [
+    pytest.param("starting", 1, None, id="starting"),
+    pytest.param("evaluating before", 0, None, id="before its first step"),
+    pytest.param("step 5", 1, 3, id="training"),
+    pytest.param("saving, files half written", 1, 3, id="saving, one file there"),
+    pytest.param("saving, whole but not pruned", 0, 6, id="saving, before it prunes"),
+    pytest.param("evaluating after", 1, 8, id="evaluating"),
+    pytest.param("exporting", 0, 8, id="exporting, half a folder there"),
+    pytest.param("before the result", 0, 8, id="before its result"),
+]
+
+
+@pytest.mark.parametrize(("point", "rank", "saved"), KILLS)
+def test_a_killed_rank_costs_time_and_nothing_else(
+    point: str, rank: int, saved: int | None, root: Path, whole: Stage
+) -> None:
+    stage = build_stage(root, run=f"killed-{point}")
+    faults: list[Fault] = [do_nothing, do_nothing]
+    faults[rank] = at(point, die)
+    ranks = Ranks(stage, faults=faults)
+    codes = ranks.end()
+    assert codes[rank] == -signal.SIGKILL, ranks.log()
+    assert codes[1 - rank] in LOST, ranks.log()
+    newest = StageFiles(stage).newest_checkpoint(1)
+    assert (None if newest is None else newest.step) == saved
+    finish(next_attempt(stage))
+    require_same(stage, whole, attempt=2)
+
+
+def test_a_rank_killed_between_its_result_and_the_memo_has_a_result(root: Path, whole: Stage) -> None:
+    stage = build_stage(root, run="killed-memo")
+    assert Ranks(stage, faults=[at("before the memo", die), do_nothing]).end()[0] == -signal.SIGKILL
+    finish(next_attempt(stage))
+    assert find_newest(StageFiles(stage)) == 1, "the next attempt found it"
+    require_same(stage, whole, attempt=1)
+
+
+STOPS = [
+    pytest.param("evaluating before", STOPPED, None, id="before its first step"),
+    pytest.param("step 5", STOPPED, 5, id="training"),
+    pytest.param("saving, files half written", STOPPED, 6, id="saving: it is not saved twice"),
+    pytest.param("step 8", STOPPED, 8, id="in the last step"),
+    pytest.param("evaluating after", STOPPED, 8, id="evaluating"),
+    pytest.param("export begun", 0, 8, id="exporting: it ends"),
+]
+
+
+@pytest.mark.parametrize(("point", "code", "saved"), STOPS)
+def test_a_stop_loses_nothing(point: str, code: int, saved: int | None, root: Path, whole: Stage) -> None:
+    """Only one of the ranks is asked."""
+    stage = build_stage(root, run=f"stopped-{point}")
+    ranks = Ranks(stage, faults=[do_nothing, at(point, ask_to_stop)])
+    assert ranks.end() == [code, code], ranks.log()
+    newest = StageFiles(stage).newest_checkpoint(1)
+    assert (None if newest is None else newest.step) == saved
+    if code:
+        assert [ranks.said(n).checkpoint for n in (0, 1)] == [newest, newest]
+        finish(next_attempt(stage))
+    require_same(stage, whole, attempt=2 if code else 1)
+
+
+LIVES_ON = [
+    pytest.param("step 2", "step 7", id="it is about to save"),
+    pytest.param("step 4", "step 7", id="it has saved, and will again"),
+    pytest.param("exporting", "evaluating before", id="it is exporting"),
+    pytest.param("exported", "evaluating before", id="it is about to write the result"),
+]
+
+
+@pytest.mark.parametrize(("point", "later"), LIVES_ON)
+def test_an_attempt_that_is_cut_off_and_lives_on_harms_nothing(
+    point: str, later: str, root: Path, whole: Stage
+) -> None:
+    """Its first rank is held at a point, the next attempt comes to a later one; then the first one goes on."""
+    stage = build_stage(root, run=f"cut-off-{point}", keep_checkpoints=1)
+    first = Ranks(stage, faults=[at(point, pause), do_nothing])
+    await_stopped(first)
+    files = StageFiles(stage)
+    second = Ranks(next_attempt(stage), faults=[at(later, pause), do_nothing])
+    await_stopped(second)
+    listed = tree(files)
+    signal_first(first, signal.SIGCONT)
+    codes = first.end()
+    assert codes[0] == STOPPED, first.log()
+    assert "attempt 2 has begun" in first.said().message
+    assert tree(files) == listed, "it wrote nothing and took nothing away"
+    signal_first(second, signal.SIGCONT)
+    assert second.end() == [0, 0], second.log()
+    require_same(stage, whole, attempt=2)
+    assert files.read_result().attempt == 2
+
+
+def tree(files: StageFiles) -> set[str]:
+    """What attempts share; a line of the ledger and half an export are an attempt's own."""
+    found = {str(path.relative_to(files.output)) for path in files.output.rglob("*")}
+    return {name for name in found if ".export." not in name}
+
+
+def await_stopped(ranks: Ranks) -> None:
+    process = ranks.processes[0]
+    path = Path(f"/proc/{process.pid}/stat")
+    for _ in range(1200):
+        assert process.is_alive(), ranks.log()
+        if path.read_text().rpartition(")")[2].split()[0] == "T":
+            return
+        process.join(0.05)
+    pytest.fail(ranks.log())
+
+
+def signal_first(ranks: Ranks, number: signal.Signals) -> None:
+    pid = ranks.processes[0].pid
+    assert pid is not None
+    os.kill(pid, number)

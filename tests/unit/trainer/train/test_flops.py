@@ -1,0 +1,65 @@
+"""The counted arithmetic against torch's own counter, for everything that may learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sailvl_trainer.contract import ModelConfig, Part
+from sailvl_trainer.data.collate import Batch
+from sailvl_trainer.model.build import build_model
+from sailvl_trainer.model.freeze import set_trainable
+from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.tokenizer import load_tokenizer
+from sailvl_trainer.train.flops import PEAKS, build_arithmetic, find_peak
+from sailvl_trainer.train.forward import PackedModel, arguments
+
+LENGTH = 256
+
+
+def build_batch(image_token: int) -> Batch:
+    """A pack of one sample without padding, with two tiles; every position has a label."""
+    ids_T = torch.arange(10, 10 + LENGTH)
+    ids_T[:32] = image_token
+    return Batch(
+        input_ids_1T=ids_T[None],
+        labels_1T=torch.full((1, LENGTH), 7),
+        position_ids_1T=torch.arange(LENGTH)[None],
+        pixels_N3HW=torch.zeros(2, 3, 112, 112),
+        samples=(0,),
+        tokens=LENGTH,
+        labels=LENGTH,
+        tiles=2,
+        pairs=LENGTH**2,
+    )
+
+
+@pytest.mark.parametrize(
+    "learning",
+    [
+        pytest.param(("connector",), id="connector"),
+        pytest.param(("vision", "connector"), id="vision and connector"),
+        pytest.param(("vision", "connector", "language"), id="all"),
+        pytest.param(("language",), id="language"),
+    ],
+)
+def test_it_is_what_torch_counts(learning: tuple[Part, ...]) -> None:
+    config = ModelConfig(preset="tiny")
+    model = build_model(config, load_tokenizer(config), init_from=None, seed=0)
+    set_trainable(model, learning)
+    batch = build_batch(model.config.image_token_id)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        PackedModel(model)(**arguments(batch, torch.device("cpu"))).backward()
+    counted = build_arithmetic(model, preset("tiny"), learning).count([batch])
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_a_known_device_has_its_data_sheets_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    assert find_peak(torch.device("cuda"), is_bf16=True) == PEAKS["H100 PCIe"]
+
+
+def test_an_unknown_device_is_measured() -> None:
+    assert find_peak(torch.device("cpu"), is_bf16=False) > 1e9

@@ -1,0 +1,123 @@
+"""A loss or a gradient that is no number, made for real: what is left out, and what stays the same."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from sailvl_trainer.contract import NonFinite, Skip, Stage
+from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.storage.lineage import read_lineage, read_non_finite
+from sailvl_trainer.train.sample_log import read_ledger, read_skipped
+from tests.support.builders.training import build_set, build_stage
+from tests.support.rank_faults import Ranks, at, both, die, explode, next_attempt, spoil
+
+pytestmark = pytest.mark.slow
+NON_FINITE = 66
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("storage")
+    build_set(root / "set")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> dict[int, list[int]]:
+    """The samples of every step, where all goes well."""
+    stage = build_stage(root, run="whole")
+    ranks = Ranks(stage)
+    assert ranks.end() == [0, 0], ranks.log()
+    return read_ledger(StageFiles(stage), 1)
+
+
+def weights(stage: Stage) -> bytes:
+    return (StageFiles(stage).export / "model.safetensors").read_bytes()
+
+
+def require_all_told(stage: Stage, attempt: int, whole: dict[int, list[int]]) -> None:
+    """Every step has the samples that it always had, and they are trained or left out: none is missing."""
+    files = StageFiles(stage)
+    trained, skipped = read_ledger(files, attempt), read_skipped(files, attempt)
+    assert trained | skipped == whole
+    result = files.read_result()
+    assert result.steps == len(whole)
+    assert result.samples == sum(map(len, trained.values()))
+    assert result.metrics["skippedSamples"] == sum(map(len, skipped.values()))
+
+
+def test_a_bad_batch_is_left_out_and_the_rest_is_as_it_was(root: Path, whole: dict[int, list[int]]) -> None:
+    """In both epochs: two failures of their own, on the one of two ranks that has the sample."""
+    stage = build_stage(root, run="spoilt")
+    files, again = StageFiles(stage), 8 if set(whole[4]) & set(whole[8]) else 7
+    bad = min(set(whole[4]) & set(whole[again]))
+    first = Ranks(stage, faults=[partial(spoil, bad)])
+    assert first.end() == [NON_FINITE, NON_FINITE], first.log()
+    assert first.said().message == (
+        "the loss is nan at step 4 of 8; the next attempt leaves out the data of steps 4 to 4; if it comes again, look "
+        "at that data, or lower learningRate"
+    )
+    skips = (Skip(first=4, last=4, step=4, failures=1), Skip(first=again, last=again, step=again, failures=1))
+    assert read_non_finite(files, 1) == NonFinite(
+        attempt=1, step=4, what="loss", value="nan", samples=tuple(whole[4]), resume_by=3, skips=skips[:1]
+    )
+    for step, left_out in ((3, skips[:1]), (6, skips)):
+        stage = next_attempt(stage)
+        codes = Ranks(stage, faults=[partial(spoil, bad)]).end()
+        lineage = read_lineage(files, stage.attempt)
+        assert lineage is not None
+        assert (lineage.start and lineage.start.step, lineage.skips) == (step, left_out)
+    assert codes == [0, 0]
+    require_all_told(stage, 3, whole)
+    assert set(read_skipped(files, 3)) == {4, again}
+
+
+def test_a_kill_after_the_skip_changes_no_bit(root: Path, whole: dict[int, list[int]]) -> None:
+    """The optimizer's clock counts updates: with that of the steps, the resumed run would differ."""
+    ends = {}
+    for name in ("plain", "killed"):
+        stage = build_stage(root, run=f"clock-{name}", epochs=1.0)
+        fault = partial(spoil, whole[2][0])
+        assert Ranks(stage, 1, faults=[fault]).end() == [NON_FINITE]
+        last = next_attempt(stage)
+        if name == "killed":
+            assert Ranks(last, 1, faults=[partial(both, fault, at("step 4", die))]).end()[0] < 0
+            assert StageFiles(stage).newest_checkpoint(2) is not None
+            last = next_attempt(last)
+        assert Ranks(last, 1, faults=[fault]).end() == [0]
+        assert set(read_skipped(StageFiles(stage), last.attempt)) == {2}
+        ends[name] = weights(stage)
+    assert ends["plain"] == ends["killed"]
+
+
+def test_weights_that_went_bad_earlier_are_left_behind(root: Path, whole: dict[int, list[int]]) -> None:
+    """Every step saves, so the newest checkpoint is a ruined one: leaving out what comes after it can't help."""
+    stage = build_stage(root, run="exploded", checkpoint_steps=1, keep_checkpoints=3)
+    files, fault = StageFiles(stage), partial(explode, 4)
+    starts = []
+    for _ in range(2):
+        ranks = Ranks(stage, 1, faults=[fault])
+        assert ranks.end() == [NON_FINITE], ranks.log()
+        lineage, failure = read_lineage(files, stage.attempt), read_non_finite(files, stage.attempt)
+        assert lineage is not None
+        assert failure is not None
+        starts.append((lineage.start and lineage.start.step, failure.step))
+        stage = next_attempt(stage)
+    assert starts == [(None, 5), (4, 6)]
+    assert Ranks(stage, 1, faults=[fault]).end() == [0]
+    lineage = read_lineage(files, 3)
+    assert lineage is not None
+    assert (lineage.start and lineage.start.step, lineage.skips) == (3, (Skip(first=4, last=6, step=5, failures=2),))
+    require_all_told(stage, 3, whole)
+    assert set(read_skipped(files, 3)) == {4, 5, 6}
+
+
+def test_a_model_that_is_broken_from_the_start_says_so(root: Path) -> None:
+    stage = build_stage(root, run="broken", learning_rate=1e30, warmup_ratio=0.0, epochs=0.1)
+    ranks = Ranks(stage, 1)
+    assert ranks.end() == [NON_FINITE], ranks.log()
+    assert "the held-out loss is " in ranks.said().message
+    assert not StageFiles(stage).export.exists()

@@ -1,0 +1,127 @@
+"""A whole stage alone in this process: what it leaves, how it stops, and that going on changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sailvl_trainer.contract import Result, Stage
+from sailvl_trainer.errors import ConfigError, NonFiniteError, Preempted
+from sailvl_trainer.rank.context import single_process_context
+from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.train import trainer
+from sailvl_trainer.train.engines.deepspeed import DeepSpeedEngine
+from sailvl_trainer.train.sample_log import read_ledger
+from sailvl_trainer.train.stage import run
+from tests.support.builders.training import SAMPLES, build_set, build_stage
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("storage")
+    build_set(root / "set")
+    return root
+
+
+def carry_out(stage: Stage) -> Result:
+    return run(single_process_context(stage, scratch=Path(stage.output) / "scratch"))
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Result:
+    """Never interrupted."""
+    return carry_out(build_stage(root, run="whole"))
+
+
+def weights(root: Path, name: str) -> bytes:
+    return (StageFiles(build_stage(root, run=name)).export / "model.safetensors").read_bytes()
+
+
+def interrupt(stage: Stage, step: int, monkeypatch: pytest.MonkeyPatch) -> Preempted:
+    """A stop that is asked for while a step runs."""
+    context = single_process_context(stage, scratch=Path(stage.output) / f"scratch-{stage.attempt}")
+    advance = trainer.Loop._advance
+
+    def advance_and_ask(self: trainer.Loop, *args: Any) -> None:
+        advance(self, *args)
+        if self.position.step == step:
+            (Path(stage.output) / f"scratch-{stage.attempt}" / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Loop, "_advance", advance_and_ask)
+        with pytest.raises(Preempted) as stopped:
+            run(context)
+    return stopped.value
+
+
+def test_a_stage_lowers_the_held_out_loss_and_says_so(root: Path, whole: Result) -> None:
+    losses = {"loss", "heldOutLossBefore", "heldOutLoss", "heldOutLossShuffled"}
+    assert whole.metrics.keys() == losses | {"skippedSamples"}
+    assert whole.metrics["skippedSamples"] == 0
+    assert whole.metrics["heldOutLoss"] < whole.metrics["heldOutLossBefore"] - 0.5
+    assert whole.samples == 2 * SAMPLES
+    ledger = read_ledger(StageFiles(build_stage(root, run="whole")), last_attempt=1)
+    assert Counter(s for samples in ledger.values() for s in samples) == dict.fromkeys(range(SAMPLES), 2)
+    assert sorted(ledger) == list(range(1, whole.steps + 1))
+
+
+@pytest.mark.parametrize(
+    "stop", [pytest.param(2, id="between checkpoints"), pytest.param(-1, id="after the last step")]
+)
+def test_a_stop_saves_and_going_on_changes_no_bit(
+    stop: int, root: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = stop if stop > 0 else whole.steps
+    stage = build_stage(root, run=f"stopped-{step}")
+    stopped = interrupt(stage, step, monkeypatch)
+    assert stopped.checkpoint is not None
+    assert stopped.checkpoint.step == step
+    resumed = carry_out(replace(stage, attempt=2))
+    assert resumed.metrics == whole.metrics
+    assert weights(root, stage.run) == weights(root, "whole")
+    used = Counter(s for samples in read_ledger(StageFiles(stage), last_attempt=2).values() for s in samples)
+    assert used == dict.fromkeys(range(SAMPLES), 2)
+
+
+def test_the_next_stage_starts_from_the_export(root: Path, whole: Result) -> None:
+    first = StageFiles(build_stage(root, run="whole"))
+    stage = replace(build_stage(root, run="next", train=("connector",), epochs=0.1), init_from=str(first.output))
+    assert carry_out(stage).metrics["heldOutLossBefore"] == pytest.approx(whole.metrics["heldOutLoss"], abs=1e-5)
+    before, after = _load(first.export), _load(StageFiles(stage).export)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == [name for name in before if "multi_modal_projector" in name], "the rest is as it was, to the bit"
+
+
+def test_a_loss_that_is_not_finite_names_the_step(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[float] = []
+
+    def explode(self: DeepSpeedEngine, learning_rate: float) -> float:
+        steps.append(learning_rate)
+        return float("inf") if len(steps) == 2 else 1.0
+
+    monkeypatch.setattr(DeepSpeedEngine, "step", explode)
+    with pytest.raises(NonFiniteError, match=r"gradient norm is inf at step 2 of \d+; .*lower learningRate"):
+        carry_out(build_stage(root, run="exploding"))
+
+
+BUDGETS = [
+    pytest.param({"epochs": None}, id="none"),
+    pytest.param({"epochs": 1.0, "tokens": 1000}, id="both"),
+]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_budget_is_tokens_or_epochs(budget: dict[str, Any], root: Path) -> None:
+    with pytest.raises(ConfigError, match="exactly one"):
+        carry_out(build_stage(root, run="budget", **budget))
+
+
+def _load(export: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(export / "model.safetensors")

@@ -1,0 +1,128 @@
+"""A storage that is full, broken or gone in the middle of a stage: what is said, what stays whole, what follows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from sailvl_trainer.contract import STORAGE_CODE, Stage
+from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.train.sample_log import read_ledger
+from tests.support.builders.training import SAMPLES, build_set, build_stage
+from tests.support.rank_faults import (
+    BALLAST,
+    Ranks,
+    Volume,
+    at,
+    break_down,
+    fill,
+    next_attempt,
+    provide_volume,
+    unmount,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_set(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights where all goes well."""
+    stage = build(tmp_path_factory.mktemp("whole") / "storage", data)
+    return finish(stage)
+
+
+def build(storage: Path, data: Path) -> Stage:
+    return build_stage(storage, data=(str(data),))
+
+
+def finish(stage: Stage) -> bytes:
+    ranks = Ranks(stage, 1)
+    assert ranks.end() == [0], ranks.log()
+    return (StageFiles(stage).export / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Volume]:
+    """Quick, and full when it is full."""
+    yield from provide_volume(tmp_path, is_disk=False)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Volume]:
+    """One that can break down, and keeps what was brought to it."""
+    yield from provide_volume(tmp_path, is_disk=True)
+
+
+def require_whole(stage: Stage, attempt: int) -> None:
+    """Nothing that is there by its name is half a thing, and every sample was used twice."""
+    files = StageFiles(stage)
+    used = Counter(s for samples in read_ledger(files, attempt).values() for s in samples)
+    assert used == dict.fromkeys(range(SAMPLES), 2)
+    assert not [path for path in files.output.rglob("*") if ".tmp" in path.name or path.name.startswith(".")]
+
+
+FILLED = [
+    pytest.param(("measuring the data", None, r"index/\S+"), id="an index"),
+    pytest.param(("step 5", 3, r"step-00000006\S*"), id="a checkpoint"),
+    pytest.param(("export begun", 8, r"\.export\.\S+"), id="an export"),
+    pytest.param(("before the result", 8, r"result\.json"), id="the result"),
+]
+
+
+@pytest.mark.parametrize("case", FILLED)
+def test_a_full_volume_is_named_and_room_on_it_is_all_that_is_needed(
+    case: tuple[str, int | None, str], memory: Volume, data: Path, expected: bytes
+) -> None:
+    stage, (point, saved, path) = build(memory.path, data), case
+    files = StageFiles(stage)
+    ranks = Ranks(stage, 1, [at(point, partial(fill, memory.path))])
+    assert ranks.end() == [STORAGE_CODE], ranks.log()
+    words = rf"^the volume {memory.path} is full: \d+(\.\d)? [KM]?i?B of 64\.0 MiB free .* while writing \S*{path};"
+    assert_matches(words, ranks.said().message)
+    newest = files.newest_checkpoint(1)
+    assert (None if newest is None else newest.step) == saved
+    assert files.find_result() is None
+
+    second = next_attempt(stage)
+    assert Ranks(second, 1).end() == [STORAGE_CODE], "it is full still"
+    (memory.path / BALLAST).unlink()
+    assert finish(next_attempt(second)) == expected
+    require_whole(stage, 3)
+
+
+def assert_matches(words: str, text: str) -> None:
+    assert re.search(words, text), text
+
+
+BROKEN = [
+    pytest.param("step 5", break_down, id="training, it breaks down"),
+    pytest.param("exporting", break_down, id="exporting, it breaks down"),
+    pytest.param("step 5", unmount, id="training, it is unmounted"),
+    pytest.param("evaluating after", unmount, id="evaluating, it is unmounted"),
+]
+
+
+@pytest.mark.parametrize(("point", "lose"), BROKEN)
+def test_a_volume_that_goes_comes_back_with_all_that_was_saved(
+    point: str, lose: object, disk: Volume, data: Path, expected: bytes
+) -> None:
+    stage = build(disk.path, data)
+    ranks = Ranks(stage, 1, [at(point, partial(lose, disk.path))])  # type: ignore[call-overload]
+    assert ranks.end() == [STORAGE_CODE], ranks.log()
+    assert_matches(rf"^the volume of {disk.path}\S* is gone or broken .*; see that it is mounted", ranks.said().message)
+    disk.unmount()
+    assert not os.listdir(disk.path), "nothing was written where it had been"
+    disk.mount()
+    assert finish(next_attempt(stage)) == expected
+    require_whole(stage, 2)
