@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sailvl_trainer.contract import Progress
-from worlds import World
+from tests.support.core_world import World
 
 STAGE = "alignment"
 SETTLED_SECONDS = 300.0
