@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: help setup check test demo data cluster cluster-down images e2e faults chaos bench bench-operator generate lock format clean
+.PHONY: help setup check test demo data cluster cluster-down images e2e faults chaos bench bench-operator report generate lock format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,9 @@ bench: setup  ## every benchmark: a table and a JSON line each
 bench-operator: setup  ## the operator at a thousand runs on a control plane of its own, beside a naive one; ten minutes and more
 	@hack/require.sh openssl
 	$(BIN)/python bench/operator
+
+report: setup  ## sizes and language of the sources, as a table and a JSON line
+	$(BIN)/python -m hack.source_report
 
 generate: setup  ## crds/, the chart's copy and the reference from the types
 	@mkdir -p build

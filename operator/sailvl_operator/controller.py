@@ -176,7 +176,7 @@ class Engine:
         return replace(self._defaults, progress_seconds=seconds)
 
     def _observe(self, run: Run, key: Key) -> Observed:
-        """This run's children, not those that a deleted run of the same name left behind."""
+        """Observe the objects that this run owns; a deleted run of the same name may have left others."""
         jobs = (job for job in self._children.jobs.get(key) if job.owner_uid == run.uid)
         is_served = any(service.owner_uid == run.uid for service in self._children.services.get(key))
         pods = (pod for pod in self._children.pods.get(key) if _is_pod_of(run, pod))

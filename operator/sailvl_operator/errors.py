@@ -62,7 +62,7 @@ class Forbidden(ApiError):
 
 
 class NotFound(ApiError):
-    """404"""
+    """The API server answered 404: the object doesn't exist."""
 
 
 class Conflict(ApiError):
@@ -84,7 +84,7 @@ class TooManyRequests(ApiError):
 
 
 class ServerError(ApiError):
-    """5xx"""
+    """The API server answered 5xx."""
 
 
 _BY_STATUS: dict[int, type[ApiError]] = {

@@ -112,7 +112,7 @@ def open_operator(kubeconfig: str, places: Sequence[Place], folder: Path) -> Ite
 
 
 class Run:
-    """One SailVLRun of stub workers; where only their number is given, its stages are draw-a, draw-b, …"""
+    """One SailVLRun of stub workers; if only their number is given, they are named draw-a, draw-b and so on."""
 
     def __init__(
         self,

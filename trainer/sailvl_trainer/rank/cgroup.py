@@ -24,7 +24,7 @@ class Memory:
     """Processes of the group that the kernel has killed for want of memory, ever."""
 
     def describe(self) -> str:
-        """peak 3.9 GiB of 4.0 GiB"""
+        """Return peak and limit as text, for example `peak 3.9 GiB of 4.0 GiB`."""
         peak = "peak not known" if self.peak is None else f"peak {show_bytes(self.peak)}"
         return f"{peak}, no limit of its own" if self.limit is None else f"{peak} of {show_bytes(self.limit)}"
 

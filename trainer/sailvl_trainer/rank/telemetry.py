@@ -88,7 +88,7 @@ class Telemetry:
             self._add_seconds(name, time.monotonic() - start)
 
     def count_samples(self, outcome: str, number: int = 1) -> None:
-        """Samples by what became of them: trained, kept, duplicate, …"""
+        """Count samples by outcome, for example trained, kept or duplicate."""
         self.metrics.samples.labels(**self._labels, outcome=outcome).inc(number)
 
     def write(self) -> None:

@@ -131,7 +131,7 @@ def _show(pid: int, folder: Path, at: int) -> str:
 
 
 def _read_state(folder: Path) -> str:
-    """state T (stopped), in do_signal_stop"""
+    """Return a process's state as text, for example `state T (stopped), in do_signal_stop`."""
     try:
         status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
         place = (folder / "wchan").read_text().strip("0\n")
