@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = [ROOT / "operator/sailvl_operator", ROOT / "trainer/sailvl_trainer"]
 
 ALLOWED = {
-    "refused words in names": 272,
+    "refused words in names": 264,
     "refused words in docstrings": 350,
     "refused openings of docstrings": 166,
     "classes of one name": 15,
-    "top-level test helpers": 35,
+    "top-level test helpers": 0,
 }
 """Violations of each rule that are left; a change may only lower a number."""
 
