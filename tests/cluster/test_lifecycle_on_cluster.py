@@ -167,15 +167,21 @@ def edited(place: Place, operator: Replica) -> Iterator[Run]:
 
 OTHER = {"curate": {"sources": [{"format": "procedural", "samples": 9}]}}
 DRAW_A, DRAW_B = build_stage("draw-a"), build_stage("draw-b")
-STAYS = "stage draw-a: a stage that has started stays as it is; append a new one"
+IMMUTABLE = "stage draw-a: stages are immutable once started; append a new stage"
 EDITS = [
-    pytest.param({"stages": [DRAW_A | OTHER, DRAW_B]}, STAYS, id="a started stage"),
-    pytest.param({"stages": [DRAW_A | {"name": "other"}, DRAW_B]}, "stages keep their order", id="its name"),
-    pytest.param({"stages": [DRAW_B, DRAW_A]}, "stages keep their order", id="the order"),
-    pytest.param({"stages": [DRAW_A]}, "stages keep their order: append new ones at the end", id="less stages"),
-    pytest.param({"model": {"preset": "sail-vl-2b"}}, "model can't change once a stage has started", id="the model"),
-    pytest.param({"storage": {"volumeClaim": "x"}}, "storage can't change once a stage has started", id="the storage"),
-    pytest.param({"seed": 1}, "seed can't change once a stage has started; create another run", id="the seed"),
+    pytest.param({"stages": [DRAW_A | OTHER, DRAW_B]}, IMMUTABLE, id="a started stage"),
+    pytest.param(
+        {"stages": [DRAW_A | {"name": "other"}, DRAW_B]}, "stages can't be removed, renamed or reordered", id="its name"
+    ),
+    pytest.param({"stages": [DRAW_B, DRAW_A]}, "stages can't be removed, renamed or reordered", id="the order"),
+    pytest.param(
+        {"stages": [DRAW_A]},
+        "stages can't be removed, renamed or reordered; append new stages at the end",
+        id="less stages",
+    ),
+    pytest.param({"model": {"preset": "sail-vl-2b"}}, "model is immutable once a stage has started", id="the model"),
+    pytest.param({"storage": {"volumeClaim": "x"}}, "storage is immutable once a stage has started", id="the storage"),
+    pytest.param({"seed": 1}, "seed is immutable once a stage has started; create a new run", id="the seed"),
     pytest.param({"stages": [DRAW_A, DRAW_B | OTHER]}, "", id="a stage that has not begun"),
     pytest.param({"stages": [DRAW_A, DRAW_B | OTHER, build_stage("draw-c")]}, "", id="a stage is appended"),
     pytest.param(

@@ -1,4 +1,4 @@
-"""The real API server refuses the same specs as `sailvl validate`, for the same fields, in words that help."""
+"""The API server rejects the same specs as `sailvl validate`, with the same fields and messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from sailvl_operator.api.validation import validate
 from tests.support.builders.operator import build_document
-from tests.support.invalid_specs import OPERATOR, SCHEMA, BadSpec
+from tests.support.invalid_specs import SCHEMA, UNSUPPORTED, InvalidSpec
 
 pytestmark = pytest.mark.cluster
 
@@ -29,28 +29,28 @@ def _try_create(kubectl: Kubectl, document: dict[str, Any]) -> subprocess.Comple
     return kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", stdin=text)
 
 
-@pytest.mark.parametrize("bad", SCHEMA, ids=lambda bad: bad.id)
-def test_the_server_refuses_the_same_fields(bad: BadSpec, kubectl: Kubectl, resource: None) -> None:
-    answer = _try_create(kubectl, bad.build())
+@pytest.mark.parametrize("invalid", SCHEMA, ids=lambda invalid: invalid.id)
+def test_server_rejects_the_same_fields_as_validate(invalid: InvalidSpec, kubectl: Kubectl, resource: None) -> None:
+    answer = _try_create(kubectl, invalid.build())
     assert answer.returncode != 0, answer.stdout
     fields = set(FIELD.findall(answer.stderr) + UNKNOWN.findall(answer.stderr))
-    assert fields == {error.field for error in validate(bad.build())}, answer.stderr
-    assert bad.words.lower() in answer.stderr.lower()
+    assert fields == {error.field for error in validate(invalid.build())}, answer.stderr
+    assert invalid.message.lower() in answer.stderr.lower()
 
 
-@pytest.mark.parametrize("bad", OPERATOR, ids=lambda bad: bad.id)
-def test_what_is_left_to_the_operator_is_in_the_schema(bad: BadSpec, kubectl: Kubectl, resource: None) -> None:
-    answer = _try_create(kubectl, bad.build())
+@pytest.mark.parametrize("invalid", UNSUPPORTED, ids=lambda invalid: invalid.id)
+def test_unsupported_fields_are_part_of_the_schema(invalid: InvalidSpec, kubectl: Kubectl, resource: None) -> None:
+    answer = _try_create(kubectl, invalid.build())
     assert answer.returncode == 0, answer.stderr
 
 
-def test_the_good_one_is_taken(kubectl: Kubectl, resource: None) -> None:
+def test_valid_spec_is_accepted(kubectl: Kubectl, resource: None) -> None:
     answer = _try_create(kubectl, build_document())
     assert answer.returncode == 0, answer.stderr
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_samples_are_taken(path: Path, kubectl: Kubectl, resource: None) -> None:
+def test_samples_are_accepted(path: Path, kubectl: Kubectl, resource: None) -> None:
     answer = kubectl("create", "--dry-run=server", "--validate=strict", "-f", str(path))
     assert answer.returncode == 0, answer.stderr
 
@@ -85,13 +85,17 @@ def _remove_waiting(spec: dict[str, Any]) -> None:
 
 
 REFUSED_CHANGES = [
-    pytest.param(_change_model, "spec.model", "create another run", id="the model"),
-    pytest.param(_change_storage, "spec.storage", "create another run", id="the storage"),
-    pytest.param(_change_seed, "spec.seed", "create another run", id="the seed"),
-    pytest.param(_change_started, "spec.stages", "stage curate: a stage that has started stays", id="a started stage"),
-    pytest.param(_remove_started, "spec.stages", "stage curate: a stage that has started stays", id="no started stage"),
-    pytest.param(_swap_waiting, "spec.stages", "stages keep their order", id="the order"),
-    pytest.param(_remove_waiting, "spec.stages", "stages keep their order", id="fewer stages"),
+    pytest.param(_change_model, "spec.model", "create a new run", id="the model"),
+    pytest.param(_change_storage, "spec.storage", "create a new run", id="the storage"),
+    pytest.param(_change_seed, "spec.seed", "create a new run", id="the seed"),
+    pytest.param(
+        _change_started, "spec.stages", "stage curate: stages are immutable once started", id="a started stage"
+    ),
+    pytest.param(
+        _remove_started, "spec.stages", "stage curate: stages are immutable once started", id="no started stage"
+    ),
+    pytest.param(_swap_waiting, "spec.stages", "stages can't be removed, renamed or reordered", id="the order"),
+    pytest.param(_remove_waiting, "spec.stages", "stages can't be removed, renamed or reordered", id="fewer stages"),
 ]
 
 
@@ -114,7 +118,7 @@ def _suspend(spec: dict[str, Any]) -> None:
 
 @pytest.fixture
 def started(kubectl: Kubectl, namespace: str) -> dict[str, Any]:
-    """A run whose first stage runs."""
+    """Create a run whose first stage is running."""
     document = build_document()
     document["metadata"] = {"name": "edited", "namespace": namespace}
     created = kubectl("create", "-f", "-", stdin=json.dumps(document))
@@ -130,19 +134,19 @@ def _replace(kubectl: Kubectl, document: dict[str, Any]) -> subprocess.Completed
     return kubectl("replace", "--dry-run=server", "-f", "-", stdin=json.dumps(document))
 
 
-@pytest.mark.parametrize(("change", "field", "words"), REFUSED_CHANGES)
-def test_a_started_run_keeps(
-    change: Callable[[dict[str, Any]], None], field: str, words: str, kubectl: Kubectl, started: dict[str, Any]
+@pytest.mark.parametrize(("change", "field", "message"), REFUSED_CHANGES)
+def test_immutable_fields_of_a_started_run(
+    change: Callable[[dict[str, Any]], None], field: str, message: str, kubectl: Kubectl, started: dict[str, Any]
 ) -> None:
     change(started["spec"])
     answer = _replace(kubectl, started)
     assert answer.returncode != 0
     assert field in FIELD.findall(answer.stderr), answer.stderr
-    assert words in answer.stderr
+    assert message in answer.stderr
 
 
 @pytest.mark.parametrize("change", [_change_workers, _change_waiting, _append, _suspend])
-def test_a_started_run_may_change(
+def test_mutable_fields_of_a_started_run(
     change: Callable[[dict[str, Any]], None], kubectl: Kubectl, started: dict[str, Any]
 ) -> None:
     change(started["spec"])
@@ -150,7 +154,7 @@ def test_a_started_run_may_change(
     assert answer.returncode == 0, answer.stderr
 
 
-def test_the_columns(kubectl: Kubectl, started: dict[str, Any]) -> None:
+def test_columns_of_kubectl_get(kubectl: Kubectl, started: dict[str, Any]) -> None:
     shown = kubectl("-n", started["metadata"]["namespace"], "get", "svr")
     heads = " ".join(shown.stdout.split("\n")[0].split())
     assert heads == "NAME STAGE PROGRESS READY RESTARTS GOODPUT ETA REASON AGE"

@@ -1,4 +1,4 @@
-"""What the docs say is there: links, targets, verbs, runs, settings, metrics, causes, codes and reasons."""
+"""The docs agree with the code: links, make targets, verbs, examples, settings, metrics, causes, exit codes and reasons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from sailvl_operator.api import names
 from sailvl_operator.api.status import Cause, Reason
 from sailvl_operator.api.types import RestartPolicy
-from sailvl_operator.api.unsupported import unsupported
+from sailvl_operator.api.unsupported import find_unsupported_fields
 from sailvl_operator.api.validation import validate
 from sailvl_operator.cli.main import VERBS
 from sailvl_operator.core.failure import _CAUSE_OF_CODE, _PRECEDENCE
@@ -37,31 +37,31 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def read_code(page: Path) -> str:
-    """Spans and blocks of code: where commands are."""
+    """Return the code spans and code blocks of a page."""
     return "\n".join(CODE.findall(page.read_text()))
 
 
 def read_section(page: Path, title: str) -> str:
-    """The text below a heading, up to the next one."""
+    """Return the text below a heading, up to the next heading."""
     _, found, rest = page.read_text().partition(f"# {title}\n")
     assert found, f"{page.name} has no section {title}"
     return re.split(r"^#", rest, maxsplit=1, flags=re.M)[0]
 
 
 def read_table(text: str) -> list[list[str]]:
-    """The rows of the first table, without its head; cells without backticks."""
+    """Return the rows of the first table without its header, cells without backticks."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def slugs(page: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub generates for the headings of a page."""
     heads = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def metric_names(*, operator: bool = True, trainer: bool = True) -> dict[str, str]:
-    """Every metric by its exposed name, with its type."""
+    """Return the type of every metric by its exposed name."""
     found: dict[str, str] = {}
     registry = CollectorRegistry()
     if operator:
@@ -86,7 +86,7 @@ def test_relative_links_resolve(page: Path) -> None:
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        assert target.exists(), f"{link} leads nowhere"
+        assert target.exists(), f"{link} does not exist"
         assert not anchor or anchor in slugs(target), f"{link}: no such heading"
 
 
@@ -121,7 +121,7 @@ def find_runs() -> Iterator[tuple[str, dict[str, object]]]:
                     yield page.name, document
 
 
-def test_runs_are_valid() -> None:
+def test_example_runs_are_valid() -> None:
     runs = list(find_runs())
     assert runs, "no page shows a run"
     for page, document in runs:
@@ -129,7 +129,7 @@ def test_runs_are_valid() -> None:
 
 
 def shown_default(option: Option) -> str:
-    """As the table writes it; empty: nothing is set."""
+    """Return the default as the table shows it; empty if the option is unset."""
     if option.flag == "--identity":
         return "the host's name"
     group, _, name = option.target.rpartition(".")
@@ -140,7 +140,7 @@ def shown_default(option: Option) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def test_settings_are_those_of_the_code() -> None:
+def test_settings_table_matches_the_code() -> None:
     wanted = [[o.flag, o.variable, shown_default(o), o.help] for o in OPTIONS]
     assert read_table(read_section(OPERATIONS, "Settings")) == wanted
 
@@ -153,19 +153,19 @@ def test_settings_are_those_of_the_code() -> None:
     ],
     ids=["operator", "workers"],
 )
-def test_metrics_are_those_of_the_code(titles: list[str], side: dict[str, bool]) -> None:
+def test_metrics_tables_match_the_code(titles: list[str], side: dict[str, bool]) -> None:
     text = "".join(read_section(OPERATIONS, title) for title in titles)
     listed = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.M))
     assert listed == metric_names(**side)
 
 
-def test_causes_stand_in_the_order_of_precedence() -> None:
+def test_causes_are_listed_in_order_of_precedence() -> None:
     rows = read_table(read_section(OPERATIONS, "Causes and budgets"))
     assert [row[0] for row in rows] == [cause.value for cause in _PRECEDENCE]
 
 
 @pytest.mark.parametrize("cause", Cause, ids=str)
-def test_budgets_and_codes_are_those_of_the_code(cause: Cause) -> None:
+def test_budgets_and_exit_codes_match_the_code(cause: Cause) -> None:
     rows = {row[0]: row[1:] for row in read_table(read_section(OPERATIONS, "Causes and budgets"))}
     seen_as, restarts = rows[cause]
     assert codes_in(seen_as) == {code for code, of in _CAUSE_OF_CODE.items() if of is cause}
@@ -175,14 +175,14 @@ def test_budgets_and_codes_are_those_of_the_code(cause: Cause) -> None:
     assert restarts.split(",")[0] == words.get(allowed, str(allowed))
 
 
-def test_exit_codes_have_their_causes_and_advice() -> None:
+def test_every_exit_code_has_cause_and_advice() -> None:
     rows = read_table(read_section(QUICKSTART, "StageFailed"))
     told = {code: row[1] for row in rows for code in codes_in(row[0])}
     assert told == {int(code): cause.value for code, cause in _CAUSE_OF_CODE.items()}
     assert {int(code) for code in ExitCode} - {0} <= set(told)
 
 
-def test_reasons_exist_and_what_can_be_stuck_is_explained() -> None:
+def test_reasons_of_stuck_runs_are_explained() -> None:
     _, _, text = QUICKSTART.read_text().partition("## Troubleshooting by reason\n")
     explained = set(re.findall(r"^### (\w+)$", text, re.M))
     assert explained <= {reason.value for reason in Reason}
@@ -194,17 +194,17 @@ def test_reasons_exist_and_what_can_be_stuck_is_explained() -> None:
     }
 
 
-def test_presets_are_those_of_the_code() -> None:
+def test_presets_table_matches_the_code() -> None:
     rows = {row[0]: row for row in read_table(read_section(RECIPE, "The model"))}
     assert set(rows) == set(PRESETS)
     for name, row in rows.items():
         assert row[3:] == [f"{preset(name).image_size} px", str(preset(name).tokens_per_tile)], name
 
 
-def test_limits_name_what_is_refused() -> None:
-    """Every field that the operator refuses stands in the README's table."""
+def test_limits_list_every_unsupported_field() -> None:
+    """Every unsupported field is listed in the table of the README."""
     text = read_section(ROOT / "README.md", "Status and limits")
-    source = Path(unsupported.__code__.co_filename).read_text()
+    source = Path(find_unsupported_fields.__code__.co_filename).read_text()
     for field in re.findall(
         r"[.{]?\b(activeDeadlineSeconds|ttlSecondsAfterFinished|gate|schedule|zeroStage)\b", source
     ):
@@ -214,5 +214,5 @@ def test_limits_name_what_is_refused() -> None:
 
 
 @each_page
-def test_no_path_of_a_machine(page: Path) -> None:
+def test_pages_have_no_path_of_a_machine(page: Path) -> None:
     assert not re.search(r"(?<![\w.])/(work|home|root)/", page.read_text())

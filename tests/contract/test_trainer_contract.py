@@ -1,4 +1,4 @@
-"""Operator and trainer against each other, without a cluster: what one writes, the other reads."""
+"""Operator and trainer agree on their contract: each reads what the other writes. No cluster is needed."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from sailvl_trainer.storage.documents import read_stage
 from tests.support.builders.operator import build_pod, build_run
 
 OUTPUTS = {name: f"demo/{name}-0" for name in ("curate", "alignment", "knowledge", "evaluate")}
-FROM_THE_POD = {Env.NODE_RANK: "1", Env.NODE_NAME: "node-1"}
-"""What the downward API adds."""
+DOWNWARD_API = {Env.NODE_RANK: "1", Env.NODE_NAME: "node-1"}
+"""Variables that the downward API sets."""
 ON_GPUS = {Env.PROCESSES_PER_NODE, Env.DEVICE}
-FOR_SHARED_MACHINES = {
+LOCAL_MODE_ONLY = {
     Env.METRICS_PORT_OFFSET,
     Env.METRICS_PORT,
     Env.RENDEZVOUS_PORT,
     Env.TERMINATION_LOG,
     Env.SCRATCH,
 }
-"""Local mode sets them; a pod is taken for granted."""
+"""Variables that only local mode sets; their defaults fit a pod."""
 
 
 @pytest.mark.parametrize("index", range(4), ids=["curate", "pretrain", "sft", "evaluate"])
-def test_the_trainer_reads_every_stage_document_of_the_operator(tmp_path: Path, index: int) -> None:
+def test_trainer_reads_every_stage_config_of_the_operator(tmp_path: Path, index: int) -> None:
     run = build_run()
     document = build_attempt(run, plan(run)[index], attempt=2, outputs=OUTPUTS, defaults=Defaults()).document
     path = tmp_path / "stage.json"
@@ -52,31 +52,31 @@ def test_the_trainer_reads_every_stage_document_of_the_operator(tmp_path: Path, 
     assert read_stage(path) == document
 
 
-def test_the_trainer_reads_every_variable_of_the_operator() -> None:
+def test_trainer_reads_every_variable_of_the_operator() -> None:
     run = build_run()
     attempt = build_attempt(run, plan(run)[1], attempt=2, outputs=OUTPUTS, defaults=Defaults(grace_seconds=90))
-    given = build_env(attempt) | FROM_THE_POD
-    assert set(given) == set(Env) - FOR_SHARED_MACHINES - ON_GPUS
+    given = build_env(attempt) | DOWNWARD_API
+    assert set(given) == set(Env) - LOCAL_MODE_ONLY - ON_GPUS
     settings = read_settings(given)
     assert (settings.nodes, settings.node_rank, settings.rendezvous_host) == (2, 1, "demo-alignment-2-0.demo")
     assert (settings.processes_per_node, settings.device) == (1, "cpu")
     assert (settings.rendezvous_port, settings.metrics_port) == (RENDEZVOUS_PORT, METRICS_PORT), (
-        "as the Service has them"
+        "the ports of the Service"
     )
-    assert settings.grace_seconds < 90, "the worker ends before the kubelet ends it"
+    assert settings.grace_seconds < 90, "the worker exits before the kubelet kills it"
     assert settings.stall_timeout_seconds == attempt.stall_timeout_seconds
 
 
-def test_what_workers_take_for_granted_is_the_same_when_it_is_spelt_out() -> None:
+def test_omitted_variables_equal_their_defaults() -> None:
     run = build_run()
-    given = build_env(build_attempt(run, plan(run)[1], attempt=1, outputs=OUTPUTS, defaults=Defaults())) | FROM_THE_POD
+    given = build_env(build_attempt(run, plan(run)[1], attempt=1, outputs=OUTPUTS, defaults=Defaults())) | DOWNWARD_API
     assert read_settings(build_defaults() | given) == read_settings(given)
 
 
-def test_the_trainer_has_a_rank_a_gpu() -> None:
+def test_trainer_starts_one_rank_per_gpu() -> None:
     run = build_run(workers={"nodes": 2, "gpusPerNode": 4})
     attempt = build_attempt(run, plan(run)[1], attempt=1, outputs=OUTPUTS, defaults=Defaults())
-    settings = read_settings(build_env(attempt) | FROM_THE_POD)
+    settings = read_settings(build_env(attempt) | DOWNWARD_API)
     assert (settings.processes_per_node, settings.device) == (4, "cuda")
 
 
@@ -101,20 +101,20 @@ CAUSES = [
 
 
 @pytest.mark.parametrize(("code", "cause"), CAUSES, ids=[code.name for code, _ in CAUSES])
-def test_the_operator_knows_every_exit_code(code: ExitCode, cause: Cause) -> None:
+def test_operator_maps_exit_code_to_cause(code: ExitCode, cause: Cause) -> None:
     said = Termination(exit_code=code, rank=3, message="what to change", traceback="é" * 9000)
     evidence = end_with(said)
     assert (evidence.cause, evidence.rank, evidence.message) == (cause, 3, "what to change")
     assert evidence.is_peer_lost is (code is ExitCode.PEER_LOST)
 
 
-def test_the_table_above_has_every_exit_code() -> None:
+def test_every_exit_code_is_mapped_to_a_cause() -> None:
     assert {code for code, _ in CAUSES} == set(ExitCode) - {ExitCode.OK}
-    assert ExitCode.PEER_LOST not in FINAL_CODES, "a lost peer may come back"
+    assert ExitCode.PEER_LOST not in FINAL_CODES, "a lost peer may recover"
     assert ExitCode.STALLED not in FINAL_CODES
 
 
-def test_the_operator_reads_a_result_whatever_is_in_it() -> None:
+def test_operator_drops_metrics_that_are_not_finite() -> None:
     result = Result(
         stage="alignment",
         kind="pretrain",
@@ -127,10 +127,10 @@ def test_the_operator_reads_a_result_whatever_is_in_it() -> None:
     terminated = Terminated(exit_code=0, reason="Completed", message=fit(said).decode(), finished=1.0)
     found = failure.find_result([build_pod("alignment", terminated=terminated)])
     assert found is not None
-    assert found.metrics == {"heldOutLoss": 2.0}, "no gate can be asked of a NaN"
+    assert found.metrics == {"heldOutLoss": 2.0}, "a gate can't be evaluated on NaN"
 
 
-def test_the_contract_is_pure_standard_library() -> None:
+def test_contract_imports_only_the_standard_library() -> None:
     code = (
         "import sys; before = set(sys.modules); import sailvl_trainer.contract; "
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
@@ -141,8 +141,8 @@ def test_the_contract_is_pure_standard_library() -> None:
     assert done.stdout.split() == ["sailvl_trainer"]
 
 
-def test_documents_are_json_of_plain_fields() -> None:
-    """The operator's own JSON of a document is what the trainer would write."""
+def test_stage_config_is_plain_json() -> None:
+    """The operator's JSON encoding equals that of msgspec."""
     run = build_run()
     document = build_attempt(run, plan(run)[0], attempt=1, outputs=OUTPUTS, defaults=Defaults()).document
     assert msgspec.json.decode(encode_document(document)) == msgspec.json.decode(msgspec.json.encode(document))

@@ -1,6 +1,6 @@
-"""Specs that must be refused, each with the field and the words that tell a user what to write instead.
+"""Invalid specs, each with the field and a part of the error message that validation must report.
 
-SCHEMA: by the API server and `sailvl validate` alike; OPERATOR: by the operator, for what isn't built yet.
+SCHEMA is rejected by the API server and `sailvl validate` alike, UNSUPPORTED by the operator and `sailvl validate`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ from typing import Any
 from tests.support.builders.operator import build_document
 
 DROP = object()
-"""In place of a value: the field is left out."""
+"""Value of a change that removes the field."""
 
 ALIGN = "spec.stages.1.pretrain"
 EVALUATE = "spec.stages.3.evaluate"
 SOURCE = "spec.stages.0.curate.sources.0"
 CLAIM = "spec.storage.volumeClaimTemplate"
-ONE_KIND = "give exactly one of curate, pretrain, sft, evaluate"
+ONE_KIND = "exactly one of curate, pretrain, sft, evaluate must be set"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadSpec:
+class InvalidSpec:
+    """A valid document with changes that make it invalid."""
+
     id: str
     changes: dict[str, Any]
-    """Value by path; stages and other items by their number."""
+    """New value by path; list items are addressed by their index."""
     field: str
-    words: str
+    """Path of the field that the error names."""
+    message: str
+    """Part of the expected error message."""
 
     def build(self) -> dict[str, Any]:
-        """The good document, bent."""
+        """Return the valid document with the changes applied."""
         document = build_document()
         for path, value in self.changes.items():
             _change(document, path.split("."), value)
@@ -48,8 +52,8 @@ def _change(document: Any, path: list[str], value: Any) -> None:
         at[key] = value
 
 
-def _table(*rows: tuple[str, dict[str, Any], str, str]) -> list[BadSpec]:
-    return [BadSpec(id=id_, changes=changes, field=field, words=words) for id_, changes, field, words in rows]
+def _table(*rows: tuple[str, dict[str, Any], str, str]) -> list[InvalidSpec]:
+    return [InvalidSpec(id=id_, changes=changes, field=field, message=message) for id_, changes, field, message in rows]
 
 
 SCHEMA = _table(
@@ -57,134 +61,139 @@ SCHEMA = _table(
     ("no stages", {"spec.stages": []}, "spec.stages", "at least 1"),
     ("no storage", {"spec.storage": DROP}, "spec.storage", "Required value"),
     ("no model", {"spec.model": DROP}, "spec.model", "Required value"),
-    ("empty storage", {"spec.storage": {}}, "spec.storage", "give exactly one of volumeClaim, volumeClaimTemplate"),
     (
-        "both kinds of storage",
+        "storage without a claim",
+        {"spec.storage": {}},
+        "spec.storage",
+        "exactly one of volumeClaim, volumeClaimTemplate must be set",
+    ),
+    (
+        "volumeClaim and volumeClaimTemplate",
         {CLAIM: {"resources": {"requests": {"storage": "1Gi"}}}},
         "spec.storage",
-        "give exactly one of volumeClaim, volumeClaimTemplate",
+        "exactly one of volumeClaim, volumeClaimTemplate must be set",
     ),
     (
-        "a claim without a size",
+        "claim without a size",
         {"spec.storage.volumeClaim": DROP, CLAIM: {"resources": {"requests": {}}}},
         "spec.storage.volumeClaimTemplate.resources.requests",
-        "requests needs storage",
+        "storage, the size of the claim, is required",
     ),
-    ("a claim in capitals", {"spec.storage.volumeClaim": "Data"}, "spec.storage.volumeClaim", "should match"),
+    ("uppercase claim name", {"spec.storage.volumeClaim": "Data"}, "spec.storage.volumeClaim", "should match"),
     ("unknown preset", {"spec.model.preset": "huge"}, "spec.model.preset", '"tiny"'),
     ("unknown field", {"spec.model.precision": "fp8"}, "spec.model.precision", "unknown field"),
     ("unknown field in a stage", {f"{ALIGN}.learning_rate": "1"}, "spec.stages[1].pretrain.learning_rate", "unknown"),
-    ("a negative seed", {"spec.seed": -1}, "spec.seed", "greater than or equal to 0"),
-    ("an empty image", {"spec.image": ""}, "spec.image", "at least 1 chars"),
-    ("an unknown policy", {"spec.imagePullPolicy": "Sometimes"}, "spec.imagePullPolicy", '"IfNotPresent"'),
-    ("suspend as a word", {"spec.suspend": "yes"}, "spec.suspend", "must be of type boolean"),
-    ("a name in capitals", {"metadata.name": "Demo"}, "metadata.name", "should match"),
-    ("a name that begins with a digit", {"metadata.name": "2b"}, "metadata.name", "should match"),
-    ("a name too long", {"metadata.name": "a" * 41}, "metadata.name", "40"),
+    ("negative seed", {"spec.seed": -1}, "spec.seed", "greater than or equal to 0"),
+    ("empty image", {"spec.image": ""}, "spec.image", "at least 1 chars"),
+    ("unknown pull policy", {"spec.imagePullPolicy": "Sometimes"}, "spec.imagePullPolicy", '"IfNotPresent"'),
+    ("suspend is a string", {"spec.suspend": "yes"}, "spec.suspend", "must be of type boolean"),
+    ("uppercase run name", {"metadata.name": "Demo"}, "metadata.name", "should match"),
+    ("run name begins with a digit", {"metadata.name": "2b"}, "metadata.name", "should match"),
+    ("run name too long", {"metadata.name": "a" * 41}, "metadata.name", "40"),
     (
-        "names too long together",
+        "run and stage name too long together",
         {"metadata.name": "a" * 30, "spec.stages.1.name": "b" * 30},
         "metadata.name",
         "at most 52 characters",
     ),
     # workers
-    ("no nodes", {"spec.workers.nodes": 0}, "spec.workers.nodes", "greater than or equal to 1"),
+    ("zero nodes", {"spec.workers.nodes": 0}, "spec.workers.nodes", "greater than or equal to 1"),
     ("too many nodes", {"spec.workers.nodes": 10_000}, "spec.workers.nodes", "less than or equal to 9999"),
-    ("nodes as a word", {"spec.workers.nodes": "two"}, "spec.workers.nodes", "must be of type integer"),
+    ("nodes is a string", {"spec.workers.nodes": "two"}, "spec.workers.nodes", "must be of type integer"),
     (
-        "GPUs as a resource",
+        "GPUs as a resource limit",
         {"spec.workers.resources": {"limits": {"nvidia.com/gpu": "8"}}},
         "spec.workers.resources.limits",
-        "as gpusPerNode",
+        "set gpusPerNode instead",
     ),
     (
-        "an unknown unit",
+        "unknown quantity suffix",
         {"spec.workers.resources": {"requests": {"memory": "64GB"}}},
         "spec.workers.resources.requests.memory",
         "should match",
     ),
     (
-        "a quantity as a number",
+        "quantity is a number",
         {"spec.workers.resources": {"requests": {"cpu": 4}}},
         "spec.workers.resources.requests.cpu",
         "must be of type string",
     ),
     (
-        "the operator's variable",
+        "reserved variable name",
         {"spec.workers.env": [{"name": "SAILVL_NODES", "value": "1"}]},
         "spec.workers.env[0].name",
-        "names that begin with SAILVL_ are the operator's",
+        "names that begin with SAILVL_ are reserved for the operator",
     ),
     (
-        "a variable twice",
+        "duplicate variable",
         {"spec.workers.env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]},
         "spec.workers.env[1]",
         "Duplicate value",
     ),
-    ("a variable with a space", {"spec.workers.env": [{"name": "A B"}]}, "spec.workers.env[0].name", "should match"),
+    ("variable name with a space", {"spec.workers.env": [{"name": "A B"}]}, "spec.workers.env[0].name", "should match"),
     (
-        "a secret and a config map in one",
+        "secretRef and configMapRef",
         {"spec.workers.envFrom": [{"secretRef": {"name": "a"}, "configMapRef": {"name": "a"}}]},
         "spec.workers.envFrom[0]",
-        "give exactly one of secretRef, configMapRef",
+        "exactly one of secretRef, configMapRef must be set",
     ),
     (
-        "the operator's label",
+        "reserved label",
         {"spec.workers.labels": {"sailvl.dev/run": "other"}},
         "spec.workers.labels",
-        "labels that begin with sailvl.dev/ are the operator's",
+        "labels that begin with sailvl.dev/ are reserved for the operator",
     ),
     (
-        "an unknown effect",
+        "unknown taint effect",
         {"spec.workers.tolerations": [{"operator": "Exists", "effect": "Run"}]},
         "spec.workers.tolerations[0].effect",
         '"NoSchedule"',
     ),
-    ("an unknown engine", {"spec.engine": {"name": "horovod"}}, "spec.engine.name", '"deepspeed"'),
+    ("unknown engine", {"spec.engine": {"name": "horovod"}}, "spec.engine.name", '"deepspeed"'),
     ("ZeRO stage 4", {"spec.engine": {"zeroStage": 4}}, "spec.engine.zeroStage", "less than or equal to 3"),
     (
-        "restarts without end",
+        "negative restart budget",
         {"spec.restartPolicy": {"maxRestarts": -1}},
         "spec.restartPolicy.maxRestarts",
         "greater than or equal to 0",
     ),
     # stages
     (
-        "two kinds in a stage",
+        "stage with two kinds",
         {"spec.stages.1.sft": {"data": [{"path": "/data/x"}], "epochs": "1"}},
         "spec.stages[1]",
         ONE_KIND,
     ),
-    ("no kind in a stage", {ALIGN: DROP}, "spec.stages[1]", ONE_KIND),
-    ("capitals in a stage's name", {"spec.stages.1.name": "Align"}, "spec.stages[1].name", "should match"),
-    ("a stage without a name", {"spec.stages.1.name": DROP}, "spec.stages[1].name", "Required value"),
-    ("a stage's name twice", {"spec.stages.1.name": "curate"}, "spec.stages[1]", "Duplicate value"),
+    ("stage without a kind", {ALIGN: DROP}, "spec.stages[1]", ONE_KIND),
+    ("uppercase stage name", {"spec.stages.1.name": "Align"}, "spec.stages[1].name", "should match"),
+    ("stage without a name", {"spec.stages.1.name": DROP}, "spec.stages[1].name", "Required value"),
+    ("duplicate stage name", {"spec.stages.1.name": "curate"}, "spec.stages[1]", "Duplicate value"),
     (
         "dependsOn a later stage",
         {"spec.stages.1.dependsOn": ["evaluate"]},
         "spec.stages",
-        "stage alignment: dependsOn must name stages that come before",
+        "stage alignment: dependsOn must name earlier stages",
     ),
     (
         "dependsOn itself",
         {"spec.stages.1.dependsOn": ["alignment"]},
         "spec.stages",
-        "stage alignment: dependsOn must name stages that come before",
+        "stage alignment: dependsOn must name earlier stages",
     ),
     (
-        "dependsOn twice the same",
+        "dependsOn with duplicates",
         {"spec.stages.1.dependsOn": ["curate", "curate"]},
         "spec.stages[1].dependsOn[1]",
         "Duplicate value",
     ),
     (
-        "initFrom a curate stage",
+        "initFrom names a curate stage",
         {"spec.stages.1.initFrom": "curate"},
         "spec.stages",
-        "stage alignment: initFrom must name a pretrain or sft stage that comes before",
+        "stage alignment: initFrom must name an earlier pretrain or sft stage",
     ),
     (
-        "initFrom of a curate stage",
+        "initFrom in a curate stage",
         {
             "spec.stages.3": {
                 "name": "again",
@@ -193,139 +202,189 @@ SCHEMA = _table(
             }
         },
         "spec.stages",
-        "stage again: a curate stage has no weights",
+        "stage again: initFrom must not be set for a curate stage",
     ),
     (
-        "nothing trained before an evaluation",
+        "evaluate without a training stage",
         {
             "spec.stages.1": DROP,
             "spec.stages.1.sft": DROP,
             "spec.stages.1.curate": {"sources": [{"format": "procedural", "samples": 1}]},
         },
         "spec.stages",
-        "stage evaluate: an evaluate stage needs a pretrain or sft stage before it",
+        "stage evaluate: an evaluate stage requires an earlier pretrain or sft stage",
     ),
     # training
     (
         "data from a later stage",
         {f"{ALIGN}.data": [{"from": "evaluate"}]},
         "spec.stages",
-        "stage alignment: from must name a curate stage that comes before",
+        "stage alignment: data[].from must name an earlier curate stage",
     ),
     (
         "data from a training stage",
         {"spec.stages.2.sft.data": [{"from": "alignment"}]},
         "spec.stages",
-        "stage knowledge: from must name a curate stage that comes before",
+        "stage knowledge: data[].from must name an earlier curate stage",
     ),
     (
         "data from and path",
         {f"{ALIGN}.data": [{"from": "curate", "path": "/data/x"}]},
         "spec.stages[1].pretrain.data[0]",
-        "give exactly one of from, path",
+        "exactly one of from, path must be set",
     ),
-    ("a relative path", {f"{ALIGN}.data": [{"path": "x"}]}, "spec.stages[1].pretrain.data[0].path", "should match"),
+    ("relative path", {f"{ALIGN}.data": [{"path": "x"}]}, "spec.stages[1].pretrain.data[0].path", "should match"),
     ("no data", {f"{ALIGN}.data": []}, "spec.stages[1].pretrain.data", "at least 1"),
-    ("tokens and epochs", {f"{ALIGN}.epochs": "1"}, "spec.stages[1].pretrain", "give exactly one of tokens, epochs"),
+    (
+        "tokens and epochs",
+        {f"{ALIGN}.epochs": "1"},
+        "spec.stages[1].pretrain",
+        "exactly one of tokens, epochs must be set",
+    ),
     (
         "neither tokens nor epochs",
         {f"{ALIGN}.tokens": DROP},
         "spec.stages[1].pretrain",
-        "give exactly one of tokens, epochs",
+        "exactly one of tokens, epochs must be set",
     ),
-    ("no tokens", {f"{ALIGN}.tokens": "0"}, "spec.stages[1].pretrain.tokens", "should match"),
-    ("an unknown suffix", {f"{ALIGN}.tokens": "131G"}, "spec.stages[1].pretrain.tokens", "should match"),
-    ("no epochs", {"spec.stages.2.sft.epochs": "0"}, "spec.stages[2].sft.epochs", "epochs must be more than 0"),
+    ("zero tokens", {f"{ALIGN}.tokens": "0"}, "spec.stages[1].pretrain.tokens", "should match"),
+    ("unknown count suffix", {f"{ALIGN}.tokens": "131G"}, "spec.stages[1].pretrain.tokens", "should match"),
+    ("zero epochs", {"spec.stages.2.sft.epochs": "0"}, "spec.stages[2].sft.epochs", "must be greater than 0"),
     (
-        "a float as learning rate",
+        "learning rate is a float",
         {f"{ALIGN}.learningRate": 2e-4},
         "spec.stages[1].pretrain.learningRate",
         "must be of type string",
     ),
     (
-        "words as learning rate",
+        "learning rate is not a number",
         {f"{ALIGN}.learningRate": "fast"},
         "spec.stages[1].pretrain.learningRate",
         "should match",
     ),
     (
-        "no learning rate",
+        "zero learning rate",
         {f"{ALIGN}.learningRate": "0.0"},
         "spec.stages[1].pretrain.learningRate",
-        "learningRate must be more than 0",
+        "must be greater than 0",
     ),
-    ("all of it warm-up", {f"{ALIGN}.warmup": "1.0"}, "spec.stages[1].pretrain.warmup", "less than 1"),
-    ("an unknown part", {f"{ALIGN}.train": ["head"]}, "spec.stages[1].pretrain.train[0]", '"connector"'),
+    ("warm-up fraction of 1", {f"{ALIGN}.warmup": "1.0"}, "spec.stages[1].pretrain.warmup", "less than 1"),
+    ("unknown model part", {f"{ALIGN}.train": ["head"]}, "spec.stages[1].pretrain.train[0]", '"connector"'),
     (
-        "a part twice",
+        "duplicate model part",
         {f"{ALIGN}.train": ["connector", "connector"]},
         "spec.stages[1].pretrain.train[1]",
         "Duplicate value",
     ),
     # curation
-    ("a folder without a path", {f"{SOURCE}.path": DROP}, "spec.stages[0].curate.sources[0]", "needs path"),
     (
-        "drawn pictures without a number",
+        "imagefolder without a path",
+        {f"{SOURCE}.path": DROP},
+        "spec.stages[0].curate.sources[0]",
+        "path is required for this format",
+    ),
+    (
+        "procedural without samples",
         {SOURCE: {"format": "procedural"}},
         "spec.stages[0].curate.sources[0]",
-        "procedural needs samples",
+        "samples is required for the format procedural",
     ),
     (
-        "drawn pictures with a path",
+        "procedural with a path",
         {SOURCE: {"format": "procedural", "samples": 9, "path": "/data/x"}},
         "spec.stages[0].curate.sources[0]",
-        "leave path out",
+        "path must not be set for the format procedural",
     ),
-    ("an unknown format", {f"{SOURCE}.format": "zip"}, "spec.stages[0].curate.sources[0].format", '"webdataset"'),
+    ("unknown source format", {f"{SOURCE}.format": "zip"}, "spec.stages[0].curate.sources[0].format", '"webdataset"'),
     (
-        "all of it held out",
+        "held-out fraction of 1",
         {"spec.stages.0.curate.heldOutFraction": "1"},
         "spec.stages[0].curate.heldOutFraction",
         "less than 1",
     ),
     (
-        "a server without a scheme",
+        "server URL without a scheme",
         {"spec.stages.0.curate.judge": {"server": "judge:8000"}},
         "spec.stages[0].curate.judge.server",
         "should match",
     ),
     # evaluation
     (
-        "an unknown benchmark",
+        "unknown benchmark",
         {EVALUATE: {"benchmarks": ["MMStar", "MMFoo"], "data": "/data/b"}},
         "spec.stages[3].evaluate.benchmarks",
-        "MMFoo: benchmarks are all, MMStar",
+        "MMFoo: unknown benchmark; use all, MMStar",
     ),
-    ("benchmarks without data", {EVALUATE: {"benchmarks": ["all"]}}, "spec.stages[3].evaluate", "need data"),
-    ("nothing to evaluate", {EVALUATE: {}}, "spec.stages[3].evaluate", "give benchmarks, custom or both"),
     (
-        "an unknown metric",
+        "benchmarks without data",
+        {EVALUATE: {"benchmarks": ["all"]}},
+        "spec.stages[3].evaluate",
+        "is required if benchmarks is set",
+    ),
+    (
+        "evaluate without benchmarks",
+        {EVALUATE: {}},
+        "spec.stages[3].evaluate",
+        "at least one of benchmarks, custom must be set",
+    ),
+    (
+        "unknown metric",
         {f"{EVALUATE}.custom.0.metric": "bleu"},
         "spec.stages[3].evaluate.custom[0].metric",
         '"exact_match"',
     ),
     (
-        "a gate without a bound",
+        "gate without a bound",
         {"spec.stages.1.gate": {"metric": "heldOutLoss"}},
         "spec.stages[1].gate",
-        "give atMost, atLeast or both",
+        "at least one of atMost, atLeast must be set",
     ),
 )
 
-OPERATOR = _table(
-    ("another engine", {"spec.engine": {"name": "fsdp2"}}, "spec.engine.name", "write deepspeed"),
-    ("another ZeRO stage", {"spec.engine": {"zeroStage": 3}}, "spec.engine.zeroStage", "write 1"),
-    ("a stage's engine", {"spec.stages.1.engine": {"name": "fsdp2"}}, "spec.stages[1].engine.name", "write deepspeed"),
-    ("adalrs", {f"{ALIGN}.schedule": "adalrs"}, "spec.stages[1].pretrain.schedule", "write cosine"),
-    ("adalrs in sft", {"spec.stages.2.sft.schedule": "adalrs"}, "spec.stages[2].sft.schedule", "write cosine"),
-    ("parquet", {f"{SOURCE}.format": "parquet"}, "spec.stages[0].curate.sources[0].format", "write imagefolder"),
-    ("jsonl", {f"{SOURCE}.format": "jsonl"}, "spec.stages[0].curate.sources[0].format", "write imagefolder"),
+UNSUPPORTED = _table(
+    ("unsupported engine", {"spec.engine": {"name": "fsdp2"}}, "spec.engine.name", "set it to deepspeed"),
+    ("unsupported ZeRO stage", {"spec.engine": {"zeroStage": 3}}, "spec.engine.zeroStage", "set it to 1"),
     (
-        "captions",
+        "unsupported engine of a stage",
+        {"spec.stages.1.engine": {"name": "fsdp2"}},
+        "spec.stages[1].engine.name",
+        "set it to deepspeed",
+    ),
+    (
+        "unsupported schedule in pretrain",
+        {f"{ALIGN}.schedule": "adalrs"},
+        "spec.stages[1].pretrain.schedule",
+        "set it to cosine",
+    ),
+    (
+        "unsupported schedule in sft",
+        {"spec.stages.2.sft.schedule": "adalrs"},
+        "spec.stages[2].sft.schedule",
+        "set it to cosine",
+    ),
+    (
+        "unsupported format parquet",
+        {f"{SOURCE}.format": "parquet"},
+        "spec.stages[0].curate.sources[0].format",
+        "set it to imagefolder",
+    ),
+    (
+        "unsupported format jsonl",
+        {f"{SOURCE}.format": "jsonl"},
+        "spec.stages[0].curate.sources[0].format",
+        "set it to imagefolder",
+    ),
+    (
+        "unsupported caption mode",
         {"spec.stages.0.curate.caption": {"mode": "recaption"}},
         "spec.stages[0].curate.caption.mode",
-        "write keep",
+        "set it to keep",
     ),
-    ("a judge", {"spec.stages.0.curate.judge": {"model": "/data/j"}}, "spec.stages[0].curate.judge", "leave it out"),
-    ("balance", {"spec.stages.0.curate.balance": {}}, "spec.stages[0].curate.balance", "leave it out"),
+    (
+        "unsupported judge",
+        {"spec.stages.0.curate.judge": {"model": "/data/j"}},
+        "spec.stages[0].curate.judge",
+        "remove the field",
+    ),
+    ("unsupported balance", {"spec.stages.0.curate.balance": {}}, "spec.stages[0].curate.balance", "remove the field"),
 )

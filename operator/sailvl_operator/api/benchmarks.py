@@ -1,6 +1,7 @@
-"""The benchmarks that SAIL-VL reports, by name: how each is scored and how many tiles its pictures get.
+"""The benchmarks that SAIL-VL reports, by name, with their metric and the maximum number of tiles per image.
 
-Source: arXiv 2501.05952, evaluation; greedy decoding; groups of 7 General, 7 OCR, 2 Math&Knowledge, 2 Hallucination.
+Source: arXiv 2501.05952, section on evaluation. Answers are decoded greedily. The groups are 7 General, 7 OCR, 2
+Math&Knowledge and 2 Hallucination benchmarks.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from sailvl_trainer.contract import Metric
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
+    """A built-in benchmark."""
+
     metric: Metric
+    """Metric that scores the answers."""
     group: str
+    """Group over which scores are averaged."""
     max_tiles: int = 6
+    """Maximum number of tiles per image."""
     scale: float = 100.0
-    """The metric is a part of 1; scores are percent."""
+    """Factor from the metric, which lies between 0 and 1, to the reported score, a percentage."""
 
 
 def _general(metric: Metric, *, max_tiles: int = 6) -> Benchmark:

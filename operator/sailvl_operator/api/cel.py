@@ -1,4 +1,7 @@
-"""The schema's CEL rules in this process, for `validation.py`; a server's Kubernetes functions are not all here."""
+"""Evaluates the CEL rules of the schema with celpy, for `validation.py`.
+
+celpy lacks two-variable comprehensions and some functions that Kubernetes adds; `rules.OFFLINE` has replacements.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,29 @@ import celpy
 from sailvl_operator.api.rules import OFFLINE
 
 _INDEX = "x_index"
-"""The place of a list's item, which CEL in Python can't ask for."""
+"""Field with the index of a list item, added because celpy has no two-variable comprehensions."""
 
 
-def is_about_change(rule: str) -> bool:
-    """It compares with what the server holds, so it can't be told from a file."""
+def is_transition_rule(rule: str) -> bool:
+    """Whether a rule compares with the stored object, so that it can't be evaluated for a file."""
     return "oldSelf" in rule
 
 
-def holds(rule: str, value: Any) -> bool:
-    """Whether a value keeps a rule."""
+def evaluate_rule(rule: str, value: Any) -> bool:
+    """Whether a value satisfies a rule."""
     return bool(_evaluate(rule, value))
 
 
-def say(expression: str, value: Any) -> str:
-    """What a messageExpression says of a value."""
+def evaluate_message(expression: str, value: Any) -> str:
+    """Return the message that a messageExpression produces for a value."""
     return str(_evaluate(expression, value))
 
 
 def _evaluate(expression: str, value: Any) -> Any:
-    numbered = value
+    indexed = value
     if isinstance(value, list):
-        numbered = [item | {_INDEX: i} if isinstance(item, dict) else item for i, item in enumerate(value)]
-    return _program(OFFLINE.get(expression, expression)).evaluate({"self": celpy.json_to_cel(numbered)})
+        indexed = [item | {_INDEX: i} if isinstance(item, dict) else item for i, item in enumerate(value)]
+    return _program(OFFLINE.get(expression, expression)).evaluate({"self": celpy.json_to_cel(indexed)})
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The types as a CustomResourceDefinition: a structural schema with descriptions, defaults and CEL rules."""
+"""Builds the CustomResourceDefinition from the types: a structural schema with descriptions, defaults and CEL rules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def build_crd() -> dict[str, Any]:
-    """The manifest of the CustomResourceDefinition."""
+    """Build the manifest of the CustomResourceDefinition."""
     columns = [
         {"name": name, "type": "integer" if name == "Restarts" else "string", "jsonPath": path}
         for name, path in COLUMNS
@@ -64,7 +64,7 @@ def build_crd() -> dict[str, Any]:
 
 @cache
 def build_schema() -> dict[str, Any]:
-    """The schema of the whole object."""
+    """Build the schema of the whole object."""
     spec = struct_schema(Spec)
     spec["properties"]["stages"]["x-kubernetes-validations"] = STAGES
     status = struct_schema(Status)
@@ -72,7 +72,7 @@ def build_schema() -> dict[str, Any]:
     status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     return {
         "type": "object",
-        "description": "A SAIL-VL recipe for one model: curation, pretraining, fine-tuning and evaluation.",
+        "description": "Recipe that trains one SAIL-VL model: data curation, pretraining, fine-tuning and evaluation.",
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"},
@@ -86,9 +86,9 @@ def build_schema() -> dict[str, Any]:
 
 
 def struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """A struct's schema: fields in their order, described by the docstrings under them."""
+    """Build the schema of a struct. Fields keep their order, and their docstrings become descriptions."""
     fields = msgspec.structs.fields(struct)
-    words = describe_fields(struct)
+    descriptions = describe_fields(struct)
     schema: dict[str, Any] = {"type": "object", "properties": {}}
     if struct.__doc__:
         schema["description"] = inspect.cleandoc(struct.__doc__)
@@ -97,8 +97,8 @@ def struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
         schema["required"] = required
     for field in fields:
         property_ = _type_schema(msgspec.inspect.type_info(field.type))
-        if field.name in words:
-            property_["description"] = words[field.name]
+        if field.name in descriptions:
+            property_["description"] = descriptions[field.name]
         if issubclass(struct, Struct):
             property_ |= _default(field)
         schema["properties"][field.encode_name] = property_
@@ -108,7 +108,7 @@ def struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def _default(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
-    """Plain defaults of the spec are the API server's to fill in; those of structs come with their fields' own."""
+    """Return the default that the API server fills in. Structs get none: the defaults of their fields apply."""
     value = field.default
     if value is msgspec.NODEFAULT or value is UNSET or value is None or isinstance(value, msgspec.Struct):
         return {}
@@ -117,7 +117,7 @@ def _default(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
 
 
 def _type_schema(info: msgspec.inspect.Type) -> dict[str, Any]:  # noqa: C901, PLR0911  # a table of types
-    """The structural schema of one of msgspec's types."""
+    """Build the structural schema of a msgspec type. Raises TypeError for a type that has none."""
     match info:
         case msgspec.inspect.UnionType(types=members):
             (known,) = (m for m in members if not isinstance(m, msgspec.inspect.NoneType))
@@ -131,36 +131,36 @@ def _type_schema(info: msgspec.inspect.Type) -> dict[str, Any]:  # noqa: C901, P
         case msgspec.inspect.BoolType():
             return {"type": "boolean"}
         case msgspec.inspect.IntType(ge=ge, le=le):
-            return {"type": "integer", "format": "int64"} | _given(minimum=ge, maximum=le)
+            return {"type": "integer", "format": "int64"} | _drop_unset(minimum=ge, maximum=le)
         case msgspec.inspect.StrType(min_length=low, max_length=high, pattern=pattern):
-            return {"type": "string"} | _given(minLength=low, maxLength=high, pattern=pattern)
+            return {"type": "string"} | _drop_unset(minLength=low, maxLength=high, pattern=pattern)
         case msgspec.inspect.DictType(value_type=value, max_length=high):
-            return {"type": "object", "additionalProperties": _type_schema(value)} | _given(maxProperties=high)
+            return {"type": "object", "additionalProperties": _type_schema(value)} | _drop_unset(maxProperties=high)
         case msgspec.inspect.VarTupleType(item_type=item, min_length=low, max_length=high):
-            return {"type": "array", "items": _type_schema(item)} | _given(minItems=low, maxItems=high)
+            return {"type": "array", "items": _type_schema(item)} | _drop_unset(minItems=low, maxItems=high)
         case msgspec.inspect.ListType(item_type=item, min_length=low, max_length=high):
-            return {"type": "array", "items": _type_schema(item)} | _given(minItems=low, maxItems=high)
+            return {"type": "array", "items": _type_schema(item)} | _drop_unset(minItems=low, maxItems=high)
     raise TypeError(f"no schema for {info}")
 
 
-def _given(**limits: Any) -> dict[str, Any]:
+def _drop_unset(**limits: Any) -> dict[str, Any]:
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 @cache
 def describe_fields(struct: type) -> dict[str, str]:
-    """The string under each field, its bases' first."""
-    words: dict[str, str] = {}
+    """Return the docstring of each field, including inherited fields, by name."""
+    descriptions: dict[str, str] = {}
     for base in reversed(struct.__mro__):
         if base.__module__.startswith("sailvl_operator"):
             tree = ast.parse(inspect.getsource(sys.modules[base.__module__]))
             body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == base.__name__)
-            words |= dict(_described(body))
-    return words
+            descriptions |= dict(_field_docstrings(body))
+    return descriptions
 
 
-def _described(body: list[ast.stmt]) -> list[tuple[str, str]]:
-    """(field, docstring) of a class body."""
+def _field_docstrings(body: list[ast.stmt]) -> list[tuple[str, str]]:
+    """Return the (field, docstring) pairs of a class body."""
     return [
         (node.target.id, inspect.cleandoc(after.value.value))
         for node, after in pairwise(body)

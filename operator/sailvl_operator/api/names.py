@@ -1,4 +1,4 @@
-"""Every name, label and annotation that the operator writes; composed here and nowhere else."""
+"""Names, labels and annotations that the operator writes. They are composed here and nowhere else."""
 
 from __future__ import annotations
 
@@ -12,56 +12,58 @@ FIELD_MANAGER = "sailvl-operator"
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_RUN = f"{GROUP}/run"
 LABEL_RUN_UID = f"{GROUP}/run-uid"
-"""Of pods, whose owner is the Job: it may be gone, and a later run may have its name."""
+"""Label of pods with the UID of their run: the Job that owns a pod may be deleted, and a later run may reuse the
+name."""
 LABEL_STAGE = f"{GROUP}/stage"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_DIGEST = f"{GROUP}/digest"
-"""The first DIGEST_LETTERS of the stage's digest."""
+"""Label with the first DIGEST_LETTERS characters of the digest of the stage."""
 DIGEST_LETTERS = 12
 LABEL_SUSPENDED = f"{GROUP}/suspended"
-"""Of a Job that was suspended with its run: another's suspension is another's to take back."""
+"""Label of a Job that the operator suspended together with its run. A Job that somebody else suspended lacks it and is
+not resumed by the operator."""
 LABEL_KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_KUEUE_JOB = "kueue.x-k8s.io/job-uid"
 LABEL_JOB_NAME = "batch.kubernetes.io/job-name"
 LABEL_COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 
 ANNOTATION_STAGE = f"{GROUP}/stage.json"
-"""The stage document, mounted into the worker by the downward API."""
+"""Annotation with the stage config, which the downward API mounts into the worker."""
 ANNOTATION_RESTART = f"{GROUP}/restart-stage"
-"""People's: the name of a stage to start again; taken off once it was."""
+"""Annotation with the name of a stage to restart. Users set it; the operator removes it after the restart."""
 
 MANAGED_SELECTOR = f"{LABEL_MANAGED_BY}={FIELD_MANAGER}"
 
 CONTAINER = "worker"
 GPU = "nvidia.com/gpu"
-"""The resource."""
+"""Name of the extended resource for GPUs."""
 METRICS_PORT_NAME = "metrics"
 STORAGE_MOUNT = "/data"
 STAGE_MOUNT = "/etc/sailvl"
 
 MAX_RUN_AND_STAGE = 52
-"""len(run) + len(stage), so that <run>-<stage>-<attempt>-<index> fits in the 63 characters of a label."""
+"""Maximum of len(run) + len(stage), so that <run>-<stage>-<attempt>-<index> fits into a label of 63 characters."""
 
 
 def job_name(run: str, stage: str, attempt: int) -> str:
-    """The Job of one attempt."""
+    """Return the name of the Job of an attempt."""
     return f"{run}-{stage}-{attempt}"
 
 
 def service_name(run: str) -> str:
-    """The headless Service that gives a run's pods their DNS names."""
+    """Return the name of the headless Service that gives the pods of a run their DNS names."""
     return run
 
 
 def pod_host(job: str, index: int, service: str) -> str:
-    """DNS name of the pod with a completion index, resolvable inside the namespace."""
+    """Return the DNS name, within the namespace, of the pod with a completion index."""
     return f"{job}-{index}.{service}"
 
 
 def claim_name(run: str) -> str:
-    """The PersistentVolumeClaim made from spec.storage.volumeClaimTemplate."""
+    """Return the name of the PersistentVolumeClaim created from spec.storage.volumeClaimTemplate."""
     return f"{run}-storage"
 
 
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
-"""Of runs and stages: what a DNS label may be, beginning with a letter."""
+"""Pattern of the names of runs and stages: a DNS label that begins with a letter."""

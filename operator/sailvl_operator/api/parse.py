@@ -1,4 +1,4 @@
-"""A SailVLRun as the API server holds it, or as a file has it, parsed once into its typed form."""
+"""Parses a SailVLRun, from the API server or from a file, into its typed form."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sailvl_operator.api.types import Run, Spec
 
 
 class SpecError(ValueError):
-    """The spec does not fit its types; the message names the field."""
+    """The spec does not match its types. The message begins with the path of the field."""
 
 
 def parse_run(raw: Mapping[str, Any]) -> Run:
-    """Raises SpecError for a spec that the types don't allow."""
+    """Parse a SailVLRun. Raises SpecError if the spec does not match its types."""
     metadata = raw["metadata"]
     created = metadata.get("creationTimestamp")
     run = Run(
@@ -31,11 +31,12 @@ def parse_run(raw: Mapping[str, Any]) -> Run:
         spec=parse_spec(raw.get("spec") or {}),
         status={},
     )
-    return renew_run(run, raw)
+    return refresh_run(run, raw)
 
 
-def renew_run(run: Run, raw: Mapping[str, Any]) -> Run:
-    """The same run of the same generation as it is now."""
+def refresh_run(run: Run, raw: Mapping[str, Any]) -> Run:
+    """Return a run of the same generation with the metadata and status of a newer object; the spec is not parsed
+    again."""
     metadata = raw["metadata"]
     return msgspec.structs.replace(
         run,
@@ -47,10 +48,9 @@ def renew_run(run: Run, raw: Mapping[str, Any]) -> Run:
 
 
 def parse_spec(spec: Mapping[str, Any]) -> Spec:
-    """Raises SpecError that names the field, as in `spec.stages[0].name`."""
+    """Parse a spec. Raises SpecError, whose message begins with the path of the field, as in `spec.stages[0].name`."""
     try:
         return msgspec.convert(dict(spec), Spec)
     except msgspec.ValidationError as error:
-        words = str(error)
-        text, _, path = words.partition(" - at `$")
+        text, _, path = str(error).partition(" - at `$")
         raise SpecError(f"spec{path.rstrip('`')}: {text}") from error

@@ -1,11 +1,11 @@
-"""The reference of SailVLRun as Markdown, from the types: a table a struct. `sailvl generate reference` prints it."""
+"""Builds the Markdown reference of SailVLRun from the types, one table per struct, for `sailvl generate reference`."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,7 +13,7 @@ import msgspec
 from sailvl_operator.api import names
 from sailvl_operator.api.benchmarks import BENCHMARKS
 from sailvl_operator.api.crd import describe_fields, struct_schema
-from sailvl_operator.api.rules import RULES, RUN, STAGES
+from sailvl_operator.api.rules import RULES, RUN, STAGES, Rule
 from sailvl_operator.api.status import Status
 from sailvl_operator.api.types import Spec
 
@@ -21,47 +21,47 @@ _INTRODUCTION = f"""# {names.KIND}
 
 `{names.API_VERSION}`, plural `{names.PLURAL}`, short `svr`. Generated from the types by `make generate`; do not edit.
 
-Numbers with a fraction are decimal strings (`"2e-4"`), large counts may carry a suffix (`131B`). A field without a
-default is unset unless the text says otherwise. `/data` is the run's storage.
+Fractional numbers are decimal strings (`"2e-4"`); large counts may carry a suffix (`131B`). A field without a default
+is unset unless its description says otherwise. The storage of the run is mounted at `/data`.
 """
 
 
 def build_reference() -> str:
-    """The whole page."""
+    """Build the whole page."""
     benchmarks = ["## Benchmarks", "", "| Name | Group | Metric | Tiles |", "|---|---|---|---|"]
     benchmarks += [f"| {name} | {b.group} | {b.metric} | {b.max_tiles} |" for name, b in BENCHMARKS.items()]
-    rules = ["## Rules on the whole run", "", *(f"- {rule['message']}" for rule in (*STAGES, *RUN))]
+    rules = ["## Rules on the whole run", "", *_list_rules([*STAGES, *RUN])]
     structs = dict.fromkeys(itertools.chain(_reachable(Spec), _reachable(Status)))
     tables = [line for struct in structs for line in (*_describe_struct(struct), "")]
     return "\n".join([_INTRODUCTION, *tables, *rules, "", *benchmarks, ""])
 
 
 def _reachable(struct: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
-    """The struct, then those of its fields, in their order."""
+    """Yield the struct, then the structs of its fields in order, depth first."""
     yield struct
     for field in msgspec.structs.fields(struct):
-        inner = _struct_of(msgspec.inspect.type_info(field.type))
+        inner = _find_struct(msgspec.inspect.type_info(field.type))
         if inner is not None:
             yield from _reachable(inner)
 
 
-def _struct_of(info: Any) -> type[msgspec.Struct] | None:
-    """The struct inside a type: its own, or that of its items or values."""
+def _find_struct(info: Any) -> type[msgspec.Struct] | None:
+    """Return the struct that a type is or contains as items, or None."""
     match info:
         case msgspec.inspect.StructType(cls=cls):
             found: type[msgspec.Struct] = cls
             return found
         case msgspec.inspect.UnionType(types=members):
-            return next((s for s in map(_struct_of, members) if s is not None), None)
+            return next((s for s in map(_find_struct, members) if s is not None), None)
         case msgspec.inspect.Metadata(type=inner):
-            return _struct_of(inner)
+            return _find_struct(inner)
         case msgspec.inspect.VarTupleType(item_type=inner) | msgspec.inspect.ListType(item_type=inner):
-            return _struct_of(inner)
+            return _find_struct(inner)
     return None
 
 
 def _describe_struct(struct: type[msgspec.Struct]) -> Iterator[str]:
-    schema, words = struct_schema(struct), describe_fields(struct)
+    schema, descriptions = struct_schema(struct), describe_fields(struct)
     yield f"## {struct.__name__}"
     yield ""
     if struct.__doc__:
@@ -70,28 +70,44 @@ def _describe_struct(struct: type[msgspec.Struct]) -> Iterator[str]:
     for field in msgspec.structs.fields(struct):
         name = field.encode_name
         property_ = schema["properties"][name]
-        cells = (f"`{name}`", _type_of(field, property_), _default_of(field, property_), words.get(field.name, ""))
+        cells = (
+            f"`{name}`",
+            _format_type(field, property_),
+            _format_default(field, property_),
+            descriptions.get(field.name, ""),
+        )
         yield "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
-    rules = dict.fromkeys(rule["message"] for rule in RULES.get(struct, []))
+    rules = _list_rules(RULES.get(struct, []))
     if rules:
-        yield from ("", *(f"- {message}" for message in rules))
+        yield from ("", *rules)
 
 
-def _type_of(field: msgspec.structs.FieldInfo, property_: dict[str, Any]) -> str:
-    inner = _struct_of(msgspec.inspect.type_info(field.type))
+def _list_rules(rules: Sequence[Rule]) -> list[str]:
+    """Return the messages of the rules as list items without duplicates, each with the field that it is about."""
+    fields = (rule.get("fieldPath", "").lstrip(".") for rule in rules)
+    return list(
+        dict.fromkeys(
+            f"- `{field}`: {rule['message']}" if field else f"- {rule['message']}"
+            for field, rule in zip(fields, rules, strict=True)
+        )
+    )
+
+
+def _format_type(field: msgspec.structs.FieldInfo, property_: dict[str, Any]) -> str:
+    inner = _find_struct(msgspec.inspect.type_info(field.type))
     linked = "" if inner is None else f"[{inner.__name__}](#{inner.__name__.lower()})"
-    return _type_words(property_, linked)
+    return _format_schema(property_, linked)
 
 
-def _type_words(schema: dict[str, Any], linked: str) -> str:
-    """`linked` stands for the struct inside, if there is one."""
+def _format_schema(schema: dict[str, Any], linked: str) -> str:
+    """Format the type of a schema; `linked` is the link to the struct inside, if there is one."""
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     match schema["type"]:
         case "array":
-            return f"list of {_type_words(schema['items'], linked)}"
+            return f"list of {_format_schema(schema['items'], linked)}"
         case "object" if "additionalProperties" in schema:
-            return f"map to {_type_words(schema['additionalProperties'], linked)}"
+            return f"map to {_format_schema(schema['additionalProperties'], linked)}"
         case "object":
             return linked
         case "integer" if "minimum" in schema:
@@ -99,7 +115,7 @@ def _type_words(schema: dict[str, Any], linked: str) -> str:
     return str(schema["type"])
 
 
-def _default_of(field: msgspec.structs.FieldInfo, property_: dict[str, Any]) -> str:
+def _format_default(field: msgspec.structs.FieldInfo, property_: dict[str, Any]) -> str:
     if field.required:
         return "required"
     if "default" in property_:

@@ -1,67 +1,70 @@
-"""The rules that a schema of types can't state, as CEL: each with a message for people and the field that it is about.
+"""Validation rules in CEL for what an OpenAPI schema can't express, each with its message and field path.
 
-Written on the struct whose value is `self`; the API server evaluates them on every write, `sailvl validate` offline.
+A rule belongs to the struct whose value is `self`. The API server evaluates the rules on every write; `sailvl validate`
+evaluates them offline, except transition rules, which refer to `oldSelf`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from sailvl_operator.api import names, types, workers
+from sailvl_operator.api import curation, names, training, types, workers
 from sailvl_operator.api.benchmarks import BENCHMARKS
 
 Rule = dict[str, Any]
 
 
 def _rule(rule: str, message: str, field: str = "", expression: str = "") -> Rule:
-    """`expression` says the message with the values at fault in it."""
+    """Build a validation rule; `expression` is a CEL expression for a message that contains the invalid value."""
     known = {"rule": rule, "message": message, "messageExpression": expression, "fieldPath": field}
     return {key: value for key, value in known.items() if value}
 
 
 def _exactly_one(*fields: str) -> Rule:
     listed = ", ".join(f"has(self.{field})" for field in fields)
-    return _rule(f"[{listed}].exists_one(k, k)", f"give exactly one of {', '.join(fields)}")
+    return _rule(f"[{listed}].exists_one(k, k)", f"exactly one of {', '.join(fields)} must be set")
 
 
-def _number(field: str, holds: str, message: str) -> Rule:
-    """What is no number is the pattern's to refuse, and only its."""
+def _compare_number(field: str, comparison: str, message: str) -> Rule:
+    """Build a rule on a decimal string. Strings that aren't numbers pass, because the pattern already rejects them."""
     is_number = f"self.{field}.matches('^[0-9]+([.][0-9]+)?(e-?[0-9]+)?$')"
-    return _rule(f"!has(self.{field}) || !{is_number} || double(self.{field}) {holds}", message, f".{field}")
+    return _rule(f"!has(self.{field}) || !{is_number} || double(self.{field}) {comparison}", message, f".{field}")
 
 
-def _more_than_nothing(field: str) -> Rule:
-    return _number(field, "> 0.0", f"{field} must be more than 0")
+def _positive(field: str) -> Rule:
+    return _compare_number(field, "> 0.0", "must be greater than 0")
 
 
-def _part_of_one(field: str) -> Rule:
-    return _number(field, "< 1.0", f"{field} is a part of the whole: less than 1")
+def _less_than_one(field: str) -> Rule:
+    return _compare_number(field, "< 1.0", "must be less than 1")
 
 
 _TRAINING = [
     _exactly_one("tokens", "epochs"),
-    _more_than_nothing("epochs"),
-    _more_than_nothing("learningRate"),
-    _more_than_nothing("clipNorm"),
-    _part_of_one("warmup"),
+    _positive("epochs"),
+    _positive("learningRate"),
+    _positive("clipNorm"),
+    _less_than_one("warmup"),
 ]
 _GPU = "nvidia.com/gpu"
-_KNOWN = ", ".join(f"'{name}'" for name in ("all", *BENCHMARKS))
-_LISTED = f"benchmarks are all, {', '.join(BENCHMARKS)}; write others under custom"
+_BENCHMARK_NAMES = ", ".join(f"'{name}'" for name in ("all", *BENCHMARKS))
+_UNKNOWN_BENCHMARK = f"unknown benchmark; use all, {', '.join(BENCHMARKS)}, or define it under custom"
 
 RULES: dict[type, list[Rule]] = {
     types.Storage: [_exactly_one("volumeClaim", "volumeClaimTemplate")],
     types.VolumeClaimResources: [
-        _rule("'storage' in self.requests", "requests needs storage: the claim's size", ".requests")
+        _rule("'storage' in self.requests", "storage, the size of the claim, is required", ".requests")
     ],
     workers.EnvFrom: [_exactly_one("secretRef", "configMapRef")],
     workers.EnvVar: [
-        _rule("!self.name.startsWith('SAILVL_')", "names that begin with SAILVL_ are the operator's", ".name")
+        _rule(
+            "!self.name.startsWith('SAILVL_')", "names that begin with SAILVL_ are reserved for the operator", ".name"
+        )
     ],
     workers.Resources: [
         _rule(
             f"!has(self.{kind}) || !('{_GPU}' in self.{kind})",
-            f"leave {_GPU} out and write the number as gpusPerNode",
+            f"{_GPU} must not be set here; set gpusPerNode instead",
             f".{kind}",
         )
         for kind in ("requests", "limits")
@@ -69,48 +72,53 @@ RULES: dict[type, list[Rule]] = {
     workers.Workers: [
         _rule(
             f"!has(self.labels) || !self.labels.exists(k, k.startsWith('{names.GROUP}/'))",
-            f"labels that begin with {names.GROUP}/ are the operator's",
+            f"labels that begin with {names.GROUP}/ are reserved for the operator",
             ".labels",
         )
     ],
-    types.DataInput: [_exactly_one("from", "path")],
-    types.Pretrain: _TRAINING,
-    types.Sft: _TRAINING,
-    types.Gate: [_rule("has(self.atMost) || has(self.atLeast)", "give atMost, atLeast or both")],
-    types.Source: [
-        _rule("self.format == 'procedural' || has(self.path)", "this format needs path, a place on the storage"),
-        _rule("self.format != 'procedural' || !has(self.path)", "procedural draws its pictures: leave path out"),
-        _rule("self.format != 'procedural' || has(self.samples)", "procedural needs samples: how many to draw"),
+    training.DataInput: [_exactly_one("from", "path")],
+    training.Pretrain: _TRAINING,
+    training.Sft: _TRAINING,
+    types.Gate: [_rule("has(self.atMost) || has(self.atLeast)", "at least one of atMost, atLeast must be set")],
+    curation.Source: [
+        _rule("self.format == 'procedural' || has(self.path)", "path is required for this format"),
+        _rule("self.format != 'procedural' || !has(self.path)", "path must not be set for the format procedural"),
+        _rule("self.format != 'procedural' || has(self.samples)", "samples is required for the format procedural"),
     ],
-    types.Curate: [_part_of_one("heldOutFraction")],
+    curation.Curate: [_less_than_one("heldOutFraction")],
     types.Evaluate: [
         _rule(
             "(has(self.benchmarks) && self.benchmarks.size() > 0) || (has(self.custom) && self.custom.size() > 0)",
-            "give benchmarks, custom or both",
+            "at least one of benchmarks, custom must be set",
         ),
         _rule(
-            f"!has(self.benchmarks) || self.benchmarks.all(b, b in [{_KNOWN}])",
-            _LISTED,
+            f"!has(self.benchmarks) || self.benchmarks.all(b, b in [{_BENCHMARK_NAMES}])",
+            _UNKNOWN_BENCHMARK,
             ".benchmarks",
-            f"self.benchmarks.filter(b, !(b in [{_KNOWN}]))[0] + ': {_LISTED}'",
+            f"self.benchmarks.filter(b, !(b in [{_BENCHMARK_NAMES}]))[0] + ': {_UNKNOWN_BENCHMARK}'",
         ),
         _rule(
             "!has(self.benchmarks) || self.benchmarks.size() == 0 || has(self.data)",
-            "named benchmarks need data: the folder with <name>.tsv",
+            "data, the directory with <name>.tsv, is required if benchmarks is set",
         ),
     ],
     types.Stage: [_exactly_one("curate", "pretrain", "sft", "evaluate")],
 }
 
 OFFLINE: dict[str, str] = {}
-"""The same expression for CEL in Python, which has no comprehensions of two variables: its items know their index."""
+"""Python CEL equivalent by expression. celpy lacks two-variable comprehensions, so `cel.py` adds an index to each
+item."""
 
 _SERVER = {"each": "i, s", "earlier": "j, p, j < i", "first": "transformList(i, s, {wrong}, s.name)[0]"}
 _PYTHON = {"each": "s", "earlier": "p, p.x_index < s.x_index", "first": "filter(s, {wrong})[0].name"}
 
 
 def _each_stage(wrong: str, message: str) -> Rule:
-    """A rule on all stages; `wrong` says what must not be of the stage `s`, `<earlier>` begins those `p` before it."""
+    """Build a rule on all stages.
+
+    `wrong` is a CEL expression that holds for an invalid stage `s`; in it, `<earlier>` stands for the beginning of a
+    comprehension over the stages `p` before `s`.
+    """
 
     def rule(dialect: dict[str, str]) -> str:
         return f"self.all({dialect['each']}, !({wrong.replace('<earlier>', dialect['earlier'])}))"
@@ -127,39 +135,40 @@ def _data_from(kind: str) -> Rule:
     known = "self.exists(<earlier> && p.name == d.from && has(p.curate))"
     return _each_stage(
         f"has(s.{kind}) && s.{kind}.data.exists(d, has(d.from) && !{known})",
-        "from must name a curate stage that comes before",
+        "data[].from must name an earlier curate stage",
     )
 
 
 STAGES: list[Rule] = [
     _each_stage(
         "has(s.dependsOn) && s.dependsOn.exists(d, !self.exists(<earlier> && p.name == d))",
-        "dependsOn must name stages that come before",
+        "dependsOn must name earlier stages",
     ),
     _data_from("pretrain"),
     _data_from("sft"),
     _each_stage(
         "has(s.initFrom) && !self.exists(<earlier> && p.name == s.initFrom && (has(p.pretrain) || has(p.sft)))",
-        "initFrom must name a pretrain or sft stage that comes before",
+        "initFrom must name an earlier pretrain or sft stage",
     ),
     _each_stage(
         "has(s.initFrom) && has(s.curate)",
-        "a curate stage has no weights to start from; leave initFrom out",
+        "initFrom must not be set for a curate stage",
     ),
     _each_stage(
         "has(s.evaluate) && !self.exists(<earlier> && (has(p.pretrain) || has(p.sft)))",
-        "an evaluate stage needs a pretrain or sft stage before it",
+        "an evaluate stage requires an earlier pretrain or sft stage",
     ),
     _rule(
         "oldSelf.size() <= self.size() && oldSelf.all(i, o, self[i].name == o.name)",
-        "stages keep their order: append new ones at the end",
+        "stages can't be removed, renamed or reordered; append new stages at the end",
     ),
 ]
-"""On spec.stages."""
+"""Rules on spec.stages."""
 
 _NO_STATUS = "!has(oldSelf.status) || !has(oldSelf.status.stages)"
-_KEPT = ("dependsOn", "initFrom", "curate", "pretrain", "sft", "evaluate")
-"""What changes a stage's result. Workers, engine and gate of a started stage may change: the next attempt has them."""
+_IMMUTABLE = ("dependsOn", "initFrom", "curate", "pretrain", "sft", "evaluate")
+"""Fields of a started stage that can't change, because they determine its result. Workers, engine and gate may change
+and take effect at the next attempt."""
 
 
 def _differs(field: str) -> str:
@@ -170,16 +179,16 @@ def _differs(field: str) -> str:
 _CHANGED = (
     "oldSelf.status.stages.exists(t, t.name == o.name && t.state != 'Pending') && "
     "(i >= self.spec.stages.size() || self.spec.stages[i].name != o.name || "
-    f"{' || '.join(_differs(field) for field in _KEPT)})"
+    f"{' || '.join(_differs(field) for field in _IMMUTABLE)})"
 )
-_STAYS = "a stage that has started stays as it is; append a new one"
+_STARTED = "stages are immutable once started; append a new stage"
 
 
-def _kept_once_started(field: str) -> Rule:
+def _immutable_once_started(field: str) -> Rule:
     started = "oldSelf.status.stages.exists(t, t.state != 'Pending')"
     return _rule(
         f"{_NO_STATUS} || self.spec.{field} == oldSelf.spec.{field} || !{started}",
-        f"{field} can't change once a stage has started; create another run",
+        f"{field} is immutable once a stage has started; create a new run",
         f".spec.{field}",
     )
 
@@ -187,15 +196,15 @@ def _kept_once_started(field: str) -> Rule:
 RUN: list[Rule] = [
     _rule(
         f"self.spec.stages.all(s, self.metadata.name.size() + s.name.size() <= {names.MAX_RUN_AND_STAGE})",
-        f"metadata.name and a stage's name together have at most {names.MAX_RUN_AND_STAGE} characters",
+        f"metadata.name and the name of a stage may have at most {names.MAX_RUN_AND_STAGE} characters together",
         ".metadata.name",
     ),
     _rule(
         f"{_NO_STATUS} || oldSelf.spec.stages.all(i, o, !({_CHANGED}))",
-        _STAYS,
+        _STARTED,
         ".spec.stages",
-        f"'stage ' + oldSelf.spec.stages.transformList(i, o, {_CHANGED}, o.name)[0] + ': {_STAYS}'",
+        f"'stage ' + oldSelf.spec.stages.transformList(i, o, {_CHANGED}, o.name)[0] + ': {_STARTED}'",
     ),
-    *(_kept_once_started(field) for field in ("storage", "model", "seed")),
+    *(_immutable_once_started(field) for field in ("storage", "model", "seed")),
 ]
-"""On the whole object."""
+"""Rules on the whole object."""

@@ -1,4 +1,4 @@
-"""What the spec's types are made of: strings and lists with their limits, and what a pattern asks for in words."""
+"""Constrained strings, numbers and lists from which the types of the spec are built, and hints for their patterns."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from msgspec import Meta
 from sailvl_operator.api import names
 
 SET: dict[str, Any] = {"x-kubernetes-list-type": "set"}
-"""A list that names nothing twice."""
+"""Schema extension of a list without duplicate items."""
 BY_NAME: dict[str, Any] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
-"""A list whose items have names of their own."""
+"""Schema extension of a list whose items are identified by their name."""
 
 COUNT = r"^([1-9][0-9]*(\.[0-9]+)?[KMBT]?|0\.[0-9]*[1-9][0-9]*[KMBT])$"
 DECIMAL = r"^[0-9]+(\.[0-9]+)?(e-?[0-9]{1,2})?$"
@@ -31,21 +31,21 @@ HINTS = {
     SUBDOMAIN: "lower-case letters, digits, - and .",
     LABEL_VALUE: "letters, digits, -, _ and .",
     names.NAME_PATTERN: "lower-case letters, digits and -, beginning with a letter",
-    ABSOLUTE: "an absolute path, as in /data/raw/pictures: /data is the storage",
+    ABSOLUTE: "an absolute path, as in /data/raw/images: /data is the storage",
     VARIABLE: "a variable's name",
     SERVER: "an http:// or https:// address",
     NO_SPACE: "no spaces",
 }
-"""What a pattern asks for, in words."""
+"""Human-readable hint for each pattern, appended to the errors of `sailvl validate`."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=30, pattern=names.NAME_PATTERN)]
 Path = Annotated[str, Meta(min_length=1, max_length=512, pattern=ABSOLUTE)]
 Weights = Annotated[str, Meta(min_length=1, max_length=512, pattern=NO_SPACE)]
-"""A folder on the storage (/data/models/x) or a hub id (owner/name)."""
+"""Model weights: a directory on the storage (/data/models/x) or a Hugging Face Hub ID (owner/name)."""
 Count = Annotated[str, Meta(max_length=16, pattern=COUNT)]
-"""A large count: 4096, 32K, 1.5M, 131B, 2T."""
+"""Large count with an optional suffix: 4096, 32K, 1.5M, 131B, 2T."""
 Decimal = Annotated[str, Meta(max_length=16, pattern=DECIMAL)]
-"""A decimal number as a string: "2e-4", "0.05"."""
+"""Decimal number as a string: "2e-4", "0.05"."""
 Seconds = Annotated[int, Meta(ge=0, le=31_536_000)]
 ObjectName = Annotated[str, Meta(min_length=1, max_length=253, pattern=SUBDOMAIN)]
 LabelValue = Annotated[str, Meta(max_length=63, pattern=LABEL_VALUE)]
@@ -57,4 +57,4 @@ Parts = Annotated[tuple[Part, ...], Meta(min_length=1, max_length=3, extra_json_
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
-    """Base of the spec's structs: camelCase outside, unknown fields refused."""
+    """Base of the spec types: camelCase in JSON; unknown fields are an error."""

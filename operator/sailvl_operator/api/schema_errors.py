@@ -1,4 +1,7 @@
-"""jsonschema's errors in the API server's words, each with the path of its field; called by `validation.py`."""
+"""Errors of jsonschema, rephrased as the API server phrases them, each with the path of its field.
+
+Called by `validation.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ import jsonschema
 
 from sailvl_operator.api.scalars import HINTS
 
-Found = tuple[str, str]
-"""Path of a field, and what is wrong with it."""
+SchemaError = tuple[str, str]
+"""Path of a field and the error message."""
 
-_WORDS = {
+_MESSAGES = {
     "minimum": "should be greater than or equal to {limit}",
     "maximum": "should be less than or equal to {limit}",
     "minLength": "should be at least {limit} chars long",
@@ -25,19 +28,19 @@ _WORDS = {
 }
 
 
-def check_schema(document: Any, schema: dict[str, Any]) -> Iterator[Found]:
-    """Everything in a document that its schema doesn't allow."""
-    for error in jsonschema.Draft202012Validator(_closed(schema)).iter_errors(document):
-        yield from _describe(error)
-    yield from _check_doubles(document, schema, "")
+def check_schema(document: Any, schema: dict[str, Any]) -> Iterator[SchemaError]:
+    """Yield every violation of the schema, including unknown fields and duplicate list items."""
+    for error in jsonschema.Draft202012Validator(_forbid_unknown_fields(schema)).iter_errors(document):
+        yield from _rephrase(error)
+    yield from _check_duplicates(document, schema, "")
 
 
 def format_path(parts: Iterable[str | int]) -> str:
-    """spec.stages[0].name."""
+    """Join the parts of a path, as in spec.stages[0].name."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 
 
-def _describe(error: jsonschema.ValidationError) -> Iterator[Found]:
+def _rephrase(error: jsonschema.ValidationError) -> Iterator[SchemaError]:
     path = format_path(error.absolute_path)
     rule, limit, value = str(error.validator), cast(Any, error.validator_value), cast(Any, error.instance)
     match rule:
@@ -53,10 +56,10 @@ def _describe(error: jsonschema.ValidationError) -> Iterator[Found]:
         case "pattern":
             yield path, f"Invalid value: {_quote(value)}: should match '{limit}': {HINTS[limit]}"
         case _:
-            yield path, f"Invalid value: {_quote(value)}: {_WORDS[rule].format(limit=limit)}"
+            yield path, f"Invalid value: {_quote(value)}: {_MESSAGES[rule].format(limit=limit)}"
 
 
-def _unknown_fields(path: str, value: Any, schema: Any) -> Iterator[Found]:
+def _unknown_fields(path: str, value: Any, schema: Any) -> Iterator[SchemaError]:
     known = schema["properties"]
     for name in value:
         if name not in known:
@@ -66,27 +69,27 @@ def _unknown_fields(path: str, value: Any, schema: Any) -> Iterator[Found]:
 
 
 def _hint_quotes(value: Any, kind: str) -> str:
-    return "; write it in quotes" if isinstance(value, int | float) and kind == "string" else ""
+    return "; quote it to make it a string" if isinstance(value, int | float) and kind == "string" else ""
 
 
 def _quote(value: Any) -> str:
-    words = json.dumps(value, default=str)
-    return words if len(words) <= 80 else f"{words[:80]}…"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def _check_doubles(value: Any, schema: dict[str, Any], path: str) -> Iterator[Found]:
-    """Items that are there twice where a list is a set or a map."""
+def _check_duplicates(value: Any, schema: dict[str, Any], path: str) -> Iterator[SchemaError]:
+    """Yield duplicate items of lists that are a set or a map by name."""
     if isinstance(value, dict):
         for name, child in value.items():
             property_ = schema.get("properties", {}).get(name, {})
-            yield from _check_doubles(child, property_, f"{path}.{name}".lstrip("."))
+            yield from _check_duplicates(child, property_, f"{path}.{name}".lstrip("."))
     if isinstance(value, list):
         yield from _check_items(value, schema, path)
         for index, child in enumerate(value):
-            yield from _check_doubles(child, schema.get("items", {}), f"{path}[{index}]")
+            yield from _check_duplicates(child, schema.get("items", {}), f"{path}[{index}]")
 
 
-def _check_items(items: list[Any], schema: dict[str, Any], path: str) -> Iterator[Found]:
+def _check_items(items: list[Any], schema: dict[str, Any], path: str) -> Iterator[SchemaError]:
     kind = schema.get("x-kubernetes-list-type")
     seen: list[Any] = []
     for index, item in enumerate(items):
@@ -96,12 +99,14 @@ def _check_items(items: list[Any], schema: dict[str, Any], path: str) -> Iterato
         seen.append(key)
 
 
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema, with fields that it doesn't name refused, as kubectl and strict field validation do."""
+def _forbid_unknown_fields(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the schema that forbids unknown fields, as strict field validation of the API server does."""
     closed = dict(schema)
     if "properties" in schema:
-        closed["properties"] = {name: _closed(property_) for name, property_ in schema["properties"].items()}
+        closed["properties"] = {
+            name: _forbid_unknown_fields(property_) for name, property_ in schema["properties"].items()
+        }
         closed["additionalProperties"] = False
     if "items" in schema:
-        closed["items"] = _closed(schema["items"])
+        closed["items"] = _forbid_unknown_fields(schema["items"])
     return closed

@@ -1,6 +1,6 @@
-"""The status of a SailVLRun, typed: states, conditions and reasons have their names here and nowhere else.
+"""The status of a SailVLRun, typed. States, condition types, reasons and causes are defined here and nowhere else.
 
-Times are RFC 3339 strings in UTC; numbers with a fraction are decimal strings, as Kubernetes' API conventions ask.
+Times are RFC 3339 strings in UTC; fractional numbers are decimal strings, as the Kubernetes API conventions require.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ StageState = Literal["Pending", "Starting", "Running", "Restarting", "Suspended"
 
 
 class ConditionType(enum.StrEnum):
+    """Types of the conditions of a run."""
+
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
     RUNNING = "Running"
@@ -62,11 +64,11 @@ class Reason(enum.StrEnum):
 
 
 IN_PLACE = "InPlace"
-"""Among the causes of restarts: ranks that were started again within an attempt."""
+"""Key of in-place restarts (ranks restarted within an attempt) in status.stages[].restarts, beside the causes."""
 
 
 class Cause(enum.StrEnum):
-    """Why an attempt ended without a result."""
+    """Why an attempt failed."""
 
     CONFIG = "Config"
     DATA = "Data"
@@ -79,130 +81,190 @@ class Cause(enum.StrEnum):
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
-    """Base of the status' structs: camelCase outside; unknown fields of a later version are passed over."""
+    """Base of the status types: camelCase in JSON. Unknown fields, written by a later version, are ignored."""
 
 
 class Condition(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Condition of the run, as in the Kubernetes API conventions."""
+
     type: Short
+    """Type of the condition: Succeeded, Failed, Running, Suspended, Stuck or GatesPassed."""
     status: Literal["True", "False", "Unknown"]
+    """Whether the condition holds."""
     reason: Short
+    """Machine-readable reason for the status, in CamelCase."""
     message: Text
+    """Human-readable explanation of the status."""
     last_transition_time: Time
+    """Time at which the status last changed."""
     observed_generation: int
+    """Generation of the spec from which the condition was computed."""
 
 
 class StageProgress(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Progress of a stage as its workers last reported it."""
+
     step: int = 0
-    """Optimizer steps, samples or questions done."""
+    """Number of units done: optimizer steps, samples or questions, by the kind of the stage."""
     steps: int = 0
-    """How many there will be; 0: not known yet."""
+    """Total number of units; 0 if it is not known yet."""
     tokens: int = 0
+    """Number of tokens trained on, without padding, including those before a resume."""
     eta_seconds: int | None = None
+    """Estimated seconds until the stage completes. Unset if it is unknown."""
     seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
-    """Seconds of the newest attempt's workers by bucket, as they were last read."""
+    """Seconds that the workers of the newest attempt have spent, by goodput bucket."""
     unsaved_seconds: int = 0
-    """Seconds of training since the newest checkpoint: what a failure would cost."""
+    """Seconds of training since the newest checkpoint, which a failure now would lose."""
     lost_steps: int = 0
-    """Steps done in vain by all attempts so far: those after a checkpoint that was gone on from."""
+    """Number of optimizer steps that had to be repeated so far, over all attempts, because training resumed from an
+    earlier checkpoint."""
     in_place_restarts: int = 0
-    """How often the newest attempt's ranks were started again within it."""
+    """Number of times that the newest attempt restarted its ranks without replacing the pods."""
 
 
 class StageCheckpoint(Struct, frozen=True, kw_only=True):
+    """Newest complete checkpoint of a stage."""
+
     step: int
+    """Optimizer step at which the checkpoint was written."""
     path: Annotated[str, Meta(max_length=1024)]
-    """Relative to the storage."""
+    """Directory of the checkpoint, relative to the storage."""
 
 
 class LastFailure(Struct, frozen=True, kw_only=True):
+    """Most recent failure of a stage."""
+
     cause: Short
+    """Cause of the failure: Config, Data, NonFinite, OutOfMemory, Stalled, Preempted, Infra or Crash."""
     attempt: int
+    """Number of the attempt that failed."""
     rank: int | None = None
+    """Rank that failed first. Unset if the failure is not attributed to a rank."""
     node: Annotated[str, Meta(max_length=253)] = ""
+    """Node on which the failure occurred. Empty if it is not attributed to a node."""
     exit_code: int | None = None
+    """Exit code of the worker. Unset if the worker did not exit."""
     message: Text = ""
+    """Error message and, where known, how to fix the error."""
     traceback: Annotated[str, Meta(max_length=2048)] = ""
-    """The last lines of the rank's traceback; of its log, if it had no time for words of its own."""
+    """Last lines of the rank's traceback, or of its log if the rank exited without an error report."""
     time: Time
+    """Time at which the failure was recorded."""
 
 
 class StageStatus(Struct, frozen=True, kw_only=True):
+    """Observed state of one stage."""
+
     name: Annotated[str, Meta(max_length=30)]
+    """Name of the stage."""
     state: StageState
+    """Current state: Pending, Starting, Running, Restarting, Suspended, Succeeded or Failed."""
     attempt: int = 0
-    """Number of the newest attempt; written before its Job exists."""
+    """Number of the newest attempt, counted from 1. It is written before the Job of the attempt is created, except for
+    the first."""
     restarts: Annotated[dict[str, int], Meta(max_length=16)] = {}
-    """New attempts by the cause of the failure before them; InPlace: ranks started again within an attempt."""
+    """Number of restarts by the cause of the failure before them. The key InPlace counts restarts of ranks within an
+    attempt."""
     counted_restarts: Annotated[dict[str, int], Meta(max_length=16)] = {}
-    """Those of them that count against the budgets: since the saved progress last grew."""
+    """Number of restarts by cause that count against the budgets of restartPolicy: those since the saved progress last
+    grew."""
     progress_at_last_failure: int = 0
-    """The saved progress at the last of them."""
+    """Saved progress, in units of progress.step, at the most recent counted restart."""
     node_failures: Annotated[dict[str, int], Meta(max_length=32)] = {}
-    """Attempts that a node took down."""
+    """Number of failed attempts by the node that caused the failure."""
     digest: Annotated[str, Meta(max_length=64)] = ""
+    """Digest of the settings and inputs of the stage, by which its result is found on the storage."""
     reused: bool = False
-    """The result was found on the storage, not computed again."""
+    """Whether an existing result with the same digest was found on the storage instead of being computed."""
     start_time: Time = ""
+    """Time at which the stage started."""
     completion_time: Time = ""
+    """Time at which the stage succeeded or failed."""
     next_attempt_time: Time = ""
-    """The next attempt starts at this time: backoff."""
+    """Earliest time at which the next attempt starts, after the backoff. Empty if no attempt is delayed."""
     progress: StageProgress | None = None
+    """Progress as the workers last reported it."""
     metrics: Annotated[dict[str, Annotated[str, Meta(max_length=32)]], Meta(max_length=64)] = {}
+    """Metrics of the stage, for example heldOutLoss or score, as decimal strings. Gates refer to their keys."""
     checkpoint: StageCheckpoint | None = None
+    """Newest complete checkpoint."""
     output: Annotated[str, Meta(max_length=1024)] = ""
-    """Directory of the stage, relative to the storage."""
+    """Output directory of the stage, relative to the storage."""
     gate: Text = ""
-    """What became of the stage's gate, in words; empty: it has none, or it was not come to yet."""
+    """Result of the stage's gate. Empty if the stage has no gate or the gate was not evaluated yet."""
     last_failure: LastFailure | None = None
+    """Most recent failure of the stage."""
 
 
 class Summary(Struct, frozen=True, kw_only=True):
-    """The columns of `kubectl get`."""
+    """Columns of kubectl get."""
 
     stage: Annotated[str, Meta(max_length=48)] = ""
+    """Current stage and its position among the stages, for example align (2/4)."""
     progress: Short = ""
+    """Progress of the current stage in percent."""
     ready: Short = ""
+    """Number of ready pods and of all pods of the current stage, for example 1/2."""
     restarts: int = 0
+    """Number of restarts of all stages."""
     goodput: Short = ""
+    """Percentage of the time, without suspension, that was spent on training, curating or evaluating."""
     eta: Short = ""
+    """Estimated time until the current stage completes."""
     reason: Short = ""
+    """Reason of the condition that best describes the run."""
 
 
 class Goodput(Struct, frozen=True, kw_only=True):
-    """Where the time went: whole seconds by bucket, which add up to the time from start to `settledAt`."""
+    """Wall-clock time of the run by bucket. The whole seconds of all buckets add up to the time from start to
+    settledAt."""
 
     settled_at: Time = ""
+    """Time up to which the run is accounted for."""
     seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    """Seconds by bucket: queued, starting, training, curating, evaluating, dataWait, checkpoint, lost, restarting and
+    suspended."""
     gpu_seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    """GPU seconds by bucket: the seconds multiplied by the number of GPUs held."""
     lost_steps: int = 0
-    """Steps done in vain: those after a checkpoint that was gone on from, as the workers count them."""
+    """Number of optimizer steps that had to be repeated because training resumed from an earlier checkpoint."""
     cost: Short = ""
-    """Of all GPU seconds at spec.pricePerGpuHour."""
+    """Cost of all GPU seconds at spec.pricePerGpuHour. Empty if no price is set."""
     lost_cost: Short = ""
-    """Of those that were not for training, curating or evaluating."""
+    """Cost of the GPU seconds that were not spent on training, curating or evaluating."""
 
 
 class Status(Struct, frozen=True, kw_only=True):
+    """Observed state of a SailVLRun."""
+
     observed_generation: int = 0
+    """Generation of the spec that the operator last acted upon."""
     start_time: Time = ""
+    """Time at which the run started."""
     completion_time: Time = ""
+    """Time at which the run succeeded or failed."""
     summary: Summary = Summary()
+    """Columns of kubectl get."""
     conditions: Annotated[list[Condition], Meta(max_length=16)] = []
+    """Conditions of the run."""
     stages: Annotated[list[StageStatus], Meta(max_length=32)] = []
+    """Observed state of each stage, in the order of the spec."""
     goodput: Goodput = Goodput()
+    """Wall-clock time and GPU time of the run by bucket."""
     observed_restart_request: Short = ""
-    """The value of the annotation sailvl.dev/restart-stage that was acted upon."""
+    """Value of the annotation sailvl.dev/restart-stage that the operator last acted upon."""
 
     def condition(self, type_: ConditionType) -> Condition | None:
-        """The condition of a type, if it was ever set."""
+        """Return the condition of a type, or None if it was never set."""
         return next((c for c in self.conditions if c.type == type_), None)
 
     def is_true(self, type_: ConditionType) -> bool:
-        """Whether a condition is set and True."""
+        """Whether the condition of a type is set and True."""
         found = self.condition(type_)
         return found is not None and found.status == "True"
 
     @property
     def is_finished(self) -> bool:
-        """Succeeded or failed for good: latched."""
+        """Whether the run has succeeded or failed."""
         return self.is_true(ConditionType.SUCCEEDED) or self.is_true(ConditionType.FAILED)

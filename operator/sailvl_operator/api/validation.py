@@ -1,6 +1,6 @@
-"""The API server's checks without a server: unknown fields, the schema, the CEL rules; then what isn't built yet.
+"""Offline validation of a SailVLRun: unknown fields, schema, CEL rules, then fields that aren't supported yet.
 
-Called by the command line and by local mode.
+It reports what the API server and the operator would reject. Called by `sailvl validate` and by local mode.
 """
 
 from __future__ import annotations
@@ -15,33 +15,36 @@ from sailvl_operator.api import names
 from sailvl_operator.api.crd import build_schema
 from sailvl_operator.api.parse import SpecError, parse_spec
 from sailvl_operator.api.schema_errors import check_schema
-from sailvl_operator.api.unsupported import unsupported
+from sailvl_operator.api.unsupported import find_unsupported_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FieldError:
+    """A validation error of one field."""
+
     field: str
-    """Its path: spec.stages[0].name."""
+    """Path of the field, as in spec.stages[0].name."""
     message: str
+    """What is wrong and, where known, what to set instead."""
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}"
 
 
 def validate(document: dict[str, Any]) -> list[FieldError]:
-    """Everything that is wrong with a SailVLRun; empty: the API server and the operator take it.
+    """Return all validation errors of a SailVLRun; an empty list means that API server and operator accept it.
 
-    What a change may not touch (`oldSelf`) is the server's alone to say.
+    Transition rules (`oldSelf`) are not evaluated, since only the API server knows the previous object.
     """
-    wrong = list(_check_head(document))
-    wrong += [FieldError(field=field, message=words) for field, words in check_schema(document, _whole_schema())]
-    if wrong:
-        return wrong
+    errors = list(_check_header(document))
+    errors += [FieldError(field=field, message=message) for field, message in check_schema(document, _full_schema())]
+    if errors:
+        return errors
     return list(_check_rules(fill_defaults(document, build_schema()), build_schema(), "")) or _check_spec(document)
 
 
 def fill_defaults(value: Any, schema: dict[str, Any]) -> Any:
-    """A copy with the schema's defaults, as the API server stores it."""
+    """Return a copy in which unset fields have the defaults of the schema, as the API server stores it."""
     if isinstance(value, dict) and "properties" in schema:
         filled = dict(value)
         for name, property_ in schema["properties"].items():
@@ -55,18 +58,18 @@ def fill_defaults(value: Any, schema: dict[str, Any]) -> Any:
     return copy.deepcopy(value)
 
 
-def _check_head(document: dict[str, Any]) -> Iterator[FieldError]:
+def _check_header(document: dict[str, Any]) -> Iterator[FieldError]:
     for field, known in (("apiVersion", names.API_VERSION), ("kind", names.KIND)):
         if document.get(field) != known:
-            yield FieldError(field=field, message=f"write {known}")
+            yield FieldError(field=field, message=f"must be {known}")
     metadata = document.get("metadata")
     if not isinstance(metadata, dict) or "name" not in metadata:
         yield FieldError(field="metadata.name", message="Required value")
 
 
 @cache
-def _whole_schema() -> dict[str, Any]:
-    """The schema with the fields of metadata, which the server checks by itself and no schema may list."""
+def _full_schema() -> dict[str, Any]:
+    """Return the schema extended by the fields of metadata, which the API server validates itself."""
     schema = dict(build_schema())
     text, texts = {"type": "string"}, {"type": "object", "additionalProperties": {"type": "string"}}
     known = dict.fromkeys(("namespace", "uid", "resourceVersion", "creationTimestamp"), text)
@@ -78,7 +81,7 @@ def _whole_schema() -> dict[str, Any]:
 
 
 def _check_rules(value: Any, schema: dict[str, Any], path: str) -> Iterator[FieldError]:
-    """The rules at a value and below it."""
+    """Yield violations of the CEL rules of a value and of all values below it."""
     for rule in schema.get("x-kubernetes-validations", ()):
         yield from _check_rule(rule, value, path)
     if isinstance(value, dict):
@@ -91,18 +94,19 @@ def _check_rules(value: Any, schema: dict[str, Any], path: str) -> Iterator[Fiel
 
 
 def _check_rule(rule: dict[str, str], value: Any, path: str) -> Iterator[FieldError]:
-    from sailvl_operator.api import cel  # its import and grammar take half of a second: only for what has a rule
+    from sailvl_operator.api import cel  # imported lazily: importing and compiling its grammar takes 0.5 s
 
-    if cel.is_about_change(rule["rule"]) or cel.holds(rule["rule"], value):
+    if cel.is_transition_rule(rule["rule"]) or cel.evaluate_rule(rule["rule"], value):
         return
-    words = cel.say(rule["messageExpression"], value) if "messageExpression" in rule else rule["message"]
-    yield FieldError(field=f"{path}{rule.get('fieldPath', '')}".lstrip("."), message=words)
+    expression = rule.get("messageExpression")
+    message = rule["message"] if expression is None else cel.evaluate_message(expression, value)
+    yield FieldError(field=f"{path}{rule.get('fieldPath', '')}".lstrip("."), message=message)
 
 
 def _check_spec(document: dict[str, Any]) -> list[FieldError]:
     try:
         spec = parse_spec(document["spec"])
     except SpecError as error:
-        field, _, words = str(error).partition(": ")
-        return [FieldError(field=field, message=words)]
-    return [FieldError(field=field, message=words) for field, words in unsupported(spec)]
+        field, _, message = str(error).partition(": ")
+        return [FieldError(field=field, message=message)]
+    return [FieldError(field=field, message=message) for field, message in find_unsupported_fields(spec)]

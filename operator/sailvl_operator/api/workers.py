@@ -1,4 +1,4 @@
-"""Where a stage runs, typed: the part of the spec that its pods get."""
+"""The part of the spec that describes the pods of a stage: nodes, resources, scheduling and environment."""
 
 from __future__ import annotations
 
@@ -11,78 +11,78 @@ from sailvl_operator.api.scalars import BY_NAME, LABEL_VALUE, VARIABLE, Labels, 
 
 
 class EnvVar(Struct, frozen=True, kw_only=True):
-    """A variable of the workers' environment."""
+    """Environment variable of the workers."""
 
     name: Annotated[str, Meta(min_length=1, max_length=128, pattern=VARIABLE)]
-    """SAILVL_* is the operator's."""
+    """Name of the variable. Names that begin with SAILVL_ are reserved."""
     value: Annotated[str, Meta(max_length=1024)] = ""
-    """Default: empty."""
+    """Value of the variable. Defaults to the empty string."""
 
 
 class SourceRef(Struct, frozen=True, kw_only=True):
-    """A Secret or a ConfigMap in the run's namespace."""
+    """Reference to a Secret or a ConfigMap in the namespace of the run."""
 
     name: ObjectName
-    """Of the object."""
+    """Name of the object."""
     optional: bool = False
-    """true: workers start without it too."""
+    """Whether workers start if the object does not exist."""
 
 
 class EnvFrom(Struct, frozen=True, kw_only=True):
-    """Exactly one of secretRef and configMapRef."""
+    """Source of environment variables: a Secret (secretRef) or a ConfigMap (configMapRef)."""
 
     secret_ref: SourceRef | UnsetType = UNSET
-    """A Secret, each key a variable."""
+    """Secret whose keys become environment variables."""
     config_map_ref: SourceRef | UnsetType = UNSET
-    """A ConfigMap, each key a variable."""
+    """ConfigMap whose keys become environment variables."""
 
 
 class Toleration(Struct, frozen=True, kw_only=True):
-    """As in a pod: the taint that workers don't mind."""
+    """Taint that the workers tolerate, as in a pod."""
 
     key: Annotated[str, Meta(max_length=316)] | UnsetType = UNSET
-    """Of the taint. Default: every taint, with operator Exists."""
+    """Key of the taint. If unset, operator must be Exists, and every taint is tolerated."""
     operator: Literal["Exists", "Equal"] | UnsetType = UNSET
-    """Default Equal."""
+    """How the value is compared: Exists matches any value. Defaults to Equal."""
     value: LabelValue | UnsetType = UNSET
-    """Of the taint, for Equal."""
+    """Value of the taint. Only used with operator Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | UnsetType = UNSET
-    """Default: every effect."""
+    """Effect of the taint. Defaults to every effect."""
     toleration_seconds: int | UnsetType = UNSET
-    """NoExecute: how long. Default: for ever."""
+    """Seconds for which a taint with effect NoExecute is tolerated. Defaults to no limit."""
 
 
 class Resources(Struct, frozen=True, kw_only=True):
-    """Of one pod, as in a container. GPUs are gpusPerNode's to ask for."""
+    """Compute resources of one pod, as in a container. GPUs are requested by gpusPerNode, not here."""
 
     requests: Annotated[dict[str, Quantity], Meta(max_length=16)] = msgspec.field(default_factory=dict)
-    """What the scheduler sets aside: cpu, memory, …"""
+    """Resources that the scheduler reserves: cpu, memory, ephemeral-storage and others."""
     limits: Annotated[dict[str, Quantity], Meta(max_length=16)] = msgspec.field(default_factory=dict)
-    """What a worker may use at most."""
+    """Maximum resources that a worker may use."""
 
 
 class Workers(Struct, frozen=True, kw_only=True):
-    """Where a stage runs. Changed workers take effect at the next attempt; they are no part of a stage's digest."""
+    """Pods of a stage. Changes take effect at the next attempt and do not invalidate the result of the stage."""
 
     nodes: Annotated[int, Meta(ge=1, le=9999)] | UnsetType = UNSET
-    """Pods of the stage, each on a node of its own where there are enough. Default 1."""
+    """Number of pods. Each is placed on its own node if enough nodes are available. Defaults to 1."""
     gpus_per_node: Annotated[int, Meta(ge=0, le=64)] | UnsetType = UNSET
-    """GPUs a pod; 0: CPU and gloo. Default 8."""
+    """Number of GPUs per pod, one rank each; 0 runs one rank on the CPU. Defaults to 8."""
     resources: Resources | UnsetType = UNSET
-    """Requests and limits a pod; GPUs are added by gpusPerNode."""
+    """Requests and limits of each pod. GPUs are added from gpusPerNode."""
     node_selector: Labels | UnsetType = UNSET
-    """Labels that a node must have."""
+    """Labels that a node must have to run the workers."""
     tolerations: Annotated[tuple[Toleration, ...], Meta(max_length=16)] | UnsetType = UNSET
-    """Taints that the workers don't mind."""
+    """Taints that the workers tolerate."""
     priority_class_name: ObjectName | UnsetType = UNSET
-    """The pods' PriorityClass."""
+    """Name of the PriorityClass of the pods."""
     scheduler_name: ObjectName | UnsetType = UNSET
-    """Another scheduler than the cluster's default."""
+    """Name of the scheduler. Defaults to the default scheduler of the cluster."""
     env: Annotated[tuple[EnvVar, ...], Meta(max_length=64, extra_json_schema=BY_NAME)] | UnsetType = UNSET
-    """Variables of the workers' environment."""
+    """Environment variables of the workers."""
     env_from: Annotated[tuple[EnvFrom, ...], Meta(max_length=16)] | UnsetType = UNSET
-    """Secrets and ConfigMaps whose keys become variables, say tokens of a hub."""
+    """Secrets and ConfigMaps whose keys become environment variables, for example an HF_TOKEN."""
     labels: Labels | UnsetType = UNSET
-    """Extra labels of the pods, for pod groups of a gang scheduler and the like."""
+    """Additional labels of the pods, for example the pod group of a gang scheduler."""
     queue_name: Annotated[str, Meta(min_length=1, max_length=63, pattern=LABEL_VALUE)] | UnsetType = UNSET
-    """Kueue's local queue; the Job's suspend is then Kueue's."""
+    """Name of a Kueue LocalQueue. Jobs are created suspended, and Kueue decides when they start."""

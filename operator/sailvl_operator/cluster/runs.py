@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sailvl_operator.api.parse import SpecError, parse_run, renew_run
+from sailvl_operator.api.parse import SpecError, parse_run, refresh_run
 from sailvl_operator.api.types import Model, Run, Spec, Storage
 from sailvl_operator.core.observe import parse_time
 from sailvl_operator.core.plan import PlannedStage, plan
@@ -76,7 +76,7 @@ def _parse_again(raw: dict[str, Any], known: RunEntry) -> RunEntry:
     metadata = raw["metadata"]
     if (metadata["uid"], metadata.get("generation")) != (known.run.uid, known.run.generation):
         return _parse(raw)
-    return replace(known, run=renew_run(known.run, raw))
+    return replace(known, run=refresh_run(known.run, raw))
 
 
 def _parse(raw: dict[str, Any]) -> RunEntry:

@@ -11,7 +11,7 @@ from msgspec import UNSET
 
 from sailvl_operator.api.status import Cause, ConditionType, Reason, StageStatus, Status
 from sailvl_operator.api.types import Run
-from sailvl_operator.api.unsupported import unsupported
+from sailvl_operator.api.unsupported import find_unsupported_fields
 from sailvl_operator.core import deadlines, gates, goodput, restart, restart_request, stage
 from sailvl_operator.core.conditions import Outcome, build_verdicts, headline, is_over, judge
 from sailvl_operator.core.decision import Attempt, Decision, Event
@@ -40,7 +40,7 @@ def reconcile(
         return Decision()
     if status.is_finished and not _may_go_on(run, status):
         return _retire(run, status, observed, now)
-    problems = unsupported(run.spec)
+    problems = find_unsupported_fields(run.spec)
     if problems:
         message = "; ".join(f"{path}: {words}" for path, words in problems)
         return refuse(run, message, observed, now=now)

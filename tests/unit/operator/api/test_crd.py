@@ -1,4 +1,4 @@
-"""The schema as a whole: limits everywhere, words everywhere, defaults that change nothing."""
+"""The schema as a whole: every value is bounded and described, and defaults match those of the types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sailvl_operator.api import rules, status, types, workers
+from sailvl_operator.api import curation, rules, status, training, types, workers
 from sailvl_operator.api.crd import build_crd, build_schema, describe_fields, struct_schema
 from sailvl_operator.api.parse import parse_spec
 from sailvl_operator.api.reference import build_reference
@@ -33,25 +33,25 @@ def _walk(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[st
 
 SPEC, STATUS = (dict(_walk(build_schema()["properties"][name], name)) for name in ("spec", "status"))
 LIMIT = {"string": ("maxLength", "enum"), "array": ("maxItems",), "map": ("maxProperties",), "integer": ("maximum",)}
-FREE = {"spec.workers.tolerations[].tolerationSeconds", "spec.stages[].workers.tolerations[].tolerationSeconds"}
-"""As pods have it: any number."""
+UNBOUNDED = {"spec.workers.tolerations[].tolerationSeconds", "spec.stages[].workers.tolerations[].tolerationSeconds"}
+"""Fields without a maximum, as in the pod API."""
 
 
 def _kind(schema: dict[str, Any]) -> str:
     return "map" if "additionalProperties" in schema else str(schema["type"])
 
 
-def test_everything_has_a_limit() -> None:
+def test_every_value_is_bounded() -> None:
     unlimited = {
         path
         for path, schema in (SPEC | STATUS).items()
         if (limits := LIMIT.get(_kind(schema))) and not any(limit in schema for limit in limits)
     }
     counters = {path for path in unlimited if path.startswith("status") and (SPEC | STATUS)[path]["type"] == "integer"}
-    assert unlimited - counters == FREE
+    assert unlimited - counters == UNBOUNDED
 
 
-def test_there_are_no_floats() -> None:
+def test_schema_has_no_floats() -> None:
     assert {schema["type"] for schema in (SPEC | STATUS).values()} == {
         "object",
         "array",
@@ -61,7 +61,7 @@ def test_there_are_no_floats() -> None:
     }
 
 
-def test_every_pattern_has_words() -> None:
+def test_every_pattern_has_a_hint() -> None:
     assert {schema["pattern"] for schema in SPEC.values() if "pattern" in schema} <= HINTS.keys()
 
 
@@ -70,49 +70,50 @@ def _structs(module: Any) -> list[type[msgspec.Struct]]:
     return [struct for struct in known if msgspec.structs.fields(struct) and struct is not types.Run]
 
 
-@pytest.mark.parametrize(
-    "struct", list(dict.fromkeys(_structs(types) + _structs(workers))), ids=lambda struct: struct.__name__
-)
-def test_every_field_of_the_spec_is_described(struct: type[msgspec.Struct]) -> None:
+DESCRIBED = list(dict.fromkeys(s for module in (types, curation, training, workers, status) for s in _structs(module)))
+
+
+@pytest.mark.parametrize("struct", DESCRIBED, ids=lambda struct: struct.__name__)
+def test_every_field_is_described(struct: type[msgspec.Struct]) -> None:
     assert {field.name for field in msgspec.structs.fields(struct)} == describe_fields(struct).keys()
 
 
-def test_rules_are_on_structs_of_the_schema() -> None:
+def test_every_rule_is_part_of_the_schema() -> None:
     written = sum(len(schema.get("x-kubernetes-validations", ())) for schema in SPEC.values())
     assert written > sum(map(len, rules.RULES.values())), "each at least once, and those on the stages"
 
 
-@pytest.mark.parametrize("struct", [types.Pretrain, types.Sft])
+@pytest.mark.parametrize("struct", [training.Pretrain, training.Sft])
 def test_inherited_fields_are_described(struct: type[msgspec.Struct]) -> None:
-    assert "Peak" in struct_schema(struct)["properties"]["learningRate"]["description"]
+    assert "Peak learning rate" in struct_schema(struct)["properties"]["learningRate"]["description"]
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_the_servers_defaults_are_those_of_the_types(path: Path) -> None:
+def test_server_side_defaults_match_the_types(path: Path) -> None:
     (document,) = read_documents(path)
     filled = fill_defaults(document, build_schema())
     assert filled["spec"] != document["spec"]
     assert parse_spec(filled["spec"]) == parse_spec(document["spec"])
 
 
-def test_filling_defaults_leaves_the_document_alone() -> None:
+def test_fill_defaults_does_not_modify_the_document() -> None:
     document = build_document()
     fill_defaults(document, build_schema())["spec"]["stages"][1]["pretrain"]["train"].append("vision")
     assert document == build_document()
     assert build_crd() == build_crd()
 
 
-def test_the_status_gets_no_defaults() -> None:
+def test_status_has_no_defaults() -> None:
     assert not [path for path, schema in STATUS.items() if "default" in schema]
 
 
-def test_links_of_the_reference_lead_somewhere() -> None:
+def test_links_of_the_reference_resolve() -> None:
     page = build_reference()
     heads = {line.removeprefix("## ").lower() for line in page.splitlines() if line.startswith("## ")}
     assert set(re.findall(r"\(#([a-z]+)\)", page)) <= heads
 
 
-def test_columns_are_fields_of_the_status() -> None:
+def test_printer_columns_are_status_fields() -> None:
     (version,) = build_crd()["spec"]["versions"]
     paths = [column["jsonPath"] for column in version["additionalPrinterColumns"]]
     assert set(paths) - {".metadata.creationTimestamp"} <= {f".{path}" for path in STATUS}

@@ -1,4 +1,4 @@
-"""The chart, rendered by helm without a cluster: what it makes of each ci scenario, what it refuses, what it names."""
+"""The chart, rendered by helm without a cluster: the objects of each ci scenario, and values that it rejects."""
 
 from __future__ import annotations
 
@@ -62,32 +62,32 @@ KINDS = {
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_lint(scenario: str) -> None:
+def test_chart_passes_helm_lint(scenario: str) -> None:
     done = run_helm("lint", "--strict", str(CHART), "--kube-version", KUBERNETES, "-f", values_file(scenario))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_kinds(scenario: str) -> None:
+def test_scenario_renders_expected_kinds(scenario: str) -> None:
     assert Tally(o["kind"] for o in render(scenario)) == Tally(KINDS[scenario])
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_every_object_says_where_it_belongs(scenario: str) -> None:
+def test_every_object_has_namespace_and_instance_label(scenario: str) -> None:
     for o in render(scenario):
         is_cluster_wide = o["kind"].startswith("Cluster")
         assert ("namespace" in o["metadata"]) is not is_cluster_wide, o["metadata"]["name"]
         assert o["metadata"]["labels"]["app.kubernetes.io/instance"] == "train"
 
 
-def test_the_definition_is_the_generated_one() -> None:
+def test_crd_of_the_chart_is_the_generated_one() -> None:
     assert [path.name for path in (CHART / "crds").iterdir()] == ["sailvlruns.yaml"]
     generated = CHART.parents[1] / "crds/sailvlruns.yaml"
     assert (CHART / "crds/sailvlruns.yaml").read_bytes() == generated.read_bytes(), "copy it: make generate"
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_pod_is_restricted(scenario: str) -> None:
+def test_pod_meets_the_restricted_security_standard(scenario: str) -> None:
     spec = get_pod(scenario)["spec"]
     [container] = spec["containers"]
     assert spec["securityContext"] == {
@@ -107,7 +107,7 @@ def test_the_pod_is_restricted(scenario: str) -> None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_probes_and_the_service_share_the_port(scenario: str) -> None:
+def test_probes_and_service_use_the_same_port(scenario: str) -> None:
     [container] = get_pod(scenario)["spec"]["containers"]
     assert container["ports"] == [{"name": "http", "containerPort": ServerSettings().port, "protocol": "TCP"}]
     probes = {name: container[name]["httpGet"] for name in ("livenessProbe", "readinessProbe", "startupProbe")}
@@ -150,7 +150,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("scenario", SETTINGS)
-def test_the_operator_reads_its_flags(scenario: str) -> None:
+def test_flags_are_parsed_into_the_expected_settings(scenario: str) -> None:
     [container] = get_pod(scenario)["spec"]["containers"]
     assert "command" not in container, "the image's entrypoint is `sailvl`"
     verb, *flags = container["args"]
@@ -168,11 +168,11 @@ def test_the_operator_reads_its_flags(scenario: str) -> None:
         ("everything", f"registry.example.com/sailvl-operator@sha256:{'0123456789abcdef' * 4}"),
     ],
 )
-def test_the_image(scenario: str, image: str) -> None:
+def test_image_reference(scenario: str, image: str) -> None:
     assert get_pod(scenario)["spec"]["containers"][0]["image"] == image
 
 
-def test_what_a_user_adds_to_the_pod() -> None:
+def test_user_values_are_passed_to_the_pod() -> None:
     values = yaml.safe_load(Path(values_file("everything")).read_text())
     template = get_pod("everything")
     passed = ("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName")
@@ -186,7 +186,7 @@ def test_what_a_user_adds_to_the_pod() -> None:
 
 
 def rights_by_namespace(scenario: str) -> dict[str, Any]:
-    """Of the service account that the pods run as; "" is the whole cluster."""
+    """Return the rules of the service account of the pods by namespace; "" stands for the whole cluster."""
     objects = render(scenario)
     rules = {(o["kind"], o["metadata"]["name"], o["metadata"].get("namespace", "")): o.get("rules") for o in objects}
     account = {"kind": "ServiceAccount", "name": get_pod(scenario)["spec"]["serviceAccountName"], "namespace": "sail"}
@@ -211,54 +211,60 @@ def rights_by_namespace(scenario: str) -> dict[str, Any]:
         ("given-rights", {}),
     ],
 )
-def test_rights(scenario: str, expected: dict[str, Any]) -> None:
+def test_rbac_rules_by_namespace(scenario: str, expected: dict[str, Any]) -> None:
     assert rights_by_namespace(scenario) == expected
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_service_account(scenario: str) -> None:
+def test_pod_uses_the_service_account(scenario: str) -> None:
     accounts = [o["metadata"]["name"] for o in render(scenario) if o["kind"] == "ServiceAccount"]
     assert get_pod(scenario)["spec"]["serviceAccountName"] in (accounts or ["given"])
 
 
-BAD_VALUES = [
-    pytest.param("replica=2", "additional properties 'replica' not allowed", id="an unknown name"),
-    pytest.param("image.repo=x", "additional properties 'repo' not allowed", id="an unknown name below"),
-    pytest.param("image.tag=a/b", "/image/tag", id="a tag with a slash"),
-    pytest.param("image.repository=", "/image/repository", id="no repository"),
-    pytest.param("image.digest=sha256:12", "/image/digest", id="half a digest"),
-    pytest.param("image.pullPolicy=Sometimes", "/image/pullPolicy", id="a pull policy"),
-    pytest.param("replicas=-1", "/replicas", id="fewer than no replicas"),
-    pytest.param("replicas=two", "/replicas", id="replicas in words"),
-    pytest.param("watchNamespaces={team-a,team-a}", "/watchNamespaces", id="a namespace twice"),
-    pytest.param("watchNamespaces={Team}", "/watchNamespaces/0", id="a namespace in capitals"),
-    pytest.param("runs.graceSeconds=0", "/runs/graceSeconds", id="no grace"),
-    pytest.param("operator.logLevel=LOUD", "/operator/logLevel", id="a log level"),
-    pytest.param("operator.events=maybe", "/operator/events", id="events in words"),
-    pytest.param("resources.limits.memory=lots", "/resources/limits/memory", id="a quantity in words"),
+INVALID_VALUES = [
+    pytest.param("replica=2", "additional properties 'replica' not allowed", id="unknown value"),
+    pytest.param("image.repo=x", "additional properties 'repo' not allowed", id="unknown nested value"),
+    pytest.param("image.tag=a/b", "/image/tag", id="tag with a slash"),
+    pytest.param("image.repository=", "/image/repository", id="empty repository"),
+    pytest.param("image.digest=sha256:12", "/image/digest", id="short digest"),
+    pytest.param("image.pullPolicy=Sometimes", "/image/pullPolicy", id="unknown pull policy"),
+    pytest.param("replicas=-1", "/replicas", id="negative replicas"),
+    pytest.param("replicas=two", "/replicas", id="replicas is a string"),
+    pytest.param("watchNamespaces={team-a,team-a}", "/watchNamespaces", id="duplicate namespace"),
+    pytest.param("watchNamespaces={Team}", "/watchNamespaces/0", id="uppercase namespace"),
+    pytest.param("runs.graceSeconds=0", "/runs/graceSeconds", id="zero grace period"),
+    pytest.param("operator.logLevel=LOUD", "/operator/logLevel", id="unknown log level"),
+    pytest.param("operator.events=maybe", "/operator/events", id="events is a string"),
+    pytest.param("resources.limits.memory=lots", "/resources/limits/memory", id="quantity is not a number"),
     pytest.param(
-        "podLabels.app\\.kubernetes\\.io/managed-by=sailvl-operator", "invalid propertyName", id="the workers' mark"
+        "podLabels.app\\.kubernetes\\.io/managed-by=sailvl-operator", "invalid propertyName", id="reserved pod label"
     ),
-    pytest.param("metrics.podMonitor.interval=often", "/metrics/podMonitor/interval", id="an interval in words"),
-    pytest.param("metrics.prometheusRule.enabled=true", "/metrics/serviceMonitor/enabled", id="alerts without series"),
-    pytest.param("leaderElection.renewDeadlineSeconds=15", "set it below durationSeconds, 15", id="two leaders"),
+    pytest.param("metrics.podMonitor.interval=often", "/metrics/podMonitor/interval", id="interval is not a duration"),
+    pytest.param(
+        "metrics.prometheusRule.enabled=true", "/metrics/serviceMonitor/enabled", id="alerts without a ServiceMonitor"
+    ),
+    pytest.param(
+        "leaderElection.renewDeadlineSeconds=15",
+        "set it below durationSeconds, 15",
+        id="renew deadline not below duration",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("value", "words"), BAD_VALUES)
-def test_bad_values(value: str, words: str) -> None:
+@pytest.mark.parametrize(("value", "message"), INVALID_VALUES)
+def test_invalid_value_is_rejected(value: str, message: str) -> None:
     done = run_helm("template", "train", str(CHART), "--kube-version", KUBERNETES, "--set", value)
     assert done.returncode != 0
-    assert words in done.stderr
+    assert message in done.stderr
 
 
-def test_an_old_cluster_is_refused() -> None:
+def test_unsupported_kubernetes_version_is_rejected() -> None:
     done = run_helm("template", "train", str(CHART), "--kube-version", "1.32.0")
     assert "chart requires kubeVersion" in done.stderr
 
 
 def list_names(schema: dict[str, Any], root: dict[str, Any], path: str = "") -> Iterator[str]:
-    """Every value that a schema knows."""
+    """Yield the path of every value in the schema."""
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
     for name, below in schema.get("properties", {}).items() if schema.get("type") == "object" else ():
@@ -266,7 +272,7 @@ def list_names(schema: dict[str, Any], root: dict[str, Any], path: str = "") -> 
         yield from list_names(below, root, f"{path}{name}.")
 
 
-def test_values_and_schema_name_the_same() -> None:
+def test_values_and_schema_have_the_same_fields() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     schema = json.loads((CHART / "values.schema.json").read_text())
 

@@ -1,4 +1,4 @@
-"""The chart's selectors, monitors, dashboard and alerts: they find what operator and workers really have."""
+"""Selectors, monitors, dashboard and alerts of the chart match the labels and series of operator and workers."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def is_selected(selector: dict[str, str], labels: dict[str, str]) -> bool:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_selectors_find_the_operator_alone(scenario: str) -> None:
+def test_selectors_match_only_the_operator(scenario: str) -> None:
     objects, pod = render(scenario), get_pod(scenario)["metadata"]["labels"]
     selectors = [o["spec"]["selector"] for o in objects if o["kind"] in ("Deployment", "PodDisruptionBudget")]
     services = [o["spec"]["selector"] for o in objects if o["kind"] == "Service"]
     for selector in [s["matchLabels"] for s in selectors] + services:
         assert is_selected(selector, pod)
         assert not is_selected(selector, build_attempt_labels("demo", "curate", 1))
-    assert pod[names.LABEL_MANAGED_BY] != names.FIELD_MANAGER, "the operator would take itself for a worker"
+    assert pod[names.LABEL_MANAGED_BY] != names.FIELD_MANAGER, "the operator would match its own selector for workers"
 
 
-def test_the_service_monitor_finds_the_service() -> None:
+def test_service_monitor_matches_the_service() -> None:
     objects = render("monitored")
     monitor, service = find(objects, "ServiceMonitor"), find(objects, "Service")
     assert is_selected(monitor["spec"]["selector"]["matchLabels"], service["metadata"]["labels"])
@@ -50,7 +50,7 @@ def test_the_service_monitor_finds_the_service() -> None:
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
 
 
-def test_the_pod_monitor_finds_workers_everywhere() -> None:
+def test_pod_monitor_matches_workers_in_all_namespaces() -> None:
     monitor = find(render("monitored"), "PodMonitor")["spec"]
     worker = build_service(namespace="team", run=build_run().name, owner_uid="uid")["spec"]
     assert monitor["selector"]["matchLabels"] == {names.LABEL_MANAGED_BY: names.FIELD_MANAGER}
@@ -61,11 +61,11 @@ def test_the_pod_monitor_finds_workers_everywhere() -> None:
 
 
 TARGET_LABELS = {"namespace", "job", "pod"}
-"""What Prometheus adds to every series."""
+"""Labels that Prometheus adds to every series."""
 
 
 def describe_series() -> dict[str, set[str]]:
-    """Labels by name of every series that the operator and its workers serve."""
+    """Return the labels of every series of operator and workers by the name of the series."""
     registry = CollectorRegistry()
     metrics = [*vars(Metrics(registry)).values(), *vars(trainer := TrainerMetrics(registry)).values()]
     metrics += trainer.values.values()
@@ -92,7 +92,7 @@ def describe_series() -> dict[str, set[str]]:
 
 
 def list_queries() -> Iterator[tuple[str, str]]:
-    """Title and PromQL of every panel and alert."""
+    """Yield the title and the PromQL expression of every panel and alert."""
     objects = render("monitored")
     dashboard = json.loads(find(objects, "ConfigMap")["data"]["sailvl.json"])
     for panel in dashboard["panels"]:
@@ -104,7 +104,7 @@ def list_queries() -> Iterator[tuple[str, str]]:
         yield from ((rule["alert"], rule["expr"]) for rule in group["rules"])
 
 
-def test_every_query_is_of_series_that_exist() -> None:
+def test_every_query_uses_existing_series_and_labels() -> None:
     series = describe_series()
     for title, query in list_queries():
         used = re.findall(r"\b(sailvl_\w+)(?:\{([^}]*)\})?", query)
@@ -117,25 +117,27 @@ def test_every_query_is_of_series_that_exist() -> None:
         assert kept <= set().union(*(series[name] for name, _ in used)) | TARGET_LABELS | {"le"}, f"{title}: by {kept}"
 
 
-def test_legends_and_words_use_labels_that_the_query_keeps() -> None:
+def test_legends_and_annotations_use_labels_of_the_query() -> None:
     objects = render("monitored")
     dashboard = json.loads(find(objects, "ConfigMap")["data"]["sailvl.json"])
-    told = [(t["expr"], t["legendFormat"], r"\{\{(\w+)\}\}") for p in dashboard["panels"] for t in p.get("targets", ())]
+    texts = [
+        (t["expr"], t["legendFormat"], r"\{\{(\w+)\}\}") for p in dashboard["panels"] for t in p.get("targets", ())
+    ]
     for group in find(objects, "PrometheusRule")["spec"]["groups"]:
-        told += [(r["expr"], " ".join(r["annotations"].values()), r"\$labels\.(\w+)") for r in group["rules"]]
-    for query, words, pattern in told:
+        texts += [(r["expr"], " ".join(r["annotations"].values()), r"\$labels\.(\w+)") for r in group["rules"]]
+    for query, text, pattern in texts:
         kept = {label.strip() for by in re.findall(r"\bby \(([^)]*)\)", query) for label in by.split(",")}
-        assert set(re.findall(pattern, words)) <= kept, query
+        assert set(re.findall(pattern, text)) <= kept, query
 
 
 PANELS = [
-    *("Runs by state", "Stage progress", "Loss", "Held-out loss", "Learning rate", "Tokens a second"),
+    *("Runs by state", "Stage progress", "Loss", "Held-out loss", "Learning rate", "Tokens per second"),
     *("Activity share", "Pack fill", "Restarts by cause", "Score by benchmark"),
     *("Reconcile latency", "Queue depth", "Watch age", "API calls"),
 ]
 
 
-def test_the_dashboard_is_whole() -> None:
+def test_dashboard_has_all_panels_without_overlap() -> None:
     config = find(render("monitored"), "ConfigMap")
     assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert config["metadata"]["annotations"] == {"grafana_folder": "Training"}
@@ -148,11 +150,11 @@ def test_the_dashboard_is_whole() -> None:
         for column in range(g["x"], g["x"] + g["w"])
         for line in range(g["y"], g["y"] + g["h"])
     )
-    assert max(taken.values()) == 1, "panels lie on each other"
+    assert max(taken.values()) == 1, "panels overlap"
     assert max(column for column, _ in taken) == 23
 
 
-def test_alerts_are_whole_and_of_this_release() -> None:
+def test_alerts_are_complete_and_select_this_release() -> None:
     rules = [r for g in find(render("monitored"), "PrometheusRule")["spec"]["groups"] for r in g["rules"]]
     assert len({rule["alert"] for rule in rules}) == len(rules)
     for rule in rules:

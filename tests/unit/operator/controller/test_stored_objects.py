@@ -1,6 +1,6 @@
-"""Another version of the operator takes over in the middle of a run and goes on with what the earlier one stored.
+"""A new version of the operator takes over a run in progress from the objects that an earlier version stored.
 
-stored/VERSION.json has the objects of one run as that version left them: curate succeeded, the second attempt of
+stored/<version>.json has the objects of one run as that version left them: curate succeeded, the second attempt of
 alignment running after a crash.
 """
 
@@ -22,8 +22,8 @@ STORED = sorted(Path(__file__).with_name("stored").glob("*.json"))
 
 
 @pytest.fixture(params=STORED, ids=lambda path: path.stem)
-async def taken_over(request: pytest.FixtureRequest) -> AsyncIterator[tuple[World, dict[str, Any]]]:
-    """The world in which the operator of today has just started, and the run as it was."""
+async def upgraded(request: pytest.FixtureRequest) -> AsyncIterator[tuple[World, dict[str, Any]]]:
+    """Return the world in which the current operator has just started, and the status before that."""
     objects: dict[str, list[dict[str, Any]]] = json.loads(request.param.read_bytes())
     async with running() as world:
         for plural, found in objects.items():
@@ -36,23 +36,23 @@ async def taken_over(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Worl
         yield world, run["status"]
 
 
-async def test_the_attempt_that_runs_goes_on(taken_over):
-    world, before = taken_over
-    assert world.api.names("jobs") == {"demo-curate-1", "demo-alignment-2"}, "nothing is made, nothing is ended"
+async def test_running_attempt_continues(upgraded):
+    world, before = upgraded
+    assert world.api.names("jobs") == {"demo-curate-1", "demo-alignment-2"}, "no Job is created or deleted"
     assert world.states() == {stage["name"]: (stage["state"], stage.get("attempt", 0)) for stage in before["stages"]}
     alignment = world.status.stages[1]
     assert (alignment.restarts, alignment.last_failure.cause) == ({"Crash": 1}, "Crash")
 
 
-async def test_the_digests_are_the_same(taken_over):
-    """Or every finished stage would be computed again after an upgrade."""
-    world, before = taken_over
+async def test_digests_are_unchanged(upgraded):
+    """A changed digest would recompute every finished stage after an upgrade."""
+    world, before = upgraded
     planned = {p.stage.name: p.digest for p in world.runs.get(KEY).planned}
     assert all(planned[stage["name"]] == stage["digest"] for stage in before["stages"] if "digest" in stage)
 
 
-async def test_the_run_comes_to_its_end(taken_over):
-    world, _ = taken_over
+async def test_run_succeeds(upgraded):
+    world, _ = upgraded
     for stage, attempt, nodes in (("alignment", 2, 2), ("knowledge", 1, 2), ("evaluate", 1, 1)):
         await world.until(lambda stage=stage, n=attempt: names.job_name("demo", stage, n) in world.api.names("jobs"))
         await world.add_pods(stage, attempt, nodes)
@@ -62,4 +62,4 @@ async def test_the_run_comes_to_its_end(taken_over):
         await world.until(lambda stage=stage: world.states()[stage][0] == "Succeeded")
     await world.until(lambda: world.status.is_true("Succeeded"))
     made = [path for method, path in world.api.writes() if method == "POST" and path.endswith("/jobs")]
-    assert len(made) == 2, "no attempt is made again"
+    assert len(made) == 2, "no attempt is repeated"
