@@ -1,4 +1,4 @@
-"""The docs agree with the code: links, make targets, verbs, examples, settings, metrics, causes, exit codes and reasons."""
+"""The docs agree with the code: links, make targets, verbs, examples, settings, metrics, causes and reasons."""
 
 from __future__ import annotations
 
