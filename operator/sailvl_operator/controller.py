@@ -147,7 +147,7 @@ class Engine:
         """The writes wait; what the run itself waits for doesn't."""
         self._queue.put_off(key)
         self._schedule(key, decision)
-        return "put off"
+        return "deferred"
 
     async def _act(self, run: Run, decision: Decision, action: Act) -> OperatorError | None:
         """What a person must mend comes back, and is noted; what passes by itself is raised."""

@@ -1,5 +1,7 @@
-"""Every metric of the operator. The registry is passed in; a run's series are computed from its status at each scrape,
-so they go when the run goes.
+"""All metrics of the operator.
+
+The registry is passed in. The series of a run are computed from its status at each scrape, so that they disappear with
+the run.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from sailvl_operator.api.status import ConditionType, Status
 from sailvl_operator.core.observe import parse_time
 
 RunStatus = tuple[str, str, Status]
-"""namespace, name, status"""
+"""Namespace, name and status of a run."""
 Ages = Callable[[], Iterable[tuple[str, float]]]
+"""Function that returns the name of each watched resource and the seconds since its watch last received data."""
 
 _RUN = ("namespace", "run")
 _STAGE = ("namespace", "run", "stage")
@@ -24,61 +27,61 @@ _STATES = (ConditionType.FAILED, ConditionType.SUCCEEDED, ConditionType.SUSPENDE
 
 
 class Metrics:
-    """Counters and histograms that the parts of the operator move themselves."""
+    """Counters and histograms that the components of the operator update directly."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.reconcile_seconds = Histogram(
             "sailvl_operator_reconcile_seconds",
-            "Time of one reconcile, its writes included.",
+            "Duration of a reconcile, including its writes to the API server.",
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
             registry=registry,
         )
         self.reconciles = Counter(
             "sailvl_operator_reconciles",
-            "Reconciles by outcome: unchanged, written, put off, conflict or error.",
+            "Reconciles by outcome: unchanged, written, deferred, conflict or error.",
             ("outcome",),
             registry=registry,
         )
         self.queue_seconds = Histogram(
             "sailvl_operator_queue_seconds",
-            "Time from a key's arrival until a worker takes it.",
+            "Time that a key waits in the work queue before a worker takes it.",
             buckets=(0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
             registry=registry,
         )
         self.api_calls = Counter(
             "sailvl_operator_api_calls",
-            "Requests to the API server, by verb and HTTP code (0: no answer).",
+            "Requests to the API server by verb and HTTP status code; 0 means no response.",
             ("verb", "code"),
             registry=registry,
         )
         self.watch_restarts = Counter(
             "sailvl_operator_watch_restarts",
-            "Watches started again, by resource and cause: expired, timeout or error.",
+            "Restarts of watches by resource and cause: expired, timeout or error.",
             ("resource", "cause"),
             registry=registry,
         )
         self.missed_changes = Counter(
             "sailvl_operator_missed_changes",
-            "Changes of runs that their watch had not told of after a minute, and that were made up for.",
+            "Run events missed by the watch and recovered by the watch audit.",
             registry=registry,
         )
         self.progress_reads = Counter(
             "sailvl_operator_progress_reads",
-            "Reads of /progress from running attempts, by outcome: ok or failed.",
+            "Requests to /progress of running attempts by outcome: ok or failed.",
             ("outcome",),
             registry=registry,
         )
         self.events = Counter(
             "sailvl_operator_events",
-            "Kubernetes events, by outcome: written, failed or dropped.",
+            "Kubernetes Events by outcome: written, failed or dropped.",
             ("outcome",),
             registry=registry,
         )
 
 
 class OperatorCollector(Collector):
-    """The operator's state at the time of a scrape."""
+    """Collects the state of the work queue, the watches and the Lease at each scrape."""
 
     def __init__(
         self, *, queue: Callable[[], tuple[int, float]], watches: Ages, is_leading: Callable[[], bool]
@@ -88,16 +91,22 @@ class OperatorCollector(Collector):
         self._is_leading = is_leading
 
     def describe(self) -> Iterator[Metric]:
-        """Its names, for those who ask for some series only."""
+        """Return the metric families, so that a scrape can be restricted to some names."""
         return self.collect()
 
     def collect(self) -> Iterator[Metric]:
         depth, age = self._queue()
-        yield GaugeMetricFamily("sailvl_operator_queue_depth", "Keys that wait for a worker.", value=depth)
-        yield GaugeMetricFamily("sailvl_operator_queue_oldest_seconds", "Age of the oldest of them.", value=age)
-        yield GaugeMetricFamily("sailvl_operator_leading", "1 when this replica holds the lease.", self._is_leading())
+        yield GaugeMetricFamily("sailvl_operator_queue_depth", "Number of keys in the work queue.", value=depth)
+        yield GaugeMetricFamily(
+            "sailvl_operator_queue_oldest_seconds", "Time that the oldest key has waited in the work queue.", value=age
+        )
+        yield GaugeMetricFamily(
+            "sailvl_operator_leading", "1 if this replica is the leader, else 0.", self._is_leading()
+        )
         ages = GaugeMetricFamily(
-            "sailvl_operator_watch_age_seconds", "Time since a watch last said anything.", labels=["resource"]
+            "sailvl_operator_watch_age_seconds",
+            "Time since a watch last received an event or a bookmark.",
+            labels=["resource"],
         )
         for resource, seconds in self._watches():
             ages.add_metric([resource], seconds)
@@ -105,7 +114,7 @@ class OperatorCollector(Collector):
 
 
 class RunCollector(Collector):
-    """What the statuses of all runs say."""
+    """Collects the series of all runs from their statuses at each scrape."""
 
     def __init__(self, statuses: Callable[[], Iterable[RunStatus]]) -> None:
         self._statuses = statuses
@@ -120,14 +129,16 @@ class RunCollector(Collector):
         yield _collect_stuck(statuses)
 
 
-def state_of(status: Status) -> str:
-    """One word for where a run stands: failed, succeeded, suspended, running or pending."""
+def get_run_state(status: Status) -> str:
+    """Return the state of a run: failed, succeeded, suspended, running or pending."""
     return next((type_.lower() for type_ in _STATES if status.is_true(type_)), "pending")
 
 
 def _count_states(statuses: list[RunStatus]) -> Metric:
-    metric = GaugeMetricFamily("sailvl_runs", "Runs by state.", labels=["state"])
-    tally = Tally(state_of(status) for _, _, status in statuses)
+    metric = GaugeMetricFamily(
+        "sailvl_runs", "Number of runs by state; a stuck run is counted in addition to its state.", labels=["state"]
+    )
+    tally = Tally(get_run_state(status) for _, _, status in statuses)
     for state in (*(type_.lower() for type_ in _STATES), "pending"):
         metric.add_metric([state], tally[state])
     stuck = sum(status.is_true(ConditionType.STUCK) for _, _, status in statuses)
@@ -137,13 +148,19 @@ def _count_states(statuses: list[RunStatus]) -> Metric:
 
 def _collect_stages(statuses: list[RunStatus]) -> Iterator[Metric]:
     states = GaugeMetricFamily(
-        "sailvl_run_stage_state", "1 for the state that a stage is in.", labels=[*_STAGE, "state"]
+        "sailvl_run_stage_state", "1 for the current state of a stage.", labels=[*_STAGE, "state"]
     )
-    attempts = GaugeMetricFamily("sailvl_run_stage_attempt", "Number of a stage's newest attempt.", labels=_STAGE)
-    steps = GaugeMetricFamily("sailvl_run_stage_step", "Steps, samples or questions done.", labels=_STAGE)
-    goals = GaugeMetricFamily("sailvl_run_stage_steps", "How many there will be; 0: not known yet.", labels=_STAGE)
-    starts = GaugeMetricFamily("sailvl_run_stage_started_timestamp_seconds", "When a stage began.", labels=_STAGE)
-    ends = GaugeMetricFamily("sailvl_run_stage_completed_timestamp_seconds", "When a stage ended.", labels=_STAGE)
+    attempts = GaugeMetricFamily("sailvl_run_stage_attempt", "Number of the newest attempt of a stage.", labels=_STAGE)
+    steps = GaugeMetricFamily("sailvl_run_stage_step", "Optimizer steps, samples or questions done.", labels=_STAGE)
+    goals = GaugeMetricFamily(
+        "sailvl_run_stage_steps", "Total number of optimizer steps, samples or questions; 0 if unknown.", labels=_STAGE
+    )
+    starts = GaugeMetricFamily(
+        "sailvl_run_stage_started_timestamp_seconds", "Unix time at which a stage started.", labels=_STAGE
+    )
+    ends = GaugeMetricFamily(
+        "sailvl_run_stage_completed_timestamp_seconds", "Unix time at which a stage completed.", labels=_STAGE
+    )
     for namespace, run, status in statuses:
         for stage in status.stages:
             labels = (namespace, run, stage.name)
@@ -161,7 +178,7 @@ def _collect_stages(statuses: list[RunStatus]) -> Iterator[Metric]:
 def _collect_values(statuses: list[RunStatus]) -> Metric:
     metric = GaugeMetricFamily(
         "sailvl_run_stage_metric",
-        "Newest values that a stage told of: losses, scores, counts.",
+        "Latest metrics of a stage: losses, scores and counts.",
         labels=[*_STAGE, "metric"],
     )
     for namespace, run, status in statuses:
@@ -174,7 +191,7 @@ def _collect_values(statuses: list[RunStatus]) -> Metric:
 def _collect_restarts(statuses: list[RunStatus]) -> Metric:
     metric = CounterMetricFamily(
         "sailvl_run_restarts",
-        "New attempts by the cause of the failure before them, and restarts in place.",
+        "Restarts of a stage by the cause of the failure before them; InPlace counts restarts of ranks.",
         labels=[*_STAGE, "cause"],
     )
     for namespace, run, status in statuses:
@@ -186,13 +203,15 @@ def _collect_restarts(statuses: list[RunStatus]) -> Metric:
 
 def _collect_goodput(statuses: list[RunStatus]) -> Iterator[Metric]:
     seconds = CounterMetricFamily(
-        "sailvl_run_goodput_seconds", "Where a run's time went, by bucket.", labels=[*_RUN, "bucket"]
+        "sailvl_run_goodput_seconds", "Wall-clock time of a run by goodput bucket.", labels=[*_RUN, "bucket"]
     )
     gpu_seconds = CounterMetricFamily(
-        "sailvl_run_goodput_gpu_seconds", "Where a run's GPU time went, by bucket.", labels=[*_RUN, "bucket"]
+        "sailvl_run_goodput_gpu_seconds", "GPU time of a run by goodput bucket.", labels=[*_RUN, "bucket"]
     )
-    lost = CounterMetricFamily("sailvl_run_lost_steps", "Steps that were lost with an attempt.", labels=_RUN)
-    cost = CounterMetricFamily("sailvl_run_cost", "What the GPUs cost at the run's price.", labels=_RUN)
+    lost = CounterMetricFamily(
+        "sailvl_run_lost_steps", "Optimizer steps that had to be repeated after a failure.", labels=_RUN
+    )
+    cost = CounterMetricFamily("sailvl_run_cost", "Cost of all GPU time at the price of the run.", labels=_RUN)
     for namespace, run, status in statuses:
         for metric, buckets in ((seconds, status.goodput.seconds), (gpu_seconds, status.goodput.gpu_seconds)):
             for bucket, value in buckets.items():
@@ -204,7 +223,7 @@ def _collect_goodput(statuses: list[RunStatus]) -> Iterator[Metric]:
 
 
 def _collect_stuck(statuses: list[RunStatus]) -> Metric:
-    metric = GaugeMetricFamily("sailvl_run_stuck", "1 while a run is stuck, by the reason.", labels=[*_RUN, "reason"])
+    metric = GaugeMetricFamily("sailvl_run_stuck", "1 while a run is stuck, by reason.", labels=[*_RUN, "reason"])
     for namespace, run, status in statuses:
         stuck = status.condition(ConditionType.STUCK)
         if stuck is not None and stuck.status == "True":

@@ -70,7 +70,7 @@ class Balance(Struct, frozen=True, kw_only=True):
     """Resampling of captions with over-represented n-grams."""
 
     ngram: Annotated[int, Meta(ge=1, le=5)] = 2
-    """Number of words per n-gram."""
+    """Length of an n-gram."""
 
 
 class Curate(Struct, frozen=True, kw_only=True):

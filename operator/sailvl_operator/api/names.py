@@ -20,7 +20,7 @@ LABEL_DIGEST = f"{GROUP}/digest"
 """Label with the first DIGEST_LETTERS characters of the digest of the stage."""
 DIGEST_LETTERS = 12
 LABEL_SUSPENDED = f"{GROUP}/suspended"
-"""Label of a Job that the operator suspended together with its run. A Job that somebody else suspended lacks it and is
+"""Label of a Job that the operator suspended together with its run. A Job that was suspended externally lacks it and is
 not resumed by the operator."""
 LABEL_KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_KUEUE_JOB = "kueue.x-k8s.io/job-uid"

@@ -58,8 +58,9 @@ class Storage(Struct, frozen=True, kw_only=True):
     volume_claim_template: VolumeClaimTemplate | UnsetType = UNSET
     """PersistentVolumeClaim to create for this run. It is mounted at /data in every worker."""
     when_deleted: Literal["Retain", "Delete"] = "Retain"
-    """What happens to the claim created from volumeClaimTemplate, and to all outputs on it, when the run is deleted. A
-    retained claim is adopted by a later run of the same name. Claims named by volumeClaim are never deleted."""
+    """Retention policy of the claim created from volumeClaimTemplate, and of all outputs on it, when the run is
+    deleted. A retained claim is adopted by a later run of the same name. Claims named by volumeClaim are never
+    deleted."""
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -158,7 +159,7 @@ class Gate(Struct, frozen=True, kw_only=True):
     at_least: Decimal | UnsetType = UNSET
     """Smallest value that passes the gate."""
     on_fail: Literal["Stop", "Continue", "Pause"] = "Stop"
-    """What happens if the bound does not hold: Stop fails the run, Continue starts the next stages with the condition
+    """Action if the bound does not hold: Stop fails the run, Continue starts the next stages with the condition
     GatesPassed set to False, Pause waits until the gate is changed."""
 
 

@@ -25,7 +25,7 @@ class FieldError:
     field: str
     """Path of the field, as in spec.stages[0].name."""
     message: str
-    """What is wrong and, where known, what to set instead."""
+    """The violation and, where known, the value to set instead."""
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}"
