@@ -1,0 +1,112 @@
+"""The files around the code: workflows and templates parse, code owners exist, a release agrees with its files."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+GITHUB_YAML = sorted((ROOT / ".github").rglob("*.yml"))
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def load_script(path: str) -> ModuleType:
+    """Import a script of `hack/`, which is no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+release = load_script("hack/release.py")
+CHANGELOG = "# Changelog\n\n## [Unreleased]\n\n- new\n\n## [0.2.0] - 2026-01-31\n\n### Fixed\n\n- a bug\n\n## [0.1.0]\n\n- first\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project whose files all state version 0.2.0."""
+    (tmp_path / "helm/sailvl-operator").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "sailvl"\nversion = "0.2.0"\n')
+    (tmp_path / "helm/sailvl-operator/Chart.yaml").write_text(
+        'apiVersion: v2\nversion: 0.2.0\nappVersion: "0.2.0"\nkubeVersion: ">=1.33.0-0"\n'
+    )
+    (tmp_path / "CHANGELOG.md").write_text(CHANGELOG)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("version", "section"),
+    [("0.2.0", "### Fixed\n\n- a bug\n"), ("0.1.0", "- first\n"), ("Unreleased", "- new\n")],
+)
+def test_changelog_section_ends_at_the_next_version(version: str, section: str) -> None:
+    assert release.extract_section(CHANGELOG, version) == section
+
+
+@pytest.mark.parametrize("changelog", [CHANGELOG, "# Changelog\n\n## [0.3.0]\n\n"], ids=["missing", "empty"])
+def test_version_without_changelog_entries_is_refused(changelog: str) -> None:
+    with pytest.raises(ValueError, match="no entries for 0.3.0"):
+        release.extract_section(changelog, "0.3.0")
+
+
+def test_tag_that_agrees_with_all_files_gives_the_version(project: Path) -> None:
+    assert release.check_versions(project, "v0.2.0") == "0.2.0"
+
+
+@pytest.mark.parametrize(
+    ("tag", "message"),
+    [
+        ("0.2.0", "expected vMAJOR"),
+        ("v0.2", "expected vMAJOR"),
+        ("v0.1.0", r"pyproject.toml project.version is 0\.2\.0; Chart.yaml version is 0\.2\.0"),
+    ],
+)
+def test_tag_that_disagrees_is_refused(project: Path, tag: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        release.check_versions(project, tag)
+
+
+def test_files_of_this_project_state_one_version() -> None:
+    assert len(set(release.read_versions(ROOT).values())) == 1
+
+
+@pytest.mark.parametrize("path", GITHUB_YAML, ids=lambda path: path.name)
+def test_github_file_is_valid_yaml(path: Path) -> None:
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_jobs_are_complete(path: Path) -> None:
+    """Every job has a runner, a time limit and steps, needs jobs that exist, and gets no more rights than it states."""
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow[True], "YAML reads the key `on` as true"
+    for name, job in workflow["jobs"].items():
+        assert {"runs-on", "timeout-minutes", "steps"} <= set(job), name
+        needs = job.get("needs", [])
+        assert set([needs] if isinstance(needs, str) else needs) <= set(workflow["jobs"]), name
+        assert all(("run" in step) != ("uses" in step) for step in job["steps"]), name
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_runs_targets_and_scripts_that_exist(path: Path) -> None:
+    text = path.read_text()
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"run: make ([a-z-]+)", text)) <= targets
+    for script in re.findall(r"python (hack/\S+)", text):
+        assert (ROOT / script).exists(), script
+
+
+def test_code_owners_own_paths_that_exist() -> None:
+    for line in (ROOT / ".github/CODEOWNERS").read_text().splitlines():
+        if line and not line.startswith("#"):
+            path, *owners = line.split()
+            assert path == "*" or (ROOT / path.lstrip("/")).exists(), path
+            assert owners, path
+            assert all(owner.startswith("@sail-vl/") for owner in owners), path
