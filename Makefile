@@ -51,7 +51,7 @@ test: check  ## everything this machine can; says what it skipped and why
 	hack/test.sh "slow or cluster or e2e"
 
 demo: data  ## a whole tiny run on this machine, from raw pictures to an evaluated model
-	$(BIN)/sailvl run --local crds/samples/demo.yaml --root build/demo
+	$(BIN)/sailvl run --local examples/01-demo/run.yaml --root build/demo
 
 data: setup  ## the demo's raw data in build/demo
 	@mkdir -p build

@@ -17,7 +17,7 @@ from tests.support.invalid_specs import SCHEMA, UNSUPPORTED, InvalidSpec
 
 pytestmark = pytest.mark.cluster
 
-SAMPLES = sorted((Path(__file__).parents[2] / "crds/samples").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*/run.yaml"))
 Kubectl = Callable[..., subprocess.CompletedProcess[str]]
 FIELD = re.compile(r"^(?:\* |The SailVLRun .* is invalid: )([a-zA-Z][\w.\[\]]*): ", re.MULTILINE)
 UNKNOWN = re.compile(r'unknown field "([^"]+)"')
@@ -49,8 +49,8 @@ def test_valid_spec_is_accepted(kubectl: Kubectl, resource: None) -> None:
     assert answer.returncode == 0, answer.stderr
 
 
-@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_samples_are_accepted(path: Path, kubectl: Kubectl, resource: None) -> None:
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
+def test_examples_are_accepted(path: Path, kubectl: Kubectl, resource: None) -> None:
     answer = kubectl("create", "--dry-run=server", "--validate=strict", "-f", str(path))
     assert answer.returncode == 0, answer.stderr
 

@@ -26,8 +26,8 @@ def test_valid_spec_is_accepted() -> None:
     assert validate(build_document()) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "crds/samples").glob("*.yaml")), ids=lambda path: path.stem)
-def test_samples_are_valid(path: Path) -> None:
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/run.yaml")), ids=lambda path: path.parent.name)
+def test_examples_are_valid(path: Path) -> None:
     for document in read_documents(path):
         assert validate(document) == []
 

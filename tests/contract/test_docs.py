@@ -25,7 +25,7 @@ from sailvl_trainer.model.presets import PRESETS, preset
 from sailvl_trainer.rank.metrics import TrainerMetrics
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 OPERATIONS, QUICKSTART, RECIPE = (

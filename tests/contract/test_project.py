@@ -26,7 +26,23 @@ def load_script(path: str) -> ModuleType:
 
 
 release = load_script("hack/release.py")
-CHANGELOG = "# Changelog\n\n## [Unreleased]\n\n- new\n\n## [0.2.0] - 2026-01-31\n\n### Fixed\n\n- a bug\n\n## [0.1.0]\n\n- first\n"
+CHANGELOG = """\
+# Changelog
+
+## [Unreleased]
+
+- new
+
+## [0.2.0] - 2026-01-31
+
+### Fixed
+
+- a bug
+
+## [0.1.0]
+
+- first
+"""
 
 
 @pytest.fixture
@@ -51,7 +67,7 @@ def test_changelog_section_ends_at_the_next_version(version: str, section: str) 
 
 @pytest.mark.parametrize("changelog", [CHANGELOG, "# Changelog\n\n## [0.3.0]\n\n"], ids=["missing", "empty"])
 def test_version_without_changelog_entries_is_refused(changelog: str) -> None:
-    with pytest.raises(ValueError, match="no entries for 0.3.0"):
+    with pytest.raises(ValueError, match=r"no entries for 0\.3\.0"):
         release.extract_section(changelog, "0.3.0")
 
 

@@ -106,7 +106,7 @@ def story(kubectl: Kubectl, prometheus: Prometheus, storage: Path) -> Story:
 
 def build_demo() -> dict[str, Any]:
     """The sample as it is, but that a killed rank is the next attempt's business."""
-    document: dict[str, Any] = yaml.safe_load((ROOT / "crds/samples/demo.yaml").read_text())
+    document: dict[str, Any] = yaml.safe_load((ROOT / "examples/01-demo/run.yaml").read_text())
     document["spec"]["restartPolicy"] = {"inPlaceRestarts": 0}
     return document
 

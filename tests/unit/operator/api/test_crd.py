@@ -19,7 +19,7 @@ from sailvl_operator.api.validation import fill_defaults
 from sailvl_operator.cli.documents import read_documents
 from tests.support.builders.operator import build_document
 
-SAMPLES = sorted((Path(__file__).parents[4] / "crds/samples").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[4] / "examples").glob("*/run.yaml"))
 
 
 def _walk(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -88,7 +88,7 @@ def test_inherited_fields_are_described(struct: type[msgspec.Struct]) -> None:
     assert "Peak learning rate" in struct_schema(struct)["properties"]["learningRate"]["description"]
 
 
-@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
 def test_server_side_defaults_match_the_types(path: Path) -> None:
     (document,) = read_documents(path)
     filled = fill_defaults(document, build_schema())
