@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
+ARTIFACTS = {"held-out/", "export/", "models/", "raw/", "sft/", "benchmarks/", "charts/"}
+"""Folders of the storage and the registry, which are not of the repository."""
 OPERATIONS, QUICKSTART, RECIPE = (
     ROOT / "docs" / name for name in ("guide/operations.md", "quickstart.md", "guide/recipe.md")
 )
@@ -211,6 +213,18 @@ def test_limits_list_every_unsupported_field() -> None:
         assert field in text
     for value in ("fsdp2", "adalrs", "caption", "judge", "balance", "parquet", "jsonl"):
         assert value in text
+
+
+ROOTS = (ROOT, ROOT / "operator/sailvl_operator", ROOT / "trainer/sailvl_trainer", ROOT / "trainer/sailvl_trainer/data")
+
+
+@each_page
+def test_named_modules_exist(page: Path) -> None:
+    """Every `core/observe.py`, `core/` or `tests/unit/operator/core` in backticks is a file or a folder."""
+    for name in re.findall(r"`((?:[\w.-]+/)*[\w-]+\.py|(?:[\w-]+/)+)`", page.read_text()):
+        assert any((root / name).exists() for root in ROOTS) or name in ARTIFACTS, name
+    for name in re.findall(r"pytest(?: -q)?((?: tests/[\w/.]+)+)", page.read_text()):
+        assert all((ROOT / path).exists() for path in name.split()), name
 
 
 @each_page
