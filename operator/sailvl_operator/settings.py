@@ -171,33 +171,65 @@ class Option:
 
 
 OPTIONS = (
-    Option(flag="--kubeconfig", target="api.kubeconfig", help="kubeconfig to use outside of a cluster"),
-    Option(flag="--context", target="api.context", help="context of the kubeconfig"),
-    Option(flag="--namespaces", target="api.namespaces", help="namespaces to serve, by commas; default: all"),
-    Option(flag="--events", target="api.events", help="write Kubernetes events"),
-    Option(flag="--workers", target="queue.workers", help="runs reconciled at once"),
-    Option(flag="--progress-interval", target="progress.interval", help="seconds between reads of /progress; 0: never"),
-    Option(flag="--diagnostics-interval", target="complaints.interval", help="seconds between asking why; 0: never"),
-    Option(flag="--leader-election", target="lease.enabled", help="take a Lease before acting"),
+    Option(
+        flag="--kubeconfig", target="api.kubeconfig", help="path of the kubeconfig; only needed outside of a cluster"
+    ),
+    Option(flag="--context", target="api.context", help="context of the kubeconfig; defaults to the current context"),
+    Option(flag="--namespaces", target="api.namespaces", help="comma-separated namespaces to watch; defaults to all"),
+    Option(flag="--events", target="api.events", help="whether to write Kubernetes Events"),
+    Option(flag="--workers", target="queue.workers", help="number of runs that are reconciled concurrently"),
+    Option(
+        flag="--progress-interval",
+        target="progress.interval",
+        help="seconds between requests to /progress of running attempts; 0 disables them",
+    ),
+    Option(
+        flag="--diagnostics-interval",
+        target="complaints.interval",
+        help="seconds between reads of Events and Workloads of attempts that do not start; 0 disables them",
+    ),
+    Option(
+        flag="--leader-election",
+        target="lease.enabled",
+        help="whether to acquire a Lease before reconciling; required with more than one replica",
+    ),
     Option(flag="--lease-name", target="lease.name", help="name of the Lease"),
     Option(flag="--lease-namespace", target="lease.namespace", help="namespace of the Lease"),
-    Option(flag="--identity", target="lease.identity", help="this replica's name in the Lease"),
-    Option(flag="--lease-duration", target="lease.duration", help="seconds until another replica takes over"),
-    Option(flag="--lease-renew-interval", target="lease.renew_interval", help="seconds between renewals"),
-    Option(flag="--lease-renew-deadline", target="lease.renew_deadline", help="seconds of failed renewals, then exit"),
+    Option(flag="--identity", target="lease.identity", help="identity of this replica in the Lease"),
+    Option(
+        flag="--lease-duration",
+        target="lease.duration",
+        help="seconds without a renewal after which another replica becomes the leader",
+    ),
+    Option(flag="--lease-renew-interval", target="lease.renew_interval", help="seconds between renewals of the Lease"),
+    Option(
+        flag="--lease-renew-deadline",
+        target="lease.renew_deadline",
+        help="seconds of failed renewals after which the leader exits; must be less than the duration",
+    ),
     Option(flag="--metrics-host", target="server.host", help="address of /metrics, /healthz and /readyz"),
     Option(flag="--metrics-port", target="server.port", help="port of /metrics, /healthz and /readyz"),
-    Option(flag="--trainer-image", target="defaults.image", help="image of runs that name none"),
-    Option(flag="--grace-seconds", target="defaults.grace_seconds", help="from SIGTERM to SIGKILL of a worker"),
+    Option(
+        flag="--trainer-image",
+        target="defaults.image",
+        help="container image of the trainer for runs that do not set spec.image",
+    ),
+    Option(
+        flag="--grace-seconds", target="defaults.grace_seconds", help="termination grace period of workers in seconds"
+    ),
     Option(
         flag="--failure-settle-seconds",
         target="defaults.failure_settle_seconds",
-        help="from a failure's first sign to its cause",
+        help="seconds for which evidence of a failure is collected before its cause is decided",
     ),
-    Option(flag="--backoff-seconds", target="defaults.backoff_seconds", help="wait before the attempt after a crash"),
-    Option(flag="--backoff-limit-seconds", target="defaults.backoff_limit_seconds", help="longest such wait"),
-    Option(flag="--log-level", target="log_level", help="DEBUG, INFO, WARNING or ERROR"),
-    Option(flag="--log-format", target="log_format", help="json or text"),
+    Option(
+        flag="--backoff-seconds",
+        target="defaults.backoff_seconds",
+        help="initial backoff in seconds before a restart; doubles with each further restart of the same cause",
+    ),
+    Option(flag="--backoff-limit-seconds", target="defaults.backoff_limit_seconds", help="maximum backoff in seconds"),
+    Option(flag="--log-level", target="log_level", help="log level: DEBUG, INFO, WARNING or ERROR"),
+    Option(flag="--log-format", target="log_format", help="log format: json or text"),
 )
 
 

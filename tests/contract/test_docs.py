@@ -230,3 +230,9 @@ def test_named_modules_exist(page: Path) -> None:
 @each_page
 def test_pages_have_no_path_of_a_machine(page: Path) -> None:
     assert not re.search(r"(?<![\w.])/(work|home|root)/", page.read_text())
+
+
+def test_alerts_table_matches_the_chart() -> None:
+    groups = yaml.safe_load(re.sub(r"<\w+>,?", "", (ROOT / "helm/sailvl-operator/alerts/sailvl.yaml").read_text()))
+    alerts = [[rule["alert"], rule["labels"]["severity"]] for group in groups["groups"] for rule in group["rules"]]
+    assert [row[:2] for row in read_table(read_section(OPERATIONS, "Alerts and dashboard"))] == alerts

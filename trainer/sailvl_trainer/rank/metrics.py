@@ -10,13 +10,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 LABELS = ("namespace", "run", "stage")
 
 VALUES = {
-    "loss": "Latest training loss, the mean over labelled positions.",
-    "learning_rate": "Latest learning rate.",
-    "gradient_norm": "Latest norm of the gradient, before clipping.",
-    "tokens_per_second": "Positions a second in the latest step, over all ranks.",
-    "pack_fill": "Part of the latest step's packs that is not padding.",
-    "mfu": "Part of the accelerators' peak arithmetic that the latest step used.",
-    "loader_queue": "Microbatches that are ready to be trained on.",
+    "loss": "Training loss of the latest step, averaged over loss tokens.",
+    "learning_rate": "Learning rate of the latest step.",
+    "gradient_norm": "Gradient norm of the latest step before clipping.",
+    "tokens_per_second": "Tokens per second of the latest step over all ranks.",
+    "pack_fill": "Fraction of the packed tokens of the latest step that is not padding.",
+    "mfu": "Model FLOPs utilization of the latest step, as a fraction of the accelerators' peak.",
+    "loader_queue": "Number of microbatches that the data loader has ready.",
 }
 """Numbers of a progress document that have a metric of their own: sailvl_<name>."""
 
@@ -31,21 +31,24 @@ class TrainerMetrics:
         def counter(name: str, words: str, *labels: str) -> Counter:
             return Counter(name, words, (*LABELS, *labels), registry=registry)
 
-        self.step = gauge("sailvl_step", "Steps, samples or questions done, counting those before a resume.")
-        self.steps = gauge("sailvl_steps", "How many there will be.")
-        self.tokens = gauge("sailvl_tokens", "Positions trained on, padding not counted, with those before a resume.")
-        self.checkpoint_step = gauge("sailvl_checkpoint_step", "Step of the newest checkpoint.")
+        self.step = gauge("sailvl_step", "Optimizer steps, samples or questions done, including those before a resume.")
+        self.steps = gauge("sailvl_steps", "Total number of optimizer steps, samples or questions.")
+        self.tokens = gauge("sailvl_tokens", "Tokens trained on without padding, including those before a resume.")
+        self.checkpoint_step = gauge("sailvl_checkpoint_step", "Optimizer step of the newest checkpoint.")
         self.values = {name: gauge(f"sailvl_{name}", words) for name, words in VALUES.items()}
         self.score = gauge("sailvl_score", "Score by benchmark.", "benchmark")
-        self.result = gauge("sailvl_result", "Other numbers of the stage, such as heldOutLoss.", "metric")
-        self.samples = counter("sailvl_samples_total", "Samples by what became of them, of this worker.", "outcome")
+        self.result = gauge("sailvl_result", "Other metrics of the stage, such as heldOutLoss.", "metric")
+        self.samples = counter("sailvl_samples_total", "Samples of this worker by outcome.", "outcome")
         self.seconds = counter(
             "sailvl_activity_seconds_total",
-            "Wall seconds by activity (starting, dataWait, training, …), summed over this worker's ranks.",
+            "Wall-clock time by activity (starting, dataWait, training, …), summed over the ranks of this worker.",
             "activity",
         )
         self.memory = gauge(
-            "sailvl_memory_bytes", "Memory of this worker's ranks: resident, accelerator_peak.", "kind", mode="livesum"
+            "sailvl_memory_bytes",
+            "Memory of the ranks of this worker by kind: resident or accelerator_peak.",
+            "kind",
+            mode="livesum",
         )
 
     def by_name(self, name: str, *, is_benchmark: bool) -> tuple[Gauge, dict[str, str]]:

@@ -132,7 +132,7 @@ def test_legends_and_annotations_use_labels_of_the_query() -> None:
 
 PANELS = [
     *("Runs by state", "Stage progress", "Loss", "Held-out loss", "Learning rate", "Tokens per second"),
-    *("Activity share", "Pack fill", "Restarts by cause", "Score by benchmark"),
+    *("Time by activity", "Pack fill", "Restarts by cause", "Score by benchmark"),
     *("Reconcile latency", "Queue depth", "Watch age", "API calls"),
 ]
 
