@@ -14,7 +14,7 @@ import torch
 
 from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig
 from sailvl_trainer.curate.artifacts import Parts, PlannedShard, read_items, to_items, write_items, write_rows
-from sailvl_trainer.curate.distributed_tasks import Crew
+from sailvl_trainer.rank.distributed_tasks import Crew
 from sailvl_trainer.curate.ingest import list_items
 from sailvl_trainer.curate.items import Container, Item, read_item
 from sailvl_trainer.curate.verify import Verified, verify

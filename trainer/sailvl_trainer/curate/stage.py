@@ -11,7 +11,7 @@ import time
 from sailvl_trainer.contract import CurateConfig, Result
 from sailvl_trainer.curate import pipeline
 from sailvl_trainer.curate.artifacts import Parts
-from sailvl_trainer.curate.distributed_tasks import Crew
+from sailvl_trainer.rank.distributed_tasks import Crew
 from sailvl_trainer.curate.ingest import list_containers
 from sailvl_trainer.curate.report import write_report
 from sailvl_trainer.curate.selection import decide
