@@ -14,7 +14,6 @@ import torch
 
 from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig
 from sailvl_trainer.curate.artifacts import Parts, PlannedShard, read_items, to_items, write_items, write_rows
-from sailvl_trainer.rank.distributed_tasks import Crew
 from sailvl_trainer.curate.ingest import list_items
 from sailvl_trainer.curate.items import Container, Item, read_item
 from sailvl_trainer.curate.verify import Verified, verify
@@ -25,6 +24,7 @@ from sailvl_trainer.errors import DataError, StorageError
 from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
+from sailvl_trainer.rank.distributed_tasks import Crew
 from sailvl_trainer.storage.documents import decode, encode, write_atomic
 
 READ_AHEAD = 64

@@ -11,12 +11,12 @@ import time
 from sailvl_trainer.contract import CurateConfig, Result
 from sailvl_trainer.curate import pipeline
 from sailvl_trainer.curate.artifacts import Parts
-from sailvl_trainer.rank.distributed_tasks import Crew
 from sailvl_trainer.curate.ingest import list_containers
 from sailvl_trainer.curate.report import write_report
 from sailvl_trainer.curate.selection import decide
 from sailvl_trainer.curate.statistics import Statistics, read_statistics
 from sailvl_trainer.rank.context import Context
+from sailvl_trainer.rank.distributed_tasks import Crew
 from sailvl_trainer.storage.documents import encode, write_atomic
 
 
