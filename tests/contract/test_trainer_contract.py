@@ -15,8 +15,8 @@ from sailvl_operator.core.desired.workload import build_defaults, build_env, enc
 from sailvl_operator.core.observe import Terminated
 from sailvl_operator.core.plan import Defaults, build_attempt, plan
 from sailvl_trainer.contract import (
-    FINAL_CODES,
     METRICS_PORT,
+    NON_RETRYABLE_EXIT_CODES,
     RENDEZVOUS_PORT,
     Checkpoint,
     Env,
@@ -94,6 +94,7 @@ CAUSES = [
     (ExitCode.NON_FINITE, Cause.NON_FINITE),
     (ExitCode.OUT_OF_MEMORY, Cause.OUT_OF_MEMORY),
     (ExitCode.STALLED, Cause.STALLED),
+    (ExitCode.STORAGE, Cause.CRASH),
     (ExitCode.PREEMPTED, Cause.PREEMPTED),
     (ExitCode.TERMINATED, Cause.PREEMPTED),
     (ExitCode.PEER_LOST, Cause.INFRA),
@@ -110,8 +111,8 @@ def test_operator_maps_exit_code_to_cause(code: ExitCode, cause: Cause) -> None:
 
 def test_every_exit_code_is_mapped_to_a_cause() -> None:
     assert {code for code, _ in CAUSES} == set(ExitCode) - {ExitCode.OK}
-    assert ExitCode.PEER_LOST not in FINAL_CODES, "a lost peer may recover"
-    assert ExitCode.STALLED not in FINAL_CODES
+    assert ExitCode.PEER_LOST not in NON_RETRYABLE_EXIT_CODES, "a lost peer may recover"
+    assert ExitCode.STALLED not in NON_RETRYABLE_EXIT_CODES
 
 
 def test_operator_drops_metrics_that_are_not_finite() -> None:

@@ -57,6 +57,9 @@ class ExitCode(enum.IntEnum):
     """The accelerator is out of memory."""
     STALLED = 68
     """No heartbeat for stall_timeout_seconds."""
+    STORAGE = 74
+    """A volume is full, missing or broken. To the operator it is a crash: a new attempt, whose pods mount the volume
+    anew, starts after a backoff. The number is EX_IOERR of <sysexits.h>."""
     PREEMPTED = 75
     """SIGTERM arrived and a checkpoint was saved."""
     PEER_LOST = 76
@@ -65,14 +68,11 @@ class ExitCode(enum.IntEnum):
     """SIGTERM arrived and no checkpoint was saved within the grace."""
 
 
-WATCHDOG_SECONDS = 5.0
+WATCHDOG_INTERVAL_SECONDS = 5.0
 """Between two looks of a worker's watchdog: workers that stall together end within so long of each other."""
-STORAGE_CODE = 74
-"""A volume is full, gone or broken: people have to act. No ExitCode: to the operator it is a crash like any other, and
-new pods, which mount the volume anew, try again after a backoff. The number is EX_IOERR of <sysexits.h>."""
 
-FINAL_CODES: frozenset[int] = frozenset(
-    {ExitCode.CONFIG, ExitCode.DATA, ExitCode.NON_FINITE, ExitCode.PREEMPTED, STORAGE_CODE}
+NON_RETRYABLE_EXIT_CODES: frozenset[int] = frozenset(
+    {ExitCode.CONFIG, ExitCode.DATA, ExitCode.NON_FINITE, ExitCode.PREEMPTED, ExitCode.STORAGE}
 )
 """Codes after which starting the same processes again in place can't help."""
 
@@ -332,9 +332,9 @@ class Termination:
     """The newest that this worker knows of."""
     result: Result | None = None
     """Of the worker of index 0, on success."""
-    newest_attempt: int = 0
+    superseded_by: int = 0
     """The attempt that has claimed the stage and cut this one off; 0: none has."""
-    had_ranks: bool = True
+    ranks_started: bool = True
     """Whether this worker had started a rank."""
 
 
@@ -358,13 +358,13 @@ class NonFinite:
     attempt: int
     step: int
     """The optimizer step that failed, from 1; it is in no checkpoint."""
-    what: str
+    quantity: str
     """loss or gradient norm."""
     value: str
     """nan, inf or -inf."""
     samples: tuple[int, ...]
     """Of that step, as the ledger numbers them."""
-    resume_by: int
+    max_resume_step: int
     """The next attempt starts from the newest checkpoint of at most so many steps."""
     skips: tuple[Skip, ...]
     """All that the next attempt leaves out."""

@@ -12,7 +12,7 @@ TrainerError
 
 from __future__ import annotations
 
-from sailvl_trainer.contract import STORAGE_CODE, Checkpoint, ExitCode
+from sailvl_trainer.contract import Checkpoint, ExitCode
 
 
 class TrainerError(Exception):
@@ -38,17 +38,17 @@ class OutOfMemory(TrainerError):  # noqa: N818  # named as its exit code
 
 
 class StorageError(TrainerError):
-    exit_code = STORAGE_CODE
+    exit_code = ExitCode.STORAGE
 
 
 class Preempted(TrainerError):  # noqa: N818  # a stop on request is no error
     exit_code = ExitCode.PREEMPTED
 
-    def __init__(self, message: str, *, checkpoint: Checkpoint | None = None, newest_attempt: int = 0) -> None:
-        """`newest_attempt`: the one that has cut this one off."""
+    def __init__(self, message: str, *, checkpoint: Checkpoint | None = None, superseded_by: int = 0) -> None:
+        """`superseded_by`: the one that has cut this one off."""
         super().__init__(message)
         self.checkpoint = checkpoint
-        self.newest_attempt = newest_attempt
+        self.superseded_by = superseded_by
 
 
 class PeerLost(TrainerError):  # noqa: N818  # named as its exit code

@@ -25,6 +25,7 @@ _CAUSE_OF_CODE: dict[int, Cause] = {
     ExitCode.NON_FINITE: Cause.NON_FINITE,
     ExitCode.OUT_OF_MEMORY: Cause.OUT_OF_MEMORY,
     ExitCode.STALLED: Cause.STALLED,
+    ExitCode.STORAGE: Cause.CRASH,
     ExitCode.PREEMPTED: Cause.PREEMPTED,
     ExitCode.TERMINATED: Cause.PREEMPTED,
     ExitCode.PEER_LOST: Cause.INFRA,
@@ -74,9 +75,9 @@ class Evidence:
     """Unix seconds, by ours, at which it was first seen."""
     patience: float = 0.0
     """Seconds for which it has to last before it counts."""
-    newest_attempt: int = 0
+    superseded_by: int = 0
     """The attempt that has cut this one off; 0: none has."""
-    had_ranks: bool = True
+    ranks_started: bool = True
     """Whether it had started a rank."""
 
 
@@ -139,7 +140,7 @@ def is_node_suspect(blamed: Evidence, evidence: Sequence[Evidence]) -> bool:
         case Cause.INFRA:
             return not blamed.is_peer_lost
         case Cause.STALLED:
-            return blamed.had_ranks and sum(e.cause is Cause.STALLED for e in evidence) == 1
+            return blamed.ranks_started and sum(e.cause is Cause.STALLED for e in evidence) == 1
         case Cause.CRASH if _never_ran(blamed.pod):
             return True
         case Cause.CRASH:
@@ -204,8 +205,8 @@ def _exited(pod: PodRecord) -> Evidence:
         rank=None if said is None else said.rank,
         is_peer_lost=code == ExitCode.PEER_LOST,
         traceback=log if said is None else said.traceback,
-        newest_attempt=0 if said is None else said.newest_attempt,
-        had_ranks=said is None or said.had_ranks,
+        superseded_by=0 if said is None else said.superseded_by,
+        ranks_started=said is None or said.ranks_started,
     )
 
 
@@ -228,8 +229,8 @@ def _of(
     is_peer_lost: bool = False,
     traceback: str = "",
     patience: float = 0.0,
-    newest_attempt: int = 0,
-    had_ranks: bool = True,
+    superseded_by: int = 0,
+    ranks_started: bool = True,
 ) -> Evidence:
     at = pod.terminated.finished if pod.terminated is not None else 0.0
     return Evidence(
@@ -243,6 +244,6 @@ def _of(
         at=at,
         seen=pod.ended_seen or at,
         patience=patience,
-        newest_attempt=newest_attempt,
-        had_ranks=had_ranks,
+        superseded_by=superseded_by,
+        ranks_started=ranks_started,
     )

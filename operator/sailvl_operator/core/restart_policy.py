@@ -39,7 +39,7 @@ def fail_by(view: View, evidence: Evidence, others: Sequence[Evidence]) -> Step:
         time=format_time(evidence.at or view.now),
     )
     suspect = evidence.pod.node if is_node_suspect(evidence, others) else ""
-    newest = max(other.newest_attempt for other in others)
+    newest = max(other.superseded_by for other in others)
     return _fail(view, evidence.cause, last, suspect=suspect, newest=newest)
 
 

@@ -20,7 +20,7 @@ from sailvl_operator.core.stage_view import ACTIVE, Step, View, look, next_attem
 from sailvl_operator.core.stuck import PATIENCE_SECONDS, is_patient
 from sailvl_operator.core.times import format_time
 from sailvl_operator.core.units import format_decimal, format_duration
-from sailvl_trainer.contract import WATCHDOG_SECONDS, Result
+from sailvl_trainer.contract import WATCHDOG_INTERVAL_SECONDS, Result
 
 _LOST_SECONDS = 30.0
 """After its grace a worker on a living node is gone."""
@@ -196,7 +196,7 @@ def _judge(view: View) -> Step | None:
         return Step(status=read_progress(view), requeue_at=min(e.seen + e.patience for e in found))
     settled_at = min(e.seen for e in evidence) + view.defaults.failure_settle_seconds
     if any(e.cause is Cause.STALLED for e in evidence):
-        settled_at += WATCHDOG_SECONDS
+        settled_at += WATCHDOG_INTERVAL_SECONDS
     if len(evidence) < view.nodes and settled_at > view.now:
         return Step(status=read_progress(view), requeue_at=settled_at)
     return restart_policy.fail_by(view, failure.diagnose(evidence), evidence)

@@ -38,7 +38,7 @@ def describe(error: BaseException, rank: int) -> Termination:
         message=str(meant) if isinstance(meant, TrainerError) else f"{type(error).__name__}: {error}",
         traceback="".join(traceback.format_exception(error)),
         checkpoint=error.checkpoint if isinstance(error, Preempted) else None,
-        newest_attempt=error.newest_attempt if isinstance(error, Preempted) else 0,
+        superseded_by=error.superseded_by if isinstance(error, Preempted) else 0,
     )
 
 

@@ -109,7 +109,7 @@ def _choose_start(files: StageFiles, attempt: int) -> tuple[Checkpoint | None, t
     newest = chain[0] if chain else None
     if failure is None or (newest is not None and newest.step >= failure.step):
         return newest, () if lineage is None else lineage.skips
-    early = (checkpoint for checkpoint in chain if checkpoint.step <= failure.resume_by)
+    early = (checkpoint for checkpoint in chain if checkpoint.step <= failure.max_resume_step)
     return next(early, chain[-1] if chain else None), failure.skips
 
 
@@ -117,7 +117,7 @@ def _require_no_later(files: StageFiles, attempt: int) -> None:
     newest = find_newest(files)
     if newest > attempt:
         words = f"attempt {newest} has begun and goes on from a checkpoint; attempt {attempt} is cut off, ends"
-        raise Preempted(words, newest_attempt=newest)
+        raise Preempted(words, superseded_by=newest)
 
 
 def _create(path: Path) -> None:

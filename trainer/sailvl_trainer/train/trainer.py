@@ -155,10 +155,10 @@ class Loop:
             record = NonFinite(
                 attempt=context.stage.attempt,
                 step=failed,
-                what=what,
+                quantity=what,
                 value=str(value),
                 samples=step.samples,
-                resume_by=skips[-1].first - 1,
+                max_resume_step=skips[-1].first - 1,
                 skips=skips,
             )
             write_atomic(non_finite_path(context.files, context.stage.attempt), encode(record))

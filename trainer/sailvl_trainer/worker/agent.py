@@ -19,7 +19,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousHandler
 
-from sailvl_trainer.contract import FINAL_CODES, ExitCode, Stage, Termination
+from sailvl_trainer.contract import NON_RETRYABLE_EXIT_CODES, ExitCode, Stage, Termination
 from sailvl_trainer.rank import bootstrap
 from sailvl_trainer.rank.cgroup import read_memory
 from sailvl_trainer.rank.scratch import Scratch
@@ -76,7 +76,7 @@ class Agent(LocalElasticAgent):
         for rank, failure in result.failures.items():
             if stack := read_stack(self._scratch.stacks, failure.pid):
                 print(f"rank {rank} died here:\n{stack}", file=sys.stderr, flush=True)  # noqa: T201
-        is_final = any(failure.exitcode in FINAL_CODES for failure in result.failures.values())
+        is_final = any(failure.exitcode in NON_RETRYABLE_EXIT_CODES for failure in result.failures.values())
         if is_final or self._scratch.stop_file.exists():
             self._remaining_restarts = 0
         return result

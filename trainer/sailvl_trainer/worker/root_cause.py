@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from sailvl_trainer.contract import FINAL_CODES, ExitCode, Termination
+from sailvl_trainer.contract import NON_RETRYABLE_EXIT_CODES, ExitCode, Termination
 from sailvl_trainer.rank.cgroup import Memory
 from sailvl_trainer.storage.documents import decode
 
@@ -47,7 +47,7 @@ def read_stack(stacks: Path | None, pid: int) -> str:
 
 def _group(code: int) -> int:
     """A final code, then any other, then a lost peer, then what the agent itself has ended."""
-    if code in FINAL_CODES:
+    if code in NON_RETRYABLE_EXIT_CODES:
         return 0
     if code == ExitCode.PEER_LOST:
         return 2

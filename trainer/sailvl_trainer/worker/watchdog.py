@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sailvl_trainer.contract import RENDEZVOUS_PORT, WATCHDOG_SECONDS, ExitCode, Phase, Progress, Termination
+from sailvl_trainer.contract import RENDEZVOUS_PORT, WATCHDOG_INTERVAL_SECONDS, ExitCode, Phase, Progress, Termination
 from sailvl_trainer.rank.bootstrap import STACK_SIGNAL
 from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.storage.documents import read_progress
@@ -43,7 +43,7 @@ def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int
     """Watch in a thread, from now on."""
     if not limits.stall_timeout_seconds:
         return
-    pause, began = min(WATCHDOG_SECONDS, limits.stall_timeout_seconds / 4), time.monotonic()
+    pause, began = min(WATCHDOG_INTERVAL_SECONDS, limits.stall_timeout_seconds / 4), time.monotonic()
 
     def watch() -> None:
         while True:
@@ -58,7 +58,7 @@ def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int
         print("\n".join(stacks), file=sys.stderr, flush=True)  # noqa: T201
         if nodes > 1:  # else the others' ranks, which lose a peer, end before their workers have looked
             time.sleep(pause + STACK_SECONDS + 1)
-        end(replace(describe_stall(silent, stacks), had_ranks=ranks.has_begun.is_set()))
+        end(replace(describe_stall(silent, stacks), ranks_started=ranks.has_begun.is_set()))
 
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
 

@@ -67,7 +67,7 @@ SUSPECTS = [
     pytest.param([build_end(1, message="KeyError: 'loss'")], False, id="a mistake of the program"),
     pytest.param([build_end(74, message="/data: No space left on device")], False, id="a full volume"),
     pytest.param([build_end(68), build_end(76)], True, id="one worker that hangs"),
-    pytest.param([build_end(68, had_ranks=False)], False, id="the first to give up waiting for the others"),
+    pytest.param([build_end(68, ranks_started=False)], False, id="the first to give up waiting for the others"),
     pytest.param([Terminated(exit_code=128, reason="StartError", message=BROKEN_DRIVER)], True, id="a broken driver"),
     pytest.param([build_end(68), build_end(68)], False, id="a hang that all workers report"),
     pytest.param([build_end(64)], False, id="a bad setting"),

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from sailvl_operator.api.status import Cause, ConditionType, Reason, Status
 from sailvl_operator.core.plan import plan
 from sailvl_operator.core.summary import decode_status, encode_status
-from sailvl_trainer.contract import WATCHDOG_SECONDS, Checkpoint, Progress
+from sailvl_trainer.contract import WATCHDOG_INTERVAL_SECONDS, Checkpoint, Progress
 from tests.support.builders.operator import SPEC, build_end, build_run
 from tests.support.core_world import DEFAULTS, World, finish
 
@@ -124,7 +124,7 @@ def test_a_stall_waits_for_the_other_watchdog() -> None:
     world = World(spec={"stages": SPEC["stages"][2:3]}, is_patient=False)
     world.settle()
     world.end(0, 68, message="no progress for 900 s")
-    world.now += WATCHDOG_SECONDS
+    world.now += WATCHDOG_INTERVAL_SECONDS
     world.settle()
     assert world.stage("knowledge").attempt == 1
     world.end(1, 68, message="no progress for 900 s")

@@ -129,7 +129,7 @@ def test_a_job_that_somebody_else_suspends_waits_for_them() -> None:
 def test_attempts_that_a_deleted_run_of_this_name_left_are_passed_by_at_once() -> None:
     world = World(spec={"stages": SPEC["stages"][2:3]})
     world.settle()
-    world.end(0, 75, message="attempt 11 has begun; attempt 1 is cut off, ends", newest_attempt=11)
+    world.end(0, 75, message="attempt 11 has begun; attempt 1 is cut off, ends", superseded_by=11)
     world.end(1, 76)
     world.settle()
     assert [a.document.attempt for a in world.started] == [1, 12]
@@ -139,8 +139,8 @@ def test_attempts_that_a_deleted_run_of_this_name_left_are_passed_by_at_once() -
 def test_a_number_that_can_t_be_is_no_attempt() -> None:
     world = World(spec={"stages": SPEC["stages"][2:3]})
     world.settle()
-    world.end(0, 75, newest_attempt=10**12)
-    world.end(1, 75, newest_attempt=-1)
+    world.end(0, 75, superseded_by=10**12)
+    world.end(1, 75, superseded_by=-1)
     world.settle()
     assert [a.document.attempt for a in world.started] == [1, 2]
 

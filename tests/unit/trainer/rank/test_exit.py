@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sailvl_trainer.contract import STORAGE_CODE, CurateConfig, ModelConfig, SourceConfig, Stage
+from sailvl_trainer.contract import CurateConfig, ExitCode, ModelConfig, SourceConfig, Stage
 from sailvl_trainer.storage.layout import StageFiles
 from tests.support.builders import evaluation, training
 from tests.support.rank_faults import (
@@ -93,7 +93,7 @@ def volume(tmp_path: Path) -> Iterator[Volume]:
 def test_a_full_volume_leaves_nothing_half_written(build: Build, point: str, volume: Volume, tmp_path: Path) -> None:
     stage = build(volume.path)
     ranks = Ranks(stage, 1, [at(point, partial(fill, volume.path))])
-    assert ranks.end() == [STORAGE_CODE], ranks.log()
+    assert ranks.end() == [ExitCode.STORAGE], ranks.log()
     assert f"the volume {volume.path} is full: " in ranks.said().message
     assert StageFiles(stage).find_result() is None
     (volume.path / BALLAST).unlink()

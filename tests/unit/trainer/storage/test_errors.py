@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sailvl_trainer.contract import STORAGE_CODE
+from sailvl_trainer.contract import ExitCode
 from sailvl_trainer.errors import DataError, StorageError
 from sailvl_trainer.rank.cgroup import Memory, read_memory
 from sailvl_trainer.storage.errors import storage_errors
@@ -42,7 +42,7 @@ def test_a_volume_that_is_full_or_gone(error: Exception, words: str, tmp_path: P
     expected = words.format(root=re.escape(str(tmp_path)))
     with pytest.raises(StorageError, match=expected) as said, storage_errors(tmp_path / "file"):
         raise error
-    assert said.value.exit_code == STORAGE_CODE
+    assert said.value.exit_code == ExitCode.STORAGE
 
 
 OTHERS = [

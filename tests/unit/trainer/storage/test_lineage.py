@@ -44,10 +44,10 @@ def fail(files: StageFiles, attempt: int, step: int, *skips: Skip) -> None:
     record = NonFinite(
         attempt=attempt,
         step=step,
-        what="loss",
+        quantity="loss",
         value="nan",
         samples=(1, 2),
-        resume_by=skips[-1].first - 1,
+        max_resume_step=skips[-1].first - 1,
         skips=skips,
     )
     write_atomic(non_finite_path(files, attempt), encode(record))
@@ -98,7 +98,7 @@ def test_one_that_is_cut_off_tells_by_whom(files: StageFiles) -> None:
     claim(files, 11)
     with pytest.raises(Preempted) as caught:
         claim(files, 1)
-    assert caught.value.newest_attempt == 11
+    assert caught.value.superseded_by == 11
 
 
 # What attempt 1 writes after attempt 2 has begun from its step 10.

@@ -62,7 +62,7 @@ def test_a_bad_batch_is_left_out_and_the_rest_is_as_it_was(root: Path, whole: di
     )
     skips = (Skip(first=4, last=4, step=4, failures=1), Skip(first=again, last=again, step=again, failures=1))
     assert read_non_finite(files, 1) == NonFinite(
-        attempt=1, step=4, what="loss", value="nan", samples=tuple(whole[4]), resume_by=3, skips=skips[:1]
+        attempt=1, step=4, quantity="loss", value="nan", samples=tuple(whole[4]), max_resume_step=3, skips=skips[:1]
     )
     for step, left_out in ((3, skips[:1]), (6, skips)):
         stage = next_attempt(stage)

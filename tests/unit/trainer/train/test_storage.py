@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sailvl_trainer.contract import STORAGE_CODE, Stage
+from sailvl_trainer.contract import ExitCode, Stage
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.train.sample_log import read_ledger
 from tests.support.builders.training import SAMPLES, build_set, build_stage
@@ -87,7 +87,7 @@ def test_a_full_volume_is_named_and_room_on_it_is_all_that_is_needed(
     stage, (point, saved, path) = build(memory.path, data), case
     files = StageFiles(stage)
     ranks = Ranks(stage, 1, [at(point, partial(fill, memory.path))])
-    assert ranks.end() == [STORAGE_CODE], ranks.log()
+    assert ranks.end() == [ExitCode.STORAGE], ranks.log()
     words = rf"^the volume {memory.path} is full: \d+(\.\d)? [KM]?i?B of 64\.0 MiB free .* while writing \S*{path};"
     assert_matches(words, ranks.said().message)
     newest = files.newest_checkpoint(1)
@@ -95,7 +95,7 @@ def test_a_full_volume_is_named_and_room_on_it_is_all_that_is_needed(
     assert files.find_result() is None
 
     second = next_attempt(stage)
-    assert Ranks(second, 1).end() == [STORAGE_CODE], "it is full still"
+    assert Ranks(second, 1).end() == [ExitCode.STORAGE], "it is full still"
     (memory.path / BALLAST).unlink()
     assert finish(next_attempt(second)) == expected
     require_whole(stage, 3)
@@ -119,7 +119,7 @@ def test_a_volume_that_goes_comes_back_with_all_that_was_saved(
 ) -> None:
     stage = build(disk.path, data)
     ranks = Ranks(stage, 1, [at(point, partial(lose, disk.path))])  # type: ignore[call-overload]
-    assert ranks.end() == [STORAGE_CODE], ranks.log()
+    assert ranks.end() == [ExitCode.STORAGE], ranks.log()
     assert_matches(rf"^the volume of {disk.path}\S* is gone or broken .*; see that it is mounted", ranks.said().message)
     disk.unmount()
     assert not os.listdir(disk.path), "nothing was written where it had been"

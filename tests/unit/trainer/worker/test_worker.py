@@ -220,7 +220,7 @@ def test_workers_that_never_meet_end_and_say_where_to_look(attempt: Start) -> No
     it = attempt("succeed", nodes=2, start_timeout=1, environment={Env.STALL_TIMEOUT_SECONDS: 2, "MEETING_SECONDS": 2})
     it.start(1)
     said = it.end(1)
-    assert (said.exit_code, said.had_ranks) == (68, False)
+    assert (said.exit_code, said.ranks_started) == (68, False)
     assert said.message.startswith("no rank was started within 3 s: ")
     assert "in _await_store" in said.traceback
 
