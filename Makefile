@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: help setup check test demo data cluster cluster-down images e2e faults chaos bench bench-operator report generate lock format clean
+.PHONY: help setup check test demo data cluster cluster-down images e2e faults chaos bench bench-operator bench-plot report generate lock format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -77,12 +77,15 @@ faults: setup  ## every fault in every kind of stage on the cluster, each for re
 chaos: setup  ## SAILVL_CHAOS_MINUTES (30) of chaos on the cluster from SAILVL_CHAOS_SEED (1); ends in the same weights, bit for bit
 	hack/test.sh chaos
 
-bench: setup  ## every benchmark: a table and a JSON line each
-	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+bench: setup  ## the trainer's benchmarks: a table each, figures appended to bench/history.jsonl
+	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python -m bench.$$(basename $$file .py); done
 
 bench-operator: setup  ## the operator at a thousand runs on a control plane of its own, beside a naive one; ten minutes and more
 	@hack/require.sh openssl
-	$(BIN)/python bench/operator
+	$(BIN)/python -m bench.operator
+
+bench-plot: setup  ## all recorded figures over time: build/bench/history.png
+	$(BIN)/python -m bench.history
 
 report: setup  ## sizes and language of the sources, as a table and a JSON line
 	$(BIN)/python -m hack.source_report

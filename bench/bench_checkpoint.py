@@ -1,7 +1,8 @@
 """Time and bytes of a checkpoint, beside torch's own: distributed checkpoint (DCP) and torch.save.
 
 All write the same float32 weights and moments from one process, and are followed by the file system's sync. Ours also
-writes and checks a SHA-256 of every byte, which the others don't. Prints a table and, last, a line of JSON.
+writes and checks a SHA-256 of every byte, which the others don't. Prints a table, appends the figures to
+bench/history.jsonl, and prints them last as a line of JSON.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from bench import history
 from sailvl_trainer.data.planner import PlanState
 from sailvl_trainer.rank.distributed import start_group
 from sailvl_trainer.train import checkpoint
@@ -130,7 +132,9 @@ def report(seconds: dict[tuple[str, str], float], sizes: dict[str, int]) -> None
         row = f"{save:>10.2f}{load:>10.2f}{sizes[peer.name] / 1e6:>8.0f}"
         print(f"{peer.name:12}{row}{ratios[peer.name][0]:>12.2f}{ratios[peer.name][1]:>12.2f}")
     ours = ratios["ours"]
-    print(json.dumps({"bench": "checkpoint", "save_vs_dcp": ours[0], "load_vs_dcp": ours[1]}))
+    figures = {"save_vs_dcp": ours[0], "load_vs_dcp": ours[1]}
+    history.append_record("checkpoint", figures)
+    print(json.dumps({"bench": "checkpoint"} | figures))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from tests.support.live.control_plane import ROOT, ControlPlane, cpu_seconds
+from bench.operator.control_plane import ROOT, ControlPlane, cpu_seconds
 
 SETTLE_SECONDS = 1.0
 """--failure-settle-seconds of our operator here: the time it waits for the other pods' word on a failure."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peers import SETTLE_SECONDS, NaiveKopf, SailVL, until
-
+from bench.operator.control_plane import ControlPlane
+from bench.operator.peers import SETTLE_SECONDS, NaiveKopf, SailVL, until
 from sailvl_operator.api import names
 from sailvl_operator.api.parse import parse_run
 from sailvl_operator.cluster import resources
@@ -21,7 +21,6 @@ from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.core.reconcile import reconcile
-from tests.support.live.control_plane import ControlPlane
 
 NAMESPACE = "default"
 QUIET_SECONDS = 60.0
