@@ -20,8 +20,8 @@ from sailvl_operator.cluster.merge_patch import build_merge_patch, drop_nulls
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
-from sailvl_operator.cluster.runs import Key, RunEntry, RunStore
-from sailvl_operator.cluster.start_diagnostics import ComplaintReader
+from sailvl_operator.cluster.runs import RunEntry, RunKey, RunStore
+from sailvl_operator.cluster.start_diagnostics import StartDiagnostics
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.decision import Decision
 from sailvl_operator.core.observe import Observed, PodRecord, observe
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 Act = Callable[[Run, Decision], Awaitable[Refused]]
 
 
-class Engine:
+class Controller:
     """One per process. Everything it needs is handed in."""
 
     def __init__(
@@ -55,9 +55,9 @@ class Engine:
         runs: RunStore,
         children: Children,
         progress: ProgressReader,
-        complaints: ComplaintReader,
+        complaints: StartDiagnostics,
         recorder: Recorder,
-        queue: WorkQueue[Key],
+        queue: WorkQueue[RunKey],
         metrics: Metrics,
         defaults: Defaults,
         clock: Callable[[], float] = time.time,
@@ -77,8 +77,8 @@ class Engine:
     async def run(self, workers: int) -> None:
         """Serve keys until cancelled; waits for the informers first, since a missing Job means something."""
         await self._children.wait_synced()
-        self._children.keep_evidence()
-        self._queue.begin()
+        self._children.retain_deleted()
+        self._queue.start()
         async with asyncio.TaskGroup() as group:
             for number in range(workers):
                 group.create_task(self._work(), name=f"worker-{number}")
@@ -94,11 +94,11 @@ class Engine:
                 self._queue.done(key)
             self._metrics.reconciles.labels(outcome).inc()
 
-    async def _process(self, key: Key, *, may_wait: bool) -> str:
+    async def _process(self, key: RunKey, *, may_wait: bool) -> str:
         """Look at one run. Whatever goes wrong is tried again later, and never ends the worker."""
         log_of_run = logging.LoggerAdapter(log, {"namespace": key[0], "run": key[1]})
         try:
-            outcome = await self.look(key, may_wait=may_wait)
+            outcome = await self.reconcile_key(key, may_wait=may_wait)
         except Conflict as error:
             log_of_run.info("looked at an old state, looking again: %s", error)
             await self._refresh(key)
@@ -110,20 +110,20 @@ class Engine:
         except Exception:
             log_of_run.exception("an error of the operator itself; tried again in %.1f s", self._queue.retry(key))
             return "error"
-        self._queue.succeed(key)
+        self._queue.reset_backoff(key)
         return outcome
 
-    async def look(self, key: Key, *, may_wait: bool = False) -> str:
+    async def reconcile_key(self, key: RunKey, *, may_wait: bool = False) -> str:
         """One reconcile: decide, act, write the status. Says whether the status was written, is unchanged, or has to
         wait because other runs wait to be started."""
         entry = self._runs.get(key)
         if entry is None:
-            self._drop(key)
+            self._forget_run(key)
             return "unchanged"
         decision = self._decide(entry, key)
         refusal = await self._act(entry.run, decision, self._actions.carry_out)
-        if refusal is None and may_wait and decision.can_wait and self._queue.is_crowded():
-            return self._put_off(key, decision)
+        if refusal is None and may_wait and decision.can_wait and self._queue.has_backlog():
+            return self._defer_writes(key, decision)
         if refusal is None and decision.serve:
             refusal = await self._act(entry.run, decision, self._actions.serve)
         if refusal is None:
@@ -143,9 +143,9 @@ class Engine:
         self._forget_closed(entry.run, key)
         return "unchanged"
 
-    def _put_off(self, key: Key, decision: Decision) -> str:
+    def _defer_writes(self, key: RunKey, decision: Decision) -> str:
         """The writes wait; what the run itself waits for doesn't."""
-        self._queue.put_off(key)
+        self._queue.defer(key)
         self._schedule(key, decision)
         return "deferred"
 
@@ -163,7 +163,7 @@ class Engine:
         self._complaints.refuse(key, {attempt: str(error) for attempt, error in refused.items()})
         return next(iter(refused.values()))
 
-    def _decide(self, entry: RunEntry, key: Key) -> Decision:
+    def _decide(self, entry: RunEntry, key: RunKey) -> Decision:
         now = self._clock()
         if entry.problem:
             return refuse_unreadable(entry.run, entry.problem, self._observe(entry.run, key), now=now)
@@ -175,7 +175,7 @@ class Engine:
         seconds = max(self._defaults.progress_seconds, len(self._progress) / PROGRESS_WRITES)
         return replace(self._defaults, progress_seconds=seconds)
 
-    def _observe(self, run: Run, key: Key) -> Observed:
+    def _observe(self, run: Run, key: RunKey) -> Observed:
         """Observe the objects that this run owns; a deleted run of the same name may have left others."""
         jobs = (job for job in self._children.jobs.get(key) if job.owner_uid == run.uid)
         is_served = any(service.owner_uid == run.uid for service in self._children.services.get(key))
@@ -186,7 +186,7 @@ class Engine:
             self._progress.get(key, run.uid),
             self._complaints.get(key),
             refusals=self._complaints.get_refusals(key),
-            unheard=self._progress.get_unheard(key, run.uid),
+            unheard=self._progress.get_errors(key, run.uid),
             is_served=is_served,
         )
 
@@ -216,20 +216,20 @@ class Engine:
         for event in decision.events:
             self._recorder.record(run, type_=event.type, reason=event.reason, message=event.message)
 
-    def _schedule(self, key: Key, decision: Decision) -> None:
+    def _schedule(self, key: RunKey, decision: Decision) -> None:
         if decision.requeue_at is None:
             self._queue.cancel_timer(key)
         else:
             self._queue.add_after(key, decision.requeue_at - self._clock())
 
-    async def _refresh(self, key: Key) -> None:
+    async def _refresh(self, key: RunKey) -> None:
         """After a conflict: read the run instead of waiting for its event."""
         try:
             self._runs.put_patched(await self._client.get(resources.RUNS, *key))
         except ApiError as error:
             log.info("%s/%s could not be read: %s", *key, error)
 
-    def _drop(self, key: Key) -> None:
+    def _forget_run(self, key: RunKey) -> None:
         """The run is gone; the garbage collector takes its children."""
         self._queue.cancel_timer(key)
         self._children.jobs.forget(key, lambda _: True)
@@ -237,7 +237,7 @@ class Engine:
         self._progress.forget(key, lambda *_: True)
         self._complaints.forget(key)
 
-    def _forget_closed(self, run: Run, key: Key) -> None:
+    def _forget_closed(self, run: Run, key: RunKey) -> None:
         """Let the evidence of closed attempts go: a newer one has begun, or the stage is over."""
         current = {s.name: s for s in decode_status(run.status).stages}
 
@@ -255,7 +255,7 @@ def _is_pod_of(run: Run, pod: PodRecord) -> bool:
     return pod.run_uid == run.uid if pod.run_uid else pod.created >= run.created
 
 
-def handle_run_event(type_: str | None, raw: dict[str, object], runs: RunStore, queue: WorkQueue[Key]) -> None:
+def handle_run_event(type_: str | None, raw: dict[str, object], runs: RunStore, queue: WorkQueue[RunKey]) -> None:
     """A watch event of a run: keep the newest state and look at its key."""
     metadata = raw["metadata"]
     assert isinstance(metadata, dict)

@@ -16,12 +16,12 @@ from sailvl_operator.cluster.client import SILENCE
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.kopf_session import IsKnown, build_session
 
-Sink = Callable[[str | None, dict[str, Any]], None]
+OnEvent = Callable[[str | None, dict[str, Any]], None]
 """Called with the watch event's type (None: listed) and the whole object."""
 
 
 def build_registry(
-    sink: Sink, credentials: Credentials, *, is_known: IsKnown, watch_timeout: int, on_stop: Callable[[], None]
+    sink: OnEvent, credentials: Credentials, *, is_known: IsKnown, watch_timeout: int, on_stop: Callable[[], None]
 ) -> kopf.OperatorRegistry:
     """kopf's handlers, in a registry of their own; `on_stop` is called as soon as this process is told to end. Changes
     of which `is_known` says so aren't told."""
@@ -30,14 +30,14 @@ def build_registry(
     @kopf.on.startup(registry=registry)
     async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
         settings.posting.enabled = False
-        settings.persistence.diffbase_storage = _NoEssence()
+        settings.persistence.diffbase_storage = NoDiffBase()
         settings.scanning.disabled = True
         settings.peering.standalone = True
         settings.watching.server_timeout = watch_timeout
         settings.watching.connect_timeout = 10
         settings.watching.inactivity_timeout = SILENCE
         settings.networking.request_timeout = 30
-        settings.networking.error_backoffs = _Forever()
+        settings.networking.error_backoffs = EndlessBackoff()
 
     @kopf.on.cleanup(registry=registry)
     async def stop(**_: Any) -> None:
@@ -54,7 +54,7 @@ def build_registry(
     return registry
 
 
-class _NoEssence(kopf.DiffBaseStorage):
+class NoDiffBase(kopf.DiffBaseStorage):
     """kopf copies every object to tell changes of its essence apart; we look at every event, so nothing is copied."""
 
     def build(self, *, body: kopf.Body, extra_fields: object = None) -> kopf.BodyEssence:
@@ -67,7 +67,7 @@ class _NoEssence(kopf.DiffBaseStorage):
         return None
 
 
-class _Forever(Iterable[float]):
+class EndlessBackoff(Iterable[float]):
     """Seconds between the tries of a request that fails for a passing reason. kopf gives up after the last, and an
     outage may last for hours."""
 

@@ -11,7 +11,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from sailvl_operator.settings import ServerSettings
+from sailvl_operator.settings import HealthServerSettings
 
 Problems = Callable[[], Sequence[str]]
 """What is wrong, in words; nothing when all is well."""
@@ -21,7 +21,7 @@ class Server:
     """Runs as an asynchronous context manager."""
 
     def __init__(
-        self, settings: ServerSettings, registry: CollectorRegistry, *, is_alive: Problems, is_ready: Problems
+        self, settings: HealthServerSettings, registry: CollectorRegistry, *, is_alive: Problems, is_ready: Problems
     ) -> None:
         self._settings = settings
         self._registry = registry

@@ -80,7 +80,7 @@ class ProgressSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ComplaintSettings:
+class DiagnosticsSettings:
     """Reading why attempts don't start: events of their Jobs and pods, and Kueue's workloads."""
 
     interval: float = 5.0
@@ -112,7 +112,7 @@ class LeaseSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServerSettings:
+class HealthServerSettings:
     """The operator's own HTTP server: /metrics, /healthz, /readyz."""
 
     host: str = "0.0.0.0"  # a pod's probes and scrapes come from outside
@@ -133,9 +133,9 @@ class Settings:
     api: ApiSettings = ApiSettings()
     queue: QueueSettings = QueueSettings()
     progress: ProgressSettings = ProgressSettings()
-    complaints: ComplaintSettings = ComplaintSettings()
+    complaints: DiagnosticsSettings = DiagnosticsSettings()
     lease: LeaseSettings = field(default_factory=LeaseSettings)
-    server: ServerSettings = ServerSettings()
+    server: HealthServerSettings = HealthServerSettings()
     defaults: Defaults = field(default_factory=Defaults)
     log_level: str = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""

@@ -19,13 +19,13 @@ from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
 from sailvl_operator.cluster.runs import RunStore
-from sailvl_operator.cluster.start_diagnostics import ComplaintReader, find_waiting
+from sailvl_operator.cluster.start_diagnostics import StartDiagnostics, find_waiting
 from sailvl_operator.cluster.workqueue import WorkQueue
-from sailvl_operator.controller import Engine, handle_run_event
+from sailvl_operator.controller import Controller, handle_run_event
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.core.summary import decode_status
 from sailvl_operator.metrics import Metrics
-from sailvl_operator.settings import ApiSettings, ComplaintSettings, ProgressSettings
+from sailvl_operator.settings import ApiSettings, DiagnosticsSettings, ProgressSettings
 from tests.support.apiserver.server import Anonymous, FakeApi, serve
 
 KEY = ("team", "demo")
@@ -42,7 +42,7 @@ class World:
         self.clock = lambda: NEW_YEAR_2026 + time.monotonic() - started
         self.runs = RunStore()
         self.metrics = Metrics(CollectorRegistry())
-        self.queue: WorkQueue = WorkQueue(backoff=0.01, backoff_limit=0.05)
+        self.queue: WorkQueue = WorkQueue(backoff_seconds=0.01, backoff_limit_seconds=0.05)
         self.children = Children(
             client, namespaces=(), on_change=self.queue.add, count_restart=lambda *_: None, clock=self.clock
         )
@@ -50,13 +50,13 @@ class World:
         self.progress = ProgressReader(
             ProgressSettings(), pods=lambda: self.children.pods, on_change=self.queue.add, count=lambda _: None
         )
-        self.complaints = ComplaintReader(
+        self.complaints = StartDiagnostics(
             client,
-            ComplaintSettings(patience=0.0),
+            DiagnosticsSettings(patience=0.0),
             subjects=lambda: find_waiting(self.children, self.runs),
             on_change=self.queue.add,
         )
-        self.engine = Engine(
+        self.controller = Controller(
             client=client,
             runs=self.runs,
             children=self.children,
@@ -143,7 +143,7 @@ async def running():
         Client(Credentials(Anonymous(url)), ApiSettings(backoff=0.001), lambda *_: None) as client,
     ):
         world = World(api, client)
-        parts = [world.children.run(), world.recorder.run(), world.engine.run(2)]
+        parts = [world.children.run(), world.recorder.run(), world.controller.run(2)]
         tasks = [asyncio.create_task(part) for part in parts]
         try:
             yield world

@@ -16,15 +16,15 @@ from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
-from sailvl_operator.cluster.runs import Key, RunStore
-from sailvl_operator.cluster.start_diagnostics import ComplaintReader, find_waiting
-from sailvl_operator.cluster.watch_audit import Resync
+from sailvl_operator.cluster.runs import RunKey, RunStore
+from sailvl_operator.cluster.start_diagnostics import StartDiagnostics, find_waiting
+from sailvl_operator.cluster.watch_audit import WatchAuditor
 from sailvl_operator.cluster.workqueue import WorkQueue
-from sailvl_operator.controller import Engine, handle_run_event
+from sailvl_operator.controller import Controller, handle_run_event
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.errors import ApiError, Gone
 from sailvl_operator.metrics import Metrics
-from sailvl_operator.settings import ComplaintSettings, ProgressSettings
+from sailvl_operator.settings import DiagnosticsSettings, ProgressSettings
 
 _WORKERS = 2
 _RESYNC_SECONDS = 180.0
@@ -45,22 +45,25 @@ class OperatorProcess:
         progress_seconds: float = 60.0,
         backoff: float = 0.5,
         backoff_limit: float = 60.0,
-        is_rushed: Callable[[], bool] = lambda: False,
+        has_backpressure: Callable[[], bool] = lambda: False,
     ) -> None:
         self.client, self.namespaces = client, tuple(namespaces)
         self.runs = RunStore()
-        self.queue: WorkQueue[Key] = WorkQueue(
-            backoff=backoff, backoff_limit=backoff_limit, hold=is_rushed, monotonic=monotonic
+        self.queue: WorkQueue[RunKey] = WorkQueue(
+            backoff_seconds=backoff,
+            backoff_limit_seconds=backoff_limit,
+            has_backpressure=has_backpressure,
+            monotonic=monotonic,
         )
         self.children = Children(
             client,
             namespaces=namespaces,
             on_change=self.queue.add,
-            on_calm=self.queue.add_calmly,
+            on_routine_change=lambda key: self.queue.add_debounced(key, routine=True),
             count_restart=lambda _resource, _cause: None,
             clock=clock,
         )
-        self.resync = Resync(
+        self.resync = WatchAuditor(
             client,
             self.runs,
             namespaces=self.namespaces,
@@ -77,14 +80,14 @@ class OperatorProcess:
             count=lambda _: None,
             monotonic=monotonic,
         )
-        self.complaints = ComplaintReader(
+        self.complaints = StartDiagnostics(
             client,
-            ComplaintSettings(interval=progress_seconds),
+            DiagnosticsSettings(interval=progress_seconds),
             subjects=lambda: find_waiting(self.children, self.runs),
             on_change=self.queue.add,
             monotonic=monotonic,
         )
-        self.engine = Engine(
+        self.controller = Controller(
             client=client,
             runs=self.runs,
             children=self.children,
@@ -101,7 +104,7 @@ class OperatorProcess:
 
     def start(self) -> None:
         parts = [self.children.run(), self.resync.run(), self.recorder.run(), self.complaints.run()]
-        parts += [self.engine.run(_WORKERS)]
+        parts += [self.controller.run(_WORKERS)]
         parts += [self._watch_runs(scope) for scope in self.namespaces or ("",)]
         if self._read_progress is not None:
             parts.append(self._read_rounds(self._read_progress))

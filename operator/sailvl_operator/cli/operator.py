@@ -20,18 +20,18 @@ from prometheus_client import CollectorRegistry
 from sailvl_operator import handlers
 from sailvl_operator.api import names
 from sailvl_operator.cluster import resources
-from sailvl_operator.cluster.backpressure import Rush
+from sailvl_operator.cluster.backpressure import StartupBacklog
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials, load_credentials
 from sailvl_operator.cluster.lease import Leadership
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
-from sailvl_operator.cluster.runs import Key, RunStore
-from sailvl_operator.cluster.start_diagnostics import ComplaintReader, find_waiting
-from sailvl_operator.cluster.watch_audit import Resync
+from sailvl_operator.cluster.runs import RunKey, RunStore
+from sailvl_operator.cluster.start_diagnostics import StartDiagnostics, find_waiting
+from sailvl_operator.cluster.watch_audit import WatchAuditor
 from sailvl_operator.cluster.workqueue import WorkQueue
-from sailvl_operator.controller import Engine, handle_run_event
+from sailvl_operator.controller import Controller, handle_run_event
 from sailvl_operator.core.summary import decode_status
 from sailvl_operator.errors import NotFound, OperatorError
 from sailvl_operator.health import Server
@@ -86,23 +86,23 @@ class Operator:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
         self.runs = RunStore()
-        self.queue: WorkQueue[Key] = WorkQueue(
-            backoff=settings.queue.backoff,
-            backoff_limit=settings.queue.backoff_limit,
-            batch=settings.queue.batch,
-            hold=self._is_rushed,
+        self.queue: WorkQueue[RunKey] = WorkQueue(
+            backoff_seconds=settings.queue.backoff,
+            backoff_limit_seconds=settings.queue.backoff_limit,
+            debounce_seconds=settings.queue.batch,
+            has_backpressure=self._has_backpressure,
         )
         self.client = Client(credentials, settings.api, self._count_call)
         self.children = Children(
             self.client,
             namespaces=settings.api.namespaces,
-            on_change=self.queue.add_soon,
-            on_calm=self.queue.add_calmly,
+            on_change=self.queue.add_debounced,
+            on_routine_change=lambda key: self.queue.add_debounced(key, routine=True),
             count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
             clock=self.client.clock.now,
         )
-        self.rush = Rush(self.children, clock=self.client.clock.now)
-        self.resync = Resync(
+        self.rush = StartupBacklog(self.children, clock=self.client.clock.now)
+        self.resync = WatchAuditor(
             self.client,
             self.runs,
             namespaces=settings.api.namespaces,
@@ -164,7 +164,7 @@ class Operator:
 
     async def _lead(self) -> None:
         recorder, progress, complaints = self._build_recorder(), self._build_progress(), self._build_complaints()
-        engine = Engine(
+        engine = Controller(
             client=self.client,
             runs=self.runs,
             children=self.children,
@@ -193,7 +193,7 @@ class Operator:
             enabled=self.settings.api.events,
             count=lambda outcome: self.metrics.events.labels(outcome).inc(),
             clock=self.client.clock.now,
-            is_rushed=self._is_rushed,
+            has_backpressure=self._has_backpressure,
         )
 
     def _build_progress(self) -> ProgressReader:
@@ -202,11 +202,11 @@ class Operator:
             pods=lambda: self.children.pods,
             on_change=self.queue.add,
             count=lambda outcome: self.metrics.progress_reads.labels(outcome).inc(),
-            is_rushed=self._is_rushed,
+            has_backpressure=self._has_backpressure,
         )
 
-    def _build_complaints(self) -> ComplaintReader:
-        return ComplaintReader(
+    def _build_complaints(self) -> StartDiagnostics:
+        return StartDiagnostics(
             self.client,
             self.settings.complaints,
             subjects=lambda: find_waiting(self.children, self.runs),
@@ -219,18 +219,18 @@ class Operator:
         for resource, age in self.children.ages():
             if age > limits.stale_watch:
                 found.append(f"the watch of {resource} has been silent for {age:.0f} s")
-        if self.resync.deaf_for() > limits.stale_runs:
-            found.append(f"the watch of runs has missed changes for {self.resync.deaf_for():.0f} s")
-        if self._is_leading() and self.queue.oldest() > limits.stale_queue:
-            found.append(f"a key has waited for {self.queue.oldest():.0f} s")
+        if self.resync.stale_seconds() > limits.stale_runs:
+            found.append(f"the watch of runs has missed changes for {self.resync.stale_seconds():.0f} s")
+        if self._is_leading() and self.queue.oldest_seconds() > limits.stale_queue:
+            found.append(f"a key has waited for {self.queue.oldest_seconds():.0f} s")
         return found
 
     def find_unready(self) -> list[str]:
         """Why this process isn't ready: a standby is, once it has seen everything."""
         return [] if self.children.is_synced() else ["the first lists are not complete"]
 
-    def _is_rushed(self) -> bool:
-        return self.rush.is_on()
+    def _has_backpressure(self) -> bool:
+        return self.rush.is_high()
 
     def _is_leading(self) -> bool:
         return self.leadership.is_leading or not self.settings.lease.enabled
@@ -241,7 +241,7 @@ class Operator:
     def _register_collectors(self) -> None:
         self.registry.register(
             OperatorCollector(
-                queue=lambda: (self.queue.depth(), self.queue.oldest()),
+                queue=lambda: (self.queue.depth(), self.queue.oldest_seconds()),
                 watches=self.children.ages,
                 is_leading=self._is_leading,
             )

@@ -18,7 +18,7 @@ YOUNG_SECONDS = 60.0
 _PAUSE = 0.5
 
 
-class Rush:
+class StartupBacklog:
     """Looks at the stores of Jobs and pods, twice a second at most."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Rush:
         self._is_on, self._looked = False, float("-inf")
         self._whole: set[str] = set()  # uids of young Jobs that have had all their pods
 
-    def is_on(self) -> bool:
+    def is_high(self) -> bool:
         """Whether more than MANY young Jobs lack pods."""
         now = self._monotonic()
         if now - self._looked >= _PAUSE:

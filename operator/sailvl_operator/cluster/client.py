@@ -207,7 +207,7 @@ class Client:
         try:
             async with self._session.request(method, url, headers=headers, data=data) as response:
                 self._count(verb, response.status)
-                self.clock.heed(response.headers.get("Date"), sent=sent, received=self.clock.monotonic())
+                self.clock.observe_date(response.headers.get("Date"), sent=sent, received=self.clock.monotonic())
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             self._count(verb, 0)

@@ -1,7 +1,8 @@
-"""A list and a watch of one kind, trimmed at once to typed records that are indexed by run.
+"""Informer of one kind: lists and watches its objects and keeps them as typed records, indexed by run.
 
-`children.py` runs one for Jobs and one for pods; the engine reads the records. A deleted Job's or
-pod's last state stays, marked gone, until the engine forgets it: it is the evidence of how an attempt ended.
+`owned_objects.py` runs one for Jobs, one for pods and one for Services; the controller reads the records. The last
+state of a deleted Job or pod is kept, marked as gone, until the controller forgets it: it is the evidence of how an
+attempt ended.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from msgspec.structs import replace
 from sailvl_operator.api import names
 from sailvl_operator.cluster.client import Client, EventType, Object
 from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.cluster.wire import Shape
 from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
 from sailvl_operator.errors import ApiError, Gone
@@ -27,54 +29,53 @@ log = logging.getLogger(__name__)
 
 Record = TypeVar("Record", bound=JobRecord | PodRecord | ServiceRecord)
 Mortal = TypeVar("Mortal", JobRecord, PodRecord)
-Key = tuple[str, str]
-"""namespace, run"""
 
-_BACKOFF_LIMIT = 10.0
-"""Seconds: after an outage nothing is seen for longer than that, on average."""
-_DELETED_REMEMBERED = 4096
+_BACKOFF_LIMIT_SECONDS = 10.0
+"""Longest average wait before a broken watch is resumed: how late changes are seen after an outage."""
+_DELETED_UIDS_LIMIT = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind(Generic[Record]):
-    """What an informer watches and how it trims it."""
+    """Resource that an informer watches, and how its objects become records."""
 
     resource: Resource
     shape: Shape
-    """What of it is decoded."""
+    """Type to decode objects to; other fields are skipped."""
     parse: Callable[[dict[str, Any]], Record]
     mark_gone: Callable[[Record], Record] | None = None
-    """How the last state of a deleted object is kept; None: it isn't."""
+    """Function that marks the last state of a deleted object. None, the default, removes the record at once."""
     stamp: Callable[[Record, Record | None, float], Record] = lambda record, _known, _now: record
-    """What its earlier state and the time now (Unix seconds) add to a record."""
-    is_calm: Callable[[Record], bool] = lambda _: False
-    """Whether nothing has to be done about its new state, but to tell of it."""
+    """Function that adds times to a new record, given the record before and the time now in Unix seconds."""
+    is_routine: Callable[[Record], bool] = lambda _: False
+    """Whether the record needs no action, only a status update. Default: never."""
 
 
 class Store(Generic[Record]):
-    """Records by run and uid. Every change reports its key; to `on_calm` where nothing has to be done about it.
+    """Records by run and UID. Each change is reported with the run's key: to `on_routine_change` if it needs no action,
+    else to `on_change`.
 
-    `keeps_gone`: the last state of what was deleted is kept until somebody forgets it.
+    `retains_deleted`: whether the last state of a deleted object is kept until `forget`.
     """
 
     def __init__(
         self,
         kind: Kind[Record],
-        on_change: Callable[[Key], None],
+        on_change: Callable[[RunKey], None],
         clock: Callable[[], float] = time.time,
         *,
-        on_calm: Callable[[Key], None] | None = None,
+        on_routine_change: Callable[[RunKey], None] | None = None,
     ) -> None:
         self._kind = kind
         self._on_change = on_change
-        self._on_calm = on_calm or on_change
+        self._on_routine_change = on_routine_change or on_change
         self._clock = clock
-        self._by_key: dict[Key, dict[str, Record]] = {}
-        self.keeps_gone = False
-        self._deleted: dict[str, None] = {}  # uids, oldest first: an answer to our own POST may come after the deletion
+        self._by_key: dict[RunKey, dict[str, Record]] = {}
+        self.retains_deleted = False
+        self._deleted_uids: dict[str, None] = {}  # oldest first; the response to our POST may come after the deletion
 
-    def get(self, key: Key) -> list[Record]:
-        """All records of a run, gone ones included."""
+    def get(self, key: RunKey) -> list[Record]:
+        """Return all records of a run, those of deleted objects included."""
         return list(self._by_key.get(key, {}).values())
 
     def __iter__(self) -> Iterator[Record]:
@@ -82,65 +83,67 @@ class Store(Generic[Record]):
             yield from records.values()
 
     def put(self, raw: Object) -> None:
-        """A new or changed object, from the watch or from the answer to our own write."""
+        """Store a new or changed object, from the watch or from the response to our own write."""
         record = self._kind.parse(raw)
-        if record.uid not in self._deleted:
-            self._keep(record)
+        if record.uid not in self._deleted_uids:
+            self._store(record)
 
     def put_created(self, raw: Object) -> None:
-        """The answer to our own POST: what the watch says of the object is newer."""
+        """Store the response to our own POST, unless the watch has already reported the object: its state is newer."""
         record = self._kind.parse(raw)
-        if record.uid not in self._by_key.get(_key(record), {}):
+        if record.uid not in self._by_key.get(_run_key(record), {}):
             self.put(raw)
 
     def delete(self, raw: Object) -> None:
-        """A deletion, with the object's last state."""
+        """Handle a deletion; `raw` is the object's last state."""
         self._remove(self._kind.parse(raw))
 
-    def uids(self, within: str) -> set[str]:
-        """Of all records of a namespace (empty: of all)."""
-        return {record.uid for record in self._all(within)}
+    def uids(self, namespace: str) -> set[str]:
+        """Return the UIDs of all records of a namespace; of all namespaces if it is empty."""
+        return {record.uid for record in self._records_in(namespace)}
 
-    def replace_all(self, records: Iterable[Record], *, within: str, known: Set[str]) -> None:
-        """The result of a list: what it lacks of the namespace (empty: of all) was deleted while nobody watched.
+    def replace_all(self, records: Iterable[Record], *, namespace: str, known: Set[str]) -> None:
+        """Store the result of a list of a namespace, or of all if it is empty. Records that are missing from the list
+        were deleted while the watch was down.
 
-        `known`: the uids when the list was asked for. What came since, by our own POST, needn't be in it.
+        `known`: UIDs in the store when the list request was sent. Objects that we created after that may be missing
+        from the list and are kept.
         """
         found = {record.uid: record for record in records}
-        for record in [r for r in self._all(within) if r.uid in known and r.uid not in found]:
+        for record in [r for r in self._records_in(namespace) if r.uid in known and r.uid not in found]:
             self._remove(record)
         for record in found.values():
-            self._keep(record)
+            self._store(record)
 
-    def forget(self, key: Key, is_closed: Callable[[Record], bool]) -> None:
-        """Drop the gone records whose evidence has been used."""
+    def forget(self, key: RunKey, is_closed: Callable[[Record], bool]) -> None:
+        """Remove the records of deleted objects for which `is_closed` holds, once their evidence has been used."""
         records = self._by_key.get(key, {})
         for uid in [u for u, r in records.items() if _is_gone(r) and is_closed(r)]:
             del records[uid]
         if not records:
             self._by_key.pop(key, None)
 
-    def _keep(self, record: Record) -> None:
-        records = self._by_key.setdefault(_key(record), {})
+    def _store(self, record: Record) -> None:
+        records = self._by_key.setdefault(_run_key(record), {})
         known = records.get(record.uid)
         if known is not None and _is_gone(known):
-            return  # an answer to our own write may come after the deletion
+            return  # the response to our own write may come after the deletion
         record = self._kind.stamp(record, known, self._clock())
         if known != record:
             records[record.uid] = record
-            tell = self._on_calm if self._kind.is_calm(record) else self._on_change
-            tell(_key(record))
+            report = self._on_routine_change if self._kind.is_routine(record) else self._on_change
+            report(_run_key(record))
 
-    def _all(self, within: str) -> list[Record]:
-        return [r for key, rs in self._by_key.items() if within in ("", key[0]) for r in rs.values()]
+    def _records_in(self, namespace: str) -> list[Record]:
+        return [r for key, rs in self._by_key.items() if namespace in ("", key[0]) for r in rs.values()]
 
     def _remove(self, record: Record) -> None:
-        key = _key(record)
+        key = _run_key(record)
         records = self._by_key.setdefault(key, {})
         known = records.get(record.uid)
         if known is not None and _is_gone(known):
             return
-        if self._kind.mark_gone is not None and self.keeps_gone:
+        if self._kind.mark_gone is not None and self.retains_deleted:
             records[record.uid] = self._kind.stamp(self._kind.mark_gone(record), known, self._clock())
         else:
             records.pop(record.uid, None)
@@ -150,13 +153,16 @@ class Store(Generic[Record]):
         self._on_change(key)
 
     def _remember_deleted(self, uid: str) -> None:
-        self._deleted[uid] = None
-        if len(self._deleted) > _DELETED_REMEMBERED:
-            del self._deleted[next(iter(self._deleted))]
+        self._deleted_uids[uid] = None
+        if len(self._deleted_uids) > _DELETED_UIDS_LIMIT:
+            del self._deleted_uids[next(iter(self._deleted_uids))]
 
 
 class Informer(Generic[Record]):
-    """Keeps a store up to date for as long as `run` runs."""
+    """Keeps a store up to date while `run` runs.
+
+    `namespace`: the namespace to watch; empty: all. `count_restart`: called with resource and cause of each restart.
+    """
 
     def __init__(
         self,
@@ -172,18 +178,19 @@ class Informer(Generic[Record]):
         self._store = store
         self._namespace = namespace
         self._count_restart = count_restart
-        self._last_sign = time.monotonic()
+        self._last_received_at = time.monotonic()
         self._version = ""
         self._failures = 0
         self.synced = asyncio.Event()
         self.resource = kind.resource.plural
 
-    def age(self) -> float:
-        """Seconds since the API server last said anything on the list or the watch."""
-        return time.monotonic() - self._last_sign
+    def silent_seconds(self) -> float:
+        """Return the seconds since the last data of the list or the watch, bookmarks included."""
+        return time.monotonic() - self._last_received_at
 
     async def run(self) -> None:
-        """List, watch, resume; list again when the version has expired. Ends by cancellation only."""
+        """List, then watch; resume the watch when it ends, and list again when its resourceVersion has expired. Return
+        only on cancellation."""
         while True:
             try:
                 if not self._version:
@@ -197,8 +204,9 @@ class Informer(Generic[Record]):
             except ApiError as error:
                 self._failures += 1
                 self._count_restart(self.resource, "error")
-                log.warning("the watch of %s broke and is resumed: %s", self.resource, error)
-            await asyncio.sleep(min(0.1 * 2.0 ** min(self._failures, 10), _BACKOFF_LIMIT) * random.uniform(0.5, 1.5))
+                log.warning("watch of %s failed, resuming: %s", self.resource, error)
+            backoff = min(0.1 * 2.0 ** min(self._failures, 10), _BACKOFF_LIMIT_SECONDS)
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
 
     async def _list(self) -> None:
         records: list[Record] = []
@@ -207,9 +215,9 @@ class Informer(Generic[Record]):
             self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR, shape=self._kind.shape
         )
         async for items, version in pages:  # noqa: B007  # the last page's is used
-            self._last_sign = time.monotonic()
+            self._last_received_at = time.monotonic()
             records.extend(self._kind.parse(raw) for raw in items)
-        self._store.replace_all(records, within=self._namespace, known=known)
+        self._store.replace_all(records, namespace=self._namespace, known=known)
         self._version = version
         self.synced.set()
 
@@ -222,7 +230,7 @@ class Informer(Generic[Record]):
             shape=self._kind.shape,
         )
         async for type_, raw in events:
-            self._last_sign = time.monotonic()
+            self._last_received_at = time.monotonic()
             self._version = raw["metadata"]["resourceVersion"]
             self._failures = 0
             self._handle(type_, raw)
@@ -235,11 +243,11 @@ class Informer(Generic[Record]):
 
 
 def mark_gone(record: Mortal) -> Mortal:
-    """The last state of a deleted Job or pod."""
+    """Return the last state of a deleted Job or pod, marked as gone."""
     return replace(record, is_gone=True)
 
 
-def _key(record: JobRecord | PodRecord | ServiceRecord) -> Key:
+def _run_key(record: JobRecord | PodRecord | ServiceRecord) -> RunKey:
     return record.namespace, record.run
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from sailvl_operator.cluster import resources, wire
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.informer import Informer, Key, Kind, Record, Store, mark_gone
+from sailvl_operator.cluster.informer import Informer, Kind, Record, Store, mark_gone
+from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.core.observe import (
     JobRecord,
     PodRecord,
@@ -23,10 +24,10 @@ from sailvl_operator.core.observe import (
 )
 
 _JOBS: Kind[JobRecord] = Kind(
-    resource=resources.JOBS, shape=wire.Job, parse=parse_job, mark_gone=mark_gone, is_calm=is_calm_job
+    resource=resources.JOBS, shape=wire.Job, parse=parse_job, mark_gone=mark_gone, is_routine=is_calm_job
 )
 _SERVICES: Kind[ServiceRecord] = Kind(
-    resource=resources.SERVICES, shape=wire.Service, parse=parse_service, is_calm=lambda _: True
+    resource=resources.SERVICES, shape=wire.Service, parse=parse_service, is_routine=lambda _: True
 )
 _PODS: Kind[PodRecord] = Kind(
     resource=resources.PODS,
@@ -34,7 +35,7 @@ _PODS: Kind[PodRecord] = Kind(
     parse=parse_pod,
     mark_gone=mark_gone,
     stamp=stamp_pod,
-    is_calm=is_calm_pod,
+    is_routine=is_calm_pod,
 )
 
 
@@ -46,15 +47,15 @@ class Children:
         client: Client,
         *,
         namespaces: Sequence[str],
-        on_change: Callable[[Key], None],
+        on_change: Callable[[RunKey], None],
         count_restart: Callable[[str, str], None],
         clock: Callable[[], float] = time.time,
-        on_calm: Callable[[Key], None] | None = None,
+        on_routine_change: Callable[[RunKey], None] | None = None,
     ) -> None:
-        """`on_calm` hears in the place of `on_change` of what nothing has to be done about."""
-        self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock, on_calm=on_calm)
-        self.pods: Store[PodRecord] = Store(_PODS, on_change, clock, on_calm=on_calm)
-        self.services: Store[ServiceRecord] = Store(_SERVICES, on_change, clock, on_calm=on_calm)
+        """`on_routine_change` is called instead of `on_change` for changes that need no action."""
+        self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock, on_routine_change=on_routine_change)
+        self.pods: Store[PodRecord] = Store(_PODS, on_change, clock, on_routine_change=on_routine_change)
+        self.services: Store[ServiceRecord] = Store(_SERVICES, on_change, clock, on_routine_change=on_routine_change)
 
         def watch(kind: Kind[Record], store: Store[Record]) -> list[Informer[Any]]:
             scopes = namespaces or ("",)
@@ -68,9 +69,10 @@ class Children:
             for informer in self._informers:
                 group.create_task(informer.run(), name=f"informer-{informer.resource}")
 
-    def keep_evidence(self) -> None:
-        """From now on: somebody decides by it, and forgets it then. A standby would only collect it."""
-        self.jobs.keeps_gone = self.pods.keeps_gone = True
+    def retain_deleted(self) -> None:
+        """Keep the last state of deleted Jobs and pods from now on, until it is forgotten. Called by the leading
+        replica only, since a standby would never forget it."""
+        self.jobs.retains_deleted = self.pods.retains_deleted = True
 
     async def wait_synced(self) -> None:
         """Until every informer has its first list: before that a missing Job means nothing."""
@@ -85,5 +87,5 @@ class Children:
         """Seconds since each kind's watch last said anything; the oldest where there are several."""
         oldest: dict[str, float] = {}
         for informer in self._informers:
-            oldest[informer.resource] = max(informer.age(), oldest.get(informer.resource, 0.0))
+            oldest[informer.resource] = max(informer.silent_seconds(), oldest.get(informer.resource, 0.0))
         yield from oldest.items()

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
-from sailvl_operator.cluster.runs import Key
+from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.core.observe import PodRecord
 from sailvl_operator.errors import Unreachable
 from sailvl_operator.settings import ProgressSettings
@@ -52,9 +52,9 @@ class ProgressReader:
         settings: ProgressSettings,
         *,
         pods: Callable[[], Iterable[PodRecord]],
-        on_change: Callable[[Key], None],
+        on_change: Callable[[RunKey], None],
         count: Callable[[str], None],
-        is_rushed: Callable[[], bool] = lambda: False,
+        has_backpressure: Callable[[], bool] = lambda: False,
         port: int = METRICS_PORT,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -62,29 +62,29 @@ class ProgressReader:
         self._pods = pods
         self._on_change = on_change
         self._count = count
-        self._is_rushed = is_rushed
+        self._has_backpressure = has_backpressure
         self._port = port
         self._monotonic = monotonic
-        self._documents: dict[Key, dict[Attempt, tuple[str, Progress]]] = {}  # with the run's uid
-        self._unheard: dict[Key, dict[Attempt, tuple[str, str]]] = {}  # why not, with the run's uid
+        self._documents: dict[RunKey, dict[Attempt, tuple[str, Progress]]] = {}  # with the run's uid
+        self._errors: dict[RunKey, dict[Attempt, tuple[str, str]]] = {}  # why not, with the run's uid
         self._turns: dict[str, _Turn] = {}  # by the pod's uid
 
-    def get(self, key: Key, uid: str) -> Mapping[Attempt, Progress]:
+    def get(self, key: RunKey, uid: str) -> Mapping[Attempt, Progress]:
         """The newest document of each attempt of a run, and of none that had its name before."""
         return _of_run(self._documents.get(key, {}), uid)
 
-    def get_unheard(self, key: Key, uid: str) -> Mapping[Attempt, str]:
+    def get_errors(self, key: RunKey, uid: str) -> Mapping[Attempt, str]:
         """Attempts of a run that have never answered, with the reason."""
-        return _of_run(self._unheard.get(key, {}), uid)
+        return _of_run(self._errors.get(key, {}), uid)
 
     def __len__(self) -> int:
         """Runs whose workers were heard of."""
         return len(self._documents)
 
-    def forget(self, key: Key, is_closed: Callable[[str, int], bool]) -> None:
+    def forget(self, key: RunKey, is_closed: Callable[[str, int], bool]) -> None:
         """Drop what is known of closed attempts."""
         _drop_closed(self._documents, key, is_closed)
-        _drop_closed(self._unheard, key, is_closed)
+        _drop_closed(self._errors, key, is_closed)
 
     async def run(self) -> None:
         """Rounds, until cancelled."""
@@ -103,7 +103,7 @@ class ProgressReader:
         now = self._monotonic()
         self._turns = {uid: self._turns.get(uid, _Turn()) for uid in pods}
         due = sorted((turn.at, uid) for uid, turn in self._turns.items() if turn.at <= now)
-        rate = self._settings.rate / (_RUSH_DIVISOR if self._is_rushed() else 1)
+        rate = self._settings.rate / (_RUSH_DIVISOR if self._has_backpressure() else 1)
         few = due[: max(1, round(rate * self._settings.interval))]
         await asyncio.gather(*(self._read(session, pods[uid]) for _, uid in few))
 
@@ -129,7 +129,7 @@ class ProgressReader:
 
     def _note_silence(self, pod: PodRecord, why: str) -> None:
         key, attempt = (pod.namespace, pod.run), (pod.stage, pod.attempt)
-        unheard = self._unheard.setdefault(key, {})
+        unheard = self._errors.setdefault(key, {})
         if attempt not in self._documents.get(key, {}) and attempt not in unheard:
             unheard[attempt] = pod.run_uid, why
             self._on_change(key)
@@ -152,7 +152,7 @@ class ProgressReader:
             return  # the pod's address belongs to another worker by now
         documents = self._documents.setdefault(key, {})
         before = documents.get(attempt)
-        self._unheard.get(key, {}).pop(attempt, None)
+        self._errors.get(key, {}).pop(attempt, None)
         documents[attempt] = pod.run_uid, document
         if before is None or before[0] != pod.run_uid or _essence(before[1]) != _essence(document):
             self._on_change(key)
@@ -169,7 +169,7 @@ def _of_run(known: Mapping[Attempt, tuple[str, T]], uid: str) -> Mapping[Attempt
     return {attempt: found for attempt, (of, found) in known.items() if of in ("", uid)}
 
 
-def _drop_closed(known: dict[Key, dict[Attempt, Any]], key: Key, is_closed: Callable[[str, int], bool]) -> None:
+def _drop_closed(known: dict[RunKey, dict[Attempt, Any]], key: RunKey, is_closed: Callable[[str, int], bool]) -> None:
     kept = {attempt: found for attempt, found in known.pop(key, {}).items() if not is_closed(*attempt)}
     if kept:
         known[key] = kept

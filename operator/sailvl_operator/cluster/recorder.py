@@ -35,14 +35,14 @@ class Recorder:
         enabled: bool,
         count: Callable[[str], None],
         clock: Callable[[], float],
-        is_rushed: Callable[[], bool] = lambda: False,
+        has_backpressure: Callable[[], bool] = lambda: False,
     ) -> None:
         self._client = client
         self._identity = identity
         self._enabled = enabled
         self._count = count
         self._clock = clock
-        self._is_rushed = is_rushed
+        self._has_backpressure = has_backpressure
         self._backlog: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_BACKLOG)
         self._said: dict[tuple[str, str, str, str], None] = {}
 
@@ -73,7 +73,7 @@ class Recorder:
             except ApiError as error:
                 self._count("failed")
                 log.warning("an event could not be written: %s", error)
-            await asyncio.sleep(_RUSH_PAUSE if self._is_rushed() else _PAUSE)
+            await asyncio.sleep(_RUSH_PAUSE if self._has_backpressure() else _PAUSE)
 
 
 def build_event(run: Run, *, type_: str, reason: str, message: str, identity: str, now: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sailvl_operator.api.types import Model, Run, Spec, Storage
 from sailvl_operator.core.observe import parse_time
 from sailvl_operator.core.plan import PlannedStage, plan
 
-Key = tuple[str, str]
+RunKey = tuple[str, str]
 """namespace, name"""
 
 
@@ -28,9 +28,9 @@ class RunStore:
     """Runs by key. An older resourceVersion never takes the place of a newer one."""
 
     def __init__(self) -> None:
-        self._entries: dict[Key, RunEntry] = {}
+        self._entries: dict[RunKey, RunEntry] = {}
 
-    def get(self, key: Key) -> RunEntry | None:
+    def get(self, key: RunKey) -> RunEntry | None:
         """The newest known state; None: there is no such run."""
         return self._entries.get(key)
 
@@ -59,14 +59,14 @@ class RunStore:
         known = self._entries.get(key_of(raw))
         return known is not None and known.run.uid == raw["metadata"]["uid"] and self.put(raw)
 
-    def delete(self, key: Key, uid: str) -> None:
+    def delete(self, key: RunKey, uid: str) -> None:
         """Forget a deleted run, unless a new one has its name already."""
         known = self._entries.get(key)
         if known is not None and known.run.uid == uid:
             del self._entries[key]
 
 
-def key_of(raw: dict[str, Any]) -> Key:
+def key_of(raw: dict[str, Any]) -> RunKey:
     """Namespace and name of a raw object."""
     return raw["metadata"]["namespace"], raw["metadata"]["name"]
 

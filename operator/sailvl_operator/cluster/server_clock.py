@@ -29,7 +29,7 @@ class ServerClock:
         elapsed = self.monotonic()
         return min(max(self._wall(), elapsed + self._earliest), elapsed + self._latest)
 
-    def heed(self, date: str | None, *, sent: float, received: float) -> None:
+    def observe_date(self, date: str | None, *, sent: float, received: float) -> None:
         """The Date header of an answer, with our monotonic times around it. One that can't be read says nothing."""
         if not date or not self._read(date):
             return

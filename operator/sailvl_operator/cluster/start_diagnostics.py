@@ -17,11 +17,11 @@ from sailvl_operator.api.status import Status
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.owned_objects import Children
-from sailvl_operator.cluster.runs import Key, RunStore
+from sailvl_operator.cluster.runs import RunKey, RunStore
 from sailvl_operator.core.observe import JobRecord, PodRecord
 from sailvl_operator.core.summary import decode_status
 from sailvl_operator.errors import ApiError, NotFound
-from sailvl_operator.settings import ComplaintSettings
+from sailvl_operator.settings import DiagnosticsSettings
 
 Attempt = tuple[str, int]
 """stage, attempt"""
@@ -29,16 +29,16 @@ Subject = tuple[JobRecord, tuple[PodRecord, ...]]
 """A Job and its pods."""
 
 
-class ComplaintReader:
+class StartDiagnostics:
     """Words by run, stage and attempt."""
 
     def __init__(
         self,
         client: Client,
-        settings: ComplaintSettings,
+        settings: DiagnosticsSettings,
         *,
         subjects: Callable[[], Iterable[Subject]],
-        on_change: Callable[[Key], None],
+        on_change: Callable[[RunKey], None],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
@@ -46,28 +46,28 @@ class ComplaintReader:
         self._subjects = subjects
         self._on_change = on_change
         self._monotonic = monotonic
-        self._refused: dict[Key, dict[Attempt, str]] = {}
-        self._heard: dict[Key, dict[Attempt, str]] = {}
+        self._refused: dict[RunKey, dict[Attempt, str]] = {}
+        self._heard: dict[RunKey, dict[Attempt, str]] = {}
         self._since: dict[str, float] = {}  # Job's uid to when it was first seen waiting
         self._asked: dict[str, float] = {}  # and to when it was last asked about
 
-    def get(self, key: Key) -> Mapping[Attempt, str]:
+    def get(self, key: RunKey) -> Mapping[Attempt, str]:
         """What others said last of each attempt of a run."""
         return self._heard.get(key, {})
 
-    def get_refusals(self, key: Key) -> Mapping[Attempt, str]:
+    def get_refusals(self, key: RunKey) -> Mapping[Attempt, str]:
         """What the API server refuses to each attempt of a run."""
         return self._refused.get(key, {})
 
-    def refuse(self, key: Key, words: Mapping[Attempt, str]) -> None:
+    def refuse(self, key: RunKey, words: Mapping[Attempt, str]) -> None:
         """The API server refuses what these attempts need."""
         self._refused[key] = dict(words)
 
-    def accept(self, key: Key) -> None:
+    def accept(self, key: RunKey) -> None:
         """It refuses nothing of the run any more."""
         self._refused.pop(key, None)
 
-    def forget(self, key: Key) -> None:
+    def forget(self, key: RunKey) -> None:
         """The run is gone."""
         self._refused.pop(key, None)
         self._heard.pop(key, None)
@@ -151,7 +151,7 @@ class ComplaintReader:
             return items
         return []
 
-    def _hear(self, key: Key, attempt: Attempt, words: str) -> None:
+    def _hear(self, key: RunKey, attempt: Attempt, words: str) -> None:
         heard = self._heard.get(key, {})
         if heard.get(attempt, "") == words:
             return

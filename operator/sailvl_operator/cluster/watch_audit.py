@@ -15,7 +15,7 @@ from typing import Any
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.runs import Key, RunStore, key_of
+from sailvl_operator.cluster.runs import RunKey, RunStore, key_of
 from sailvl_operator.errors import ApiError, NotFound
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ Tell = Callable[[str, dict[str, Any]], None]
 """Called with the type of a watch event and the object."""
 
 
-class Resync:
+class WatchAuditor:
     """One for the process; the runs' store says what is known."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Resync:
         self._tell = tell
         self._count = count
         self._monotonic = monotonic
-        self._listed: dict[Key, int] = {}  # versions, a round ago
+        self._listed: dict[RunKey, int] = {}  # versions, a round ago
         self._known: list[Run] = []  # a round ago
         self._clean_rounds = 0
         self._deaf_since: float | None = None
@@ -61,7 +61,7 @@ class Resync:
             except ApiError as error:
                 log.info("the runs could not be listed: %s", error)
 
-    def deaf_for(self) -> float:
+    def stale_seconds(self) -> float:
         """Seconds for which no two rounds in a row found that the watch had missed nothing."""
         return 0.0 if self._deaf_since is None else self._monotonic() - self._deaf_since
 
@@ -86,14 +86,14 @@ class Resync:
         elif not is_clean and self._deaf_since is None:
             self._deaf_since = self._monotonic()
 
-    async def _list(self) -> dict[Key, int]:
-        found: dict[Key, int] = {}
+    async def _list(self) -> dict[RunKey, int]:
+        found: dict[RunKey, int] = {}
         for scope in self._scopes:
             async for items, _ in self._client.list_pages(resources.RUNS, scope, metadata_only=True):
                 found |= {key_of(item): int(item["metadata"]["resourceVersion"]) for item in items}
         return found
 
-    def _is_behind(self, key: Key, version: int) -> bool:
+    def _is_behind(self, key: RunKey, version: int) -> bool:
         known = self._runs.get(key)
         return known is None or int(known.run.resource_version) < version
 
@@ -101,7 +101,7 @@ class Resync:
         known = self._runs.get(_key(run))
         return known is not None and known.run.uid == run.uid
 
-    async def _make_up(self, key: Key) -> None:
+    async def _make_up(self, key: RunKey) -> None:
         try:
             self._tell_missed("MODIFIED", await self._client.get(resources.RUNS, *key))
         except NotFound:
@@ -113,5 +113,5 @@ class Resync:
         self._tell(type_, raw)
 
 
-def _key(run: Run) -> Key:
+def _key(run: Run) -> RunKey:
     return run.namespace, run.name

@@ -1,7 +1,8 @@
-"""Keys to look at: each at most once in the queue and at one worker at a time; timers; backoff for those that fail.
+"""Work queue of keys, after client-go's: each key is queued once and is held by one worker at a time; timers and
+backoff for keys whose reconcile failed.
 
-A key whose writes can wait is put off: it comes after all others, once nothing holds it, and after `patience` seconds
-in any case. It is still looked at when something happens to it.
+A key whose writes can wait is deferred. Deferred keys come after all others and only when there is no backpressure, but
+after `max_defer_seconds` in any case. An important change of a deferred key still queues it at once.
 """
 
 from __future__ import annotations
@@ -15,200 +16,208 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
-_MORE = 5
-"""Times as long changes are gathered while there is something that holds writes back."""
-_PAUSE = 0.5
-"""Seconds between looks whether those put off are still held."""
+_ROUTINE_FACTOR = 5
+"""Under backpressure, routine changes are debounced this many times longer."""
+_RECHECK_SECONDS = 0.5
+"""Seconds between checks of backpressure while only deferred keys are left."""
 
 
 class WorkQueue(Generic[K]):
-    """Not thread-safe: one event loop's own."""
+    """Keys to reconcile. Not thread-safe: all calls come from one event loop.
+
+    `debounce_seconds`: how long `add_debounced` waits for further changes; 0 queues at once.
+    `has_backpressure`: whether deferred keys should wait although no other key does.
+    `jitter`: factor for each backoff.
+    """
 
     def __init__(
         self,
         *,
-        backoff: float,
-        backoff_limit: float,
-        patience: float = 60.0,
-        batch: float = 0.0,
-        hold: Callable[[], bool] = lambda: False,
+        backoff_seconds: float,
+        backoff_limit_seconds: float,
+        max_defer_seconds: float = 60.0,
+        debounce_seconds: float = 0.0,
+        has_backpressure: Callable[[], bool] = lambda: False,
         jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._backoff = backoff
-        self._monotonic = monotonic
-        self._backoff_limit = backoff_limit
-        self._patience = patience
-        self._batch = batch
-        self._hold = hold
+        self._backoff_seconds = backoff_seconds
+        self._backoff_limit_seconds = backoff_limit_seconds
+        self._max_defer_seconds = max_defer_seconds
+        self._debounce_seconds = debounce_seconds
+        self._has_backpressure = has_backpressure
         self._jitter = jitter
-        self._waiting: dict[K, float] = {}  # in order of arrival, with the time of it
-        self._put_off: dict[K, float] = {}  # the same, of those that let the others go first
-        self._active: set[K] = set()
-        self._dirty: set[K] = set()
+        self._monotonic = monotonic
+        self._waiting: dict[K, float] = {}  # key to the time when it was queued, oldest first
+        self._deferred: dict[K, float] = {}  # key to the time when it was deferred, oldest first
+        self._active: set[K] = set()  # held by a worker
+        self._dirty: set[K] = set()  # changed while a worker holds them
         self._failures: dict[K, int] = {}
         self._timers: dict[K, asyncio.TimerHandle] = {}
-        self._gathering: dict[K, asyncio.TimerHandle] = {}
-        self._calm: set[K] = set()  # those of them about which nothing has to be done
+        self._debounce_timers: dict[K, asyncio.TimerHandle] = {}
+        self._routine: set[K] = set()  # debounced keys with routine changes only
         self._idle: deque[asyncio.Future[None]] = deque()  # workers that wait for a key
-        self._pause: asyncio.TimerHandle | None = None
+        self._recheck_timer: asyncio.TimerHandle | None = None
 
-    def begin(self) -> None:
-        """Workers begin now: what came before has not waited for them."""
+    def start(self) -> None:
+        """Restart the waiting times: keys that were queued before any worker started have not been kept waiting."""
         self._waiting = dict.fromkeys(self._waiting, self._monotonic())
 
     def add(self, key: K) -> None:
-        """Look at a key soon. One that a worker holds is looked at again after it."""
+        """Queue a key now. If a worker holds the key, queue it when the worker is done."""
         if key in self._active:
             self._dirty.add(key)
         elif key not in self._waiting:
             self._waiting[key] = self._monotonic()
-            self._wake()
+            self._wake_worker()
 
-    def add_soon(self, key: K) -> None:
-        """Look at a key in a moment: what changes together is looked at once."""
-        self._gather(key, self._batch, is_calm=False)
+    def add_debounced(self, key: K, *, routine: bool = False) -> None:
+        """Queue a key after `debounce_seconds`, so that changes which come together are reconciled together.
 
-    def add_calmly(self, key: K) -> None:
-        """The same, of a change about which nothing has to be done: a key that is put off tells of it in its turn, and
-        where writes are held there is time."""
-        if key not in self._put_off:
-            self._gather(key, self._batch * (_MORE if self._hold() else 1), is_calm=True)
+        A routine change needs no action, only a status update (for example: a pod became Running). It does not queue a
+        deferred key, and under backpressure it is debounced five times longer.
+        """
+        if not routine:
+            self._debounce(key, self._debounce_seconds, routine=False)
+        elif key not in self._deferred:
+            factor = _ROUTINE_FACTOR if self._has_backpressure() else 1
+            self._debounce(key, self._debounce_seconds * factor, routine=True)
 
-    def put_off(self, key: K) -> None:
-        """Write for a key once no other waits and nothing holds it, or when it has waited long enough for that: what
-        came calmly is told of then."""
-        self._put_off.setdefault(key, self._monotonic())
-        if key in self._calm:
-            self._stop_gathering(key)
+    def defer(self, key: K) -> None:
+        """Queue a key behind all others until there is no backpressure or `max_defer_seconds` have passed. Pending
+        routine changes of the key are covered by this."""
+        self._deferred.setdefault(key, self._monotonic())
+        if key in self._routine:
+            self._cancel_debounce(key)
 
     def add_after(self, key: K, seconds: float) -> None:
-        """Look at a key later; replaces its earlier timer."""
+        """Queue a key after some seconds. Replaces the key's earlier timer."""
         self.cancel_timer(key)
-        self._timers[key] = asyncio.get_running_loop().call_later(max(0.0, seconds), self._fire, key)
+        self._timers[key] = asyncio.get_running_loop().call_later(max(0.0, seconds), self._on_timer, key)
 
     def cancel_timer(self, key: K) -> None:
-        """Forget what `add_after` asked for."""
+        """Cancel the timer that `add_after` set, if any."""
         timer = self._timers.pop(key, None)
         if timer is not None:
             timer.cancel()
 
     def retry(self, key: K) -> float:
-        """Look again after a failure: later each time, but no later than a timer says. Returns the seconds."""
+        """Queue a failed key with exponential backoff, or earlier if its timer fires earlier. Return the backoff in
+        seconds."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
-        seconds = min(self._backoff * 2.0 ** min(failures, 30), self._backoff_limit) * self._jitter()
+        seconds = min(self._backoff_seconds * 2.0 ** min(failures, 30), self._backoff_limit_seconds) * self._jitter()
         timer = self._timers.get(key)
         if timer is None or timer.when() > asyncio.get_running_loop().time() + seconds:
             self.add_after(key, seconds)
         return seconds
 
-    def succeed(self, key: K) -> None:
-        """The next failure of the key is its first again."""
+    def reset_backoff(self, key: K) -> None:
+        """Forget the failures of a key after it was reconciled."""
         self._failures.pop(key, None)
 
     async def get(self) -> tuple[K, float, bool]:
-        """The key that waited longest, for how many seconds, and whether it may not be put off; `done` must follow."""
-        while (found := self._next()) is None:
-            await self._sleep()
+        """Wait for the next key. Return it, the seconds that it was queued, and whether it was deferred and must not
+        be deferred again. The worker must call `done` afterwards."""
+        while (found := self._pop()) is None:
+            await self._wait_for_key()
         key, since, is_due = found
-        self._stop_gathering(key)
+        self._cancel_debounce(key)
         self._active.add(key)
         return key, self._monotonic() - since, is_due
 
-    async def _sleep(self) -> None:
+    def done(self, key: K) -> None:
+        """Release a key. If it changed meanwhile, queue it again."""
+        self._active.discard(key)
+        if key in self._dirty:
+            self._dirty.discard(key)
+            self.add(key)
+        elif key in self._deferred:
+            self._wake_worker()
+
+    def depth(self) -> int:
+        """Return the number of keys that wait for a worker, deferred ones included."""
+        return len(self._waiting.keys() | self._deferred.keys())
+
+    def has_backlog(self) -> bool:
+        """Whether a write that can wait would delay something else: another key waits, or there is backpressure."""
+        return bool(self._waiting) or self._has_backpressure()
+
+    def oldest_seconds(self) -> float:
+        """Return the waiting time of the oldest key; 0 if no key waits."""
+        since = [next(iter(group.values())) for group in (self._waiting, self._deferred) if group]
+        return self._monotonic() - min(since) if since else 0.0
+
+    def _pop(self) -> tuple[K, float, bool] | None:
+        """Return the next key with its arrival and whether it is a deferred key; None if none may be taken now."""
+        deferred = next(((k, t) for k, t in self._deferred.items() if k not in self._active), None)
+        if deferred is not None and self._may_take_deferred(deferred[1]):
+            key, since = deferred
+            del self._deferred[key]
+            self._waiting.pop(key, None)
+            return key, since, True
+        if not self._waiting:
+            if deferred is not None:
+                self._schedule_recheck()
+            return None
+        key = next(iter(self._waiting))
+        return key, self._waiting.pop(key), False
+
+    def _may_take_deferred(self, since: float) -> bool:
+        return self._monotonic() - since > self._max_defer_seconds or not self.has_backlog()
+
+    async def _wait_for_key(self) -> None:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._idle.append(woken)
         try:
             await woken
         except asyncio.CancelledError:
             if woken.done() and not woken.cancelled():
-                self._wake()  # another worker has to take what this one was woken for
+                self._wake_worker()  # pass the key on, since this worker was cancelled after it had been woken
             raise
 
-    def _wake(self) -> None:
-        """One worker for one key."""
+    def _wake_worker(self) -> None:
         while self._idle:
             woken = self._idle.popleft()
             if not woken.done():
                 woken.set_result(None)
                 return
 
-    def _next(self) -> tuple[K, float, bool] | None:
-        """Those put off come after the others, but not for ever. None: nobody waits whom no worker holds."""
-        late = next(((k, t) for k, t in self._put_off.items() if k not in self._active), None)
-        if late is not None and self._may_pass(late[1]):
-            key, since = late
-            del self._put_off[key]
-            self._waiting.pop(key, None)
-            return key, since, True
-        if not self._waiting:
-            if late is not None:
-                self._look_again()
-            return None
-        key = next(iter(self._waiting))
-        return key, self._waiting.pop(key), False
+    def _schedule_recheck(self) -> None:
+        if self._recheck_timer is None:
+            self._recheck_timer = asyncio.get_running_loop().call_later(_RECHECK_SECONDS, self._recheck_deferred)
 
-    def _may_pass(self, since: float) -> bool:
-        return self._monotonic() - since > self._patience or not self.is_crowded()
+    def _recheck_deferred(self) -> None:
+        """Wake as many workers as there are deferred keys, since all of them become due together."""
+        self._recheck_timer = None
+        for _ in range(min(len(self._idle), len(self._deferred))):
+            self._wake_worker()
 
-    def _look_again(self) -> None:
-        """All that sleep, in a moment: those put off come together."""
-        if self._pause is None:
-            self._pause = asyncio.get_running_loop().call_later(_PAUSE, self._wake_all)
-
-    def _wake_all(self) -> None:
-        self._pause = None
-        for _ in range(min(len(self._idle), len(self._put_off))):
-            self._wake()
-
-    def done(self, key: K) -> None:
-        """The worker has let go of the key."""
-        self._active.discard(key)
-        if key in self._dirty:
-            self._dirty.discard(key)
-            self.add(key)
-        elif key in self._put_off:
-            self._wake()
-
-    def depth(self) -> int:
-        """Keys that wait for a worker."""
-        return len(self._waiting.keys() | self._put_off.keys())
-
-    def is_crowded(self) -> bool:
-        """Whether a write that can wait would hold others up."""
-        return bool(self._waiting) or self._hold()
-
-    def oldest(self) -> float:
-        """Seconds that the oldest of them has waited."""
-        since = [next(iter(group.values())) for group in (self._waiting, self._put_off) if group]
-        return self._monotonic() - min(since) if since else 0.0
-
-    def _gather(self, key: K, seconds: float, *, is_calm: bool) -> None:
-        if not self._batch:
+    def _debounce(self, key: K, seconds: float, *, routine: bool) -> None:
+        if not self._debounce_seconds:
             self.add(key)
         elif key not in self._waiting:
-            loop, known = asyncio.get_running_loop(), self._gathering.get(key)
-            is_calm = is_calm and (known is None or key in self._calm)
-            if known is None or known.when() > loop.time() + seconds:
-                self._stop_gathering(key)
-                self._gathering[key] = loop.call_later(seconds, self._gathered, key)
-            if is_calm:
-                self._calm.add(key)
+            loop, timer = asyncio.get_running_loop(), self._debounce_timers.get(key)
+            routine = routine and (timer is None or key in self._routine)
+            if timer is None or timer.when() > loop.time() + seconds:
+                self._cancel_debounce(key)
+                self._debounce_timers[key] = loop.call_later(seconds, self._on_debounced, key)
+            if routine:
+                self._routine.add(key)
             else:
-                self._calm.discard(key)
+                self._routine.discard(key)
 
-    def _gathered(self, key: K) -> None:
-        self._gathering.pop(key, None)
-        self._calm.discard(key)
+    def _on_debounced(self, key: K) -> None:
+        self._debounce_timers.pop(key, None)
+        self._routine.discard(key)
         self.add(key)
 
-    def _stop_gathering(self, key: K) -> None:
-        self._calm.discard(key)
-        timer = self._gathering.pop(key, None)
+    def _cancel_debounce(self, key: K) -> None:
+        self._routine.discard(key)
+        timer = self._debounce_timers.pop(key, None)
         if timer is not None:
             timer.cancel()
 
-    def _fire(self, key: K) -> None:
+    def _on_timer(self, key: K) -> None:
         self._timers.pop(key, None)
         self.add(key)

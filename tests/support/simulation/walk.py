@@ -144,7 +144,7 @@ class Walk:
             clock=lambda: self.clock() + skew,
             monotonic=asyncio.get_running_loop().time,
             read_progress=self._read_progress,
-            is_rushed=lambda: asyncio.get_running_loop().time() % RUSH_EVERY < RUSH_SECONDS,
+            has_backpressure=lambda: asyncio.get_running_loop().time() % RUSH_EVERY < RUSH_SECONDS,
         )
         self.operator.start()
         self._reaper = asyncio.ensure_future(self._reap(self.wire))

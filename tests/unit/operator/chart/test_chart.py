@@ -16,10 +16,10 @@ from sailvl_operator.cli.operator import add_arguments
 from sailvl_operator.core.plan import Defaults
 from sailvl_operator.settings import (
     ApiSettings,
+    HealthServerSettings,
     LeaseSettings,
     ProgressSettings,
     QueueSettings,
-    ServerSettings,
     Settings,
     read_settings,
 )
@@ -109,7 +109,7 @@ def test_pod_meets_the_restricted_security_standard(scenario: str) -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_probes_and_service_use_the_same_port(scenario: str) -> None:
     [container] = get_pod(scenario)["spec"]["containers"]
-    assert container["ports"] == [{"name": "http", "containerPort": ServerSettings().port, "protocol": "TCP"}]
+    assert container["ports"] == [{"name": "http", "containerPort": HealthServerSettings().port, "protocol": "TCP"}]
     probes = {name: container[name]["httpGet"] for name in ("livenessProbe", "readinessProbe", "startupProbe")}
     assert probes == {
         "livenessProbe": {"path": "/healthz", "port": "http"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from sailvl_operator.cluster.backpressure import MANY, YOUNG_SECONDS, Rush
+from sailvl_operator.cluster.backpressure import MANY, YOUNG_SECONDS, StartupBacklog
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.reconcile import reconcile
 from sailvl_operator.core.summary import encode_status
@@ -48,35 +48,35 @@ def build_pods(jobs, indices):
     ],
 )
 def test_rush(jobs, indices, is_on):
-    rush = Rush(Stores(jobs, build_pods(jobs, indices)), clock=lambda: NOW)
-    assert rush.is_on() is is_on
+    rush = StartupBacklog(Stores(jobs, build_pods(jobs, indices)), clock=lambda: NOW)
+    assert rush.is_high() is is_on
 
 
 def test_what_lasts_is_no_rush():
     """A quota holds pods back, not the control plane."""
     jobs = [replace(job, started=NOW - YOUNG_SECONDS - 1) for job in build_jobs(MANY + 1)]
-    assert not Rush(Stores(jobs), clock=lambda: NOW).is_on()
+    assert not StartupBacklog(Stores(jobs), clock=lambda: NOW).is_high()
 
 
 def test_a_job_that_has_had_its_pods_waits_for_the_control_plane_no_more():
     now, jobs = [0.0], build_jobs(MANY + 1)
     pods = build_pods(jobs, (0, 1))
-    rush = Rush(Stores(jobs, pods), clock=lambda: NOW, monotonic=lambda: now[0])
-    assert not rush.is_on()
+    rush = StartupBacklog(Stores(jobs, pods), clock=lambda: NOW, monotonic=lambda: now[0])
+    assert not rush.is_high()
     pods.clear()
     now[0] = 1.0
-    assert not rush.is_on()
+    assert not rush.is_high()
 
 
 def test_it_looks_twice_a_second_at_most():
     now, jobs = [0.0], build_jobs(MANY + 1)
-    rush = Rush(Stores(jobs), clock=lambda: NOW, monotonic=lambda: now[0])
-    assert rush.is_on()
+    rush = StartupBacklog(Stores(jobs), clock=lambda: NOW, monotonic=lambda: now[0])
+    assert rush.is_high()
     jobs.clear()
     now[0] = 0.4
-    assert rush.is_on()
+    assert rush.is_high()
     now[0] = 0.6
-    assert not rush.is_on()
+    assert not rush.is_high()
 
 
 def test_a_run_s_end_is_pressing() -> None:

@@ -15,7 +15,7 @@ import pytest
 from sailvl_operator.cli.operator import Operator
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.errors import LostLease
-from sailvl_operator.settings import ApiSettings, LeaseSettings, ProgressSettings, ServerSettings, Settings
+from sailvl_operator.settings import ApiSettings, HealthServerSettings, LeaseSettings, ProgressSettings, Settings
 from tests.support.apiserver.server import Anonymous, FakeApi, serve
 from tests.support.builders.operator import build_document
 
@@ -26,7 +26,7 @@ def make_settings(identity: str) -> Settings:
     return Settings(
         api=ApiSettings(backoff=0.01),
         lease=replace(LEASE, identity=identity),
-        server=ServerSettings(host="127.0.0.1", port=0),
+        server=HealthServerSettings(host="127.0.0.1", port=0),
         progress=ProgressSettings(interval=0),
     )
 

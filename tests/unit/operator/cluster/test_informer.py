@@ -52,7 +52,7 @@ async def watching(*namespaces: str, pods: int = 0, is_leading: bool = True):
                 await children.wait_synced()
                 await until(lambda: api.open_watches == 3 * max(1, len(namespaces)))
                 if is_leading:
-                    children.keep_evidence()
+                    children.retain_deleted()
                 yield SimpleNamespace(api=api, children=children, changes=changes, restarts=restarts)
         finally:
             task.cancel()
@@ -135,12 +135,12 @@ def test_a_list_that_was_asked_for_before_our_own_post_takes_nothing_away():
     labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo"}
     jobs = [{"metadata": {"name": n, "uid": n, "namespace": "team", "labels": labels}, "spec": {}} for n in "abc"]
     store = Children(Any, namespaces=(), on_change=lambda _: None, count_restart=lambda *_: None).jobs
-    store.keeps_gone = True
+    store.retains_deleted = True
     for job in jobs[:2]:
         store.put(job)
     known = store.uids("")
     store.put_created(jobs[2])  # while the list is under way
-    store.replace_all([parse_job(jobs[0])], within="", known=known)
+    store.replace_all([parse_job(jobs[0])], namespace="", known=known)
     assert {job.name: job.is_gone for job in store.get(KEY)} == {"a": False, "b": True, "c": False}
 
 

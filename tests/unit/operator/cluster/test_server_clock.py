@@ -28,7 +28,7 @@ class World:
         self.tick(there)
         date = formatdate(int(self.server), usegmt=True)
         self.tick(back)
-        self.clock.heed(date, sent=sent, received=self.elapsed)
+        self.clock.observe_date(date, sent=sent, received=self.elapsed)
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_a_server_whose_clock_is_set_is_followed():
 @pytest.mark.parametrize("date", [None, "", "yesterday"])
 def test_what_cannot_be_read_says_nothing(date):
     world = World(7200.0)
-    world.clock.heed(date, sent=1.0, received=1.1)
+    world.clock.observe_date(date, sent=1.0, received=1.1)
     assert world.clock.now() == NOW + 7200.0

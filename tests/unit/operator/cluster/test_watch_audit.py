@@ -11,7 +11,7 @@ import pytest
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.runs import RunStore
-from sailvl_operator.cluster.watch_audit import Resync
+from sailvl_operator.cluster.watch_audit import WatchAuditor
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.controller import handle_run_event
 from sailvl_operator.settings import ApiSettings
@@ -26,8 +26,8 @@ class Deaf:
 
     def __init__(self, api: FakeApi, client: Client) -> None:
         self.api, self.runs, self.missed, self.now = api, RunStore(), 0, 0.0
-        self.queue: WorkQueue[tuple[str, str]] = WorkQueue(backoff=1, backoff_limit=1)
-        self.resync = Resync(
+        self.queue: WorkQueue[tuple[str, str]] = WorkQueue(backoff_seconds=1, backoff_limit_seconds=1)
+        self.resync = WatchAuditor(
             client,
             self.runs,
             namespaces=(),
@@ -90,14 +90,14 @@ async def test_a_watch_that_tells_all_is_left_alone(deaf: Deaf) -> None:
     deaf.see("ADDED", await deaf.api.put("sailvlruns", build_document()))
     for _ in range(3):
         await deaf.look()
-    assert (deaf.missed, deaf.resync.deaf_for()) == (0, 0.0)
+    assert (deaf.missed, deaf.resync.stale_seconds()) == (0, 0.0)
 
 
 async def test_deafness_lasts_until_two_rounds_miss_nothing(deaf: Deaf) -> None:
     for number in range(6):
         await deaf.api.put("sailvlruns", build_document(seed=number))
         await deaf.look()
-    assert deaf.resync.deaf_for() == 240.0, "missed since the second round, though every other one is made up for"
+    assert deaf.resync.stale_seconds() == 240.0, "missed since the second round, though every other one is made up for"
     for _ in range(4):
         await deaf.look()
-    assert deaf.resync.deaf_for() == 0.0
+    assert deaf.resync.stale_seconds() == 0.0

@@ -88,7 +88,7 @@ async def test_what_a_run_waits_for_doesn_t_wait_with_its_writes(world):
     await world.until(lambda: world.api.names("jobs"))
     await world.add_pods("knowledge", nodes=2)
     await world.until(lambda: world.states()["knowledge"] == ("Running", 1))
-    world.queue._hold = lambda: True
+    world.queue._has_backpressure = lambda: True
     await world.end_pod("knowledge", 1, 0, 76)
     await world.until(lambda: "demo-knowledge-2" in world.api.names("jobs"))
 
@@ -96,7 +96,7 @@ async def test_what_a_run_waits_for_doesn_t_wait_with_its_writes(world):
 async def test_a_stage_s_end_doesn_t_wait_since_others_follow_it(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.names("jobs"))
-    world.queue._hold = lambda: True
+    world.queue._has_backpressure = lambda: True
     await world.add_pods("curate")
     await world.end_pod("curate", 1, 0, 0, result=build_result("curate"))
     await world.until(lambda: "demo-alignment-1" in world.api.names("jobs"))
@@ -204,7 +204,7 @@ async def test_a_second_operator_doubles_nothing(world):
     await world.until(lambda: world.api.names("jobs"))
     await world.settled()
     other = World(world.api, world.client)
-    tasks = [asyncio.create_task(part) for part in (other.children.run(), other.engine.run(2))]
+    tasks = [asyncio.create_task(part) for part in (other.children.run(), other.controller.run(2))]
     other.see(world.run)
     await other.settled()
     for task in tasks:

@@ -21,7 +21,7 @@ from sailvl_operator.cluster.runs import RunStore
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.errors import SettingsError
 from sailvl_operator.health import Server
-from sailvl_operator.settings import OPTIONS, ProgressSettings, ServerSettings, Settings, describe, read_settings
+from sailvl_operator.settings import OPTIONS, HealthServerSettings, ProgressSettings, Settings, describe, read_settings
 from sailvl_trainer.contract import Progress
 from tests.support.builders.operator import build_document, build_pod
 
@@ -29,7 +29,7 @@ KEY = ("team", "demo")
 
 
 def make_queue() -> WorkQueue[str]:
-    return WorkQueue(backoff=0.02, backoff_limit=0.05, jitter=lambda: 1.0)
+    return WorkQueue(backoff_seconds=0.02, backoff_limit_seconds=0.05, jitter=lambda: 1.0)
 
 
 async def test_a_key_is_queued_once_and_held_by_one_worker():
@@ -50,7 +50,7 @@ async def test_a_key_is_queued_once_and_held_by_one_worker():
 async def test_failures_wait_longer_each_time_until_one_success():
     queue = make_queue()
     assert [queue.retry("a") for _ in range(3)] == [0.02, 0.04, 0.05]
-    queue.succeed("a")
+    queue.reset_backoff("a")
     assert queue.retry("a") == 0.02
     async with asyncio.timeout(1):
         assert (await queue.get())[0] == "a"
@@ -65,7 +65,7 @@ async def test_a_later_timer_takes_the_place_of_an_earlier_one():
     queue.cancel_timer("c")
     await asyncio.sleep(0.05)
     assert queue.depth() == 1
-    assert 0.0 < queue.oldest() < 1.0
+    assert 0.0 < queue.oldest_seconds() < 1.0
     queue.cancel_timer("a")
 
 
@@ -183,7 +183,7 @@ async def reading():
             pods=lambda: pods,
             on_change=changes.append,
             count=outcomes.append,
-            is_rushed=lambda: bool(rushes),
+            has_backpressure=lambda: bool(rushes),
             port=server.port,
         )
         yield SimpleNamespace(
@@ -245,11 +245,11 @@ async def test_only_the_first_worker_of_a_running_attempt_is_asked(reading, fiel
     assert reading.outcomes == []
 
 
-@pytest.mark.parametrize(("is_rushed", "asked"), [(False, 50), (True, 12)])
-async def test_so_many_workers_are_asked_a_round_and_fewer_in_a_rush(reading, is_rushed, asked):
+@pytest.mark.parametrize(("has_backpressure", "asked"), [(False, 50), (True, 12)])
+async def test_so_many_workers_are_asked_a_round_and_fewer_in_a_rush(reading, has_backpressure, asked):
     reading.worker.document = asdict(Progress(attempt=1, phase="running"))
     reading.pods[:] = [replace(build_pod("curate", ip="127.0.0.1"), uid=f"pod-{n}") for n in range(120)]
-    reading.rushes.extend(["rush"] * is_rushed)
+    reading.rushes.extend(["rush"] * has_backpressure)
     await reading.read()
     assert reading.outcomes == ["ok"] * asked
 
@@ -259,17 +259,17 @@ async def test_who_never_answers_is_told_of(reading):
     reading.times = iter(range(0, 10**6, 100))
     reading.worker.status = 503
     await reading.read()
-    assert reading.reader.get_unheard(KEY, "u") == {}
+    assert reading.reader.get_errors(KEY, "u") == {}
     assert reading.changes == []
     for _ in range(5):
         await reading.read()
-    why = reading.reader.get_unheard(KEY, "u")["curate", 1]
+    why = reading.reader.get_errors(KEY, "u")["curate", 1]
     assert why.startswith("port ")
     assert why.endswith("of pod demo-curate-1-0: /progress answers 503")
     assert reading.changes == [KEY], "once"
     reading.worker.document, reading.worker.status = asdict(Progress(attempt=1, phase="running", step=1)), 200
     await reading.read()
-    assert reading.reader.get_unheard(KEY, "u") == {}
+    assert reading.reader.get_errors(KEY, "u") == {}
 
 
 async def test_who_has_answered_before_is_not(reading):
@@ -280,13 +280,13 @@ async def test_who_has_answered_before_is_not(reading):
     reading.worker.status = 503
     for _ in range(8):
         await reading.read()
-    assert reading.reader.get_unheard(KEY, "u") == {}
+    assert reading.reader.get_errors(KEY, "u") == {}
 
 
 async def test_the_server_answers_probes_and_scrapes():
     registry, problems = CollectorRegistry(), []
     Counter("sailvl_test", "A counter.", registry=registry).inc()
-    settings = ServerSettings(host="127.0.0.1", port=0)
+    settings = HealthServerSettings(host="127.0.0.1", port=0)
     async with (
         Server(settings, registry, is_alive=lambda: problems, is_ready=lambda: ["not yet"]) as server,
         aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session,
@@ -318,7 +318,7 @@ def test_liveness(age, oldest, deaf, problems):
     operator = object.__new__(Operator)
     operator.settings = Settings()
     operator.children = SimpleNamespace(ages=lambda: [("pods", age)])
-    operator.queue = SimpleNamespace(oldest=lambda: oldest)
-    operator.resync = SimpleNamespace(deaf_for=lambda: deaf)
+    operator.queue = SimpleNamespace(oldest_seconds=lambda: oldest)
+    operator.resync = SimpleNamespace(stale_seconds=lambda: deaf)
     operator.leadership = SimpleNamespace(is_leading=True)
     assert operator.find_problems() == problems
