@@ -65,7 +65,7 @@ def _describe_struct(struct: type[msgspec.Struct]) -> Iterator[str]:
     yield f"## {struct.__name__}"
     yield ""
     if struct.__doc__:
-        yield from (inspect.cleandoc(struct.__doc__), "")
+        yield from (_escape(inspect.cleandoc(struct.__doc__)), "")
     yield from ("| Field | Type | Default | Description |", "|---|---|---|---|")
     for field in msgspec.structs.fields(struct):
         name = field.encode_name
@@ -76,7 +76,7 @@ def _describe_struct(struct: type[msgspec.Struct]) -> Iterator[str]:
             _format_default(field, property_),
             descriptions.get(field.name, ""),
         )
-        yield "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+        yield "| " + " | ".join(_escape(" ".join(cell.split())) for cell in cells) + " |"
     rules = _list_rules(RULES.get(struct, []))
     if rules:
         yield from ("", *rules)
@@ -87,10 +87,15 @@ def _list_rules(rules: Sequence[Rule]) -> list[str]:
     fields = (rule.get("fieldPath", "").lstrip(".") for rule in rules)
     return list(
         dict.fromkeys(
-            f"- `{field}`: {rule['message']}" if field else f"- {rule['message']}"
+            f"- `{field}`: {_escape(rule['message'])}" if field else f"- {_escape(rule['message'])}"
             for field, rule in zip(fields, rules, strict=True)
         )
     )
+
+
+def _escape(text: str) -> str:
+    """Escape the characters that Markdown would take for a table cell or an HTML tag."""
+    return text.replace("|", "\\|").replace("<", "\\<")
 
 
 def _format_type(field: msgspec.structs.FieldInfo, property_: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`sailvl generate`: what is made from the types; `make generate` writes it into the tree."""
+"""`sailvl generate`: prints the files that are generated from the types. `make generate` writes them into the tree."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ HEADER = "# Generated from the types by `make generate`; do not edit.\n"
 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
-        """Manifests hold no anchors, however often a schema is used."""
+        """Disable YAML anchors for schemas that are used more than once."""
         return True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's flags."""
-    parser.add_argument("what", choices=WHAT, help="what to print")
+    """Add the arguments of the subcommand."""
+    parser.add_argument("file", choices=GENERATORS, help="file to print")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it."""
-    sys.stdout.write(WHAT[args.what]())
+    """Print the generated file and return 0."""
+    sys.stdout.write(GENERATORS[args.file]())
     return 0
 
 
 def dump_crd() -> str:
-    """crds/sailvlruns.yaml."""
+    """Return the text of crds/sailvlruns.yaml."""
     return HEADER + yaml.dump(build_crd(), Dumper=_Dumper, sort_keys=False, width=120)
 
 
-WHAT = {"crd": dump_crd, "reference": build_reference}
+GENERATORS = {"crd": dump_crd, "reference": build_reference}

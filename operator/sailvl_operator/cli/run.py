@@ -1,4 +1,4 @@
-"""`sailvl run --local FILE --root DIR`: a whole run on this machine, with progress bars and a table at the end."""
+"""`sailvl run --local FILE --root DIR`: executes a run on this machine, with progress bars and a summary table."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from sailvl_operator.core.units import format_duration
 from sailvl_operator.local import LocalRun, LockedError, parse_local
 
 PLAIN_WIDTH = 120
-"""Columns of a log."""
+"""Width of the output in characters if it is not a terminal."""
 SHOWN = ("loss", "heldOutLoss", "score", "kept")
-"""Metrics beside a stage's bar."""
+"""Metrics that are shown beside the progress bar of a stage."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's flags."""
-    parser.add_argument("file", type=Path, help="YAML with one SailVLRun")
-    parser.add_argument("--local", action="store_true", required=True, help="on this machine")
-    parser.add_argument("--root", type=Path, default=Path("sailvl-data"), help="what /data is (default ./sailvl-data)")
+    """Add the arguments of the subcommand."""
+    parser.add_argument("file", type=Path, help="YAML file with one SailVLRun")
+    parser.add_argument("--local", action="store_true", required=True, help="execute the run on this machine; required")
+    parser.add_argument(
+        "--root", type=Path, default=Path("sailvl-data"), help="directory that serves as /data (default ./sailvl-data)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: succeeded; 1: failed; 2: the file can't be carried out."""
+    """Execute the run. Return 0 if it succeeded, 1 if it failed, 2 if the file is invalid, 130 on an interrupt."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     try:
         (document, *more) = read_documents(args.file)
         if more:
-            raise ValueError(f"{args.file}: holds {1 + len(more)} runs; give one")
+            raise ValueError(f"{args.file}: {1 + len(more)} runs found; the file must have exactly one")
         if errors := validate(document):
             raise ValueError("\n".join(f"{args.file}: {error}" for error in errors))
         local = LocalRun(parse_local(document, parse_run), args.root)
@@ -48,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"sailvl run: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last checkpoint")
+        console.print("interrupted; repeat the command to resume from the last checkpoint")
         return 130
     console.print(build_table(status))
     return _conclude(console, local, status)
 
 
 class Display:
-    """A bar a stage, and a line an event."""
+    """Prints one line per event and shows one progress bar per stage."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -63,7 +65,7 @@ class Display:
             TextColumn("{task.fields[name]:12}"),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[words]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -78,7 +80,7 @@ class Display:
         self._progress.stop()
 
     def show(self, status: Status, events: tuple[Event, ...]) -> None:
-        """What is new of a run."""
+        """Print the events and update the progress bars."""
         for event in events:
             self._console.print(event.message, highlight=False, style="red" if event.type == "Warning" else "")
         for stage in status.stages:
@@ -87,23 +89,23 @@ class Display:
 
     def _show_stage(self, stage: StageStatus) -> None:
         if stage.name not in self._tasks:
-            self._tasks[stage.name] = self._progress.add_task("", name=stage.name, words="", total=None)
+            self._tasks[stage.name] = self._progress.add_task("", name=stage.name, metrics="", total=None)
         total = stage.progress.steps or None if stage.progress is not None else None
         done = stage.progress.step if stage.progress is not None else 0
-        words = "  ".join(f"{name} {stage.metrics[name]}" for name in SHOWN if name in stage.metrics)
-        self._progress.update(self._tasks[stage.name], total=total, completed=done, words=words)
+        metrics = "  ".join(f"{name} {stage.metrics[name]}" for name in SHOWN if name in stage.metrics)
+        self._progress.update(self._tasks[stage.name], total=total, completed=done, metrics=metrics)
 
 
 def build_table(status: Status) -> Table:
-    """The stages with what they took and what they reached."""
+    """Build the summary table with the duration and the metrics of each stage."""
     table = Table("Stage", "State", "Time", "Steps", "Tokens", "Held-out loss", "Shuffled", "Score", "Attempts")
     for stage in status.stages:
-        took = parse_time(stage.completion_time) - parse_time(stage.start_time) if stage.completion_time else None
+        seconds = parse_time(stage.completion_time) - parse_time(stage.start_time) if stage.completion_time else None
         progress = stage.progress
         table.add_row(
             stage.name,
             stage.state + (", reused" if stage.reused else ""),
-            "" if took is None else format_duration(took),
+            "" if seconds is None else format_duration(seconds),
             str(progress.step) if progress else "",
             str(progress.tokens) if progress and progress.tokens else "",
             " → ".join(_round(stage, name) for name in ("heldOutLossBefore", "heldOutLoss") if name in stage.metrics),
@@ -115,7 +117,7 @@ def build_table(status: Status) -> Table:
 
 
 def _round(stage: StageStatus, metric: str) -> str:
-    """A metric as people compare it; empty where the stage has none."""
+    """Format a metric with two decimals; empty if the stage does not have it."""
     return f"{float(stage.metrics[metric]):.2f}" if metric in stage.metrics else ""
 
 
@@ -128,5 +130,5 @@ def _conclude(console: Console, local: LocalRun, status: Status) -> int:
         return 0
     failed = status.condition(ConditionType.FAILED)
     print(f"sailvl run: {failed.message if failed else 'not finished'}", file=sys.stderr)
-    print(f"the workers' logs are in {local.folder / 'workers'}", file=sys.stderr)
+    print(f"worker logs are in {local.folder / 'workers'}", file=sys.stderr)
     return 1

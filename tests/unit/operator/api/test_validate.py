@@ -43,7 +43,7 @@ def test_each_document_of_a_file_is_validated(write: Write, capsys: pytest.Captu
     path = write("---\n".join((OTHER, VALID, bad)))
     assert cli.main(["validate", path]) == 1
     out, err = capsys.readouterr()
-    assert out == f"{path}: settings: ConfigMap, passed over\n{path}: demo: ok\n"
+    assert out == f"{path}: settings: ConfigMap, skipped\n{path}: demo: ok\n"
     assert err.startswith(f'{path}: other: spec.model.preset: Unsupported value: "huge"')
 
 
@@ -57,10 +57,10 @@ def test_every_file_is_validated_after_an_error(write: Write, capsys: pytest.Cap
 
 INVALID = {
     "invalid YAML": ("a: 1\nb: [", "line 2"),
-    "duplicate key": ("a: 1\nb: 2\na: 3\n", "a is there twice\n  in"),
-    "document is a list": ("- a\n", "document 1 is no object"),
-    "no SailVLRun": (OTHER, "holds no SailVLRun"),
-    "empty file": ("", "holds no SailVLRun"),
+    "duplicate key": ("a: 1\nb: 2\na: 3\n", "duplicate key a\n  in"),
+    "document is a list": ("- a\n", "document 1 is not an object"),
+    "no SailVLRun": (OTHER, "no SailVLRun found"),
+    "empty file": ("", "no SailVLRun found"),
     "unquoted number": (
         _replace("tokens: 32K", "tokens: 32K\n      learningRate: 2e-4"),
         "quote it to make it a string",

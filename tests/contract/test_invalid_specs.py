@@ -8,7 +8,7 @@ import pytest
 
 from sailvl_operator.api.validation import validate
 from sailvl_operator.cli.documents import read_documents
-from sailvl_operator.cli.generate import WHAT
+from sailvl_operator.cli.generate import GENERATORS
 from tests.support.builders.operator import build_document
 from tests.support.invalid_specs import SCHEMA, UNSUPPORTED, InvalidSpec
 
@@ -36,4 +36,4 @@ def test_examples_are_valid(path: Path) -> None:
     ("what", "path"), [("crd", "crds/sailvlruns.yaml"), ("reference", "docs/reference/sailvlrun.md")]
 )
 def test_generated_files_match_the_types(what: str, path: str) -> None:
-    assert (ROOT / path).read_text() == WHAT[what](), "stale: make generate"
+    assert (ROOT / path).read_text() == GENERATORS[what](), "stale: make generate"
