@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 from bench import history
 from sailvl_trainer.data.planner import PlanState
-from sailvl_trainer.rank.distributed import start_group
+from sailvl_trainer.rank.distributed import start_process_group
 from sailvl_trainer.train import checkpoint
 from sailvl_trainer.train.fragments import KEYS, Fragment
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    start_group(torch.device("cpu"))
+    start_process_group(torch.device("cpu"))
     tensors = build_tensors(given.megabytes)
     seconds = {(peer.name, what): [] for peer in PEERS for what in ("save", "load")}
     sizes = {}

@@ -25,8 +25,8 @@ from sailvl_trainer.contract import (
     Termination,
 )
 from sailvl_trainer.rank.settings import read_settings
-from sailvl_trainer.rank.termination import fit
-from sailvl_trainer.storage.documents import read_stage
+from sailvl_trainer.rank.termination import encode_termination
+from sailvl_trainer.storage.codec import read_stage
 from tests.support.builders.operator import build_pod, build_run
 
 OUTPUTS = {name: f"demo/{name}-0" for name in ("curate", "alignment", "knowledge", "evaluate")}
@@ -82,7 +82,7 @@ def test_trainer_starts_one_rank_per_gpu() -> None:
 
 def end_with(termination: Termination) -> failure.Evidence:
     terminated = Terminated(
-        exit_code=termination.exit_code, reason="Error", message=fit(termination).decode(), finished=1.0
+        exit_code=termination.exit_code, reason="Error", message=encode_termination(termination).decode(), finished=1.0
     )
     pod = build_pod("alignment", terminated=terminated, phase="Failed")
     return failure.diagnose(failure.collect_evidence([pod], was_running=True))
@@ -125,7 +125,7 @@ def test_operator_drops_metrics_that_are_not_finite() -> None:
         metrics={"heldOutLoss": 2.0, "loss": float("nan")},
     )
     said = Termination(exit_code=0, result=result, checkpoint=Checkpoint(step=1, path="p"))
-    terminated = Terminated(exit_code=0, reason="Completed", message=fit(said).decode(), finished=1.0)
+    terminated = Terminated(exit_code=0, reason="Completed", message=encode_termination(said).decode(), finished=1.0)
     found = failure.find_result([build_pod("alignment", terminated=terminated)])
     assert found is not None
     assert found.metrics == {"heldOutLoss": 2.0}, "a gate can't be evaluated on NaN"

@@ -16,7 +16,7 @@ from sailvl_trainer.data.shards import read_manifest
 from sailvl_trainer.evaluate.generate import Generator
 from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.model.presets import preset
-from sailvl_trainer.storage.documents import decode
+from sailvl_trainer.storage.codec import decode
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.train.sample_log import read_ledger
 from tests.support.live.cluster import Kubectl

@@ -32,11 +32,11 @@ from sailvl_trainer.data.shards import ShardWriter
 from sailvl_trainer.evaluate import stage as evaluate
 from sailvl_trainer.evaluate.answer_cache import KeptAnswers
 from sailvl_trainer.model import export
-from sailvl_trainer.rank.exit import ERROR_FILE
 from sailvl_trainer.rank.main import main as rank_main
 from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.termination import ERROR_FILE_VARIABLE
 from sailvl_trainer.storage import layout
-from sailvl_trainer.storage.documents import decode, encode
+from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.train import checkpoint, stage, trainer
 
 LIMIT = 120
@@ -153,7 +153,7 @@ def _be_rank(environment: dict[str, str], own: Path, fault: Fault) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    os.environ.update(environment | {ERROR_FILE: str(own / "words")})
+    os.environ.update(environment | {ERROR_FILE_VARIABLE: str(own / "words")})
     torch.set_num_threads(1)
     fault()
     rank_main.main()

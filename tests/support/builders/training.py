@@ -16,7 +16,7 @@ from sailvl_trainer.contract import ModelConfig, Stage, TrainConfig
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.rank.context import Context, build_context
 from sailvl_trainer.rank.scratch import Scratch
-from sailvl_trainer.storage.documents import encode, read_stage
+from sailvl_trainer.storage.codec import encode, read_stage
 
 SAMPLES = 40
 

@@ -19,11 +19,11 @@ from sailvl_trainer.contract import Checkpoint, Result, Termination
 from sailvl_trainer.errors import ConfigError, Preempted
 from sailvl_trainer.rank.context import Context, build_context
 from sailvl_trainer.rank.distributed import sum_over_ranks
-from sailvl_trainer.rank.exceptions import describe
-from sailvl_trainer.rank.exit import end_rank
+from sailvl_trainer.rank.exceptions import build_termination
 from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.settings import read_settings
-from sailvl_trainer.storage.documents import read_stage
+from sailvl_trainer.rank.termination import exit_rank
+from sailvl_trainer.storage.codec import read_stage
 
 RANK = int(os.environ["RANK"])
 RESTART = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -70,7 +70,7 @@ def get_lost_in_thought() -> None:
 def step_until_stopped(context: Context) -> None:
     for step in range(1, 100_000):
         context.telemetry.update(phase="running", step=step)
-        if context.preemption.requested():
+        if context.preemption.should_stop():
             raise Preempted(f"stopped at {step}", checkpoint=Checkpoint(step=step, path="demo/c"))
         time.sleep(0.02)
 
@@ -125,15 +125,15 @@ def main() -> None:
                 kind=stage.kind,
                 digest=stage.digest,
                 attempt=stage.attempt,
-                output=context.files.relative(Path(stage.output)),
+                output=context.files.relative_path(Path(stage.output)),
                 steps=context.world_size,
             )
             context.files.write_result(replace(result, metrics={"loss": 0.5, "odd": float("nan")}))
         dist.barrier()
     except BaseException as error:  # noqa: BLE001  # as a real rank does
         traceback.print_exc()
-        end_rank(describe(error, RANK))
-    end_rank(Termination(exit_code=0))
+        exit_rank(build_termination(error, RANK))
+    exit_rank(Termination(exit_code=0))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from sailvl_trainer.curate.items import Container, Item
 from sailvl_trainer.curate.verify import Verified
-from sailvl_trainer.storage.documents import decode, write_atomic
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import decode
 
 ROW_GROUP = 128
 """Items a row group of a listing: units of verification are whole row groups."""

@@ -25,7 +25,8 @@ from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import Crew
-from sailvl_trainer.storage.documents import decode, encode, write_atomic
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import decode, encode
 
 READ_AHEAD = 64
 """Pictures in memory while a shard is written."""

@@ -10,7 +10,8 @@ from sailvl_trainer.curate.artifacts import Parts
 from sailvl_trainer.curate.plots import draw_plots
 from sailvl_trainer.curate.statistics import KEPT, REPORT_JSON, measure, open_decided
 from sailvl_trainer.reporting.render import render
-from sailvl_trainer.storage.documents import encode, write_atomic
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode
 
 REASONS = {
     "kept": "kept for training",

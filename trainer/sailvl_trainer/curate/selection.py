@@ -16,7 +16,8 @@ from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig
 from sailvl_trainer.curate.artifacts import Parts, PlannedShard
 from sailvl_trainer.curate.dedup import mark_duplicates
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.storage.documents import encode, sync_file, write_atomic
+from sailvl_trainer.storage.atomic import sync_file, write_atomic
+from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.errors import storage_errors
 
 

@@ -17,7 +17,8 @@ from sailvl_trainer.curate.selection import decide
 from sailvl_trainer.curate.statistics import Statistics, read_statistics
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import Crew
-from sailvl_trainer.storage.documents import encode, write_atomic
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode
 
 
 def run(context: Context) -> Result:
@@ -53,7 +54,7 @@ def _build_result(context: Context, statistics: Statistics, seconds: float) -> R
         kind="curate",
         digest=context.stage.digest,
         attempt=context.stage.attempt,
-        output=context.files.relative(context.files.output),
+        output=context.files.relative_path(context.files.output),
         steps=statistics.items,
         samples=statistics.kept,
         seconds=seconds,

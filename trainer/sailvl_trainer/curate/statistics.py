@@ -13,7 +13,7 @@ import duckdb
 
 from sailvl_trainer.curate.artifacts import Parts
 from sailvl_trainer.curate.selection import open_database
-from sailvl_trainer.storage.documents import decode
+from sailvl_trainer.storage.codec import decode
 
 REPORT_JSON = "report.json"
 KEPT = ("kept", "held_out")

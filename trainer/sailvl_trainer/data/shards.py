@@ -28,7 +28,8 @@ from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.images import read_size
 from sailvl_trainer.data.samples import KEY, Message, Sample
 from sailvl_trainer.errors import DataError
-from sailvl_trainer.storage.documents import decode, encode, sync_directory, write_atomic
+from sailvl_trainer.storage.atomic import sync_directory, write_atomic
+from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.errors import storage_errors
 
 SCHEMA = pa.schema(

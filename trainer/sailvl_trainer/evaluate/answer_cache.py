@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sailvl_trainer.evaluate.tsv import Question
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.distributed import broadcast
-from sailvl_trainer.storage.documents import decode, encode
+from sailvl_trainer.rank.distributed import broadcast_object
+from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.errors import storage_errors
 
 
@@ -33,7 +33,7 @@ class KeptAnswers:
         folder = context.files.output / "parts"
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"answers-{context.stage.attempt:04d}-{context.rank:05d}.jsonl"
-        self._found: dict[tuple[str, str], list[str]] = broadcast(_read(folder) if context.is_first else None)
+        self._found: dict[tuple[str, str], list[str]] = broadcast_object(_read(folder) if context.is_first else None)
 
     def find(self, benchmark: str, batch: Sequence[Question]) -> list[str] | None:
         """What an earlier attempt has answered to these questions."""

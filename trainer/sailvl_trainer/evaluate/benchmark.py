@@ -14,7 +14,7 @@ from sailvl_trainer.evaluate.generate import Generator
 from sailvl_trainer.evaluate.scoring import answers_of, is_yes, score_answers
 from sailvl_trainer.evaluate.tsv import Question, read_tsv
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.distributed import gather
+from sailvl_trainer.rank.distributed import all_gather_object
 from sailvl_trainer.train.forward import PackedModel
 from sailvl_trainer.train.validation import measure
 
@@ -117,9 +117,9 @@ def _answer(
             kept.add(benchmark.name, batches[number], mine[number])
         step += sum(len(batches[number]) for number in now)
         context.telemetry.update(step=step)
-        if context.preemption.requested():
+        if context.preemption.should_stop():
             raise Preempted(f"stopped on request in {benchmark.name}; the answers so far are kept")
-    answered = before | {number: answers for rank in gather(mine) for number, answers in rank.items()}
+    answered = before | {number: answers for rank in all_gather_object(mine) for number, answers in rank.items()}
     return [answer for number in range(len(batches)) for answer in answered[number]]
 
 

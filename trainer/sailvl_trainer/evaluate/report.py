@@ -10,7 +10,8 @@ from sailvl_trainer.evaluate.benchmark import Answer, Scored
 from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.reporting.render import render
 from sailvl_trainer.reporting.thumbnails import draw_thumbnail
-from sailvl_trainer.storage.documents import encode, write_atomic
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode
 
 SHOWN = 6
 """Wrong answers, and right ones, of a benchmark."""

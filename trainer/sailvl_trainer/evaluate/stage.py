@@ -40,7 +40,7 @@ def run(context: Context) -> Result:
         kind="evaluate",
         digest=context.stage.digest,
         attempt=context.stage.attempt,
-        output=context.files.relative(context.files.output),
+        output=context.files.relative_path(context.files.output),
         steps=total,
         samples=total,
         seconds=time.time() - started,

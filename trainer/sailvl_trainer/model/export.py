@@ -12,7 +12,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 
 from sailvl_trainer.model.presets import Preset
 from sailvl_trainer.model.processor import write_processor
-from sailvl_trainer.storage.documents import sync_directory, sync_file
+from sailvl_trainer.storage.atomic import sync_directory, sync_file
 from sailvl_trainer.storage.errors import storage_errors
 
 

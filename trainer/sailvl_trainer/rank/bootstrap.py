@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from sailvl_trainer.contract import Termination
-from sailvl_trainer.rank.exit import end_rank
+from sailvl_trainer.rank.termination import exit_rank
 
 STACK_SIGNAL = signal.SIGUSR1
 PR_SET_PDEATHSIG = 1
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
         words = "".join(traceback.format_exception(error))
         message = f"{type(error).__name__}: {error}"
         rank = int(os.environ.get("RANK", "0"))
-        end_rank(Termination(exit_code=1, rank=rank, message=message, traceback=words))
+        exit_rank(Termination(exit_code=1, rank=rank, message=message, traceback=words))
 
 
 def die_with(parent: int) -> None:

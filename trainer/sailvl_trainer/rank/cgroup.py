@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sailvl_trainer.storage.units import show_bytes
+from sailvl_trainer.storage.errors import format_bytes
 
 MOUNT = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
+CPU_MAX = MOUNT / "cpu.max"
 NO_LIMIT = 1 << 60
 """cgroup v1 writes a number near 2**63 where there is no limit."""
 
@@ -25,8 +27,8 @@ class Memory:
 
     def describe(self) -> str:
         """Return peak and limit as text, for example `peak 3.9 GiB of 4.0 GiB`."""
-        peak = "peak not known" if self.peak is None else f"peak {show_bytes(self.peak)}"
-        return f"{peak}, no limit of its own" if self.limit is None else f"{peak} of {show_bytes(self.limit)}"
+        peak = "peak not known" if self.peak is None else f"peak {format_bytes(self.peak)}"
+        return f"{peak}, no limit of its own" if self.limit is None else f"{peak} of {format_bytes(self.limit)}"
 
 
 def read_memory(mount: Path = MOUNT, own: Path = OWN) -> Memory:
@@ -63,3 +65,10 @@ def _number(path: Path) -> int | None:
     """None for `max`, and for a file that this kernel hasn't."""
     words = path.read_text().strip() if path.exists() else ""
     return int(words) if words.isdigit() else None
+
+
+def count_cores(cpu_max: Path = CPU_MAX) -> int:
+    """At least 1: those that the process may be scheduled on, or the cgroup's quota where that is less."""
+    allowed = len(os.sched_getaffinity(0))
+    quota, period = cpu_max.read_text().split() if cpu_max.exists() else ("max", "1")
+    return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))

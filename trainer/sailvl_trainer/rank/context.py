@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from sailvl_trainer.contract import Stage
-from sailvl_trainer.rank.distributed import default_store, start_group
+from sailvl_trainer.rank.distributed import get_default_store, start_process_group
 from sailvl_trainer.rank.preemption import Preemption
 from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.telemetry import Telemetry
@@ -38,8 +38,8 @@ class Context:
 
 def build_context(stage: Stage, *, device: torch.device, rank: int, local_rank: int, scratch: Scratch) -> Context:
     """Join the group and gather a rank's tools."""
-    telemetry = Telemetry(stage, scratch.progress_of(local_rank), rank=rank)
-    start_group(device)
+    telemetry = Telemetry(stage, scratch.progress_path(local_rank), rank=rank)
+    start_process_group(device)
     telemetry.update()
     return Context(
         stage=stage,
@@ -50,16 +50,16 @@ def build_context(stage: Stage, *, device: torch.device, rank: int, local_rank: 
         device=device,
         telemetry=telemetry,
         preemption=Preemption(scratch),
-        store=default_store(),
+        store=get_default_store(),
     )
 
 
-def single_process_context(stage: Stage, *, scratch: Path, device: torch.device | None = None) -> Context:
+def build_single_process_context(stage: Stage, *, scratch: Path, device: torch.device | None = None) -> Context:
     """A stage alone in this process, without a worker around it: for tests and tools. Joins a group of one, once."""
     scratch.mkdir(parents=True, exist_ok=True)
     device = device or torch.device("cpu")
     if not dist.is_initialized():
-        start_group(device)
+        start_process_group(device)
     return Context(
         stage=stage,
         files=StageFiles(stage),
@@ -69,5 +69,5 @@ def single_process_context(stage: Stage, *, scratch: Path, device: torch.device 
         device=device,
         telemetry=Telemetry(stage, scratch / "progress.json"),
         preemption=Preemption(Scratch(scratch)),
-        store=default_store(),
+        store=get_default_store(),
     )

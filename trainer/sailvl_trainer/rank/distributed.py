@@ -17,7 +17,7 @@ TIMEOUT = timedelta(minutes=30)
 """Of a collective. A neighbour that dies breaks the connection at once; this is for one that hangs."""
 
 
-def start_group(device: torch.device) -> None:
+def start_process_group(device: torch.device) -> None:
     """Join the group that the environment of torch's elastic agent describes; alone without one."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
         os.environ.setdefault(name, value)
@@ -28,19 +28,19 @@ def start_group(device: torch.device) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
 
 
-def default_store() -> Store:
+def get_default_store() -> Store:
     """The group's key-value store; torch has no public name for it."""
     return dist.distributed_c10d._get_default_store()
 
 
-def broadcast(value: T | None) -> T:
+def broadcast_object(value: T | None) -> T:
     """Rank 0's value on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]  # rank 0 gave one
 
 
-def gather(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """Every rank's value, by rank, on every rank."""
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

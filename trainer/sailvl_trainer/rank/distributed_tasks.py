@@ -86,12 +86,12 @@ class Crew:
 
     def _is_stopping(self) -> bool:
         """Whether any rank was asked to stop, as far as this one knows; the others hear of it by the store."""
-        if self._context.preemption.is_asked_here:
+        if self._context.preemption.is_requested_locally:
             self._context.store.add(STOP_KEY, 1)
         return self._context.store.add(STOP_KEY, 0) > 0
 
     def _stop_if_asked(self) -> None:
-        if self._context.preemption.requested():
+        if self._context.preemption.should_stop():
             raise Preempted("stopped on request while curating; what is done stays done")
 
     def _tell(self, name: str, is_counted: bool) -> None:

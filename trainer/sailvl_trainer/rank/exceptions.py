@@ -10,7 +10,7 @@ import torch.distributed as dist
 from sailvl_trainer.contract import Termination
 from sailvl_trainer.errors import OutOfMemory, PeerLost, Preempted, TrainerError
 from sailvl_trainer.rank.cgroup import read_memory
-from sailvl_trainer.storage.units import show_bytes
+from sailvl_trainer.storage.errors import format_bytes
 
 PEER_WORDS = (
     "connection closed by peer",
@@ -29,7 +29,7 @@ CPU_WORDS = "can't allocate memory"
 """What torch says in a plain RuntimeError when the machine gives it none."""
 
 
-def describe(error: BaseException, rank: int) -> Termination:
+def build_termination(error: BaseException, rank: int) -> Termination:
     """The last words of a rank that failed, or stopped on request."""
     meant = _interpret(error)
     return Termination(
@@ -69,4 +69,4 @@ def _describe_memory() -> str:
     if not torch.cuda.is_available():
         return "the accelerator's memory is full"
     _, total = torch.cuda.mem_get_info()
-    return f"out of GPU memory: peak {show_bytes(torch.cuda.max_memory_allocated())} of {show_bytes(total)}"
+    return f"out of GPU memory: peak {format_bytes(torch.cuda.max_memory_allocated())} of {format_bytes(total)}"

@@ -17,14 +17,15 @@ import torch.distributed as dist
 from sailvl_trainer.contract import CONFIG_FILE, ExitCode, Result, Termination
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.rank.context import Context, build_context
-from sailvl_trainer.rank.distributed import broadcast
-from sailvl_trainer.rank.exceptions import describe
-from sailvl_trainer.rank.exit import end_rank
+from sailvl_trainer.rank.distributed import broadcast_object
+from sailvl_trainer.rank.exceptions import build_termination
 from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.settings import Settings, read_settings
-from sailvl_trainer.storage.documents import encode, read_stage, write_atomic
+from sailvl_trainer.rank.termination import exit_rank
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode, read_stage
 from sailvl_trainer.storage.errors import storage_errors
-from sailvl_trainer.storage.lineage import claim, require_newest
+from sailvl_trainer.storage.lineage import check_not_superseded, claim_stage
 
 MODULES = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
 
@@ -40,8 +41,8 @@ def main() -> NoReturn:
         run_stage(read_settings(os.environ), rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     except BaseException as error:  # noqa: BLE001  # whatever it is, the worker has to say it
         traceback.print_exc()
-        end_rank(describe(error, rank))
-    end_rank(Termination(exit_code=ExitCode.OK, rank=rank))
+        exit_rank(build_termination(error, rank))
+    exit_rank(Termination(exit_code=ExitCode.OK, rank=rank))
 
 
 def run_stage(settings: Settings, *, rank: int, local_rank: int) -> Result:
@@ -51,7 +52,7 @@ def run_stage(settings: Settings, *, rank: int, local_rank: int) -> Result:
     device = choose_device(settings, local_rank)
     seed_everything(stage.seed)
     context = build_context(stage, device=device, rank=rank, local_rank=local_rank, scratch=Scratch(settings.scratch))
-    found = broadcast([_open(context)] if context.is_first else None)[0]
+    found = broadcast_object([_open(context)] if context.is_first else None)[0]
     if found is not None:
         logger.info("the result is there already, in %s", found.output)
         return found
@@ -93,14 +94,14 @@ def _open(context: Context) -> Result | None:
     """
     found = context.files.find_result()
     if found is None:
-        claim(context.files, context.stage.attempt)
+        claim_stage(context.files, context.stage.attempt)
         write_atomic(context.files.output / CONFIG_FILE, encode(context.stage))
     return found
 
 
 def _finish(context: Context, result: Result) -> None:
     if context.is_first:
-        require_newest(context.files, context.stage.attempt)
+        check_not_superseded(context.files, context.stage.attempt)
         context.files.write_result(result)
     context.telemetry.update(phase="finished", metrics=result.metrics)
     dist.barrier()

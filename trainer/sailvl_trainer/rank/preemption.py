@@ -11,10 +11,10 @@ class Preemption:
         self._file = scratch.stop_file
 
     @property
-    def is_asked_here(self) -> bool:
+    def is_requested_locally(self) -> bool:
         """Whether this rank's own worker was asked to stop."""
         return self._file.exists()
 
-    def requested(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether any worker was asked to stop. COLLECTIVE: every rank calls it at the same step."""
-        return sum_over_ranks(float(self.is_asked_here))[0] > 0
+        return sum_over_ranks(float(self.is_requested_locally))[0] > 0

@@ -23,7 +23,7 @@ class Scratch:
         """The progress document of the worker's lowest rank; also its heartbeat."""
         return self.root / "progress.json"
 
-    def progress_of(self, local_rank: int) -> Path:
+    def progress_path(self, local_rank: int) -> Path:
         """Every rank's own; that of the lowest is the worker's."""
         return self.progress_file if local_rank == 0 else self.root / f"progress-{local_rank}.json"
 

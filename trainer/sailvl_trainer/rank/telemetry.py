@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from sailvl_trainer.contract import Checkpoint, Phase, Progress, Stage
 from sailvl_trainer.rank.metrics import TrainerMetrics
-from sailvl_trainer.storage.documents import decode, encode, keep_finite
+from sailvl_trainer.storage.codec import decode, encode, keep_finite
 from sailvl_trainer.storage.errors import storage_errors
 
 RESTARTS_VARIABLE = "SAILVL_RESTARTS_SO_FAR"

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sailvl_trainer.errors import StorageError
-from sailvl_trainer.storage.units import show_bytes
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 GONE = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EROFS, errno.ESHUTDOWN, errno.EHOSTDOWN})
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 IN_WORDS = re.compile(r"(?:os error |errno\W{1,4})(\d+)", re.IGNORECASE)
 """How libraries in Rust, C++ and DuckDB name the number in the text of an exception of their own."""
 
@@ -33,26 +33,26 @@ def storage_errors(path: Path, *, root: Path | None = None) -> Iterator[None]:
     except StorageError:
         raise
     except Exception as error:
-        words = find_trouble(error, path, root=root)
+        words = explain_storage_error(error, path, root=root)
         if words is None:
             raise
         raise StorageError(words) from error
 
 
-def find_trouble(error: BaseException, path: Path, *, root: Path | None = None) -> str | None:
+def explain_storage_error(error: BaseException, path: Path, *, root: Path | None = None) -> str | None:
     """What is wrong with a volume, in words, if that is what an error means."""
     for cause in _chain(error):
         number, named = _read(cause)
         if number in FULL:
             return _describe_full(named or path, number)
         if number in GONE:
-            return describe_gone(named or path, number)
+            return describe_unavailable(named or path, number)
         if number in ABSENT and root is not None and not _is_there(root):
-            return describe_gone(root, number)
+            return describe_unavailable(root, number)
     return None
 
 
-def describe_gone(path: Path, number: int) -> str:
+def describe_unavailable(path: Path, number: int) -> str:
     """In words for people; `number`: the system's, of the error."""
     return (
         f"the volume of {path} is gone or broken ({os.strerror(number)}); see that it is mounted, writable and whole; "
@@ -87,8 +87,8 @@ def _describe_full(path: Path, number: int) -> str:
     try:
         found = os.statvfs(mount)
     except OSError as error:
-        return describe_gone(path, error.errno or errno.EIO)
-    free = f"{show_bytes(found.f_bavail * found.f_frsize)} of {show_bytes(found.f_blocks * found.f_frsize)} free"
+        return describe_unavailable(path, error.errno or errno.EIO)
+    free = f"{format_bytes(found.f_bavail * found.f_frsize)} of {format_bytes(found.f_blocks * found.f_frsize)} free"
     if found.f_files and not found.f_favail:
         free += ", and no inode for another file"
     return (
@@ -103,3 +103,11 @@ def _find_mount(path: Path) -> Path:
     while not os.path.ismount(place):
         place = place.parent
     return place
+
+
+def format_bytes(number: int) -> str:
+    """1536 as 1.5 KiB."""
+    size, unit = float(number), 0
+    while size >= 1024 and unit + 1 < len(UNITS):
+        size, unit = size / 1024, unit + 1
+    return f"{size:.1f} {UNITS[unit]}" if unit else f"{number} B"

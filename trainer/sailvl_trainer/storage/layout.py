@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sailvl_trainer import contract
 from sailvl_trainer.contract import Checkpoint, Result, Stage
-from sailvl_trainer.storage.documents import decode, encode, keep_finite, write_atomic
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import decode, encode, keep_finite
 
 
 class StageFiles:
@@ -25,7 +26,7 @@ class StageFiles:
         self._digest = stage.digest
         self._memo = self.storage / contract.RESULTS_DIR / f"{stage.digest}.json"
 
-    def relative(self, path: Path) -> str:
+    def relative_path(self, path: Path) -> str:
         """As documents name paths: from the storage's root."""
         return str(path.relative_to(self.storage))
 
@@ -33,15 +34,15 @@ class StageFiles:
         """Each attempt has a directory of its own, so that a cut-off one writes nothing into another's."""
         return self.checkpoints / f"attempt-{attempt:04d}" / f"step-{step:08d}"
 
-    def newest_checkpoint(self, attempt: int) -> Checkpoint | None:
+    def find_newest_checkpoint(self, attempt: int) -> Checkpoint | None:
         """The newest whole checkpoint of one attempt: its manifest is written last."""
         found = sorted(self.checkpoint_dir(attempt, 0).parent.glob(f"step-*/{contract.MANIFEST_FILE}"))
-        return self.describe_checkpoint(found[-1]) if found else None
+        return self.build_checkpoint(found[-1]) if found else None
 
-    def describe_checkpoint(self, manifest: Path) -> Checkpoint:
+    def build_checkpoint(self, manifest: Path) -> Checkpoint:
         """The checkpoint with this manifest."""
         folder = manifest.parent
-        return Checkpoint(step=int(folder.name.removeprefix("step-")), path=self.relative(folder))
+        return Checkpoint(step=int(folder.name.removeprefix("step-")), path=self.relative_path(folder))
 
     def find_result(self) -> Result | None:
         """The stage's result, its own or by the memo another run's; None: it has to be computed."""
@@ -63,7 +64,7 @@ class StageFiles:
         """Last of all, and whole; then the memo by which other runs find it."""
         finite = replace(result, metrics=keep_finite(result.metrics))
         write_atomic(self.output / contract.RESULT_FILE, encode(finite))
-        write_atomic(self._memo, encode({"output": self.relative(self.output)}))
+        write_atomic(self._memo, encode({"output": self.relative_path(self.output)}))
 
 
 def _read_result(output: Path) -> Result | None:

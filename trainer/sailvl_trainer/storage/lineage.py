@@ -16,19 +16,20 @@ from pathlib import Path
 
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinite, Skip
 from sailvl_trainer.errors import Preempted, StorageError
-from sailvl_trainer.storage.documents import decode, encode, sync_directory, write_atomic
-from sailvl_trainer.storage.errors import describe_gone, storage_errors
+from sailvl_trainer.storage.atomic import sync_directory, write_atomic
+from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.errors import describe_unavailable, storage_errors
 from sailvl_trainer.storage.layout import StageFiles
 
 
-def claim(files: StageFiles, attempt: int) -> None:
+def claim_stage(files: StageFiles, attempt: int) -> None:
     """Cut off all older attempts; a restart in place claims again. Raises Preempted for one that is cut off itself."""
     _require_no_later(files, attempt)
     with suppress(FileExistsError):
         _create(lineage_path(files, attempt))
 
 
-def require_newest(files: StageFiles, attempt: int) -> None:
+def check_not_superseded(files: StageFiles, attempt: int) -> None:
     """Before anything that attempts share is written. Raises Preempted once a later attempt has claimed the stage.
 
     Raises StorageError where this attempt's own claim is gone: all would be written into the bare folder under a volume
@@ -37,10 +38,10 @@ def require_newest(files: StageFiles, attempt: int) -> None:
     _require_no_later(files, attempt)
     path = lineage_path(files, attempt)
     if not path.exists():
-        raise StorageError(describe_gone(path, errno.ENOENT))
+        raise StorageError(describe_unavailable(path, errno.ENOENT))
 
 
-def find_newest(files: StageFiles) -> int:
+def find_newest_attempt(files: StageFiles) -> int:
     """The latest attempt that has claimed the stage; 0: none."""
     names = (path.stem for path in files.attempts.glob("*.json"))
     return max((int(name) for name in names if name.isdigit()), default=0)
@@ -51,10 +52,10 @@ def begin_attempt(files: StageFiles, attempt: int) -> Lineage:
 
     The first call writes the attempt's lineage; a restart in place goes on from its own newest checkpoint.
     """
-    claim(files, attempt)
+    claim_stage(files, attempt)
     lineage = read_lineage(files, attempt)
     if lineage is not None:
-        return replace(lineage, start=files.newest_checkpoint(attempt) or lineage.start)
+        return replace(lineage, start=files.find_newest_checkpoint(attempt) or lineage.start)
     start, skips = _choose_start(files, attempt - 1)
     lineage = Lineage(attempt=attempt, start=start, skips=skips)
     write_atomic(lineage_path(files, attempt), encode(lineage))
@@ -74,12 +75,12 @@ def read_non_finite(files: StageFiles, attempt: int) -> NonFinite | None:
     return decode(NonFinite, path.read_bytes()) if path.exists() else None
 
 
-def walk(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
+def iter_checkpoints(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
     """Whole checkpoints that an attempt's weights came through, newest first: its own, then back along the lineage."""
     last: int | None = None
     while True:
         own = sorted(files.checkpoint_dir(attempt, 0).parent.glob(f"step-*/{MANIFEST_FILE}"), reverse=True)
-        for checkpoint in map(files.describe_checkpoint, own):
+        for checkpoint in map(files.build_checkpoint, own):
             if last is None or checkpoint.step <= last:
                 yield checkpoint
         lineage = read_lineage(files, attempt)
@@ -105,7 +106,7 @@ def _choose_start(files: StageFiles, attempt: int) -> tuple[Checkpoint | None, t
     """
     before = next((n for n in range(attempt, 0, -1) if read_lineage(files, n) is not None), 0)
     lineage, failure = read_lineage(files, before), read_non_finite(files, before)
-    chain = list(walk(files, before))
+    chain = list(iter_checkpoints(files, before))
     newest = chain[0] if chain else None
     if failure is None or (newest is not None and newest.step >= failure.step):
         return newest, () if lineage is None else lineage.skips
@@ -114,7 +115,7 @@ def _choose_start(files: StageFiles, attempt: int) -> tuple[Checkpoint | None, t
 
 
 def _require_no_later(files: StageFiles, attempt: int) -> None:
-    newest = find_newest(files)
+    newest = find_newest_attempt(files)
     if newest > attempt:
         words = f"attempt {newest} has begun and goes on from a checkpoint; attempt {attempt} is cut off, ends"
         raise Preempted(words, superseded_by=newest)

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.planner import PlanState
 from sailvl_trainer.errors import ConfigError, DataError
-from sailvl_trainer.rank.distributed import gather
-from sailvl_trainer.storage.documents import decode, encode, sync_directory, sync_file, write_atomic
+from sailvl_trainer.rank.distributed import all_gather_object
+from sailvl_trainer.storage.atomic import sync_directory, sync_file, write_atomic
+from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.errors import storage_errors
 from sailvl_trainer.train.fragments import KEYS, Fragment
 
@@ -104,7 +105,7 @@ def save(folder: Path, fragments: Iterable[Fragment], *, digest: str, position: 
     dist.barrier()
     with storage_errors(folder):
         own = _write(folder, fragments)
-    written = gather(own)
+    written = all_gather_object(own)
     if is_first:
         manifest = Manifest(
             digest=digest,
@@ -149,7 +150,7 @@ def load(folder: Path, manifest: Manifest, fragments: Iterable[Fragment]) -> Non
                 _require_whole(folder / run.file, manifest.files[run.file])
                 checked.add(run.file)
             _copy(folder, run, fragment)
-    nowhere = set.intersection(*gather(missing))
+    nowhere = set.intersection(*all_gather_object(missing))
     if nowhere:
         raise ConfigError(f"checkpoint {folder} has parameters that don't learn now: {sorted(nowhere)[:3]}")
 

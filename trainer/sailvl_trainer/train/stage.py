@@ -13,8 +13,8 @@ from sailvl_trainer.contract import Lineage, Result, TrainConfig
 from sailvl_trainer.errors import NonFiniteError
 from sailvl_trainer.model.export import export_model
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.distributed import broadcast
-from sailvl_trainer.storage.lineage import begin_attempt, require_newest
+from sailvl_trainer.rank.distributed import broadcast_object
+from sailvl_trainer.storage.lineage import begin_attempt, check_not_superseded
 from sailvl_trainer.train import checkpoint as checkpoints
 from sailvl_trainer.train import validation
 from sailvl_trainer.train.checkpoint import Position
@@ -33,7 +33,7 @@ def run(context: Context) -> Result:
     started, config = time.time(), context.stage.train
     assert config is not None, "read_stage has checked the kind"
     prepared = prepare(context, config)
-    lineage = broadcast(begin_attempt(context.files, context.stage.attempt) if context.is_first else None)
+    lineage = broadcast_object(begin_attempt(context.files, context.stage.attempt) if context.is_first else None)
     module = PackedModel(prepared.model).to(context.device).train()
     engine = build_engine(module, context.stage.engine, config, device=context.device)
     context.telemetry.update(checkpoint=lineage.start, lost_steps=_count_lost(context, lineage))
@@ -60,7 +60,7 @@ def run(context: Context) -> Result:
         kind=context.stage.kind,
         digest=context.stage.digest,
         attempt=context.stage.attempt,
-        output=context.files.relative(context.files.output),
+        output=context.files.relative_path(context.files.output),
         steps=loop.steps,
         tokens=loop.position.tokens,
         samples=loop.position.samples,
@@ -115,7 +115,7 @@ def _export(context: Context, prepared: Prepared) -> None:
     """ZeRO-1 keeps whole weights on every rank, so the first one writes them alone."""
     context.telemetry.update(phase="checkpointing")
     if context.is_first:
-        check = partial(require_newest, context.files, context.stage.attempt)
+        check = partial(check_not_superseded, context.files, context.stage.attempt)
         check()
         export_model(prepared.model, prepared.tokenizer, prepared.preset, context.files.export, check=check)
     dist.barrier()

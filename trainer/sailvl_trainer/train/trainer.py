@@ -14,8 +14,9 @@ from sailvl_trainer.data.loader import LoadedStep, load_steps
 from sailvl_trainer.errors import NonFiniteError, Preempted
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import sum_over_ranks
-from sailvl_trainer.storage.documents import encode, write_atomic
-from sailvl_trainer.storage.lineage import non_finite_path, require_newest
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.lineage import check_not_superseded, non_finite_path
 from sailvl_trainer.train import checkpoint as checkpoints
 from sailvl_trainer.train.checkpoint import Position
 from sailvl_trainer.train.engines import Engine
@@ -169,10 +170,10 @@ class Loop:
         )
 
     def _end_step(self) -> None:
-        step, is_asked = self.position.step, self.context.preemption.requested()
+        step, is_asked = self.position.step, self.context.preemption.should_stop()
         if is_asked or step % self.config.checkpoint_steps == 0 or step == self.steps:
             saved = self.save()
-            if is_asked or self.context.preemption.requested():
+            if is_asked or self.context.preemption.should_stop():
                 raise Preempted(f"stopped on request at step {saved.step} of {self.steps}", checkpoint=saved)
 
     def save(self) -> Checkpoint:
@@ -181,13 +182,13 @@ class Loop:
         folder = context.files.checkpoint_dir(context.stage.attempt, position.step)
         context.telemetry.update(phase="checkpointing")
         if context.is_first:
-            require_newest(context.files, context.stage.attempt)
+            check_not_superseded(context.files, context.stage.attempt)
         if self.ledger is not None:
             self.ledger.sync()
         with self.meter.part("checkpoint"), context.telemetry.activity("checkpoint"):
             checkpoints.save(folder, self.engine.fragments(), digest=context.stage.digest, position=position)
         if context.is_first:
             prune(context.files, context.stage.attempt, self.config.keep_checkpoints)
-        saved = Checkpoint(step=position.step, path=context.files.relative(folder))
+        saved = Checkpoint(step=position.step, path=context.files.relative_path(folder))
         context.telemetry.update(phase="running", checkpoint=saved)
         return saved

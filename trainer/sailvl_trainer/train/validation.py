@@ -40,7 +40,7 @@ def measure(
         shuffle=shuffle,
     )
     for batch in batches:
-        if context.preemption.requested():
+        if context.preemption.should_stop():
             saved = context.telemetry.progress.checkpoint
             raise Preempted(
                 "stopped on request while the held-out loss was measured; no step is lost", checkpoint=saved

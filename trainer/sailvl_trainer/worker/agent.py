@@ -21,14 +21,13 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError, Rendezvous
 
 from sailvl_trainer.contract import NON_RETRYABLE_EXIT_CODES, ExitCode, Stage, Termination
 from sailvl_trainer.rank import bootstrap
-from sailvl_trainer.rank.cgroup import read_memory
+from sailvl_trainer.rank.cgroup import count_cores, read_memory
 from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.settings import Settings
 from sailvl_trainer.rank.telemetry import RESTARTS_VARIABLE
-from sailvl_trainer.worker.cores import count_cores
 from sailvl_trainer.worker.ranks import Ranks
-from sailvl_trainer.worker.rendezvous import REJOIN_SECONDS, build_rendezvous
-from sailvl_trainer.worker.root_cause import blame, read_stack
+from sailvl_trainer.worker.rendezvous import REJOIN_TIMEOUT_SECONDS, build_rendezvous
+from sailvl_trainer.worker.root_cause import find_root_cause, read_stack
 
 CLOSE_SECONDS = 5
 """Between SIGTERM and SIGKILL for ranks whose neighbour has failed."""
@@ -49,7 +48,7 @@ class Agent(LocalElasticAgent):
         self._starts = 0
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        timer = threading.Timer(REJOIN_SECONDS, self._on_lost)
+        timer = threading.Timer(REJOIN_TIMEOUT_SECONDS, self._on_lost)
         timer.daemon = True
         if self._ranks.has_begun.is_set():
             timer.start()
@@ -91,7 +90,7 @@ def run_ranks(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT"  # SIGTERM is the entry's own
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // settings.processes_per_node)))
     lost = Termination(
-        exit_code=ExitCode.PEER_LOST, message=f"the other workers did not come back within {REJOIN_SECONDS} s"
+        exit_code=ExitCode.PEER_LOST, message=f"the other workers did not come back within {REJOIN_TIMEOUT_SECONDS} s"
     )
     try:
         rendezvous = build_rendezvous(settings, stage)
@@ -127,5 +126,7 @@ def _run(agent: Agent, rendezvous: RendezvousHandler, scratch: Scratch) -> Termi
         return Termination(exit_code=ExitCode.OK)
     if result.failures:
         after = read_memory()
-        return blame(result.failures, stacks=scratch.stacks, oom=after if after.kills > before.kills else None)
+        return find_root_cause(
+            result.failures, stacks=scratch.stacks, oom=after if after.kills > before.kills else None
+        )
     return Termination(exit_code=1, message=f"the ranks are {result.state.value}, and none has failed; see the log")

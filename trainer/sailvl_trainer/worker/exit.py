@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from sailvl_trainer.contract import ExitCode, Termination
 from sailvl_trainer.rank.termination import write_termination
-from sailvl_trainer.storage.documents import read_progress
+from sailvl_trainer.storage.codec import read_progress
 from sailvl_trainer.worker.ranks import Ranks
 
 _STALL_SECONDS = 60

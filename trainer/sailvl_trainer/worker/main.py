@@ -10,16 +10,17 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import MutableMapping
 from typing import NoReturn
 
 from sailvl_trainer.contract import ExitCode, Progress, Result, Stage, Termination
 from sailvl_trainer.errors import TrainerError
 from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.settings import Settings, read_settings, read_termination_log
-from sailvl_trainer.storage.documents import encode, read_stage, write_atomic
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode, read_stage
 from sailvl_trainer.storage.errors import storage_errors
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.worker.environment import prepare_home
 from sailvl_trainer.worker.exit import Exit
 from sailvl_trainer.worker.ranks import Ranks
 from sailvl_trainer.worker.result_watch import watch_for_result
@@ -33,7 +34,7 @@ MEETING_SECONDS = 300
 def main(rank_module: str = "sailvl_trainer.rank.main") -> NoReturn:
     """A worker from its environment to its exit code. `rank_module`: run as the main of every rank."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
-    prepare_home(os.environ)
+    prepare_environment(os.environ)
     ranks = Ranks()
     end = Exit(read_termination_log(os.environ), ranks)
     try:
@@ -93,3 +94,12 @@ def _describe(error: BaseException) -> Termination:
     words = "".join(traceback.format_exception(error))
     print(words, file=sys.stderr, flush=True)  # noqa: T201
     return Termination(exit_code=1, message=f"{type(error).__name__}: {error}", traceback=words)
+
+
+def prepare_environment(environment: MutableMapping[str, str]) -> None:
+    """Fill in what libraries ask for: a home that can be written to, a user's name, no progress bars in logs. What is
+    set stays."""
+    if not os.access(environment.get("HOME") or "/", os.W_OK):
+        environment["HOME"] = "/tmp"
+    environment.setdefault("USER", "sailvl")
+    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

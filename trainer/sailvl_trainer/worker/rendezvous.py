@@ -10,16 +10,16 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 from sailvl_trainer.contract import Stage
 from sailvl_trainer.rank.settings import Settings
 
-JOIN_SECONDS = 86_400
+JOIN_TIMEOUT_SECONDS = 86_400
 """For the first time: pods may be minutes apart (pulls, scale-up). The operator's startTimeoutSeconds ends it."""
-REJOIN_SECONDS = 120
+REJOIN_TIMEOUT_SECONDS = 120
 """After a restart in place: neighbours notice within seconds, or are gone."""
 
 
 def build_rendezvous(settings: Settings, stage: Stage) -> RendezvousHandler:
     """Blocks until the worker of index 0 is there."""
     if settings.node_rank:
-        _await_store(settings.rendezvous_host, settings.rendezvous_port)
+        _wait_for_store(settings.rendezvous_host, settings.rendezvous_port)
     return registry.get_rendezvous_handler(
         RendezvousParameters(
             backend="c10d",
@@ -27,13 +27,13 @@ def build_rendezvous(settings: Settings, stage: Stage) -> RendezvousHandler:
             run_id=f"{stage.namespace}.{stage.run}.{stage.stage}.{stage.attempt}",
             min_nodes=settings.nodes,
             max_nodes=settings.nodes,
-            join_timeout=JOIN_SECONDS,
+            join_timeout=JOIN_TIMEOUT_SECONDS,
             is_host=str(settings.node_rank == 0).lower(),
         )
     )
 
 
-def _await_store(host: str, port: int) -> None:
+def _wait_for_store(host: str, port: int) -> None:
     """Worker 0 may be minutes behind, its name unknown to DNS as yet; torch itself gives up after two."""
     while True:
         try:

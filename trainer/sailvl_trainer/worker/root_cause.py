@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from sailvl_trainer.contract import NON_RETRYABLE_EXIT_CODES, ExitCode, Termination
 from sailvl_trainer.rank.cgroup import Memory
-from sailvl_trainer.storage.documents import decode
+from sailvl_trainer.storage.codec import decode
 
 HINTS = {
     signal.SIGBUS: "a volume that it had mapped is full or gone: look at the storage, /dev/shm and the scratch folder",
@@ -19,7 +19,7 @@ HINTS = {
 }
 
 
-def blame(
+def find_root_cause(
     failures: Mapping[int, ProcessFailure], *, stacks: Path | None = None, oom: Memory | None = None
 ) -> Termination:
     """`failures`: by global rank, at least one. The rank's own words, if it left any.

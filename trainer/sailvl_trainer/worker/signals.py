@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from sailvl_trainer.contract import ExitCode, Progress, Termination
 from sailvl_trainer.rank.scratch import Scratch
-from sailvl_trainer.storage.documents import read_progress
+from sailvl_trainer.storage.codec import read_progress
 from sailvl_trainer.worker.ranks import Ranks
 
 
@@ -37,7 +37,7 @@ def handle_sigterm(ranks: Ranks, scratch: Scratch, grace_seconds: int, end: Call
             words = "stopped while it started; nothing is lost"
             end(Termination(exit_code=ExitCode.PREEMPTED, message=words, checkpoint=saved))
         time.sleep(grace_seconds)
-        end(describe_end_of_grace(read_progress(scratch.progress_file), grace_seconds))
+        end(describe_grace_timeout(read_progress(scratch.progress_file), grace_seconds))
 
     threading.Thread(target=watch, name="sigterm", daemon=True).start()
 
@@ -47,7 +47,7 @@ def is_starting(progress: Progress | None, since: float | None) -> bool:
     return progress is None or since is None or progress.time < since or progress.phase == "starting"
 
 
-def describe_end_of_grace(progress: Progress | None, grace_seconds: int) -> Termination:
+def describe_grace_timeout(progress: Progress | None, grace_seconds: int) -> Termination:
     """Steps since the checkpoint are lost; of other work, which is kept piece by piece, what was in hand."""
     waited = f"not done within {grace_seconds} s of SIGTERM"
     if progress is None or progress.unit != "steps":

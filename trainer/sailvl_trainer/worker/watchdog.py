@@ -17,7 +17,7 @@ from pathlib import Path
 from sailvl_trainer.contract import RENDEZVOUS_PORT, WATCHDOG_INTERVAL_SECONDS, ExitCode, Phase, Progress, Termination
 from sailvl_trainer.rank.bootstrap import STACK_SIGNAL
 from sailvl_trainer.rank.scratch import Scratch
-from sailvl_trainer.storage.documents import read_progress
+from sailvl_trainer.storage.codec import read_progress
 from sailvl_trainer.worker.exit import Exit
 from sailvl_trainer.worker.ranks import Ranks
 
@@ -48,12 +48,14 @@ def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int
     def watch() -> None:
         while True:
             time.sleep(pause)
-            silent = find_silent(ranks, scratch, now=time.time(), stall_timeout_seconds=limits.stall_timeout_seconds)
-            silent = silent or find_unmet(ranks, waited=time.monotonic() - began, limit=limits.meet_seconds)
+            silent = find_stalled_rank(
+                ranks, scratch, now=time.time(), stall_timeout_seconds=limits.stall_timeout_seconds
+            )
+            silent = silent or find_start_timeout(ranks, waited=time.monotonic() - began, limit=limits.meet_seconds)
             if silent is not None:
                 break
         end.has_stalled.set()
-        own = show_own_stack()
+        own = format_main_thread_stack()
         stacks = collect_stacks(ranks, scratch.stacks) or [f"worker:\n{own}"]
         print("\n".join(stacks), file=sys.stderr, flush=True)  # noqa: T201
         if nodes > 1:  # else the others' ranks, which lose a peer, end before their workers have looked
@@ -63,19 +65,21 @@ def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
 
-def find_silent(ranks: Ranks, scratch: Scratch, *, now: float, stall_timeout_seconds: int) -> str | None:
+def find_stalled_rank(ranks: Ranks, scratch: Scratch, *, now: float, stall_timeout_seconds: int) -> str | None:
     """Which rank is silent for too long, in words; None: all are well, or there are none."""
     since = ranks.since
     for local_rank in range(len(ranks.pids)) if since is not None else ():
-        progress = read_progress(scratch.progress_of(local_rank))
-        limit = is_stalled(progress, since=since or now, now=now, stall_timeout_seconds=stall_timeout_seconds)
+        progress = read_progress(scratch.progress_path(local_rank))
+        limit = find_exceeded_timeout(
+            progress, since=since or now, now=now, stall_timeout_seconds=stall_timeout_seconds
+        )
         if limit:
             phase = f"{progress.phase}, after step {progress.step}" if progress is not None else "starting"
             return f"no progress for {limit} s ({phase})"
     return None
 
 
-def find_unmet(ranks: Ranks, *, waited: float, limit: int) -> str | None:
+def find_start_timeout(ranks: Ranks, *, waited: float, limit: int) -> str | None:
     """What a worker waits for that has never started a rank; None: it has, or may wait longer."""
     if not limit or waited <= limit or ranks.has_begun.is_set():
         return None
@@ -85,13 +89,13 @@ def find_unmet(ranks: Ranks, *, waited: float, limit: int) -> str | None:
     )
 
 
-def show_own_stack() -> str:
+def format_main_thread_stack() -> str:
     """Where the main thread of this process is."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return "".join(traceback.format_stack(frame))
 
 
-def is_stalled(progress: Progress | None, *, since: float, now: float, stall_timeout_seconds: int) -> int:
+def find_exceeded_timeout(progress: Progress | None, *, since: float, now: float, stall_timeout_seconds: int) -> int:
     """The seconds that were allowed, if more have passed; 0: all is well.
 
     `since`: start of the present ranks. A document older than that tells of their predecessors.

@@ -26,8 +26,8 @@ from sailvl_trainer.curate import stage as subject
 from sailvl_trainer.data.shards import ShardReader, read_manifest
 from sailvl_trainer.data.synthetic import draw_caption
 from sailvl_trainer.errors import ConfigError, DataError, Preempted
-from sailvl_trainer.rank.context import Context, single_process_context
-from sailvl_trainer.storage.documents import encode
+from sailvl_trainer.rank.context import Context, build_single_process_context
+from sailvl_trainer.storage.codec import encode
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def build_stage(root: Path, *, name: str = "curate", **changes: Any) -> Stage:
 
 
 def curate(stage: Stage) -> tuple[Result, Context]:
-    context = single_process_context(stage, scratch=Path(stage.output) / "scratch")
+    context = build_single_process_context(stage, scratch=Path(stage.output) / "scratch")
     return subject.run(context), context
 
 
@@ -283,7 +283,7 @@ from pathlib import Path
 import torch
 from sailvl_trainer.curate.stage import run
 from sailvl_trainer.rank.context import build_context
-from sailvl_trainer.storage.documents import read_stage
+from sailvl_trainer.storage.codec import read_stage
 from sailvl_trainer.rank.scratch import Scratch
 rank = int(os.environ["RANK"])
 scratch = Path(sys.argv[2]) / str(rank)

@@ -16,7 +16,7 @@ from sailvl_trainer.data.packing import Pack, deal, pack_best_fit
 from sailvl_trainer.data.planner import Planner, PlanState, Step, cut_steps
 from sailvl_trainer.data.shuffle import permute
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.storage.documents import decode, encode
+from sailvl_trainer.storage.codec import decode, encode
 
 SAMPLES = 1000
 

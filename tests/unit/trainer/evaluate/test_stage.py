@@ -22,7 +22,7 @@ from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
-from sailvl_trainer.rank.context import single_process_context
+from sailvl_trainer.rank.context import build_single_process_context
 from tests.support.builders.evaluation import build_benchmark, build_questions, build_stage, export_untrained
 from tests.support.builders.training import start_ranks
 
@@ -43,7 +43,7 @@ def benchmarks(root: Path) -> tuple[BenchmarkConfig, ...]:
 
 
 def carry_out(stage: Stage) -> Result:
-    return run(single_process_context(stage, scratch=Path(stage.output) / f"scratch-{stage.attempt}"))
+    return run(build_single_process_context(stage, scratch=Path(stage.output) / f"scratch-{stage.attempt}"))
 
 
 def predictions(stage: Stage) -> list[dict[str, Any]]:

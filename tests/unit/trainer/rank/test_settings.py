@@ -21,11 +21,11 @@ from sailvl_trainer.contract import (
     Termination,
 )
 from sailvl_trainer.errors import ConfigError
+from sailvl_trainer.rank.cgroup import count_cores
 from sailvl_trainer.rank.settings import Settings, read_settings
-from sailvl_trainer.storage.documents import decode, encode, read_stage
+from sailvl_trainer.storage.codec import decode, encode, read_stage
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.worker.cores import count_cores
-from sailvl_trainer.worker.environment import prepare_home
+from sailvl_trainer.worker.main import prepare_environment
 from tests.support.builders.worker import build_stage
 
 
@@ -183,12 +183,12 @@ def test_a_child_of_a_dead_parent_does_not_begin() -> None:
 )
 def test_a_worker_has_a_home_that_can_be_written_to(given, home, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, _: path in ("/tmp", "/var/tmp"))  # root may write anywhere
-    prepare_home(given)
+    prepare_environment(given)
     assert given == {"HOME": home, "USER": "sailvl", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def test_what_is_set_stays():
     given = {"HOME": "/tmp", "USER": "me", "HF_HUB_DISABLE_PROGRESS_BARS": "0", "HF_HOME": "/data/hf"}
     environment = dict(given)
-    prepare_home(environment)
+    prepare_environment(environment)
     assert environment == given

@@ -16,7 +16,7 @@ from sailvl_trainer.contract import (
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.telemetry import Telemetry
-from sailvl_trainer.storage.documents import decode, encode
+from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.worker.server import start_server
 from tests.support.builders.worker import build_stage
 

@@ -12,8 +12,7 @@ import pytest
 from sailvl_trainer.contract import ExitCode
 from sailvl_trainer.errors import DataError, StorageError
 from sailvl_trainer.rank.cgroup import Memory, read_memory
-from sailvl_trainer.storage.errors import storage_errors
-from sailvl_trainer.storage.units import show_bytes
+from sailvl_trainer.storage.errors import format_bytes, storage_errors
 
 
 def raised_from(error: Exception, cause: Exception) -> Exception:
@@ -76,7 +75,7 @@ SIZES = [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (80 * 2**30, "80.0 GiB
 
 @pytest.mark.parametrize(("number", "words"), SIZES)
 def test_bytes_in_words(number: int, words: str) -> None:
-    assert show_bytes(number) == words
+    assert format_bytes(number) == words
 
 
 V1 = {"memory.limit_in_bytes": "50000000", "memory.max_usage_in_bytes": "49999872"}

@@ -13,8 +13,8 @@ from sailvl_trainer.contract import (
     Termination,
 )
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.rank.termination import fit
-from sailvl_trainer.storage.documents import decode, encode, read_stage
+from sailvl_trainer.rank.termination import encode_termination
+from sailvl_trainer.storage.codec import decode, encode, read_stage
 from sailvl_trainer.storage.layout import StageFiles
 from tests.support.builders.worker import build_stage
 
@@ -53,7 +53,7 @@ LONG = [
 
 @pytest.mark.parametrize("words", LONG)
 def test_a_termination_message_is_whole_and_short_enough(words: dict[str, str]) -> None:
-    data = fit(Termination(exit_code=1, rank=3, **words))
+    data = encode_termination(Termination(exit_code=1, rank=3, **words))
     assert len(data) <= 4096
     assert decode(Termination, data).rank == 3
 
@@ -67,7 +67,7 @@ def test_a_result_of_many_metrics_still_fits() -> None:
         output="o",
         metrics={f"metric-{i:04d}": 1 / 3 for i in range(300)},
     )
-    found = decode(Termination, fit(Termination(exit_code=0, result=result)))
+    found = decode(Termination, encode_termination(Termination(exit_code=0, result=result)))
     assert found.result is not None
     assert found.result.metrics["metric-0000"] == pytest.approx(1 / 3)
 

@@ -12,16 +12,17 @@ import pytest
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinite, Skip
 from sailvl_trainer.errors import Preempted, StorageError
 from sailvl_trainer.storage import lineage
-from sailvl_trainer.storage.documents import encode, write_atomic
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import (
     begin_attempt,
-    claim,
+    check_not_superseded,
+    claim_stage,
+    iter_checkpoints,
     lineage_path,
     non_finite_path,
     read_lineage,
-    require_newest,
-    walk,
 )
 from sailvl_trainer.train.prune import prune
 from tests.support.builders.worker import build_stage
@@ -36,7 +37,7 @@ def files(tmp_path: Path) -> StageFiles:
 
 def complete(files: StageFiles, attempt: int, step: int) -> Checkpoint:
     write_atomic(files.checkpoint_dir(attempt, step) / MANIFEST_FILE, b"{}")
-    return Checkpoint(step=step, path=files.relative(files.checkpoint_dir(attempt, step)))
+    return Checkpoint(step=step, path=files.relative_path(files.checkpoint_dir(attempt, step)))
 
 
 def fail(files: StageFiles, attempt: int, step: int, *skips: Skip) -> None:
@@ -65,7 +66,7 @@ def test_an_attempt_that_saved_nothing_hands_its_start_on(files: StageFiles) -> 
     begin_attempt(files, 1)
     newest = complete(files, 1, 10)
     begin_attempt(files, 2)
-    claim(files, 3)  # ended before it looked for its start
+    claim_stage(files, 3)  # ended before it looked for its start
     assert begin_attempt(files, 4).start == newest
 
 
@@ -78,7 +79,7 @@ def test_a_restart_in_place_goes_on_from_its_own(files: StageFiles) -> None:
 
 
 def test_a_lineage_left_empty_by_a_power_loss_is_written_again(files: StageFiles) -> None:
-    claim(files, 1)
+    claim_stage(files, 1)
     assert read_lineage(files, 1) is None
     assert begin_attempt(files, 1).start is None
     assert json.loads(lineage_path(files, 1).read_text()) == {"attempt": 1, "start": None, "skips": []}
@@ -95,9 +96,9 @@ def test_a_checkpoint_that_people_took_away_is_no_start(files: StageFiles) -> No
 
 def test_one_that_is_cut_off_tells_by_whom(files: StageFiles) -> None:
     """So that a run whose name was another's before it passes that one's attempts by."""
-    claim(files, 11)
+    claim_stage(files, 11)
     with pytest.raises(Preempted) as caught:
-        claim(files, 1)
+        claim_stage(files, 1)
     assert caught.value.superseded_by == 11
 
 
@@ -118,31 +119,31 @@ def test_what_a_cut_off_attempt_does_changes_nothing(write: Callable[[StageFiles
     assert second == Lineage(attempt=2, start=start)
     write(files)
     assert begin_attempt(files, 2) == second, "also when it is started again in place"
-    assert list(walk(files, 2)) == [start], "its start is there still"
+    assert list(iter_checkpoints(files, 2)) == [start], "its start is there still"
     assert begin_attempt(files, 3) == Lineage(attempt=3, start=start)
     own = complete(files, 3, 20)
     prune(files, 3, 2)
-    assert list(walk(files, 3)) == [own, start]
+    assert list(iter_checkpoints(files, 3)) == [own, start]
     assert not files.checkpoint_dir(1, 50).exists(), "and the next to save clears it away"
 
 
 def test_a_claim_that_is_gone_means_that_the_storage_is(files: StageFiles) -> None:
-    claim(files, 1)
+    claim_stage(files, 1)
     shutil.rmtree(files.output)
     with pytest.raises(StorageError, match=r"the volume of \S+/attempts/1\.json is gone"):
-        require_newest(files, 1)
+        check_not_superseded(files, 1)
 
 
-@pytest.mark.parametrize("do", [claim, begin_attempt, require_newest], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("do", [claim_stage, begin_attempt, check_not_superseded], ids=lambda f: f.__name__)
 def test_an_attempt_ends_where_a_later_one_has_begun(
     do: Callable[[StageFiles, int], object], files: StageFiles
 ) -> None:
-    claim(files, 1)
-    require_newest(files, 1)
-    claim(files, 12)
+    claim_stage(files, 1)
+    check_not_superseded(files, 1)
+    claim_stage(files, 12)
     with pytest.raises(Preempted, match=r"attempt 12 has begun .* attempt 1 is cut off"):
         do(files, 1)
-    require_newest(files, 12)
+    check_not_superseded(files, 12)
 
 
 def test_the_next_attempt_claims_before_it_looks(files: StageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +152,12 @@ def test_the_next_attempt_claims_before_it_looks(files: StageFiles, monkeypatch:
     complete(files, 1, 10)
 
     def look(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
-        found = list(walk(files, attempt))
+        found = list(iter_checkpoints(files, attempt))
         complete(files, 1, 20)
         prune(files, 1, 1)
         return iter(found)
 
-    monkeypatch.setattr(lineage, "walk", look)
+    monkeypatch.setattr(lineage, "iter_checkpoints", look)
     start = begin_attempt(files, 2).start
     assert start is not None
     assert (files.storage / start.path / MANIFEST_FILE).exists()

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage
 from sailvl_trainer.data.planner import PlanState
 from sailvl_trainer.errors import ConfigError, DataError, TrainerError
-from sailvl_trainer.rank.distributed import start_group
-from sailvl_trainer.storage.documents import encode, write_atomic
+from sailvl_trainer.rank.distributed import start_process_group
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.train.checkpoint import Position, load, read_manifest, save
 from sailvl_trainer.train.fragments import KEYS, Fragment
@@ -29,7 +30,7 @@ SHAPES = {"a.weight": (3, 4), "a.bias": (5,)}
 @pytest.fixture(autouse=True)
 def group() -> None:
     if not dist.is_initialized():
-        start_group(torch.device("cpu"))
+        start_process_group(torch.device("cpu"))
 
 
 def build_fragments(cuts: int, fill: float | None = None) -> list[Fragment]:
@@ -142,7 +143,9 @@ def test_pruning(
 ) -> None:
     files = StageFiles(build_stage(tmp_path))
     for number, (start, whole, torn) in history.items():
-        begun = None if start is None else Checkpoint(step=start[1], path=files.relative(files.checkpoint_dir(*start)))
+        begun = (
+            None if start is None else Checkpoint(step=start[1], path=files.relative_path(files.checkpoint_dir(*start)))
+        )
         write_atomic(files.attempts / f"{number}.json", encode(Lineage(attempt=number, start=begun)))
         for step in whole + torn:
             files.checkpoint_dir(number, step).mkdir(parents=True)

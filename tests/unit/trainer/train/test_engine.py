@@ -15,7 +15,7 @@ from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.freeze import set_trainable
 from sailvl_trainer.model.presets import preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
-from sailvl_trainer.rank.distributed import start_group
+from sailvl_trainer.rank.distributed import start_process_group
 from sailvl_trainer.train.engines import build_engine
 from sailvl_trainer.train.forward import PackedModel, arguments
 from sailvl_trainer.train.frozen import require_frozen
@@ -35,7 +35,7 @@ WITHOUT_GRADIENT = "attention.k_proj.bias"
 @pytest.fixture(scope="module", autouse=True)
 def group() -> None:
     if not dist.is_initialized():
-        start_group(CPU)
+        start_process_group(CPU)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from sailvl_trainer.contract import Result, Stage
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.storage.lineage import find_newest
+from sailvl_trainer.storage.lineage import find_newest_attempt
 from sailvl_trainer.train.sample_log import read_ledger
 from tests.support.builders.training import SAMPLES, build_set, build_stage
 from tests.support.rank_faults import Fault, Ranks, ask_to_stop, at, die, do_nothing, next_attempt, pause
@@ -80,7 +80,7 @@ def test_a_killed_rank_costs_time_and_nothing_else(
     codes = ranks.end()
     assert codes[rank] == -signal.SIGKILL, ranks.log()
     assert codes[1 - rank] in LOST, ranks.log()
-    newest = StageFiles(stage).newest_checkpoint(1)
+    newest = StageFiles(stage).find_newest_checkpoint(1)
     assert (None if newest is None else newest.step) == saved
     finish(next_attempt(stage))
     require_same(stage, whole, attempt=2)
@@ -90,7 +90,7 @@ def test_a_rank_killed_between_its_result_and_the_memo_has_a_result(root: Path, 
     stage = build_stage(root, run="killed-memo")
     assert Ranks(stage, faults=[at("before the memo", die), do_nothing]).end()[0] == -signal.SIGKILL
     finish(next_attempt(stage))
-    assert find_newest(StageFiles(stage)) == 1, "the next attempt found it"
+    assert find_newest_attempt(StageFiles(stage)) == 1, "the next attempt found it"
     require_same(stage, whole, attempt=1)
 
 
@@ -110,7 +110,7 @@ def test_a_stop_loses_nothing(point: str, code: int, saved: int | None, root: Pa
     stage = build_stage(root, run=f"stopped-{point}")
     ranks = Ranks(stage, faults=[do_nothing, at(point, ask_to_stop)])
     assert ranks.end() == [code, code], ranks.log()
-    newest = StageFiles(stage).newest_checkpoint(1)
+    newest = StageFiles(stage).find_newest_checkpoint(1)
     assert (None if newest is None else newest.step) == saved
     if code:
         assert [ranks.said(n).checkpoint for n in (0, 1)] == [newest, newest]

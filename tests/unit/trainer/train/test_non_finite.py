@@ -85,7 +85,7 @@ def test_a_kill_after_the_skip_changes_no_bit(root: Path, whole: dict[int, list[
         last = next_attempt(stage)
         if name == "killed":
             assert Ranks(last, 1, faults=[partial(both, fault, at("step 4", die))]).end()[0] < 0
-            assert StageFiles(stage).newest_checkpoint(2) is not None
+            assert StageFiles(stage).find_newest_checkpoint(2) is not None
             last = next_attempt(last)
         assert Ranks(last, 1, faults=[fault]).end() == [0]
         assert set(read_skipped(StageFiles(stage), last.attempt)) == {2}

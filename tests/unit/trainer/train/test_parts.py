@@ -9,9 +9,10 @@ import torch
 
 from sailvl_trainer.contract import Checkpoint, EngineConfig, Lineage
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.storage.documents import encode, write_atomic
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.storage.lineage import claim
+from sailvl_trainer.storage.lineage import claim_stage
 from sailvl_trainer.train.engines import build_engine
 from sailvl_trainer.train.optimizer import build_optimizer
 from sailvl_trainer.train.sample_log import Ledger, count_lost, ledger_path, read_ledger, read_skipped
@@ -90,5 +91,5 @@ def test_the_ledger_follows_the_lineage(tmp_path: Path) -> None:
     assert read_skipped(files, last_attempt=2) == {3: [99]}
     assert count_lost(files, 3, start=4) == 2
     assert count_lost(files, 3, start=0) == 6
-    claim(files, 3)
+    claim_stage(files, 3)
     assert read_ledger(files, last_attempt=3).keys() == {1, 2, 4}, "an attempt that never began takes nothing back"

@@ -12,7 +12,7 @@ import torch
 
 from sailvl_trainer.contract import Result, Stage
 from sailvl_trainer.errors import ConfigError, NonFiniteError, Preempted
-from sailvl_trainer.rank.context import single_process_context
+from sailvl_trainer.rank.context import build_single_process_context
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.train import trainer
 from sailvl_trainer.train.engines.deepspeed import DeepSpeedEngine
@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def carry_out(stage: Stage) -> Result:
-    return run(single_process_context(stage, scratch=Path(stage.output) / "scratch"))
+    return run(build_single_process_context(stage, scratch=Path(stage.output) / "scratch"))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def weights(root: Path, name: str) -> bytes:
 
 def interrupt(stage: Stage, step: int, monkeypatch: pytest.MonkeyPatch) -> Preempted:
     """A stop that is asked for while a step runs."""
-    context = single_process_context(stage, scratch=Path(stage.output) / f"scratch-{stage.attempt}")
+    context = build_single_process_context(stage, scratch=Path(stage.output) / f"scratch-{stage.attempt}")
     advance = trainer.Loop._advance
 
     def advance_and_ask(self: trainer.Loop, *args: Any) -> None:

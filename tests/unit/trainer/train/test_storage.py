@@ -90,7 +90,7 @@ def test_a_full_volume_is_named_and_room_on_it_is_all_that_is_needed(
     assert ranks.end() == [ExitCode.STORAGE], ranks.log()
     words = rf"^the volume {memory.path} is full: \d+(\.\d)? [KM]?i?B of 64\.0 MiB free .* while writing \S*{path};"
     assert_matches(words, ranks.said().message)
-    newest = files.newest_checkpoint(1)
+    newest = files.find_newest_checkpoint(1)
     assert (None if newest is None else newest.step) == saved
     assert files.find_result() is None
 

@@ -45,7 +45,7 @@ def kill(root: Path, stage: Stage, world_size: int, step: int, monkeypatch: pyte
         patch.setitem(os.environ, "KILL_AT", str(step))
         for process in start_ranks(RANK, stage, world_size, root / f"scratch-{stage.run}-{stage.attempt}"):
             assert process.wait(LIMIT) == -signal.SIGKILL
-    assert StageFiles(stage).newest_checkpoint(stage.attempt) is not None
+    assert StageFiles(stage).find_newest_checkpoint(stage.attempt) is not None
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Why a worker ends: the rank to blame, what its exception means, when it hangs, what fits into the message."""
+"""Why a worker ends: the rank that failed first, what its exception means, stalls, and what fits into the message."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from sailvl_trainer.contract import (
 )
 from sailvl_trainer.errors import ConfigError, Preempted, StorageError
 from sailvl_trainer.rank.cgroup import Memory
-from sailvl_trainer.rank.exceptions import describe
+from sailvl_trainer.rank.exceptions import build_termination
 from sailvl_trainer.rank.scratch import Scratch
-from sailvl_trainer.rank.termination import fit
-from sailvl_trainer.storage.documents import decode, encode, write_atomic
+from sailvl_trainer.rank.termination import encode_termination
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.worker.ranks import Ranks
-from sailvl_trainer.worker.root_cause import blame
-from sailvl_trainer.worker.signals import describe_end_of_grace, is_starting
-from sailvl_trainer.worker.watchdog import describe_stall, find_silent, is_stalled
+from sailvl_trainer.worker.root_cause import find_root_cause
+from sailvl_trainer.worker.signals import describe_grace_timeout, is_starting
+from sailvl_trainer.worker.watchdog import describe_stall, find_exceeded_timeout, find_stalled_rank
 
 
 def fail(code: int, *, at: int = 0, words: Termination | None = None) -> ProcessFailure:
@@ -61,22 +62,22 @@ BLAME = [
 
 @pytest.mark.parametrize(("failures", "said"), BLAME)
 def test_the_rank_to_blame(failures: dict[int, ProcessFailure], said: Termination) -> None:
-    assert blame(failures) == said
+    assert find_root_cause(failures) == said
 
 
 def test_a_kill_by_the_kernel_names_the_memory() -> None:
     failures = {1: fail(-9)}
-    said = blame(failures, oom=Memory(peak=4 << 30, limit=4 << 30, kills=1))
+    said = find_root_cause(failures, oom=Memory(peak=4 << 30, limit=4 << 30, kills=1))
     assert (said.exit_code, said.rank) == (67, 1)
     assert said.message == (
         "rank 1 was killed by the kernel for want of memory: peak 4.0 GiB of 4.0 GiB; raise the workers' memory"
     )
-    assert blame(failures) == Termination(exit_code=137, rank=1, message="rank 1 was ended by SIGKILL")
+    assert find_root_cause(failures) == Termination(exit_code=137, rank=1, message="rank 1 was ended by SIGKILL")
 
 
 def test_a_signal_that_has_a_stack_shows_it(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("Fatal Python error: Bus error")
-    said = blame({0: fail(-7)}, stacks=tmp_path)
+    said = find_root_cause({0: fail(-7)}, stacks=tmp_path)
     assert (said.exit_code, said.traceback) == (135, "Fatal Python error: Bus error")
     assert "SIGBUS; a volume that it had mapped is full or gone" in said.message
 
@@ -109,7 +110,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("error", "code", "words"), ERRORS)
 def test_what_an_exception_means(error: Exception, code: int, words: str) -> None:
-    said = describe(error, rank=3)
+    said = build_termination(error, rank=3)
     assert (said.exit_code, said.rank) == (code, 3)
     assert words in said.message
     assert type(error).__name__ in said.traceback
@@ -117,7 +118,7 @@ def test_what_an_exception_means(error: Exception, code: int, words: str) -> Non
 
 def test_a_stop_carries_its_checkpoint() -> None:
     saved = Checkpoint(step=4, path="demo/c")
-    said = describe(Preempted("stopped", checkpoint=saved), rank=0)
+    said = build_termination(Preempted("stopped", checkpoint=saved), rank=0)
     assert (said.exit_code, said.checkpoint) == (75, saved)
 
 
@@ -139,26 +140,27 @@ STALLS = [
 
 @pytest.mark.parametrize(("progress", "since", "now", "limit"), STALLS)
 def test_when_a_rank_is_stalled(progress: Progress | None, since: float, now: float, limit: int) -> None:
-    assert is_stalled(progress, since=since, now=now, stall_timeout_seconds=10) == limit
+    assert find_exceeded_timeout(progress, since=since, now=now, stall_timeout_seconds=10) == limit
 
 
 def beat(scratch: Scratch, *progress: Progress) -> None:
     for local_rank, document in enumerate(progress):
-        write_atomic(scratch.progress_of(local_rank), encode(document))
+        write_atomic(scratch.progress_path(local_rank), encode(document))
 
 
 def test_every_rank_is_watched(tmp_path: Path) -> None:
     """A rank that waits for its neighbours may go on beating."""
     ranks, scratch = Ranks(), Scratch(tmp_path)
-    assert find_silent(ranks, scratch, now=1e12, stall_timeout_seconds=10) is None
+    assert find_stalled_rank(ranks, scratch, now=1e12, stall_timeout_seconds=10) is None
     ranks.begin([1, 2])
     now = time.time() + 1000
     well = replace(BEAT, time=now)
     beat(scratch, well, well)
-    assert find_silent(ranks, scratch, now=now, stall_timeout_seconds=10) is None
+    assert find_stalled_rank(ranks, scratch, now=now, stall_timeout_seconds=10) is None
     beat(scratch, well, replace(BEAT, time=now - 11, step=7))
     assert (
-        find_silent(ranks, scratch, now=now, stall_timeout_seconds=10) == "no progress for 10 s (running, after step 7)"
+        find_stalled_rank(ranks, scratch, now=now, stall_timeout_seconds=10)
+        == "no progress for 10 s (running, after step 7)"
     )
 
 
@@ -187,7 +189,7 @@ GRACES = [
 def test_what_is_lost_at_the_end_of_the_grace(
     progress: Progress | None, code: int, words: str, saved: Checkpoint | None
 ) -> None:
-    said = describe_end_of_grace(progress, 30)
+    said = describe_grace_timeout(progress, 30)
     assert (said.exit_code, said.checkpoint) == (code, saved)
     assert "within 30 s of SIGTERM" in said.message
     assert words in said.message
@@ -213,7 +215,7 @@ def test_what_goes_first_is_the_traceback_then_the_message_then_metrics(limit: i
         stage="e", kind="evaluate", digest="d", attempt=1, output="o", metrics={f"m{i}": 1.0 for i in range(20)}
     )
     whole = Termination(exit_code=1, message="m" * 3000, traceback="first\n" * 2000 + "last", result=result)
-    data = fit(whole, limit)
+    data = encode_termination(whole, limit)
     assert len(data) <= limit
     said = decode(Termination, data)
     assert said.result is not None
@@ -226,5 +228,5 @@ def test_what_goes_first_is_the_traceback_then_the_message_then_metrics(limit: i
 
 
 def test_half_a_surrogate_pair_is_no_reason_to_say_nothing() -> None:
-    said = decode(Termination, fit(Termination(exit_code=65, message="no file \udcff.jpg")))
+    said = decode(Termination, encode_termination(Termination(exit_code=65, message="no file \udcff.jpg")))
     assert said.message == "no file ?.jpg"

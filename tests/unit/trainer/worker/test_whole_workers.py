@@ -16,7 +16,7 @@ import pytest
 
 from sailvl_trainer.contract import Env, Stage, Termination
 from sailvl_trainer.demo.build_data import make_questions
-from sailvl_trainer.storage.documents import decode, encode
+from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.train.sample_log import read_ledger
 from tests.support.builders import training
@@ -147,7 +147,7 @@ def test_a_stop_saves_a_checkpoint_on_all_workers(root: Path) -> None:
     workers.processes[1].send_signal(signal.SIGTERM)
     said = workers.end()
     assert [t.exit_code for t in said] == [75, 75]
-    saved = StageFiles(stage).newest_checkpoint(1)
+    saved = StageFiles(stage).find_newest_checkpoint(1)
     assert saved is not None
     assert saved in [t.checkpoint for t in said]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from sailvl_trainer.contract import Env, Progress, Result, Termination
-from sailvl_trainer.storage.documents import decode, encode
+from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.layout import StageFiles
 from tests.support.builders.worker import build_stage, free_port
 
@@ -30,7 +30,7 @@ WORKER = """
 import os, sys
 if sys.argv[2]:
     open(sys.argv[2] + "/cgroup.procs", "w").write(str(os.getpid()))
-from sailvl_trainer.runtime import entry
+from sailvl_trainer.worker import main as entry
 entry.MEETING_SECONDS = int(os.environ.get("MEETING_SECONDS", entry.MEETING_SECONDS))
 entry.main(sys.argv[1])
 """
@@ -222,7 +222,7 @@ def test_workers_that_never_meet_end_and_say_where_to_look(attempt: Start) -> No
     said = it.end(1)
     assert (said.exit_code, said.ranks_started) == (68, False)
     assert said.message.startswith("no rank was started within 3 s: ")
-    assert "in _await_store" in said.traceback
+    assert "in _wait_for_store" in said.traceback
 
 
 def test_a_stopped_rank_cannot_answer_and_the_kernel_answers_for_it(attempt: Start) -> None:

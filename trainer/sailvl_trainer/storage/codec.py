@@ -1,12 +1,9 @@
-"""The contract's documents to and from JSON, and files written whole or not at all."""
+"""Encode and decode the JSON documents of the contract."""
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +11,6 @@ import msgspec
 
 from sailvl_trainer.contract import SCHEMA_VERSION, Progress, Stage
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.storage.errors import storage_errors
 
 T = TypeVar("T")
 
@@ -35,44 +31,6 @@ def encode(document: Any) -> bytes:
 def keep_finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """Without NaN and infinity, which JSON has no words for: they would become null, and the document unreadable."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees all of it or nothing: temporary file, fsync, rename.
-
-    Raises StorageError where the volume is full or gone.
-    """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with storage_errors(path):  # within the block that removes the file, so that it finds the volume still full
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Make what somebody else wrote last through a power loss."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory last through a power loss."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_stage(path: Path) -> Stage:
