@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The demo's raw data: the procedural set, a tiny language model that has read, and the captioned stamps of Debian's
-# tuxpaint-stamps-default where they can be had:  demo_data.sh PYTHON DIRECTORY
+# Build the demo's data:  demo_data.sh PYTHON DIRECTORY
+# It consists of synthetic images, questions and benchmarks, a tiny pretrained language model and, if the package can be
+# downloaded, the captioned stamps of Debian's tuxpaint-stamps-default. A complete DIRECTORY is kept. Called by `make data`.
 set -euo pipefail
 python=$1 directory=$2
 tree=build/stamps
@@ -10,7 +11,7 @@ mkdir -p "$directory/raw/stamps"
 if [ ! -d "$tree/usr" ] && command -v apt-get >/dev/null && command -v dpkg >/dev/null; then
   mkdir -p "$tree"
   (cd "$tree" && apt-get download -q tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb .) \
-    >build/stamps.log 2>&1 || echo "no stamps (see build/stamps.log); the drawn pictures alone" >&2
+    >build/stamps.log 2>&1 || echo "stamps can't be downloaded (see build/stamps.log); using synthetic images only" >&2
 fi
 stamps=()
 [ ! -d "$tree/usr" ] || stamps=(--stamps "$tree")

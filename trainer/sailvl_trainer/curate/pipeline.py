@@ -18,7 +18,7 @@ from sailvl_trainer.curate.ingest import list_items
 from sailvl_trainer.curate.items import Container, Item, read_item
 from sailvl_trainer.curate.verify import Verified, verify
 from sailvl_trainer.data.dataset import TokenCounter
-from sailvl_trainer.data.samples import Sample, build_caption
+from sailvl_trainer.data.samples import Sample, build_caption_sample
 from sailvl_trainer.data.shards import ShardInfo, ShardWriter, write_manifest
 from sailvl_trainer.errors import DataError, StorageError
 from sailvl_trainer.model.presets import preset
@@ -111,7 +111,7 @@ def _read_samples(plan: Path, shard: PlannedShard) -> Iterator[tuple[Sample, tup
             some = table.slice(first, READ_AHEAD)
             for row, item, data in zip(some.to_pylist(), items := to_items(some), pool.map(_read, items), strict=True):
                 key = f"{row['item']:09d}-{item.key}"
-                sample = build_caption(key, data, row["format"], row["text"], {"source": item.source})
+                sample = build_caption_sample(key, data, row["format"], row["text"], {"source": item.source})
                 yield sample, (row["width"], row["height"])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from sailvl_trainer.data.samples import IMAGE_MARK, Message
+from sailvl_trainer.data.samples import IMAGE_PLACEHOLDER, Message
 from sailvl_trainer.model.tokenizer import IM_END, IM_START, IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 
 IGNORE = -100
@@ -132,14 +132,14 @@ def _spans(template: Template, messages: tuple[Message, ...], image_tokens: int)
             continue
         head, mark, tail = f"{message.role}\n{message.content}", "", ""
         if message.role == "user" and not is_shown:
-            head, mark, tail = head.partition(IMAGE_MARK)
+            head, mark, tail = head.partition(IMAGE_PLACEHOLDER)
             is_shown = bool(mark)
         yield template.encode_words(head), False
         if mark:
             yield [template.image_start, *[template.image_context] * image_tokens, template.image_end], False
         yield [*template.encode_words(tail), template.im_end, *template.encode_words("\n")], False
     if not is_shown:
-        raise ValueError(f"a picture and no {IMAGE_MARK} in a user turn; write it where the picture belongs")
+        raise ValueError(f"a picture and no {IMAGE_PLACEHOLDER} in a user turn; write it where the picture belongs")
 
 
 def _mark(tokenizer: PreTrainedTokenizerFast, token: str) -> int:

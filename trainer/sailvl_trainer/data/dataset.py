@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from sailvl_trainer.data.chat import Encoded, build_template, count_positions, cut, encode_messages
-from sailvl_trainer.data.samples import Sample, require_mark
+from sailvl_trainer.data.samples import Sample, check_image_placeholder
 from sailvl_trainer.data.shards import ShardPool, ShardReader, read_manifest
 from sailvl_trainer.data.tiling import choose_grid, choose_grids
 from sailvl_trainer.errors import ConfigError, DataError
@@ -81,7 +81,7 @@ class Encoder:
         """A sample's ids and labels, cut to the length of a pack. Raises DataError that names shard and record."""
         sample = reader.sample(row)
         try:
-            require_mark(sample.messages, has_picture=tiles > 0)
+            check_image_placeholder(sample.messages, has_image=tiles > 0)
         except ValueError as error:
             raise reader.error(row, error) from error
         encoded = encode_messages(sample.messages, self.tokenizer, tiles * self.preset.tokens_per_tile)

@@ -1,6 +1,6 @@
-"""Encoded pictures as upright RGB, whatever their mode: CMYK, 16 bits, palettes, transparency, animations, EXIF.
+"""Decode image files to upright RGB from any mode: CMYK, 16 bits, palette, transparency, animation, EXIF orientation.
 
-Called by curation, by collate and by evaluation. Suffixes: H, W pixels.
+Used by curation, the collate function, evaluation and the reports. Array suffixes: H, W: height and width in pixels.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-Image.MAX_IMAGE_PIXELS = None  # `open_image` has its own limit, an error at once rather than a warning before it
+Image.MAX_IMAGE_PIXELS = None  # open_image checks its own limit and raises, where Pillow warns first
 MAX_PIXELS = 178_956_970
-"""Above it a picture is refused by its header, undecoded: a decompression bomb."""
-ORIENTATION = 0x0112
-TURNS = {
+"""Larger images are rejected from their header, before decoding, because they may be decompression bombs."""
+ORIENTATION_TAG = 0x0112
+UPRIGHT_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -25,50 +25,53 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation to what shows it upright."""
+"""EXIF orientation to the transpose that makes the image upright."""
 
 
 class UnreadableImage(ValueError):  # noqa: N818  # reads better in a message
-    """Bytes that can't be decoded to a whole picture."""
+    """The bytes can't be decoded to a complete image."""
 
 
 def read_size(data: bytes) -> tuple[int, int]:
-    """Width and height as shown (EXIF applied), from the header alone. Raises UnreadableImage."""
-    with _reading(), Image.open(io.BytesIO(data)) as image:
+    """Return the displayed width and height (EXIF orientation applied), reading the header only.
+
+    Raises UnreadableImage.
+    """
+    with _translate_errors(), Image.open(io.BytesIO(data)) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        return (height, width) if _read_orientation(image) >= 5 else (width, height)
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The first frame as RGB, upright, on white where it is transparent.
+    """Decode the first frame to upright RGB; transparent areas become white.
 
-    Raises UnreadableImage for what can't be decoded whole, or has more than `max_pixels`.
+    Raises UnreadableImage if the image is incomplete or has more than `max_pixels` pixels.
     """
-    with _reading(), Image.open(io.BytesIO(data)) as image:
+    with _translate_errors(), Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width} x {image.height} are more than {max_pixels} pixels")
-        turn = TURNS.get(_orientation(image))
+            raise ValueError(f"{image.width} x {image.height} exceeds the limit of {max_pixels} pixels")
+        transpose = UPRIGHT_TRANSPOSES.get(_read_orientation(image))
         image.load()
         rgb = _to_rgb(image)
-        return rgb if turn is None else rgb.transpose(turn)
+        return rgb if transpose is None else rgb.transpose(transpose)
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
-    """One error for all that decoders raise on broken bytes, from OSError to struct.error and IndexError."""
+def _translate_errors() -> Iterator[None]:
+    """Raise UnreadableImage for any error of a decoder: broken bytes cause OSError, struct.error, IndexError and others."""
     try:
         yield
     except Exception as error:
-        raise UnreadableImage(f"no readable picture: {error or type(error).__name__}") from error
+        raise UnreadableImage(f"unreadable image: {error or type(error).__name__}") from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """1 to 8; broken EXIF doesn't make a picture unreadable, it is then shown as it lies."""
+def _read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if EXIF is absent or broken, as the pixels are readable anyway."""
     try:
-        found = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # noqa: BLE001  # as above
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001  # broken EXIF, see the docstring
         return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -82,15 +85,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(values_HW: np.ndarray, mode: str) -> np.ndarray:
-    """Deep grey pictures scaled by their range, not cut off at 255."""
+    """Scale 16-bit and floating-point grey values to 0..255 by their range instead of clipping them."""
     finite_HW = np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
-    full = _full_scale(mode, float(finite_HW.max(initial=0.0)))
-    return np.clip(finite_HW * (255.0 / full) + 0.5, 0, 255).astype(np.uint8)
+    white = _find_white_level(mode, float(finite_HW.max(initial=0.0)))
+    return np.clip(finite_HW * (255.0 / white) + 0.5, 0, 255).astype(np.uint8)
 
 
-def _full_scale(mode: str, most: float) -> float:
-    """What is white: given by the type for 16 bits, else the smallest usual range that holds the values."""
+def _find_white_level(mode: str, maximum: float) -> float:
+    """Return the value of white: fixed for 16-bit modes, else the smallest common range that holds the maximum."""
     if mode.startswith("I;16"):
         return 65535.0
     ranges = (255.0, 65535.0) if mode == "I" else (1.0, 255.0, 65535.0)
-    return next((limit for limit in ranges if most <= limit), most)
+    return next((limit for limit in ranges if maximum <= limit), maximum)

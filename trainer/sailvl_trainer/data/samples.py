@@ -1,4 +1,4 @@
-"""One training sample: a picture, or none, and the dialogue about it. Written by curation, read by the loader."""
+"""The training sample: an image or none, and the dialogue about it. Curation and the demo write it, the dataset reads it."""
 
 from __future__ import annotations
 
@@ -7,53 +7,55 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-IMAGE_MARK = "<image>"
-"""Stands in a user turn where the picture belongs; anywhere else it is a word like any other."""
+IMAGE_PLACEHOLDER = "<image>"
+"""Marks the position of the image in a user turn. In any other turn it is ordinary text."""
 CAPTION_INSTRUCTION = "Describe the image."
 KEY = re.compile(r"[^./\x00]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
+    """One turn of a dialogue."""
+
     role: Literal["system", "user", "assistant"]
     content: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
+    """A dialogue with at most one image."""
+
     key: str
-    """Unique in its shard; no dot and no slash, as WebDataset asks."""
+    """Unique within its shard. It holds no dot and no slash, because WebDataset splits names there."""
     image: bytes | None
-    """The encoded file as it came."""
+    """The encoded image file, unchanged; None for a sample of text alone."""
     suffix: str
-    """Of the encoded file: jpg, png, …"""
+    """File name suffix of the image's format: jpg, png, …"""
     messages: tuple[Message, ...]
     meta: dict[str, Any] = field(default_factory=dict)
-    """JSON scalars: source, caption, level, …"""
+    """JSON scalars such as source, caption and level."""
 
 
-def build_caption(key: str, image: bytes, suffix: str, caption: str, meta: dict[str, Any]) -> Sample:
-    """A captioned picture as a dialogue of one question."""
-    turns = (
-        Message(role="user", content=f"{IMAGE_MARK}\n{CAPTION_INSTRUCTION}"),
+def build_caption_sample(key: str, image: bytes, suffix: str, caption: str, meta: dict[str, Any]) -> Sample:
+    """Build a sample in which the user asks for a description and the assistant answers with the caption."""
+    messages = (
+        Message(role="user", content=f"{IMAGE_PLACEHOLDER}\n{CAPTION_INSTRUCTION}"),
         Message(role="assistant", content=caption),
     )
-    return build_dialogue(key, image, suffix, turns, meta | {"caption": caption})
+    return build_dialogue_sample(key, image, suffix, messages, meta | {"caption": caption})
 
 
-def build_dialogue(
-    key: str, image: bytes | None, suffix: str, turns: tuple[Message, ...], meta: dict[str, Any]
+def build_dialogue_sample(
+    key: str, image: bytes | None, suffix: str, messages: tuple[Message, ...], meta: dict[str, Any]
 ) -> Sample:
-    """A dialogue about a picture. Raises ValueError when picture and mark don't go together."""
-    require_mark(turns, has_picture=image is not None)
-    return Sample(key=key, image=image, suffix=suffix, messages=turns, meta=meta)
+    """Build a sample from a dialogue. Raises ValueError if image and placeholder don't match."""
+    check_image_placeholder(messages, has_image=image is not None)
+    return Sample(key=key, image=image, suffix=suffix, messages=messages, meta=meta)
 
 
-def require_mark(turns: Iterable[Message], *, has_picture: bool) -> None:
-    """Raises ValueError unless the user's turns hold one mark for a picture and none without."""
-    marks = sum(turn.content.count(IMAGE_MARK) for turn in turns if turn.role == "user")
-    if marks != int(has_picture):
-        picture = "a picture" if has_picture else "no picture"
-        raise ValueError(
-            f"{marks} {IMAGE_MARK} marks in the user's turns and {picture}; write one mark for a picture, none without"
-        )
+def check_image_placeholder(messages: Iterable[Message], *, has_image: bool) -> None:
+    """Raise ValueError unless the user turns hold exactly one placeholder with an image, and none without."""
+    count = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role == "user")
+    if count != int(has_image):
+        expected = "exactly one for the sample's image" if has_image else "none, as the sample has no image"
+        raise ValueError(f"found {count} {IMAGE_PLACEHOLDER} placeholders in the user turns; write {expected}")

@@ -12,7 +12,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 
 from sailvl_trainer.data.chat import encode_prompt
 from sailvl_trainer.data.images import UnreadableImage, open_image
-from sailvl_trainer.data.samples import IMAGE_MARK, Message
+from sailvl_trainer.data.samples import IMAGE_PLACEHOLDER, Message
 from sailvl_trainer.data.tiling import choose_grid, cut_tiles
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.evaluate.tsv import Question
@@ -56,7 +56,7 @@ class Generator:
         if not question.images:
             return encode_prompt((Message(role="user", content=text),), self.tokenizer, 0), None
         pixels_N3HW = np.concatenate([self._cut(question, data, max_tiles) for data in question.images])
-        message = Message(role="user", content=f"{IMAGE_MARK}\n{text}")
+        message = Message(role="user", content=f"{IMAGE_PLACEHOLDER}\n{text}")
         positions = len(pixels_N3HW) * self.preset.tokens_per_tile
         return encode_prompt((message,), self.tokenizer, positions), pixels_N3HW
 

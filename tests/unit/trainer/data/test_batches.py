@@ -154,10 +154,14 @@ def test_a_pack_with_too_few_tiles_is_refused(tmp_path: Path, encoder: Encoder) 
 
 BROKEN = [
     pytest.param(
-        {"messages": (Message(role="user", content="no mark"),)}, "no <image> in a user turn", id="mark missing"
+        {"messages": (Message(role="user", content="no placeholder"),)},
+        "no <image> in a user turn",
+        id="placeholder missing",
     ),
-    pytest.param({"messages": (Message(role="user", content="<image><image>"),)}, "2 <image> marks", id="two marks"),
-    pytest.param({"image": b"broken"}, "no readable picture", id="picture"),
+    pytest.param(
+        {"messages": (Message(role="user", content="<image><image>"),)}, "2 <image> placeholders", id="two placeholders"
+    ),
+    pytest.param({"image": b"broken"}, "unreadable image", id="unreadable image"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind read right, tiles by InternVL2's rule, and drawn samples that are the same everywhere."""
+"""Tests of image decoding, of tiling after InternVL2, and of synthetic samples."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ GRIDS = [
     pytest.param(448, 448, 12, (1, 1), id="one tile"),
     pytest.param(896, 448, 12, (2, 1), id="wide"),
     pytest.param(448, 1344, 12, (1, 3), id="tall"),
-    pytest.param(100, 100, 12, (1, 1), id="small: a tie stays with one tile"),
-    pytest.param(1344, 1344, 12, (3, 3), id="large: a tie goes to the larger grid"),
-    pytest.param(2000, 500, 4, (4, 1), id="the budget of tiles"),
-    pytest.param(5000, 400, 6, (6, 1), id="beyond every ratio"),
+    pytest.param(100, 100, 12, (1, 1), id="small image: a tie keeps one tile"),
+    pytest.param(1344, 1344, 12, (3, 3), id="large image: a tie takes the larger grid"),
+    pytest.param(2000, 500, 4, (4, 1), id="limited by max tiles"),
+    pytest.param(5000, 400, 6, (6, 1), id="wider than every grid"),
 ]
 
 
 @pytest.mark.parametrize(("width", "height", "most", "grid"), GRIDS)
-def test_the_closest_grid_wins(width: int, height: int, most: int, grid: tuple[int, int]) -> None:
+def test_choose_grid_takes_the_closest_aspect_ratio(width: int, height: int, most: int, grid: tuple[int, int]) -> None:
     assert choose_grid(width, height, most, 448) == grid
 
 
-def test_tiles_and_thumbnail_are_normalised() -> None:
+def test_cut_tiles_normalises_tiles_and_thumbnail() -> None:
     pixels_N3HW = cut_tiles(Image.new("RGB", (300, 150), (255, 255, 255)), (2, 1), 112)
     assert pixels_N3HW.shape == (count_tiles((2, 1)), 3, 112, 112) == (3, 3, 112, 112)
     assert pixels_N3HW[:, 0].mean() == pytest.approx((1 - 0.485) / 0.229, rel=1e-4)
@@ -41,7 +41,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def build_turned() -> bytes:
+def build_rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return encode(Image.new("RGB", (20, 10), (255, 0, 0)), "JPEG", exif=exif)
@@ -49,7 +49,7 @@ def build_turned() -> bytes:
 
 BLUE = Image.new("RGB", (20, 10), (0, 0, 255))
 DEEP = Image.fromarray(np.full((10, 20), 65535, dtype=np.uint16))
-PICTURES = [
+IMAGES = [
     pytest.param(encode(Image.new("CMYK", (20, 10), (0, 255, 255, 0)), "JPEG"), (20, 10), (255, 0, 0), id="CMYK"),
     pytest.param(encode(DEEP, "PNG"), (20, 10), (255, 255, 255), id="16 bits"),
     pytest.param(encode(Image.new("RGBA", (20, 10), (0, 0, 0, 0)), "PNG"), (20, 10), (255, 255, 255), id="transparent"),
@@ -62,18 +62,18 @@ PICTURES = [
         (0, 0, 255),
         id="animated: the first frame",
     ),
-    pytest.param(build_turned(), (10, 20), (255, 0, 0), id="turned by EXIF"),
+    pytest.param(build_rotated(), (10, 20), (255, 0, 0), id="rotated by EXIF"),
 ]
 
 
-@pytest.mark.parametrize(("data", "size", "colour"), PICTURES)
-def test_read_upright_as_rgb(data: bytes, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("data", "size", "colour"), IMAGES)
+def test_open_image_returns_upright_rgb(data: bytes, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
     image = open_image(data)
     assert (image.mode, image.size, read_size(data)) == ("RGB", size, size)
     assert np.abs(np.asarray(image)[5, 5].astype(int) - colour).max() <= 3
 
 
-def test_drawn_samples_are_the_same_everywhere() -> None:
+def test_synthetic_sample_depends_on_seed_index_and_level_only() -> None:
     digest = hashlib.sha256()
     for level in (1, 2, 3):
         for sample in (draw_caption(0, 7, level), draw_question(0, 7, level)):

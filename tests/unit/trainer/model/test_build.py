@@ -10,7 +10,7 @@ import torch
 
 from sailvl_trainer.contract import ModelConfig
 from sailvl_trainer.data.synthetic import draw_scene
-from sailvl_trainer.demo.tiny_lm import GRID, spell, train
+from sailvl_trainer.demo.tiny_lm import GRID, describe_as_grid, pretrain
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.model.build import build_config, build_model
 from sailvl_trainer.model.presets import preset
@@ -22,7 +22,7 @@ TINY = ModelConfig(preset="tiny")
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "language"
-    train(directory, steps=2)
+    pretrain(directory, steps=2)
     return directory
 
 
@@ -71,11 +71,11 @@ def test_a_large_preset_needs_a_language_model_for_its_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_a_scene_is_spelled_where_it_is_drawn(level: int) -> None:
+def test_grid_quarter_holds_the_phrase_of_its_group(level: int) -> None:
     scene, rng = draw_scene(0, 5, level)
-    grid = np.array(spell(scene, rng)).reshape(GRID, GRID)
+    grid = np.array(describe_as_grid(scene, rng)).reshape(GRID, GRID)
     for group in scene.groups:
-        rows = slice(GRID // 2, None) if group.place.startswith("bottom") else slice(0, GRID // 2)
-        columns = slice(GRID // 2, None) if group.place.endswith("right") else slice(0, GRID // 2)
-        assert set(grid[rows, columns].ravel()) >= set(group.words.split())
+        rows = slice(GRID // 2, None) if group.corner.startswith("bottom") else slice(0, GRID // 2)
+        columns = slice(GRID // 2, None) if group.corner.endswith("right") else slice(0, GRID // 2)
+        assert set(grid[rows, columns].ravel()) >= set(group.phrase.split())
     assert scene.word in {"", *grid.ravel()}
