@@ -58,7 +58,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 @contextmanager
 def _translate_errors() -> Iterator[None]:
-    """Raise UnreadableImage for any error of a decoder: broken bytes cause OSError, struct.error, IndexError and others."""
+    """Raise UnreadableImage for any error of a decoder; broken bytes cause OSError, struct.error and others."""
     try:
         yield
     except Exception as error:
@@ -66,7 +66,7 @@ def _translate_errors() -> Iterator[None]:
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) if EXIF is absent or broken, as the pixels are readable anyway."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if EXIF is absent or broken."""
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001  # broken EXIF, see the docstring

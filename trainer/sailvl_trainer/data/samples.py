@@ -1,4 +1,4 @@
-"""The training sample: an image or none, and the dialogue about it. Curation and the demo write it, the dataset reads it."""
+"""The training sample: an image or none, and the dialogue about it. Written by curation, read by training."""
 
 from __future__ import annotations
 

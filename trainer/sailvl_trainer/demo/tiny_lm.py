@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def pretrain(directory: Path, *, steps: int) -> float:
-    """Train and save model and tokenizer; return the last loss. On one machine the same arguments give the same model."""
+    """Train and save model and tokenizer; return the last loss. The result is deterministic on one machine."""
     torch.manual_seed(TEXT_SEED)
     tokenizer = load_tokenizer(ModelConfig(preset="tiny"))
     model = AutoModelForCausalLM.from_config(build_config(preset("tiny"), tokenizer).text_config).float()
