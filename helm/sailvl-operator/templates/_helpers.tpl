@@ -12,7 +12,7 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* Cluster-wide names: the same release may be in several namespaces. */ -}}
+{{- /* Names of cluster-wide objects. They include the namespace, because a release of the same name may exist in another one. */ -}}
 {{- define "sailvl.clusterName" -}}
 {{- printf "%s:%s" .Release.Namespace (include "sailvl.fullname" .) -}}
 {{- end -}}
@@ -22,7 +22,7 @@ app.kubernetes.io/name: {{ include "sailvl.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
-{{- /* managed-by is never `sailvl-operator` here: that marks the workers. */ -}}
+{{- /* managed-by must not be `sailvl-operator`, which marks the workers. */ -}}
 {{- define "sailvl.labels" -}}
 {{ include "sailvl.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -46,7 +46,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end -}}
 {{- end -}}
 
-{{- /* The operator's flags: one value each, see `sailvl operator --help`. */ -}}
+{{- /* Flags of the operator, one per value; see `sailvl operator --help`. */ -}}
 {{- define "sailvl.args" -}}
 - operator
 {{- with .Values.watchNamespaces }}
@@ -78,15 +78,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 - --metrics-port=8080
 {{- end -}}
 
-{{- /* What the operator does to runs and their children, and no more. */ -}}
+{{- /* Permissions of the operator on runs and the objects that they own. */ -}}
 {{- define "sailvl.rules" -}}
 - apiGroups: [sailvl.dev]
   resources: [sailvlruns]
-  verbs: [get, list, watch, patch, delete] # patch takes the annotation off that asked for a restart; delete is the TTL's
+  verbs: [get, list, watch, patch, delete] # patch removes the restart annotation; delete is for ttlSecondsAfterFinished
 - apiGroups: [sailvl.dev]
   resources: [sailvlruns/status]
   verbs: [patch]
-# Children name their run with blockOwnerDeletion; some clusters ask for this right then.
+# Owned objects set blockOwnerDeletion, which some clusters allow only with this permission.
 - apiGroups: [sailvl.dev]
   resources: [sailvlruns/finalizers]
   verbs: [update]
