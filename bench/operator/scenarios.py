@@ -13,13 +13,13 @@ from typing import Any
 from bench.operator.control_plane import ControlPlane
 from bench.operator.peers import SETTLE_SECONDS, NaiveKopf, SailVL, until
 from sailvl_operator.api import names
+from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.parse import parse_run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.core.desired import job as desired
 from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.observe import observe
-from sailvl_operator.core.plan import Defaults
 from sailvl_operator.core.reconcile import reconcile
 
 NAMESPACE = "default"
@@ -119,7 +119,7 @@ def build_job(run: str, nodes: int) -> dict[str, Any]:
     metadata = {"namespace": NAMESPACE, "uid": run, "resourceVersion": "1", "generation": 1}
     raw = build_run(run, nodes)
     entry = parse_run(raw | {"metadata": raw["metadata"] | metadata})
-    [attempt] = reconcile(entry, observe([], []), now=time.time(), defaults=Defaults()).start
+    [attempt] = reconcile(entry, observe(), now=time.time(), defaults=Defaults()).start
     job = desired.build_job(attempt, build_appdef(attempt))
     del job["metadata"]["ownerReferences"]
     return job

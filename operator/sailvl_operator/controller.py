@@ -12,6 +12,8 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.status import decode_status, encode_status
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.apply import Actions, Refused
@@ -25,10 +27,8 @@ from sailvl_operator.cluster.start_diagnostics import StartDiagnostics
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.decision import Decision
 from sailvl_operator.core.observe import Observed, PodRecord, observe
-from sailvl_operator.core.plan import Defaults
 from sailvl_operator.core.reconcile import reconcile, refuse_unreadable
 from sailvl_operator.core.stage_view import ACTIVE
-from sailvl_operator.core.summary import decode_status, encode_status
 from sailvl_operator.errors import (
     REFUSALS,
     ApiError,
@@ -178,16 +178,16 @@ class Controller:
     def _observe(self, run: Run, key: RunKey) -> Observed:
         """Observe the objects that this run owns; a deleted run of the same name may have left others."""
         jobs = (job for job in self._children.jobs.get(key) if job.owner_uid == run.uid)
-        is_served = any(service.owner_uid == run.uid for service in self._children.services.get(key))
+        has_service = any(service.owner_uid == run.uid for service in self._children.services.get(key))
         pods = (pod for pod in self._children.pods.get(key) if _is_pod_of(run, pod))
         return observe(
             jobs,
             pods,
-            self._progress.get(key, run.uid),
-            self._complaints.get(key),
+            progress=self._progress.get(key, run.uid),
+            progress_errors=self._progress.get_errors(key, run.uid),
+            wait_reasons=self._complaints.get(key),
             refusals=self._complaints.get_refusals(key),
-            unheard=self._progress.get_errors(key, run.uid),
-            is_served=is_served,
+            has_service=has_service,
         )
 
     async def _write_status(self, run: Run, decision: Decision) -> bool:

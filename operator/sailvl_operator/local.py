@@ -24,14 +24,13 @@ from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
 from torchx.specs import AppDef
 
 from sailvl_operator.api import names
-from sailvl_operator.api.status import Status
+from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.status import Status, encode_status
 from sailvl_operator.api.types import Run
 from sailvl_operator.core.decision import Attempt, Decision, Event
 from sailvl_operator.core.desired.workload import build_appdef, count_nodes, encode_document
-from sailvl_operator.core.observe import JobRecord, Observed, PodRecord, Terminated, observe
-from sailvl_operator.core.plan import Defaults
+from sailvl_operator.core.observe import AttemptKey, JobRecord, Observed, PodRecord, Terminated, observe
 from sailvl_operator.core.reconcile import reconcile
-from sailvl_operator.core.summary import encode_status
 from sailvl_trainer.contract import Env, Progress
 
 POLL_SECONDS = 0.5
@@ -64,7 +63,7 @@ class LocalRun:
     root: Path
     python: str = sys.executable
     scheduler: LocalScheduler = field(init=False)
-    attempts: dict[tuple[str, int], LocalAttempt] = field(default_factory=dict)
+    attempts: dict[AttemptKey, LocalAttempt] = field(default_factory=dict)
     status: Status = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,13 +104,13 @@ class LocalRun:
 
     def _observe(self) -> Observed:
         pods: list[PodRecord] = []
-        progress: dict[tuple[str, int], Progress] = {}
+        progress: dict[AttemptKey, Progress] = {}
         for key, attempt in self.attempts.items():
             pods += self._observe_workers(attempt)
             document = _read_progress(attempt.folder / "0" / "progress.json")
             if document is not None:
                 progress[key] = document
-        return observe((a.record for a in self.attempts.values()), pods, progress)
+        return observe((a.record for a in self.attempts.values()), pods, progress=progress)
 
     def _observe_workers(self, attempt: LocalAttempt) -> Iterator[PodRecord]:
         replicas = self.scheduler._apps[attempt.app_id].role_replicas[names.CONTAINER]

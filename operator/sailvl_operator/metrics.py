@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from sailvl_operator.api.status import ConditionType, Status
-from sailvl_operator.core.observe import parse_time
+from sailvl_operator.core.units import parse_time
 
 RunStatus = tuple[str, str, Status]
 """Namespace, name and status of a run."""

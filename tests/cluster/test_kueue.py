@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sailvl_operator.cluster.resources import JOBS, PODS
-from sailvl_operator.core.observe import parse_time
+from sailvl_operator.core.units import parse_time
 from tests.support.live.api import PRIORITIES, Api, build_object, until
 from tests.support.live.kueue import FLAVOR, Kueue, at_version, install_workloads, serve_workloads
 from tests.support.live.replicas import Replica

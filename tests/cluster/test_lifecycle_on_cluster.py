@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sailvl_operator.cluster.resources import EVENTS, JOBS, PODS, SERVICES, Resource
-from sailvl_operator.core.observe import parse_time
+from sailvl_operator.core.units import parse_time
 from tests.support.live.api import CLAIMS, Api, Object, Refused, until
 from tests.support.live.replicas import Replica
 from tests.support.live.stub_runs import Place, Run, build_image, build_stage, open_operator, open_place

@@ -13,6 +13,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from sailvl_operator.api import names
+from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.status import decode_status
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.owned_objects import Children
@@ -22,8 +24,6 @@ from sailvl_operator.cluster.runs import RunStore
 from sailvl_operator.cluster.start_diagnostics import StartDiagnostics, find_waiting
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.controller import Controller, handle_run_event
-from sailvl_operator.core.plan import Defaults
-from sailvl_operator.core.summary import decode_status
 from sailvl_operator.metrics import Metrics
 from sailvl_operator.settings import ApiSettings, DiagnosticsSettings, ProgressSettings
 from tests.support.apiserver.server import Anonymous, FakeApi, serve

@@ -9,13 +9,12 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from sailvl_operator.api.status import StageStatus, Status
+from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.status import StageStatus, Status, encode_status
 from sailvl_operator.core.decision import Attempt, Decision, Event
 from sailvl_operator.core.desired.workload import count_nodes
-from sailvl_operator.core.observe import JobRecord, PodRecord, observe
-from sailvl_operator.core.plan import Defaults
+from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord, observe
 from sailvl_operator.core.reconcile import reconcile
-from sailvl_operator.core.summary import encode_status
 from sailvl_trainer.contract import Progress
 from tests.support.builders.operator import build_end, build_job, build_pod, build_result, build_run
 
@@ -30,14 +29,14 @@ class World:
     status: Status = field(default_factory=Status)
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     pods: dict[str, PodRecord] = field(default_factory=dict)
-    progress: dict[tuple[str, int], Progress] = field(default_factory=dict)
-    """What the workers say, by stage and attempt."""
-    unheard: dict[tuple[str, int], str] = field(default_factory=dict)
-    """Attempts whose workers can't be asked, and why."""
-    complaints: dict[tuple[str, int], str] = field(default_factory=dict)
-    """Why attempts don't start, by stage and attempt."""
-    refusals: dict[tuple[str, int], str] = field(default_factory=dict)
-    """What the API server refuses to attempts."""
+    progress: dict[AttemptKey, Progress] = field(default_factory=dict)
+    """Progress that the workers report."""
+    progress_errors: dict[AttemptKey, str] = field(default_factory=dict)
+    """Attempts whose progress can't be read, and why."""
+    wait_reasons: dict[AttemptKey, str] = field(default_factory=dict)
+    """Why attempts don't start."""
+    refusals: dict[AttemptKey, str] = field(default_factory=dict)
+    """Errors with which the API server refuses objects of attempts."""
     restart_stage: str = ""
     """The annotation by which a person asks for a restart."""
     is_deleted: bool = False
@@ -55,10 +54,10 @@ class World:
         seen = observe(
             self.jobs.values(),
             self.pods.values(),
-            self.progress,
-            self.complaints,
+            progress=self.progress,
+            progress_errors=self.progress_errors,
+            wait_reasons=self.wait_reasons,
             refusals=self.refusals,
-            unheard=self.unheard,
         )
         decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS)
         for job in (*decision.clear, *decision.end):

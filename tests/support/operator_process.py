@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.owned_objects import Children
@@ -21,7 +22,6 @@ from sailvl_operator.cluster.start_diagnostics import StartDiagnostics, find_wai
 from sailvl_operator.cluster.watch_audit import WatchAuditor
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.controller import Controller, handle_run_event
-from sailvl_operator.core.plan import Defaults
 from sailvl_operator.errors import ApiError, Gone
 from sailvl_operator.metrics import Metrics
 from sailvl_operator.settings import DiagnosticsSettings, ProgressSettings

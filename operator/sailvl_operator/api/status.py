@@ -268,3 +268,15 @@ class Status(Struct, frozen=True, kw_only=True):
     def is_finished(self) -> bool:
         """Whether the run has succeeded or failed."""
         return self.is_true(ConditionType.SUCCEEDED) or self.is_true(ConditionType.FAILED)
+
+
+def decode_status(raw: dict[str, object]) -> Status:
+    """Convert the status of a run as the API server holds it; fields of later versions are ignored."""
+    return msgspec.convert(raw, Status)
+
+
+def encode_status(status: Status) -> dict[str, object]:
+    """Convert a status to JSON values, camelCase and without defaults."""
+    encoded = msgspec.to_builtins(status)
+    assert isinstance(encoded, dict)
+    return encoded

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from sailvl_operator import handlers
 from sailvl_operator.api import names
+from sailvl_operator.api.status import decode_status
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.backpressure import StartupBacklog
 from sailvl_operator.cluster.client import Client
@@ -32,7 +33,6 @@ from sailvl_operator.cluster.start_diagnostics import StartDiagnostics, find_wai
 from sailvl_operator.cluster.watch_audit import WatchAuditor
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.controller import Controller, handle_run_event
-from sailvl_operator.core.summary import decode_status
 from sailvl_operator.errors import NotFound, OperatorError
 from sailvl_operator.health import Server
 from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector

@@ -10,13 +10,14 @@ from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources, wire
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.owned_objects import Children
+from sailvl_operator.cluster.parse import parse_job
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.core.decision import Attempt, Decision
 from sailvl_operator.core.desired.claim import build_claim
 from sailvl_operator.core.desired.job import build_job
 from sailvl_operator.core.desired.service import build_service
 from sailvl_operator.core.desired.workload import build_appdef
-from sailvl_operator.core.observe import JobRecord, parse_job
+from sailvl_operator.core.observe import JobRecord
 from sailvl_operator.errors import REFUSALS, Conflict, NameConflict, NotFound, OperatorError
 
 _DEAD_GRACE_SECONDS = 1

@@ -10,21 +10,12 @@ from typing import Any
 from sailvl_operator.cluster import resources, wire
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.informer import Informer, Kind, Record, Store, mark_gone
+from sailvl_operator.cluster.parse import is_routine_job, is_routine_pod, parse_job, parse_pod, parse_service, stamp_pod
 from sailvl_operator.cluster.runs import RunKey
-from sailvl_operator.core.observe import (
-    JobRecord,
-    PodRecord,
-    ServiceRecord,
-    is_calm_job,
-    is_calm_pod,
-    parse_job,
-    parse_pod,
-    parse_service,
-    stamp_pod,
-)
+from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
 
 _JOBS: Kind[JobRecord] = Kind(
-    resource=resources.JOBS, shape=wire.Job, parse=parse_job, mark_gone=mark_gone, is_routine=is_calm_job
+    resource=resources.JOBS, shape=wire.Job, parse=parse_job, mark_gone=mark_gone, is_routine=is_routine_job
 )
 _SERVICES: Kind[ServiceRecord] = Kind(
     resource=resources.SERVICES, shape=wire.Service, parse=parse_service, is_routine=lambda _: True
@@ -35,7 +26,7 @@ _PODS: Kind[PodRecord] = Kind(
     parse=parse_pod,
     mark_gone=mark_gone,
     stamp=stamp_pod,
-    is_routine=is_calm_pod,
+    is_routine=is_routine_pod,
 )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from sailvl_operator.api.parse import SpecError, parse_run, refresh_run
 from sailvl_operator.api.types import Model, Run, Spec, Storage
-from sailvl_operator.core.observe import parse_time
 from sailvl_operator.core.plan import PlannedStage, plan
+from sailvl_operator.core.units import parse_time
 
 RunKey = tuple[str, str]
 """namespace, name"""

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from sailvl_operator.api import names
-from sailvl_operator.api.status import Status
+from sailvl_operator.api.status import Status, decode_status
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.runs import RunKey, RunStore
 from sailvl_operator.core.observe import JobRecord, PodRecord
-from sailvl_operator.core.summary import decode_status
 from sailvl_operator.errors import ApiError, NotFound
 from sailvl_operator.settings import DiagnosticsSettings
 

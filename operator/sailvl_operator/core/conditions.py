@@ -106,7 +106,7 @@ def _judge_active(outcome: Outcome) -> Verdicts:
 
 def _describe(view: View, status: StageStatus) -> str:
     words = f"{status.name} is {status.state.lower()}"
-    unheard = view.observed.unheard.get((status.name, status.attempt))
+    unheard = view.observed.get(status.name, status.attempt).progress_error
     if status.state != "Running" or not unheard:
         return words
     return f"{words}, how far can't be read ({unheard}); look at NetworkPolicies between the operator and the workers"

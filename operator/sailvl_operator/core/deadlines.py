@@ -8,7 +8,7 @@ from msgspec import UNSET
 
 from sailvl_operator.api.status import Goodput, Status
 from sailvl_operator.api.types import Run
-from sailvl_operator.core.observe import parse_time
+from sailvl_operator.core.units import parse_time
 
 
 def count_active(ledger: Goodput) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from sailvl_operator.api.status import Cause
-from sailvl_operator.core.observe import CONFIG_WAITS, PodRecord
+from sailvl_operator.core.observe import INVALID_CONFIG_REASONS, PodRecord
 from sailvl_trainer.contract import ExitCode, Result, Termination
 
 _CAUSE_OF_CODE: dict[int, Cause] = {
@@ -162,7 +162,7 @@ def _evidence(pod: PodRecord, was_running: bool) -> Evidence | None:
         return _taken_away(pod)
     if pod.terminated is not None:
         return None if pod.terminated.exit_code == 0 else _exited(pod)
-    if pod.waiting_reason in CONFIG_WAITS:
+    if pod.waiting_reason in INVALID_CONFIG_REASONS:
         words = f"{pod.waiting_reason}: {pod.waiting_message}"
         return _of(pod, Cause.CONFIG, words, patience=CONFIG_PATIENCE.get(pod.waiting_reason, 0.0))
     if was_running and pod.phase == "Running" and not pod.is_ready:

@@ -17,10 +17,8 @@ from sailvl_operator.api.status import ConditionType, Goodput, StageProgress, St
 from sailvl_operator.core.activities import MAIN, Buckets, count_seconds
 from sailvl_operator.core.desired.workload import count_gpus
 from sailvl_operator.core.failure import was_saved
-from sailvl_operator.core.observe import parse_time
 from sailvl_operator.core.stage_view import ACTIVE, View
-from sailvl_operator.core.times import format_time
-from sailvl_operator.core.units import apportion
+from sailvl_operator.core.units import apportion, format_time, parse_time
 from sailvl_trainer.contract import ExitCode
 
 PRODUCTIVE = ("training", "curating", "evaluating")
@@ -140,11 +138,11 @@ def _when_placed(view: View) -> float | None:
 def _divide(view: View, elapsed: int) -> Buckets:
     """By what the workers did since they were last read; what they don't name is their stage's work, as is all of those
     that nobody can ask."""
-    seen = view.observed.progress.get(view.key)
+    seen = view.observed.get(*view.key).progress
     kind = view.planned.stage.kind
     if seen is None or seen.phase == "starting":
         is_known = view.status.progress is not None and view.status.progress.seconds
-        is_at_work = seen is None and (is_known or view.key in view.observed.unheard)
+        is_at_work = seen is None and (is_known or bool(view.observed.get(*view.key).progress_error))
         return {MAIN[kind] if is_at_work else "starting": elapsed}
     before = view.status.progress.seconds if view.status.progress is not None else {}
     spent = {name: max(0, value - before.get(name, 0)) for name, value in count_seconds(seen, kind).items()}

@@ -11,6 +11,7 @@ from typing import Any
 from msgspec import UNSET, to_builtins
 
 from sailvl_operator.api import names
+from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.types import Run, Spec, Stage, Workers
 from sailvl_operator.core import stage_config
 from sailvl_operator.core.decision import Attempt
@@ -18,26 +19,6 @@ from sailvl_operator.core.desired.workload import count_gpus
 from sailvl_trainer import contract
 
 _SETTINGS_OF_KIND = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Defaults:
-    """What the operator was installed with."""
-
-    image: str = ""
-    """Trainer image of runs that name none."""
-    storage: str = names.STORAGE_MOUNT
-    """Where workers find the run's storage."""
-    grace_seconds: int = 120
-    """Between SIGTERM and SIGKILL of a worker: time for a checkpoint."""
-    failure_settle_seconds: float = 3.0
-    """From the first sign of a failure until its cause is decided."""
-    backoff_seconds: float = 10.0
-    """Before the second attempt after a crash; doubled by each further one."""
-    backoff_limit_seconds: float = 300.0
-    """The longest wait between attempts."""
-    progress_seconds: float = 5.0
-    """A status that differs in nothing but progress is written so often at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,8 @@ from math import inf
 import msgspec
 from msgspec import UNSET
 
-from sailvl_operator.api.status import Cause, ConditionType, Reason, StageStatus, Status
+from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.status import Cause, ConditionType, Reason, StageStatus, Status, decode_status
 from sailvl_operator.api.types import Run
 from sailvl_operator.api.unsupported import find_unsupported_fields
 from sailvl_operator.core import deadlines, gates, goodput, restart, restart_request, stage
@@ -17,12 +18,12 @@ from sailvl_operator.core.conditions import Outcome, build_verdicts, headline, i
 from sailvl_operator.core.decision import Attempt, Decision, Event
 from sailvl_operator.core.events import collect_events
 from sailvl_operator.core.observe import JobRecord, Observed
-from sailvl_operator.core.plan import Defaults, PlannedStage, build_attempt, plan
+from sailvl_operator.core.plan import PlannedStage, build_attempt, plan
 from sailvl_operator.core.restart_policy import describe_failure, restart_by_hand
 from sailvl_operator.core.stage_view import ACTIVE, Step, View, look
 from sailvl_operator.core.status_throttle import put_off
-from sailvl_operator.core.summary import decode_status, set_conditions, summarise
-from sailvl_operator.core.times import format_time
+from sailvl_operator.core.summary import set_conditions, summarise
+from sailvl_operator.core.units import format_time
 
 _MENDED_BY_SPEC = frozenset({Reason.DEADLINE_EXCEEDED, Reason.GATE_FAILED})
 """Reasons of a failure that a changed spec may take away."""
@@ -70,7 +71,7 @@ def refuse(run: Run, message: str, observed: Observed, *, now: float) -> Decisio
 
 def _keep_refused(run: Run, status: Status, observed: Observed, end: tuple[JobRecord, ...], now: float) -> Decision:
     """Of a run that was refused before: its workers stop when it is suspended, and it goes when its time has come."""
-    jobs = [observed.jobs.get((s.name, s.attempt)) for s in status.stages if s.state in ACTIVE]
+    jobs = [observed.get(s.name, s.attempt).job for s in status.stages if s.state in ACTIVE]
     going = [job for job in jobs if job is not None and not job.is_suspended and not job.is_deleting]
     expiry = deadlines.find_expiry(run, status)
     is_expired = expiry is not None and expiry <= now
@@ -218,7 +219,7 @@ def _decide(run: Run, old: Status, outcome: Outcome, observed: Observed, *, defa
         suspend=tuple((v.job, s.suspend) for v, s in pairs if s.suspend is not None and v.job is not None),
         withdraw=tuple(v.job for v, s in pairs if s.should_withdraw and v.job is not None),
         start=_build_starts(outcome),
-        serve=not observed.is_served and _needs_service(outcome),
+        serve=not observed.has_service and _needs_service(outcome),
         take_off_request=restart_request.is_to_be_taken_off(run, old),
         status=None if new == old else new,
         is_pressing=new.is_finished or any(_is_awaited(v.status, s.status) for v, s in pairs),
@@ -267,30 +268,29 @@ def _leftovers(stage_statuses: Sequence[StageStatus], observed: Observed) -> tup
     current = {s.name: s for s in stage_statuses}
     return tuple(
         job
-        for (name, attempt), job in sorted(observed.jobs.items())
+        for job in observed.jobs
         if not job.is_deleting
-        and name in current
-        and (attempt < current[name].attempt or current[name].state == "Failed")
+        and job.stage in current
+        and (job.attempt < current[job.stage].attempt or current[job.stage].state == "Failed")
     )
 
 
 def _is_dead(job: JobRecord, observed: Observed) -> bool:
     """Whether its gang can't run any more: a worker is lost, and no queue would start the Job again."""
-    pods = observed.pods.get((job.stage, job.attempt), ())
+    pods = observed.get(job.stage, job.attempt).pods
     return not job.queue and any(pod.is_gone or pod.terminated is not None for pod in pods)
 
 
 def _stopped(stage_statuses: Sequence[StageStatus], observed: Observed) -> tuple[JobRecord, ...]:
     """Jobs of the stages that stopped with their run: their workers save a checkpoint."""
-    keys = [(s.name, s.attempt) for s in stage_statuses if s.state == "Suspended"]
-    jobs = (observed.jobs.get(key) for key in keys)
+    jobs = (observed.get(s.name, s.attempt).job for s in stage_statuses if s.state == "Suspended")
     return tuple(job for job in jobs if job is not None and not job.is_deleting)
 
 
 def _unnoted(stage_statuses: Sequence[StageStatus], observed: Observed) -> tuple[JobRecord, ...]:
     """First Jobs that were made just before the run ended or was refused, and that its status never told of."""
     known = {s.name for s in stage_statuses if s.attempt > 0}
-    return tuple(job for (name, _), job in sorted(observed.jobs.items()) if name not in known and not job.is_deleting)
+    return tuple(job for job in observed.jobs if job.stage not in known and not job.is_deleting)
 
 
 def _build_status(run: Run, old: Status, outcome: Outcome, now: float) -> Status:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Cause, StageStatus
 from sailvl_operator.api.types import RestartPolicy
-from sailvl_operator.core.plan import Defaults
 
 _ADVICE = {
     Cause.CONFIG: "change the settings that the message names",

@@ -12,7 +12,7 @@ from sailvl_operator.core import restart
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.failure import Evidence, find_silent, is_node_suspect, was_saved
 from sailvl_operator.core.stage_view import Step, View, next_attempt, read_progress
-from sailvl_operator.core.times import format_time
+from sailvl_operator.core.units import format_time
 from sailvl_trainer.contract import ExitCode
 
 _REMEMBERED_NODES = 32

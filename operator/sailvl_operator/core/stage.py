@@ -15,11 +15,10 @@ from sailvl_operator.api.status import Cause, Reason, StageProgress
 from sailvl_operator.api.types import RestartPolicy
 from sailvl_operator.core import failure, restart_policy
 from sailvl_operator.core.decision import Event
-from sailvl_operator.core.observe import PodRecord, parse_time
+from sailvl_operator.core.observe import PodRecord
 from sailvl_operator.core.stage_view import ACTIVE, Step, View, look, next_attempt, read_progress
 from sailvl_operator.core.stuck import PATIENCE_SECONDS, is_patient
-from sailvl_operator.core.times import format_time
-from sailvl_operator.core.units import format_decimal, format_duration
+from sailvl_operator.core.units import format_decimal, format_duration, format_time
 from sailvl_trainer.contract import WATCHDOG_INTERVAL_SECONDS, Result
 
 _LOST_SECONDS = 30.0
@@ -37,7 +36,7 @@ def begin(view: View) -> Step:
         start_time=format_time(view.now),
     )
     events = (Event(reason=Reason.STAGE_STARTED, message=f"Stage {status.name} starts"),)
-    is_made = _has_begun(view) or (status.name, 1) in view.observed.removed
+    is_made = _has_begun(view) or view.observed.get(status.name, 1).is_job_deleted
     return Step(status=status, events=events, should_start=not is_made)
 
 
@@ -62,8 +61,8 @@ def _catch_up(view: View, begun: Step) -> Step:
 
 def _has_begun(view: View) -> bool:
     """Whether the first attempt's Job is there, or has left pods."""
-    first = view.status.name, 1
-    return first in view.observed.jobs or bool(view.observed.pods.get(first))
+    first = view.observed.get(view.status.name, 1)
+    return first.job is not None or bool(first.pods)
 
 
 def advance(view: View) -> Step:
@@ -167,7 +166,7 @@ def _resume(view: View) -> Step:
 
 def _start_or_wait(view: View) -> Step:
     """No Job and no pod: it is to be made, now or after the backoff; if it was there before, somebody removed it."""
-    if view.status.state == "Running" or view.key in view.observed.removed:
+    if view.status.state == "Running" or view.observed.get(*view.key).is_job_deleted:
         return restart_policy.fail_infra(view, "the Job was removed from outside")
     next_attempt_time = parse_time(view.status.next_attempt_time)
     if next_attempt_time > view.now:

@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import IN_PLACE, StageCheckpoint, StageProgress, StageStatus
 from sailvl_operator.api.types import Run
 from sailvl_operator.core.activities import count_seconds
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.desired.workload import count_nodes
 from sailvl_operator.core.failure import decode_termination
-from sailvl_operator.core.observe import JobRecord, Observed, PodRecord
-from sailvl_operator.core.plan import Defaults, PlannedStage
+from sailvl_operator.core.observe import AttemptKey, JobRecord, Observed, PodRecord
+from sailvl_operator.core.plan import PlannedStage
 from sailvl_operator.core.units import format_decimal
 from sailvl_trainer.contract import Progress
 
@@ -36,7 +37,7 @@ class View:
     pods: tuple[PodRecord, ...] = ()
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> AttemptKey:
         """Stage and attempt, as `Observed` sorts by."""
         return self.status.name, self.status.attempt
 
@@ -55,9 +56,8 @@ class View:
 def look(view: View, status: StageStatus) -> View:
     """The same stage with another status: its attempt may be another too."""
     key = status.name, status.attempt
-    job = view.observed.jobs.get(key)
-    is_own = job is not None and job.owner_uid in ("", view.run.uid)
-    return replace(view, status=status, job=job if is_own else None, pods=view.observed.pods.get(key, ()))
+    found = view.observed.get(*key)
+    return replace(view, status=status, job=found.job, pods=found.pods)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class Step:
 
 def read_progress(view: View) -> StageStatus:
     """The stage's status with the newest that its workers said of themselves."""
-    seen = view.observed.progress.get(view.key)
+    seen = view.observed.get(*view.key).progress
     checkpoint = _find_checkpoint(view, seen)
     if seen is None:
         return msgspec.structs.replace(view.status, checkpoint=checkpoint)

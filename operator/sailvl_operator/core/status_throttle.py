@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from sailvl_operator.api.status import StageStatus, Status
-from sailvl_operator.core.observe import parse_time
+from sailvl_operator.core.units import parse_time
 
 
 def put_off(old: Status, new: Status, *, interval: float, now: float) -> float | None:

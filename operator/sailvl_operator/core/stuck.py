@@ -56,14 +56,14 @@ def find_stuck_stage(view: View) -> Stuck | None:
     """Of one stage that should run."""
     if view.status.state == "Suspended" or view.run.spec.suspend:
         return None
-    refusal = _of_words(view, view.observed.refusals.get(view.key, ""))
+    refusal = _of_words(view, view.observed.get(*view.key).refusal)
     if view.status.state == "Running" or refusal:
         return refusal
     stuck_pod = _find_stuck_pod(view.pods, view.now)
     if stuck_pod is not None:
         reason, words = stuck_pod
         return reason, f"{words}; a mended spec is taken up by the next attempt: {_at_once(view)}"
-    return _of_words(view, view.observed.complaints.get(view.key, "")) or _of_queue(view)
+    return _of_words(view, view.observed.get(*view.key).wait_reason) or _of_queue(view)
 
 
 def _at_once(view: View) -> str:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from sailvl_operator.api.status import Condition, ConditionType, Reason, StageStatus, Status, Summary
-from sailvl_operator.core.times import format_time
-from sailvl_operator.core.units import format_duration
+from sailvl_operator.core.units import format_duration, format_time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,15 +65,3 @@ def _current(stages: Sequence[StageStatus]) -> tuple[int, StageStatus]:
         [(1, stages[0])],
     ]
     return next(group[0] for group in by_urgency if group)
-
-
-def decode_status(raw: dict[str, object]) -> Status:
-    """The status as last written; a field that a later version wrote is passed over."""
-    return msgspec.convert(raw, Status)
-
-
-def encode_status(status: Status) -> dict[str, object]:
-    """The status as JSON values."""
-    encoded = msgspec.to_builtins(status)
-    assert isinstance(encoded, dict)
-    return encoded

@@ -1,25 +1,43 @@
-"""Counts and decimals of the spec as numbers, and numbers as the decimal strings of the status."""
+"""Parse and format times, counts, decimals and durations, and split whole numbers in proportion.
+
+The spec and the status carry strings, because the Kubernetes API conventions forbid floats; the core computes with
+numbers and Unix seconds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
+@lru_cache(maxsize=4096)  # each reconcile parses every time of the run's status again
+def parse_time(text: str | None) -> float:
+    """Return an RFC 3339 time as Unix seconds, and 0 for None or an empty string."""
+    return datetime.fromisoformat(text).timestamp() if text else 0.0
+
+
+@lru_cache(maxsize=64)  # one reconcile formats the same moment many times
+def format_time(seconds: float) -> str:
+    """Format Unix seconds as RFC 3339 in UTC with milliseconds, because a backoff may be shorter than a second."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def parse_count(text: str) -> int:
-    """A large count: "4096", "32K", "1.5M", "131B"."""
+    """Parse a count with an optional suffix: "4096", "32K", "1.5M", "131B"."""
     factor = _SUFFIXES.get(text[-1:], 1)
     return round(float(text.rstrip("KMBT")) * factor)
 
 
 def format_decimal(value: float) -> str:
-    """At most six significant digits: the API conventions allow no floats."""
+    """Format a number with at most six significant digits."""
     return f"{value:.6g}"
 
 
 def format_duration(seconds: float) -> str:
-    """Two units at most, as kubectl prints ages: 45s, 3m20s, 5h, 2d4h."""
+    """Format a duration with at most two units, as kubectl prints ages: 45s, 3m20s, 5h, 2d4h."""
     whole = max(0, round(seconds))
     parts = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
@@ -30,9 +48,9 @@ def format_duration(seconds: float) -> str:
 
 
 def apportion(total: int, weights: Mapping[str, int]) -> dict[str, int]:
-    """Whole shares in proportion to the weights that add up to `total`: the largest remainders get what is left.
+    """Split `total` into whole shares in proportion to the weights, by the largest-remainder method.
 
-    Weights that are all zero count as equal.
+    The shares add up to `total`. Weights that are all zero count as equal.
     """
     known = weights if sum(weights.values()) > 0 else dict.fromkeys(weights, 1)
     whole = sum(known.values())

@@ -19,11 +19,11 @@ import msgspec
 from yarl import URL
 
 from sailvl_operator.api import names
+from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Status
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
-from sailvl_operator.core.plan import Defaults
 from sailvl_operator.errors import ApiError, Conflict, NotFound
 from sailvl_operator.settings import ApiSettings
 from sailvl_trainer.contract import ExitCode, Result, Stage, Termination

@@ -9,8 +9,8 @@ import msgspec
 from sailvl_operator.api import names
 from sailvl_operator.api.parse import parse_spec
 from sailvl_operator.api.status import ConditionType, Reason, StageStatus, Status
-from sailvl_operator.core.observe import parse_time
 from sailvl_operator.core.restart import budget
+from sailvl_operator.core.units import parse_time
 from tests.support.simulation.api import Object
 
 _MENDED_BY_SPEC = (Reason.INVALID_SPEC, Reason.DEADLINE_EXCEEDED, Reason.GATE_FAILED)

@@ -14,10 +14,10 @@ from typing import Any
 
 import msgspec
 
+from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Status
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.progress import ProgressReader
-from sailvl_operator.core.plan import Defaults
 from sailvl_operator.settings import ApiSettings
 from tests.support.operator_process import OperatorProcess
 from tests.support.simulation.api import ModelApi, Object, Write, may_run

@@ -8,7 +8,6 @@ from msgspec.structs import replace
 from sailvl_operator.cluster.backpressure import MANY, YOUNG_SECONDS, StartupBacklog
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.reconcile import reconcile
-from sailvl_operator.core.summary import encode_status
 from tests.support.builders.operator import build_job, build_pod, build_run
 from tests.support.core_world import DEFAULTS, World
 

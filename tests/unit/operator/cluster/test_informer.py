@@ -13,7 +13,7 @@ from sailvl_operator.api import names
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.owned_objects import Children
-from sailvl_operator.core.observe import parse_job
+from sailvl_operator.cluster.parse import parse_job
 from sailvl_operator.settings import ApiSettings
 from tests.support.apiserver.server import Anonymous, FakeApi, serve
 

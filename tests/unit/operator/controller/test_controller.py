@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sailvl_operator.api import names
-from sailvl_operator.core.summary import decode_status
+from sailvl_operator.api.status import decode_status
 from sailvl_operator.metrics import RunCollector
 from tests.support.apiserver.server import Refusal
 from tests.support.builders.operator import build_document, build_result

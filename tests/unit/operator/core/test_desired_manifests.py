@@ -9,13 +9,14 @@ import msgspec
 import pytest
 
 from sailvl_operator.api import names
+from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.types import Run
 from sailvl_operator.core.decision import Attempt
 from sailvl_operator.core.desired.claim import build_claim
 from sailvl_operator.core.desired.job import build_job
 from sailvl_operator.core.desired.service import build_service
 from sailvl_operator.core.desired.workload import build_appdef
-from sailvl_operator.core.plan import Defaults, build_attempt, plan
+from sailvl_operator.core.plan import build_attempt, plan
 from sailvl_trainer.contract import Env
 from tests.support.builders.operator import build_run
 

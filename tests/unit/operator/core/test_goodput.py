@@ -82,7 +82,7 @@ def test_workers_say_what_they_did() -> None:
 def test_workers_that_nobody_can_ask_are_at_work() -> None:
     """As far as the operator knows; the condition says why it doesn't know more."""
     clock = run()
-    clock.unheard["alignment", 1] = "port 9400 of pod demo-alignment-1-0: no answer in time"
+    clock.progress_errors["alignment", 1] = "port 9400 of pod demo-alignment-1-0: no answer in time"
     clock.wait(0)
     condition = clock.status.condition(ConditionType.RUNNING)
     assert condition is not None

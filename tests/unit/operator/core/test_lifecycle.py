@@ -309,12 +309,12 @@ WORDS = [
 def test_stuck_in_the_words_of_who_holds_it_back(words: str, reason: str) -> None:
     world = World(is_patient=False)
     world.step()
-    world.complaints["curate", 1] = words
+    world.wait_reasons["curate", 1] = words
     world.step()
     stuck = world.status.condition(ConditionType.STUCK)
     assert stuck is not None
     assert (stuck.status, stuck.reason, stuck.message) == ("True", reason, words)
-    world.complaints.clear()
+    world.wait_reasons.clear()
     world.settle()
     assert not world.status.is_true(ConditionType.STUCK)
 

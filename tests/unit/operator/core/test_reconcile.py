@@ -8,9 +8,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from sailvl_operator.api.status import Cause, ConditionType, Reason, Status
+from sailvl_operator.api.status import Cause, ConditionType, Reason, Status, decode_status, encode_status
 from sailvl_operator.core.plan import plan
-from sailvl_operator.core.summary import decode_status, encode_status
 from sailvl_trainer.contract import WATCHDOG_INTERVAL_SECONDS, Checkpoint, Progress
 from tests.support.builders.operator import SPEC, build_end, build_run
 from tests.support.core_world import DEFAULTS, World, finish
@@ -177,7 +176,7 @@ def test_what_is_not_built_yet_is_refused_and_a_mended_spec_goes_on() -> None:
     failed = world.status.condition(ConditionType.FAILED)
     assert failed is not None
     assert (failed.status, failed.reason) == ("True", "InvalidSpec")
-    assert failed.message == "spec.engine.name: fsdp2 is not supported yet; write deepspeed"
+    assert failed.message == "spec.engine.name: fsdp2 is not supported yet; set it to deepspeed"
     world.spec, world.generation = {}, 2
     finish(world)
     assert world.status.is_true(ConditionType.SUCCEEDED)

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from sailvl_operator.api.status import ConditionType, StageCheckpoint, Status
+from sailvl_operator.api.status import ConditionType, StageCheckpoint, Status, encode_status
 from sailvl_operator.core.decision import Decision
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.reconcile import refuse_unreadable
-from sailvl_operator.core.summary import encode_status
 from sailvl_trainer.contract import Progress
 from tests.support.builders.operator import SPEC, build_run
 from tests.support.core_world import DEFAULTS, World, finish
@@ -209,7 +208,7 @@ def test_a_restart_by_hand_loses_what_was_not_saved() -> None:
 def refuse(world: World) -> Decision:
     """As an older version does, to which a field of the spec is unknown."""
     run = build_run(status=encode_status(world.status), **world.spec)
-    return refuse_unreadable(run, "unknown field", observe([], []), now=world.now)
+    return refuse_unreadable(run, "unknown field", observe(), now=world.now)
 
 
 def test_a_version_that_can_t_read_a_run_spoils_nothing() -> None:

@@ -8,7 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from sailvl_operator.api import names
-from sailvl_operator.core.observe import PodRecord, is_calm_job, is_calm_pod, parse_job, parse_pod, stamp_pod
+from sailvl_operator.cluster.parse import is_routine_job, is_routine_pod, parse_job, parse_pod, stamp_pod
+from sailvl_operator.core.observe import PodRecord
 from tests.support.builders.operator import build_end, build_job, build_pod
 
 CREATED = "2026-01-01T00:00:00Z"
@@ -70,7 +71,7 @@ def test_a_container_that_comes_to_run_waits_no_more() -> None:
     ],
 )
 def test_pods_of_which_only_has_to_be_told(pod: PodRecord, is_calm: bool) -> None:
-    assert is_calm_pod(pod) is is_calm
+    assert is_routine_pod(pod) is is_calm
 
 
 def test_a_job_that_was_just_let_go_hasn_t_started_yet() -> None:
@@ -92,4 +93,4 @@ def test_a_job_that_was_just_let_go_hasn_t_started_yet() -> None:
     ],
 )
 def test_jobs_of_which_only_has_to_be_told(fields: dict[str, Any], is_calm: bool) -> None:
-    assert is_calm_job(build_job("a", **fields)) is is_calm
+    assert is_routine_job(build_job("a", **fields)) is is_calm

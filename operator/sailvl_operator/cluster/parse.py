@@ -1,0 +1,158 @@
+"""Parse Jobs, pods and Services, as `wire.py` decodes them, into the records that the core works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec.structs import replace
+
+from sailvl_operator.api import names
+from sailvl_operator.core.observe import INVALID_CONFIG_REASONS, JobRecord, PodRecord, ServiceRecord, Terminated
+from sailvl_operator.core.units import parse_time
+
+
+def parse_job(raw: Mapping[str, Any]) -> JobRecord:
+    """Parse a batch/v1 Job that carries the operator's labels."""
+    metadata, spec, status = raw["metadata"], raw.get("spec", {}), raw.get("status", {})
+    labels = metadata.get("labels", {})
+    queue, created = labels.get(names.LABEL_KUEUE_QUEUE, ""), parse_time(metadata.get("creationTimestamp"))
+    return JobRecord(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        run=labels.get(names.LABEL_RUN, ""),
+        stage=labels.get(names.LABEL_STAGE, ""),
+        attempt=_parse_number(labels.get(names.LABEL_ATTEMPT)),
+        owner_uid=_find_owner_uid(metadata),
+        is_suspended=bool(spec.get("suspend")),
+        is_deleting="deletionTimestamp" in metadata,
+        nodes=spec.get("completions", 1),
+        created=created,
+        started=parse_time(status.get("startTime")) or (0.0 if queue or _was_suspended(status) else created),
+        queue=queue,
+        is_suspended_here=names.LABEL_SUSPENDED in labels,
+        gpus=_count_gpus(spec),
+        digest=labels.get(names.LABEL_DIGEST, ""),
+    )
+
+
+def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
+    """Parse a v1 Pod that carries the operator's labels."""
+    metadata, spec, status = raw["metadata"], raw.get("spec", {}), raw.get("status", {})
+    labels = metadata.get("labels", {})
+    conditions = {c["type"]: c for c in status.get("conditions", [])}
+    state = _find_container_state(status)
+    scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
+    is_unscheduled = scheduled.get("status") == "False"
+    return PodRecord(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        run=labels.get(names.LABEL_RUN, ""),
+        run_uid=labels.get(names.LABEL_RUN_UID, ""),
+        stage=labels.get(names.LABEL_STAGE, ""),
+        attempt=_parse_number(labels.get(names.LABEL_ATTEMPT)),
+        index=_parse_number(labels.get(names.LABEL_COMPLETION_INDEX)),
+        phase=status.get("phase", "Pending"),
+        node=spec.get("nodeName", ""),
+        ip=status.get("podIP", ""),
+        created=parse_time(metadata.get("creationTimestamp")),
+        placed=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else 0.0,
+        is_ready=conditions.get("Ready", {}).get("status") == "True",
+        is_deleting="deletionTimestamp" in metadata,
+        delete_by=parse_time(metadata.get("deletionTimestamp")),
+        terminated=_parse_terminated(state.get("terminated")),
+        waiting_reason=state.get("waiting", {}).get("reason", ""),
+        waiting_message=state.get("waiting", {}).get("message", ""),
+        scheduler=spec.get("schedulerName", ""),
+        unschedulable=scheduled.get("message") or scheduled.get("reason", "") if is_unscheduled else "",
+        disrupted=_format_condition(disruption) if disruption.get("status") == "True" else "",
+    )
+
+
+def parse_service(raw: Mapping[str, Any]) -> ServiceRecord:
+    """Parse a v1 Service that carries the operator's labels."""
+    metadata = raw["metadata"]
+    return ServiceRecord(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        run=metadata.get("labels", {}).get(names.LABEL_RUN, ""),
+        owner_uid=_find_owner_uid(metadata),
+    )
+
+
+def stamp_pod(pod: PodRecord, known: PodRecord | None, now: float) -> PodRecord:
+    """Set `ended_seen` to the time at which the first sign of the pod's end was observed.
+
+    The operator's own clock is used, since the clocks of the nodes may differ. Clear the timestamp if the sign goes
+    away (a node that recovers). Restart it when the container really terminates, so that its peers get the full
+    settling time.
+    """
+    is_over = pod.is_gone or pod.terminated is not None or pod.disrupted or pod.phase == "Failed"
+    is_failing = is_over or pod.waiting_reason in INVALID_CONFIG_REASONS
+    has_ended = pod.is_gone or pod.terminated is not None
+    if known is not None and known.ended_seen and has_ended == (known.is_gone or known.terminated is not None):
+        is_lasting = is_failing or (not pod.is_ready and known.waiting_reason not in INVALID_CONFIG_REASONS)
+        return replace(pod, ended_seen=known.ended_seen) if is_lasting else pod
+    became_unready = known is not None and known.is_ready and not pod.is_ready
+    return replace(pod, ended_seen=now) if is_failing or became_unready else pod
+
+
+def is_routine_pod(pod: PodRecord) -> bool:
+    """Return whether the pod is starting or running as expected, so that no decision depends on its change."""
+    is_failing = pod.ended_seen or pod.disrupted or pod.terminated is not None or pod.phase == "Failed"
+    is_waiting = pod.waiting_reason not in ("", "ContainerCreating", "PodInitializing")
+    return not (is_failing or pod.is_gone or pod.is_deleting or pod.unschedulable or is_waiting)
+
+
+def is_routine_job(job: JobRecord) -> bool:
+    """Return whether the Job exists as the operator created it, so that no decision depends on its change."""
+    return not (job.is_gone or job.is_deleting or job.is_suspended or job.queue)
+
+
+def _was_suspended(status: Mapping[str, Any]) -> bool:
+    """Return whether the Job controller last reported the Job as suspended; it sets the start time only later."""
+    return any(c["type"] == "Suspended" and c["status"] == "True" for c in status.get("conditions", []))
+
+
+def _count_gpus(spec: Mapping[str, Any]) -> int:
+    """Return the GPUs of one worker, from the limits in the Job's pod template."""
+    containers = spec.get("template", {}).get("spec", {}).get("containers", [])
+    limits = (
+        c.get("resources", {}).get("limits", {}).get(names.GPU) for c in containers if c["name"] == names.CONTAINER
+    )
+    return _parse_number(next(limits, None))
+
+
+def _parse_number(text: str | None) -> int:
+    """Return the value of a numeric label, and 0 if the user changed it to something else."""
+    return int(text) if text is not None and text.isdecimal() else 0
+
+
+def _find_owner_uid(metadata: Mapping[str, Any]) -> str:
+    return next((o["uid"] for o in metadata.get("ownerReferences", []) if o.get("controller")), "")
+
+
+def _find_container_state(status: Mapping[str, Any]) -> Mapping[str, Any]:
+    for container in status.get("containerStatuses", []):
+        if container["name"] == names.CONTAINER:
+            state: Mapping[str, Any] = container.get("state", {})
+            return state
+    return {}
+
+
+def _parse_terminated(state: Mapping[str, Any] | None) -> Terminated | None:
+    if state is None:
+        return None
+    return Terminated(
+        exit_code=state.get("exitCode", -1),
+        reason=state.get("reason", ""),
+        message=state.get("message", ""),
+        finished=parse_time(state.get("finishedAt")),
+    )
+
+
+def _format_condition(condition: Mapping[str, Any]) -> str:
+    return ": ".join(filter(None, (condition.get("reason"), condition.get("message"))))
