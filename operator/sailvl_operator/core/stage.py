@@ -18,7 +18,7 @@ from sailvl_operator.core.decision import Event
 from sailvl_operator.core.observe import PodRecord
 from sailvl_operator.core.stage_view import ACTIVE, Step, View, look, next_attempt, read_progress
 from sailvl_operator.core.stuck import PATIENCE_SECONDS, is_patient
-from sailvl_operator.core.units import format_decimal, format_duration, format_time
+from sailvl_operator.core.units import format_decimal, format_duration, format_time, parse_time
 from sailvl_trainer.contract import WATCHDOG_INTERVAL_SECONDS, Result
 
 _LOST_SECONDS = 30.0

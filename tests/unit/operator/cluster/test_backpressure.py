@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from sailvl_operator.api.status import encode_status
 from sailvl_operator.cluster.backpressure import MANY, YOUNG_SECONDS, StartupBacklog
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.reconcile import reconcile
