@@ -18,7 +18,7 @@ from sailvl_trainer.curate.dedup import mark_duplicates
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.storage.atomic import sync_file, write_atomic
 from sailvl_trainer.storage.codec import encode
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 
 
 def decide(parts: Parts, config: CurateConfig) -> dict[str, int]:
@@ -99,7 +99,7 @@ def _copy(db: duckdb.DuckDBPyConnection, query: str, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     quoted = str(temporary).replace("'", "''")
     try:
-        with storage_errors(path):
+        with translate_storage_errors(path):
             db.execute(f"COPY ({query}) TO '{quoted}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 8192)")
             sync_file(temporary)
             temporary.replace(path)

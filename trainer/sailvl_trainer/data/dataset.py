@@ -25,7 +25,7 @@ from sailvl_trainer.data.shards import ShardPool, ShardReader, read_manifest
 from sailvl_trainer.data.tiling import choose_grid, choose_grids
 from sailvl_trainer.errors import ConfigError, DataError
 from sailvl_trainer.model.presets import Preset
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def _load_or_measure(pool: ShardPool, starts: np.ndarray, encoder: Encoder, path
 
 def _map(path: Path, samples: int) -> np.memmap:
     """An empty file of LENGTHS, mapped. With room on the disk: else a full one would end the process by SIGBUS."""
-    with storage_errors(path):
+    with translate_storage_errors(path):
         mapped_S = np.lib.format.open_memmap(path, mode="w+", dtype=LENGTHS, shape=(samples,))
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -30,7 +30,7 @@ from sailvl_trainer.data.samples import KEY, Message, Sample
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.atomic import sync_directory, write_atomic
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 
 SCHEMA = pa.schema(
     [
@@ -134,7 +134,7 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         try:
             if kind is None:
-                with storage_errors(self.directory / self.name):
+                with translate_storage_errors(self.directory / self.name):
                     self._tar.close()
                     self._file.flush()
                     os.fsync(self._file.fileno())
@@ -176,7 +176,7 @@ class ShardWriter:
         """Add a member; the offset of its bytes. Headers hold no time and no owner: equal samples, equal bytes."""
         entry = tarfile.TarInfo(name)
         entry.size = len(data)
-        with storage_errors(self.directory / self.name):
+        with translate_storage_errors(self.directory / self.name):
             self._tar.addfile(entry, io.BytesIO(data))
         padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         return self._tar.offset - padded

@@ -16,7 +16,7 @@ from sailvl_trainer.evaluate.tsv import Question
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class KeptAnswers:
 
     def add(self, benchmark: str, batch: Sequence[Question], answers: list[str]) -> None:
         """On the disk when it returns."""
-        with storage_errors(self._path), self._path.open("ab") as file:
+        with translate_storage_errors(self._path), self._path.open("ab") as file:
             file.write(encode(_Line(benchmark=benchmark, batch=_fingerprint(batch), answers=answers)) + b"\n")
             file.flush()
             os.fsync(file.fileno())

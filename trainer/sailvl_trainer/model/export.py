@@ -13,7 +13,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 from sailvl_trainer.model.presets import Preset
 from sailvl_trainer.model.processor import write_processor
 from sailvl_trainer.storage.atomic import sync_directory, sync_file
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 
 
 def export_model(
@@ -33,7 +33,7 @@ def export_model(
         shutil.rmtree(stale, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with storage_errors(temporary):
+        with translate_storage_errors(temporary):
             model.save_pretrained(temporary, safe_serialization=True)
             tokenizer.save_pretrained(temporary)
             write_processor(preset, temporary)

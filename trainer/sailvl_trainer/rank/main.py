@@ -24,7 +24,7 @@ from sailvl_trainer.rank.settings import Settings, read_settings
 from sailvl_trainer.rank.termination import exit_rank
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode, read_stage
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 from sailvl_trainer.storage.lineage import check_not_superseded, claim_stage
 
 MODULES = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
@@ -57,7 +57,7 @@ def run_stage(settings: Settings, *, rank: int, local_rank: int) -> Result:
         logger.info("the result is there already, in %s", found.output)
         return found
     module = importlib.import_module(f"sailvl_trainer.{MODULES[stage.kind]}.stage")
-    with storage_errors(context.files.output, root=context.files.output):
+    with translate_storage_errors(context.files.output, root=context.files.output):
         result: Result = module.run(context)
         _finish(context, result)
     logger.info("%s %s done in %.1f s", stage.kind, stage.stage, time.time() - started)

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from sailvl_trainer.contract import Checkpoint, Phase, Progress, Stage
 from sailvl_trainer.rank.metrics import TrainerMetrics
 from sailvl_trainer.storage.codec import decode, encode, keep_finite
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 
 RESTARTS_VARIABLE = "SAILVL_RESTARTS_SO_FAR"
 """Set for ranks by their agent."""
@@ -98,7 +98,7 @@ class Telemetry:
         if self._path is None:
             return
         temporary = self._path.with_suffix(".tmp")
-        with storage_errors(self._path):
+        with translate_storage_errors(self._path):
             temporary.write_bytes(encode(self.progress))
             temporary.replace(self._path)
 

@@ -1,4 +1,8 @@
-"""Write files so that readers, and crashes, see all of them or nothing."""
+"""Write files so that a reader, or a crash, finds either the whole new file or the old one.
+
+Every document on the shared storage is written with `write_atomic`. Large files (shards, weights) are written in place
+and made durable with `sync_file` and `sync_directory` before the manifest that lists them is written.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,19 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees all of it or nothing: temporary file, fsync, rename.
+    """Write a file through a temporary file, fsync and rename; missing parent directories are created.
 
-    Raises StorageError where the volume is full or gone.
+    Raises StorageError if the volume is full or unavailable.
     """
-    with storage_errors(path):
+    with translate_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with storage_errors(path):  # within the block that removes the file, so that it finds the volume still full
+        with translate_storage_errors(path):  # before the cleanup below, so that the message reports the full volume
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -34,13 +38,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make what somebody else wrote last through a power loss."""
+    """Flush a file to disk (fsync), so that content written by another library survives a power loss."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory last through a power loss."""
+    """Flush a directory to disk (fsync), so that files created or renamed in it survive a power loss."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,8 @@
-"""Encode and decode the JSON documents of the contract."""
+"""Encode and decode the JSON documents of the contract, and read the two that both processes need.
+
+The worker and its ranks read the stage config with `read_stage`; the worker reads its ranks' progress with
+`read_progress`.
+"""
 
 from __future__ import annotations
 
@@ -14,62 +18,67 @@ from sailvl_trainer.errors import ConfigError
 
 T = TypeVar("T")
 
-CONFIGS = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
-"""Kind → the field of the stage document that holds its settings."""
+SETTINGS_FIELDS = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
+"""Field of the stage config that holds the settings, by the kind of the stage."""
 
 
 def decode(type_: type[T], data: bytes | str) -> T:
-    """JSON to one of the contract's types. Raises msgspec.ValidationError, a ValueError, that names the field."""
+    """Decode JSON into one of the contract's types.
+
+    Raises msgspec.ValidationError, a ValueError that names the field, if the document doesn't fit the type.
+    """
     return msgspec.json.decode(data, type=type_)
 
 
 def encode(document: Any) -> bytes:
-    """One of the contract's documents, or plain data, as JSON."""
+    """Encode one of the contract's documents, or plain data, as JSON."""
     return msgspec.json.encode(document)
 
 
 def keep_finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without NaN and infinity, which JSON has no words for: they would become null, and the document unreadable."""
+    """Return the metrics without NaN and infinity, which JSON can't represent: they would be written as null."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def read_stage(path: Path) -> Stage:
-    """The stage document. Raises ConfigError for one that this version can't carry out."""
+    """Read and check the stage config. Raises ConfigError if this version of the trainer can't run it."""
     try:
         data = path.read_bytes()
-        _require_version(path, decode(dict[str, Any], data).get("schema_version"))
+        _check_version(path, decode(dict[str, Any], data).get("schema_version"))
         stage = decode(Stage, data)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"stage document {path}: {error}") from error
-    _require_settings(path, stage)
+        raise ConfigError(f"can't read the stage config {path}: {error}") from error
+    _check_settings(path, stage)
     if not Path(stage.output).is_relative_to(stage.storage):
-        raise ConfigError(f"stage document {path}: output {stage.output} is not below storage {stage.storage}")
+        raise ConfigError(
+            f"stage config {path}: output {stage.output} is not below storage {stage.storage}; set a directory in it"
+        )
     return stage
 
 
 def read_progress(path: Path) -> Progress | None:
-    """How far a rank is; None: it hasn't said."""
+    """Return a rank's progress document, or None if the rank has not written one yet."""
     try:
         return decode(Progress, path.read_bytes())
     except FileNotFoundError:
         return None
 
 
-def _require_version(path: Path, version: Any) -> None:
-    """Before anything else is looked at: another version may hold anything."""
+def _check_version(path: Path, version: Any) -> None:
+    """Refuse another schema version before any other field is read, because its fields may mean something else."""
     if version != SCHEMA_VERSION:
         raise ConfigError(
-            f"stage document {path} has schema version {version}, this trainer reads {SCHEMA_VERSION}; "
+            f"stage config {path} has schema version {version}, but this trainer supports {SCHEMA_VERSION}; "
             "use a trainer image of the operator's version"
         )
 
 
-def _require_settings(path: Path, stage: Stage) -> None:
+def _check_settings(path: Path, stage: Stage) -> None:
+    """Require exactly one group of settings, the one that belongs to the kind of the stage."""
     given = [name for name in ("curate", "train", "evaluate") if getattr(stage, name) is not None]
     if len(given) != 1:
-        raise ConfigError(f"stage document {path}: give exactly one of curate, train, evaluate; it has {given}")
-    if given != [CONFIGS[stage.kind]]:
+        raise ConfigError(f"stage config {path} has {given}; set exactly one of curate, train, evaluate")
+    if given != [SETTINGS_FIELDS[stage.kind]]:
         raise ConfigError(
-            f"stage document {path}: a stage of kind {stage.kind} has its settings in {CONFIGS[stage.kind]}; "
-            f"it has {given[0]}"
+            f"stage config {path} has {given[0]}, but a stage of kind {stage.kind} needs {SETTINGS_FIELDS[stage.kind]}"
         )

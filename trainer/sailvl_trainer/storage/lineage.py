@@ -1,8 +1,8 @@
-"""Which attempt is the newest, which checkpoint it starts from and what it leaves out: one chain, whoever still writes.
+"""The chain of a stage's attempts: which one is the newest, which checkpoint it started from and which data it skips.
 
-An attempt claims the stage by creating ATTEMPTS_DIR/<attempt>.json, before it looks for a checkpoint. From then on an
-older attempt, cut off but alive, meets the file and ends: it saves and prunes no more and can't write the result. What
-it had begun to write stays in its own directory, off the chain.
+An attempt claims the stage by creating `attempts/<attempt>.json` before it chooses a checkpoint. From then on an older
+attempt that still runs finds the file and stops: it neither saves nor deletes checkpoints nor writes the result. Files
+that it had begun to write are in its own directory, which no later attempt reads.
 """
 
 from __future__ import annotations
@@ -18,39 +18,43 @@ from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinit
 from sailvl_trainer.errors import Preempted, StorageError
 from sailvl_trainer.storage.atomic import sync_directory, write_atomic
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.errors import describe_unavailable, storage_errors
+from sailvl_trainer.storage.errors import describe_unavailable, translate_storage_errors
 from sailvl_trainer.storage.layout import StageFiles
 
 
 def claim_stage(files: StageFiles, attempt: int) -> None:
-    """Cut off all older attempts; a restart in place claims again. Raises Preempted for one that is cut off itself."""
-    _require_no_later(files, attempt)
+    """Claim the stage for an attempt, which supersedes all older ones; a restart in place may claim it again.
+
+    Raises Preempted if a later attempt has claimed the stage.
+    """
+    _check_no_later_attempt(files, attempt)
     with suppress(FileExistsError):
-        _create(lineage_path(files, attempt))
+        _create_exclusively(lineage_path(files, attempt))
 
 
 def check_not_superseded(files: StageFiles, attempt: int) -> None:
-    """Before anything that attempts share is written. Raises Preempted once a later attempt has claimed the stage.
+    """Check, before writing anything that attempts share, that the attempt still owns the stage.
 
-    Raises StorageError where this attempt's own claim is gone: all would be written into the bare folder under a volume
-    that isn't mounted any more.
+    Raises Preempted if a later attempt has claimed the stage. Raises StorageError if the attempt's own claim is
+    missing, because then the volume is unmounted and a write would go into the directory below its mount point.
     """
-    _require_no_later(files, attempt)
+    _check_no_later_attempt(files, attempt)
     path = lineage_path(files, attempt)
     if not path.exists():
         raise StorageError(describe_unavailable(path, errno.ENOENT))
 
 
 def find_newest_attempt(files: StageFiles) -> int:
-    """The latest attempt that has claimed the stage; 0: none."""
+    """Return the number of the latest attempt that has claimed the stage, or 0 if none has."""
     names = (path.stem for path in files.attempts.glob("*.json"))
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def begin_attempt(files: StageFiles, attempt: int) -> Lineage:
-    """Where an attempt starts and what it leaves out. Called by one rank.
+    """Claim the stage and return the checkpoint that the attempt starts from and the steps that it skips.
 
-    The first call writes the attempt's lineage; a restart in place goes on from its own newest checkpoint.
+    Only one rank calls this. The first call writes the attempt's lineage; after a restart in place, the attempt
+    resumes from its own newest checkpoint.
     """
     claim_stage(files, attempt)
     lineage = read_lineage(files, attempt)
@@ -63,20 +67,23 @@ def begin_attempt(files: StageFiles, attempt: int) -> Lineage:
 
 
 def read_lineage(files: StageFiles, attempt: int) -> Lineage | None:
-    """None for an attempt that never began, or that ended between claiming the stage and looking for its start."""
+    """Return an attempt's lineage, or None if the attempt never chose a checkpoint (its claim is missing or empty)."""
     path = lineage_path(files, attempt)
     data = path.read_bytes() if path.exists() else b""
     return decode(Lineage, data) if data else None
 
 
 def read_non_finite(files: StageFiles, attempt: int) -> NonFinite | None:
-    """Why an attempt ended with NON_FINITE; None: it didn't."""
+    """Return the record of an attempt that ended with NON_FINITE, or None if it ended otherwise."""
     path = non_finite_path(files, attempt)
     return decode(NonFinite, path.read_bytes()) if path.exists() else None
 
 
 def iter_checkpoints(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
-    """Whole checkpoints that an attempt's weights came through, newest first: its own, then back along the lineage."""
+    """Yield the complete checkpoints that an attempt's weights descend from, newest first.
+
+    They are the attempt's own, then those of each earlier attempt of its lineage up to the step it was left at.
+    """
     last: int | None = None
     while True:
         own = sorted(files.checkpoint_dir(attempt, 0).parent.glob(f"step-*/{MANIFEST_FILE}"), reverse=True)
@@ -90,19 +97,20 @@ def iter_checkpoints(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
 
 
 def lineage_path(files: StageFiles, attempt: int) -> Path:
-    """Where an attempt's lineage is."""
+    """Return the path of an attempt's lineage."""
     return files.attempts / f"{attempt}.json"
 
 
 def non_finite_path(files: StageFiles, attempt: int) -> Path:
-    """Where an attempt says why it ended with NON_FINITE."""
+    """Return the path of the record that an attempt writes before it ends with NON_FINITE."""
     return files.attempts / f"{attempt}.non-finite.json"
 
 
 def _choose_start(files: StageFiles, attempt: int) -> tuple[Checkpoint | None, tuple[Skip, ...]]:
-    """Of the attempt after this one: the newest checkpoint, or after a number that was none one before the skip.
+    """Return the checkpoint and the skips for the attempt that follows this one.
 
-    An attempt that got past the number, since its ranks were started again in place, has overcome it.
+    The start is the newest checkpoint or, after a non-finite loss or gradient, the newest one before the skipped
+    steps. A failed attempt that has a checkpoint at or after the failed step had recovered by a restart in place.
     """
     before = next((n for n in range(attempt, 0, -1) if read_lineage(files, n) is not None), 0)
     lineage, failure = read_lineage(files, before), read_non_finite(files, before)
@@ -114,16 +122,16 @@ def _choose_start(files: StageFiles, attempt: int) -> tuple[Checkpoint | None, t
     return next(early, chain[-1] if chain else None), failure.skips
 
 
-def _require_no_later(files: StageFiles, attempt: int) -> None:
+def _check_no_later_attempt(files: StageFiles, attempt: int) -> None:
     newest = find_newest_attempt(files)
     if newest > attempt:
-        words = f"attempt {newest} has begun and goes on from a checkpoint; attempt {attempt} is cut off, ends"
-        raise Preempted(words, superseded_by=newest)
+        message = f"attempt {newest} has claimed the stage; attempt {attempt} is superseded and stops"
+        raise Preempted(message, superseded_by=newest)
 
 
-def _create(path: Path) -> None:
-    """An empty file that must not be there yet. Raises FileExistsError."""
-    with storage_errors(path):
+def _create_exclusively(path: Path) -> None:
+    """Create an empty file. Raises FileExistsError if it exists."""
+    with translate_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
         sync_directory(path.parent)

@@ -24,7 +24,7 @@ from sailvl_trainer.errors import ConfigError, DataError
 from sailvl_trainer.rank.distributed import all_gather_object
 from sailvl_trainer.storage.atomic import sync_directory, sync_file, write_atomic
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 from sailvl_trainer.train.fragments import KEYS, Fragment
 
 FORMAT = 1
@@ -100,10 +100,10 @@ def save(folder: Path, fragments: Iterable[Fragment], *, digest: str, position: 
     """
     is_first = dist.get_rank() == 0
     if is_first:
-        with storage_errors(folder):
+        with translate_storage_errors(folder):
             _clear(folder)
     dist.barrier()
-    with storage_errors(folder):
+    with translate_storage_errors(folder):
         own = _write(folder, fragments)
     written = all_gather_object(own)
     if is_first:

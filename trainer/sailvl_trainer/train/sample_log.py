@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sailvl_trainer.storage.atomic import sync_file
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import read_lineage
 
@@ -38,7 +38,7 @@ class Ledger:
 
     def _append(self, text: str) -> None:
         """Closed each time: other machines see the line, and a kill loses none."""
-        with storage_errors(self._path), self._path.open("a") as file:
+        with translate_storage_errors(self._path), self._path.open("a") as file:
             file.write(text)
 
 

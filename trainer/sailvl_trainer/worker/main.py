@@ -19,7 +19,7 @@ from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.settings import Settings, read_settings, read_termination_log
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode, read_stage
-from sailvl_trainer.storage.errors import storage_errors
+from sailvl_trainer.storage.errors import translate_storage_errors
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.worker.exit import Exit
 from sailvl_trainer.worker.ranks import Ranks
@@ -52,7 +52,7 @@ def _work(settings: Settings, ranks: Ranks, rank_module: str, end: Exit) -> Term
     stage = read_stage(settings.stage_file)
     start_watchdog(ranks, scratch, limits=_limits(settings, stage), nodes=settings.nodes, end=end)
     files = StageFiles(stage)
-    with storage_errors(files.output):
+    with translate_storage_errors(files.output):
         found = files.find_result()
     if found is not None:
         return _succeeded(settings, found)

@@ -128,7 +128,7 @@ def test_a_job_that_somebody_else_suspends_waits_for_them() -> None:
 def test_attempts_that_a_deleted_run_of_this_name_left_are_passed_by_at_once() -> None:
     world = World(spec={"stages": SPEC["stages"][2:3]})
     world.settle()
-    world.end(0, 75, message="attempt 11 has begun; attempt 1 is cut off, ends", superseded_by=11)
+    world.end(0, 75, message="attempt 11 has claimed the stage; attempt 1 is superseded and stops", superseded_by=11)
     world.end(1, 76)
     world.settle()
     assert [a.document.attempt for a in world.started] == [1, 12]

@@ -1,4 +1,4 @@
-"""One chain of attempts: where each starts, what it leaves out, and that an older one which still lives harms none."""
+"""Attempts of a stage form one chain: each has one start, and a superseded attempt that still runs changes nothing."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def files(tmp_path: Path) -> StageFiles:
     return StageFiles(build_stage(tmp_path))
 
 
-def complete(files: StageFiles, attempt: int, step: int) -> Checkpoint:
+def write_checkpoint(files: StageFiles, attempt: int, step: int) -> Checkpoint:
     write_atomic(files.checkpoint_dir(attempt, step) / MANIFEST_FILE, b"{}")
     return Checkpoint(step=step, path=files.relative_path(files.checkpoint_dir(attempt, step)))
 
 
-def fail(files: StageFiles, attempt: int, step: int, *skips: Skip) -> None:
-    """The attempt met a loss that was no number."""
+def write_non_finite(files: StageFiles, attempt: int, step: int, *skips: Skip) -> None:
+    """Write the record of an attempt whose loss was not finite; its last skip is the new one."""
     record = NonFinite(
         attempt=attempt,
         step=step,
@@ -54,143 +54,145 @@ def fail(files: StageFiles, attempt: int, step: int, *skips: Skip) -> None:
     write_atomic(non_finite_path(files, attempt), encode(record))
 
 
-def test_an_attempt_goes_on_from_the_one_before(files: StageFiles) -> None:
+def test_attempt_starts_from_newest_complete_checkpoint(files: StageFiles) -> None:
     assert begin_attempt(files, 1) == Lineage(attempt=1, start=None)
-    complete(files, 1, 10)
-    newest = complete(files, 1, 20)
+    write_checkpoint(files, 1, 10)
+    newest = write_checkpoint(files, 1, 20)
     files.checkpoint_dir(1, 30).mkdir()  # killed while saving
     assert begin_attempt(files, 2) == Lineage(attempt=2, start=newest)
 
 
-def test_an_attempt_that_saved_nothing_hands_its_start_on(files: StageFiles) -> None:
+def test_attempt_without_checkpoint_passes_its_start_on(files: StageFiles) -> None:
     begin_attempt(files, 1)
-    newest = complete(files, 1, 10)
+    newest = write_checkpoint(files, 1, 10)
     begin_attempt(files, 2)
     claim_stage(files, 3)  # ended before it looked for its start
     assert begin_attempt(files, 4).start == newest
 
 
-def test_a_restart_in_place_goes_on_from_its_own(files: StageFiles) -> None:
+def test_restart_in_place_resumes_from_own_checkpoint(files: StageFiles) -> None:
     begin_attempt(files, 1)
-    complete(files, 1, 10)
+    write_checkpoint(files, 1, 10)
     begin_attempt(files, 2)
-    own = complete(files, 2, 20)
+    own = write_checkpoint(files, 2, 20)
     assert begin_attempt(files, 2).start == own
 
 
-def test_a_lineage_left_empty_by_a_power_loss_is_written_again(files: StageFiles) -> None:
+def test_lineage_left_empty_by_a_power_loss_is_rewritten(files: StageFiles) -> None:
     claim_stage(files, 1)
     assert read_lineage(files, 1) is None
     assert begin_attempt(files, 1).start is None
     assert json.loads(lineage_path(files, 1).read_text()) == {"attempt": 1, "start": None, "skips": []}
 
 
-def test_a_checkpoint_that_people_took_away_is_no_start(files: StageFiles) -> None:
-    """As they are told to do with a damaged one."""
+def test_deleted_checkpoint_is_not_a_start(files: StageFiles) -> None:
+    """The message about a damaged checkpoint advises to delete it."""
     begin_attempt(files, 1)
-    whole, damaged = complete(files, 1, 10), complete(files, 1, 20)
+    whole, damaged = write_checkpoint(files, 1, 10), write_checkpoint(files, 1, 20)
     assert begin_attempt(files, 2).start == damaged
     (files.storage / damaged.path / MANIFEST_FILE).unlink()
     assert begin_attempt(files, 3).start == whole
 
 
-def test_one_that_is_cut_off_tells_by_whom(files: StageFiles) -> None:
-    """So that a run whose name was another's before it passes that one's attempts by."""
+def test_superseded_attempt_names_its_successor(files: StageFiles) -> None:
+    """A new run that reuses a deleted run's name continues after that run's attempt numbers."""
     claim_stage(files, 11)
     with pytest.raises(Preempted) as caught:
         claim_stage(files, 1)
     assert caught.value.superseded_by == 11
 
 
-# What attempt 1 writes after attempt 2 has begun from its step 10.
-LATE: list[object] = [
-    pytest.param(lambda files: complete(files, 1, 50), id="a checkpoint"),
-    pytest.param(lambda files: fail(files, 1, 55, SKIP), id="that its loss was no number"),
-    pytest.param(lambda files: prune(files, 1, 1), id="nothing: it prunes"),
-    pytest.param(lambda files: (complete(files, 1, 50), prune(files, 1, 1)), id="a checkpoint, and it prunes"),
+# Writes of attempt 1 after attempt 2 has started from its step 10.
+LATE_WRITES: list[object] = [
+    pytest.param(lambda files: write_checkpoint(files, 1, 50), id="a checkpoint"),
+    pytest.param(lambda files: write_non_finite(files, 1, 55, SKIP), id="a non-finite record"),
+    pytest.param(lambda files: prune(files, 1, 1), id="nothing, but it prunes"),
+    pytest.param(lambda files: (write_checkpoint(files, 1, 50), prune(files, 1, 1)), id="a checkpoint, and it prunes"),
 ]
 
 
-@pytest.mark.parametrize("write", LATE)
-def test_what_a_cut_off_attempt_does_changes_nothing(write: Callable[[StageFiles], object], files: StageFiles) -> None:
+@pytest.mark.parametrize("write", LATE_WRITES)
+def test_superseded_attempt_changes_nothing(write: Callable[[StageFiles], object], files: StageFiles) -> None:
     begin_attempt(files, 1)
-    start = complete(files, 1, 10)
+    start = write_checkpoint(files, 1, 10)
     second = begin_attempt(files, 2)
     assert second == Lineage(attempt=2, start=start)
     write(files)
-    assert begin_attempt(files, 2) == second, "also when it is started again in place"
-    assert list(iter_checkpoints(files, 2)) == [start], "its start is there still"
+    assert begin_attempt(files, 2) == second, "also after a restart in place"
+    assert list(iter_checkpoints(files, 2)) == [start], "its start still exists"
     assert begin_attempt(files, 3) == Lineage(attempt=3, start=start)
-    own = complete(files, 3, 20)
+    own = write_checkpoint(files, 3, 20)
     prune(files, 3, 2)
     assert list(iter_checkpoints(files, 3)) == [own, start]
-    assert not files.checkpoint_dir(1, 50).exists(), "and the next to save clears it away"
+    assert not files.checkpoint_dir(1, 50).exists(), "the next attempt that saves deletes it"
 
 
-def test_a_claim_that_is_gone_means_that_the_storage_is(files: StageFiles) -> None:
+def test_missing_claim_means_unavailable_volume(files: StageFiles) -> None:
     claim_stage(files, 1)
     shutil.rmtree(files.output)
-    with pytest.raises(StorageError, match=r"the volume of \S+/attempts/1\.json is gone"):
+    with pytest.raises(StorageError, match=r"the volume of \S+/attempts/1\.json is unavailable"):
         check_not_superseded(files, 1)
 
 
 @pytest.mark.parametrize("do", [claim_stage, begin_attempt, check_not_superseded], ids=lambda f: f.__name__)
-def test_an_attempt_ends_where_a_later_one_has_begun(
+def test_attempt_stops_once_a_later_one_has_claimed_the_stage(
     do: Callable[[StageFiles, int], object], files: StageFiles
 ) -> None:
     claim_stage(files, 1)
     check_not_superseded(files, 1)
     claim_stage(files, 12)
-    with pytest.raises(Preempted, match=r"attempt 12 has begun .* attempt 1 is cut off"):
+    with pytest.raises(Preempted, match=r"attempt 12 has claimed the stage; attempt 1 is superseded"):
         do(files, 1)
     check_not_superseded(files, 12)
 
 
-def test_the_next_attempt_claims_before_it_looks(files: StageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the older one could remove what was just chosen: here it saves and prunes right after the look."""
+def test_attempt_claims_the_stage_before_it_chooses_a_checkpoint(
+    files: StageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the older attempt, which saves and prunes right after the choice here, could delete the chosen one."""
     begin_attempt(files, 1)
-    complete(files, 1, 10)
+    write_checkpoint(files, 1, 10)
 
-    def look(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
+    def list_before_a_late_save(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
         found = list(iter_checkpoints(files, attempt))
-        complete(files, 1, 20)
+        write_checkpoint(files, 1, 20)
         prune(files, 1, 1)
         return iter(found)
 
-    monkeypatch.setattr(lineage, "iter_checkpoints", look)
+    monkeypatch.setattr(lineage, "iter_checkpoints", list_before_a_late_save)
     start = begin_attempt(files, 2).start
     assert start is not None
     assert (files.storage / start.path / MANIFEST_FILE).exists()
 
 
-# saved steps of attempt 1, its failing step, (first, last) of the skip → the step that attempt 2 starts from
+# saved steps of attempt 1, its failed step, (first, last) of the skip → the step that attempt 2 starts from
 REWINDS = [
-    pytest.param([5, 10, 15], 17, (17, 17), 15, id="one batch: from the newest"),
-    pytest.param([5, 10, 15], 17, (12, 20), 10, id="a range: from before it"),
-    pytest.param([5, 10, 15], 17, (11, 20), 10, id="right before it"),
-    pytest.param([10, 15], 17, (6, 30), 10, id="the oldest there is"),
-    pytest.param([], 2, (2, 2), None, id="none was saved"),
+    pytest.param([5, 10, 15], 17, (17, 17), 15, id="one step is skipped: the newest"),
+    pytest.param([5, 10, 15], 17, (12, 20), 10, id="a range is skipped: the newest before it"),
+    pytest.param([5, 10, 15], 17, (11, 20), 10, id="the checkpoint right before the range"),
+    pytest.param([10, 15], 17, (6, 30), 10, id="none before the range: the oldest"),
+    pytest.param([], 2, (2, 2), None, id="no checkpoint"),
 ]
 
 
 @pytest.mark.parametrize(("saved", "failed", "skip", "start"), REWINDS)
-def test_after_a_number_that_was_none(
+def test_attempt_after_non_finite_starts_before_the_skipped_steps(
     saved: list[int], failed: int, skip: tuple[int, int], start: int | None, files: StageFiles
 ) -> None:
     begin_attempt(files, 1)
     for step in saved:
-        complete(files, 1, step)
+        write_checkpoint(files, 1, step)
     made = Skip(first=skip[0], last=skip[1], step=failed, failures=1)
-    fail(files, 1, failed, SKIP, made)
+    write_non_finite(files, 1, failed, SKIP, made)
     second = begin_attempt(files, 2)
     assert second.skips == (SKIP, made)
     assert (None if second.start is None else second.start.step) == start
-    assert begin_attempt(files, 3) == Lineage(attempt=3, start=second.start, skips=second.skips), "it is handed on"
+    assert begin_attempt(files, 3) == Lineage(attempt=3, start=second.start, skips=second.skips), "later attempts too"
 
 
-def test_a_failure_that_was_got_past_is_over(files: StageFiles) -> None:
-    """Its ranks were killed before they could end, started again in place, and saw a number."""
+def test_failure_before_a_later_checkpoint_is_ignored(files: StageFiles) -> None:
+    """The ranks were killed before they could exit, restarted in place, and the loss was finite."""
     begin_attempt(files, 1)
-    fail(files, 1, 17, SKIP)
-    past = complete(files, 1, 20)
+    write_non_finite(files, 1, 17, SKIP)
+    past = write_checkpoint(files, 1, 20)
     assert begin_attempt(files, 2) == Lineage(attempt=2, start=past)

@@ -120,7 +120,7 @@ def test_a_volume_that_goes_comes_back_with_all_that_was_saved(
     stage = build(disk.path, data)
     ranks = Ranks(stage, 1, [at(point, partial(lose, disk.path))])  # type: ignore[call-overload]
     assert ranks.end() == [ExitCode.STORAGE], ranks.log()
-    assert_matches(rf"^the volume of {disk.path}\S* is gone or broken .*; see that it is mounted", ranks.said().message)
+    assert_matches(rf"^the volume of {disk.path}\S* is unavailable .*; check that it is mounted", ranks.said().message)
     disk.unmount()
     assert not os.listdir(disk.path), "nothing was written where it had been"
     disk.mount()

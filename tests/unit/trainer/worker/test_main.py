@@ -1,0 +1,94 @@
+"""A worker that ends before it starts ranks, and the environment that it prepares for them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sailvl_trainer.contract import Env, ExitCode, Result, Termination
+from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.worker.main import prepare_environment
+from tests.support.builders.worker import build_stage
+
+
+def run_worker(tmp_path: Path, **environment: str) -> tuple[int, Termination]:
+    """Run a worker that ends before it starts ranks; return its exit code and termination message."""
+    log = tmp_path / "termination"
+    variables = {Env.TERMINATION_LOG: str(log), Env.SCRATCH: str(tmp_path / "s"), "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "sailvl_trainer"], env=variables | environment, timeout=30, check=False
+    )
+    return done.returncode, decode(Termination, log.read_bytes())
+
+
+def test_worker_without_stage_config_names_the_variable(tmp_path: Path) -> None:
+    code, termination = run_worker(tmp_path)
+    assert (code, termination.exit_code) == (64, 64)
+    assert "set it to the path of the stage document" in termination.message
+
+
+def test_stage_config_of_another_version_asks_for_a_matching_image(tmp_path: Path) -> None:
+    path = tmp_path / "stage.json"
+    path.write_bytes(encode(replace(build_stage(tmp_path), schema_version=9)))
+    code, termination = run_worker(tmp_path, **{Env.STAGE_FILE: str(path)})
+    assert (code, termination.exit_code) == (64, 64)
+    assert "use a trainer image of the operator's version" in termination.message
+
+
+def test_metrics_port_in_use_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "stage.json"
+    path.write_bytes(encode(build_stage(tmp_path)))
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, termination = run_worker(tmp_path, **{Env.STAGE_FILE: str(path), Env.METRICS_PORT: port})
+    assert code == ExitCode.CONFIG
+    assert f"port {port} for metrics is taken" in termination.message
+
+
+def test_existing_result_is_reported_without_starting_ranks(tmp_path: Path) -> None:
+    stage = build_stage(tmp_path)
+    path = tmp_path / "stage.json"
+    path.write_bytes(encode(stage))
+    result = Result(stage="curate", kind="curate", digest="d" * 64, attempt=1, output="demo/curate")
+    StageFiles(stage).write_result(result)
+    assert run_worker(tmp_path, **{Env.STAGE_FILE: str(path)}) == (
+        0,
+        Termination(exit_code=0, result=replace(result, reused=True)),
+    )
+
+
+def test_worker_handles_sigterm_before_it_imports_torch() -> None:
+    """The import takes seconds, in which PID 1, without a handler, would ignore the signal."""
+    code = "import sys, sailvl_trainer.worker.main; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=False).returncode
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "home"),
+    [
+        pytest.param({}, "/tmp", id="not set"),
+        pytest.param({"HOME": "/nowhere"}, "/tmp", id="missing"),
+        pytest.param({"HOME": "/var/tmp"}, "/var/tmp", id="writable"),
+    ],
+)
+def test_home_is_writable(given: dict[str, str], home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: path in ("/tmp", "/var/tmp"))  # root may write anywhere
+    prepare_environment(given)
+    assert given == {"HOME": home, "USER": "sailvl", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def test_variables_that_are_set_are_kept() -> None:
+    given = {"HOME": "/tmp", "USER": "me", "HF_HUB_DISABLE_PROGRESS_BARS": "0", "HF_HOME": "/data/hf"}
+    environment = dict(given)
+    prepare_environment(environment)
+    assert environment == given
