@@ -170,18 +170,18 @@ def test_causes_are_listed_in_order_of_precedence() -> None:
 def test_budgets_and_exit_codes_match_the_code(cause: Cause) -> None:
     rows = {row[0]: row[1:] for row in read_table(read_section(OPERATIONS, "Causes and budgets"))}
     seen_as, restarts = rows[cause]
-    assert codes_in(seen_as) == {code for code, of in _CAUSE_OF_CODE.items() if of is cause}
+    assert codes_in(seen_as) == {code for code, known in _CAUSE_OF_CODE.items() if known is cause}
     policy = RestartPolicy(max_restarts=111, max_infra_restarts=222)
-    words = {None: "any number", 111: "maxRestarts", 222: "maxInfraRestarts"}
+    texts = {None: "any number", 111: "maxRestarts", 222: "maxInfraRestarts"}
     allowed = budget(cause, policy)
-    assert restarts.split(",")[0] == words.get(allowed, str(allowed))
+    assert restarts.split(",")[0] == texts.get(allowed, str(allowed))
 
 
 def test_every_exit_code_has_cause_and_advice() -> None:
     rows = read_table(read_section(QUICKSTART, "StageFailed"))
-    told = {code: row[1] for row in rows for code in codes_in(row[0])}
-    assert told == {int(code): cause.value for code, cause in _CAUSE_OF_CODE.items()}
-    assert {int(code) for code in ExitCode} - {0} <= set(told)
+    listed = {code: row[1] for row in rows for code in codes_in(row[0])}
+    assert listed == {int(code): cause.value for code, cause in _CAUSE_OF_CODE.items()}
+    assert {int(code) for code in ExitCode} - {0} <= set(listed)
 
 
 def test_reasons_of_stuck_runs_are_explained() -> None:

@@ -113,8 +113,10 @@ def test_every_query_uses_existing_series_and_labels() -> None:
             assert name in series, f"{title}: {name}"
             labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
             assert labels <= series[name] | TARGET_LABELS, f"{title}: {name}{{{selector}}}"
-        kept = {label.strip() for by in re.findall(r"\bby \(([^)]*)\)", query) for label in by.split(",")}
-        assert kept <= set().union(*(series[name] for name, _ in used)) | TARGET_LABELS | {"le"}, f"{title}: by {kept}"
+        grouping = {label.strip() for by in re.findall(r"\bby \(([^)]*)\)", query) for label in by.split(",")}
+        assert grouping <= set().union(*(series[name] for name, _ in used)) | TARGET_LABELS | {"le"}, (
+            f"{title}: by {grouping}"
+        )
 
 
 def test_legends_and_annotations_use_labels_of_the_query() -> None:
@@ -126,8 +128,8 @@ def test_legends_and_annotations_use_labels_of_the_query() -> None:
     for group in find(objects, "PrometheusRule")["spec"]["groups"]:
         texts += [(r["expr"], " ".join(r["annotations"].values()), r"\$labels\.(\w+)") for r in group["rules"]]
     for query, text, pattern in texts:
-        kept = {label.strip() for by in re.findall(r"\bby \(([^)]*)\)", query) for label in by.split(",")}
-        assert set(re.findall(pattern, text)) <= kept, query
+        grouping = {label.strip() for by in re.findall(r"\bby \(([^)]*)\)", query) for label in by.split(",")}
+        assert set(re.findall(pattern, text)) <= grouping, query
 
 
 PANELS = [
@@ -144,14 +146,14 @@ def test_dashboard_has_all_panels_without_overlap() -> None:
     panels = json.loads(config["data"]["sailvl.json"])["panels"]
     assert set(PANELS) <= {panel["title"] for panel in panels}
     assert len({panel["id"] for panel in panels}) == len(panels)
-    taken = Tally(
+    occupied = Tally(
         (column, line)
         for g in (panel["gridPos"] for panel in panels)
         for column in range(g["x"], g["x"] + g["w"])
         for line in range(g["y"], g["y"] + g["h"])
     )
-    assert max(taken.values()) == 1, "panels overlap"
-    assert max(column for column, _ in taken) == 23
+    assert max(occupied.values()) == 1, "panels overlap"
+    assert max(column for column, _ in occupied) == 23
 
 
 def test_alerts_are_complete_and_select_this_release() -> None:
