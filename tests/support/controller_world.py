@@ -26,17 +26,16 @@ from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.controller import Controller, handle_run_event
 from sailvl_operator.metrics import Metrics
 from sailvl_operator.settings import ApiSettings, DiagnosticsSettings, ProgressSettings
-from tests.support.apiserver.server import Anonymous, FakeApi, serve
+from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
+from tests.support.apiserver.store import NEW_YEAR_2026
 
 KEY = ("team", "demo")
-NEW_YEAR_2026 = 1_767_225_600.0
-"""When every object of the fake API server was made."""
 
 
 class World:
     """An operator's engine, fed with the API server's runs as kopf would."""
 
-    def __init__(self, api: FakeApi, client: Client) -> None:
+    def __init__(self, api: FakeApiServer, client: Client) -> None:
         self.api, self.client = api, client
         started = time.monotonic()
         self.clock = lambda: NEW_YEAR_2026 + time.monotonic() - started
@@ -75,7 +74,7 @@ class World:
         if old is not None:
             document = {**copy.deepcopy(old), "spec": document["spec"]}
             document["metadata"]["generation"] += 1
-        self.see(await self.api.put("sailvlruns", document))
+        self.see(self.api.put("sailvlruns", document))
 
     def see(self, raw: dict[str, Any], type_: str = "MODIFIED") -> None:
         handle_run_event(type_, copy.deepcopy(raw), self.runs, self.queue)
@@ -94,7 +93,7 @@ class World:
     async def add_pods(self, stage: str, attempt: int = 1, nodes: int = 1, phase: str = "Running") -> None:
         """What the Job controller and the kubelet do."""
         for index in range(nodes):
-            await self.api.put("pods", make_pod(stage, attempt, index, phase))
+            self.api.put("pods", make_pod(stage, attempt, index, phase))
 
     async def end_pod(self, stage: str, attempt: int, index: int, code: int, **message: Any) -> None:
         pod = make_pod(stage, attempt, index, "Failed" if code else "Succeeded")
@@ -102,7 +101,7 @@ class World:
         pod["status"]["containerStatuses"] = [
             {"name": names.CONTAINER, "state": {"terminated": {"exitCode": code, "message": words}}}
         ]
-        await self.api.put("pods", pod)
+        self.api.put("pods", pod)
 
     async def until(self, condition) -> None:
         async with asyncio.timeout(5):
@@ -137,10 +136,10 @@ def make_pod(stage: str, attempt: int, index: int, phase: str) -> dict[str, Any]
 
 @asynccontextmanager
 async def running():
-    api = FakeApi()
+    api = FakeApiServer()
     async with (
         serve(api) as url,
-        Client(Credentials(Anonymous(url)), ApiSettings(backoff=0.001), lambda *_: None) as client,
+        Client(Credentials(AnonymousConfiguration(url)), ApiSettings(backoff=0.001), lambda *_: None) as client,
     ):
         world = World(api, client)
         parts = [world.children.run(), world.recorder.run(), world.controller.run(2)]

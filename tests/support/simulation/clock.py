@@ -1,6 +1,6 @@
-"""An event loop in which time passes only when nothing is left to do, and then at once; for walks through hours.
+"""An event loop in virtual time: when no task can run, the clock jumps to the next timer. Hours pass in seconds.
 
-Everything that happens in it follows from what was asked of it and from the seed of `random`: a walk can be repeated.
+There are no sockets and no threads, so with a seeded `random` everything that happens can be repeated.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class _NoWaiting(selectors.SelectSelector):
-    """Waits for no file: the time asked for has passed when it answers."""
+class _InstantSelector(selectors.SelectSelector):
+    """A selector without files that advances its clock by the timeout instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,23 +22,23 @@ class _NoWaiting(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise RuntimeError("every task waits for another, and no timer is set: nothing will ever happen")
+            raise RuntimeError("deadlock: every task waits for another and no timer is set")
         self.now += max(0.0, timeout)
         return []
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """No sockets, no threads, no signals: only tasks and timers."""
+    """Runs tasks and timers only; sockets, threads and signals don't work."""
 
     def __init__(self) -> None:
-        self._time = _NoWaiting()
+        self._time = _InstantSelector()
         super().__init__(self._time)
 
     def time(self) -> float:
         return self._time.now
 
 
-def run_virtually(main: Coroutine[Any, Any, T]) -> T:
-    """As asyncio.run, in virtual time."""
+def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine as `asyncio.run` does, in virtual time that starts at 0."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)

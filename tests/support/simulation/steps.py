@@ -1,6 +1,6 @@
-"""The steps of the random walk: what people, workers, machines, the network and death may do to a run, and how often.
+"""The steps of the random walk: what users, workers, nodes, the network and crashes may do to a run, and how often.
 
-Each says in words what it did, or nothing when there was nothing to do.
+Each returns a description of what it did, or an empty string if it was not possible.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from typing import TYPE_CHECKING
 
 from sailvl_operator.api import names
 from sailvl_trainer.contract import ExitCode
-from tests.support.simulation.api import may_run
+from tests.support.apiserver.objects import is_active
 from tests.support.simulation.users import (
-    append_a_stage,
-    ask_for_a_restart,
-    create_the_run,
-    delete_a_job,
-    delete_a_pod,
-    delete_the_run,
-    delete_the_service,
-    edit_a_gate,
-    edit_the_image,
-    edit_the_policy,
-    edit_the_workers,
-    mend_the_spec,
-    replace_an_ended_run,
+    append_stage,
+    create_run,
+    delete_job,
+    delete_pod,
+    delete_run,
+    delete_service,
+    edit_gate,
+    edit_image,
+    edit_restart_policy,
+    edit_workers,
+    fix_spec,
+    replace_finished_run,
+    request_restart,
     resume,
     suspend,
-    suspend_for_a_moment,
+    suspend_briefly,
 )
 
 if TYPE_CHECKING:
-    from tests.support.simulation.walk import Walk
+    from tests.support.simulation.walk import RandomWalk
 
-_ENDS = (
+_EXIT_CODES = (
     (ExitCode.CONFIG, 1),
     (ExitCode.DATA, 1),
     (ExitCode.NON_FINITE, 3),
@@ -48,124 +48,126 @@ _ENDS = (
     (137, 4),
     (139, 4),
 )
-"""Exit codes and how often."""
+"""Exit codes of failing workers, with their weights."""
 
 
-def kueue_takes_a_place_away(walk: Walk) -> str:
-    queued = [j for j in walk.api.all("jobs") if walk.cluster.is_queued(j) and not j["spec"]["suspend"]]
+def preempt_by_kueue(walk: RandomWalk) -> str:
+    queued = [j for j in walk.api.list_objects("jobs") if walk.cluster.is_queued(j) and not j["spec"]["suspend"]]
     if not queued:
         return ""
     job = walk.rng.choice(queued)
-    walk.api.change("jobs", job, lambda new: new["spec"].update(suspend=True), by="kueue")
+    walk.api.update("jobs", job, lambda new: new["spec"].update(suspend=True), by="kueue")
     return str(job["metadata"]["name"])
 
 
-def evict_a_pod(walk: Walk) -> str:
-    pod = walk.pod(lambda p: may_run(p) and bool(p["spec"].get("nodeName")))
+def evict_pod(walk: RandomWalk) -> str:
+    pod = walk.draw_pod(lambda p: is_active(p) and bool(p["spec"].get("nodeName")))
     if pod is None:
         return ""
     walk.cluster.evict(pod, walk.rng.choice(["EvictionByEvictionAPI", "PreemptionByScheduler"]))
     return str(pod["metadata"]["name"])
 
 
-def lose_a_node(walk: Walk) -> str:
+def disconnect_node(walk: RandomWalk) -> str:
     node = walk.cluster.nodes[walk.rng.choice(sorted(walk.cluster.nodes))]
-    if sum(n.silent_since is not None for n in walk.cluster.nodes.values()) > 1 or node.silent_since is not None:
+    if (
+        sum(n.unreachable_since is not None for n in walk.cluster.nodes.values()) > 1
+        or node.unreachable_since is not None
+    ):
         return ""
-    walk.cluster.silence(node)
-    walk.cluster.later(5.0, 900.0, walk.cluster.bring_back, node)
+    walk.cluster.disconnect(node)
+    walk.cluster.call_later(5.0, 900.0, walk.cluster.reconnect, node)
     return node.name
 
 
-def a_node_is_removed(walk: Walk) -> str:
-    """For good; the garbage collector of pods ends what was on it. Another takes its place."""
+def remove_node(walk: RandomWalk) -> str:
+    """Remove a node for good; the pod garbage collector ends its pods, and an empty node replaces it."""
     node = walk.rng.choice(sorted(walk.cluster.nodes))
-    walk.cluster.remove(walk.cluster.nodes[node])
+    walk.cluster.remove_node(walk.cluster.nodes[node])
     return node
 
 
-def a_node_returns(walk: Walk) -> str:
-    silent = [n for n in walk.cluster.nodes.values() if n.silent_since is not None]
+def reconnect_node(walk: RandomWalk) -> str:
+    silent = [n for n in walk.cluster.nodes.values() if n.unreachable_since is not None]
     if not silent:
         return ""
     node = walk.rng.choice(silent)
-    walk.cluster.bring_back(node)
+    walk.cluster.reconnect(node)
     return node.name
 
 
-def the_cluster_is_full(walk: Walk) -> str:
+def fill_cluster(walk: RandomWalk) -> str:
     walk.cluster.is_full = True
-    walk.cluster.later(5.0, 500.0, lambda: setattr(walk.cluster, "is_full", False))
+    walk.cluster.call_later(5.0, 500.0, lambda: setattr(walk.cluster, "is_full", False))
     return "for a while"
 
 
-def the_image_is_gone(walk: Walk) -> str:
-    walk.cluster.is_image_gone = True
-    walk.cluster.later(5.0, 500.0, lambda: setattr(walk.cluster, "is_image_gone", False))
+def remove_image(walk: RandomWalk) -> str:
+    walk.cluster.is_image_missing = True
+    walk.cluster.call_later(5.0, 500.0, lambda: setattr(walk.cluster, "is_image_missing", False))
     return "for a while"
 
 
-def workers_work(walk: Walk) -> str:
-    gang = walk.gang()
+def train_some_steps(walk: RandomWalk) -> str:
+    gang = walk.draw_gang()
     if gang is None:
         return ""
-    walk.cluster.workers.work(gang, walk.rng.randrange(1, 80), saves=walk.rng.random() < 0.4)
-    return f"{gang.document.stage} {gang.document.attempt}: step {gang.step}"
+    walk.cluster.workers.train(gang, walk.rng.randrange(1, 80), saves=walk.rng.random() < 0.4)
+    return f"{gang.stage.stage} {gang.stage.attempt}: step {gang.step}"
 
 
-def ranks_restart_in_place(walk: Walk) -> str:
-    gang = walk.gang()
+def restart_ranks_in_place(walk: RandomWalk) -> str:
+    gang = walk.draw_gang()
     if gang is None:
         return ""
     walk.cluster.workers.restart_in_place(gang)
-    return f"{gang.document.stage} {gang.document.attempt}: step {gang.step}"
+    return f"{gang.stage.stage} {gang.stage.attempt}: step {gang.step}"
 
 
-def workers_succeed(walk: Walk) -> str:
-    gang = walk.gang()
+def finish_stage(walk: RandomWalk) -> str:
+    gang = walk.draw_gang()
     if gang is None:
         return ""
-    says = walk.rng.random() < 0.9
-    walk.cluster.workers.finish(gang, says_result=says)
-    return f"{gang.document.stage} {gang.document.attempt}{'' if says else ', the message is lost'}"
+    reports = walk.rng.random() < 0.9
+    walk.cluster.workers.finish(gang, reports_result=reports)
+    return f"{gang.stage.stage} {gang.stage.attempt}{'' if reports else ', the termination message is lost'}"
 
 
-def a_worker_fails(walk: Walk) -> str:
-    pod = walk.pod(lambda p: p["status"]["phase"] == "Running")
+def fail_worker(walk: RandomWalk) -> str:
+    pod = walk.draw_pod(lambda p: p["status"]["phase"] == "Running")
     if pod is None:
         return ""
-    code = walk.rng.choices([c for c, _ in _ENDS], [w for _, w in _ENDS])[0]
+    code = walk.rng.choices([c for c, _ in _EXIT_CODES], [w for _, w in _EXIT_CODES])[0]
     reason = "OOMKilled" if code == 137 and walk.rng.random() < 0.3 else "Error"
     message = walk.rng.choice([None, None, "", "Killed\n", '{"exit_code": 1, "mess'])
     walk.cluster.workers.crash(pod, int(code), reason=reason, message=message)
     return f"{pod['metadata']['name']}: {int(code)} {reason}"
 
 
-def the_api_is_troubled(walk: Walk) -> str:
-    weather, draw = walk.weather, walk.rng.choice
-    weather.refused, weather.lost, weather.slow = draw([0.0, 0.1, 0.5]), draw([0.0, 0.1, 0.4]), draw([0.0, 0.0, 0.1])
-    weather.lag = draw([0.05, 1.0, 20.0])
-    walk.cluster.later(5.0, 200.0, weather.clear_up)
-    return str(weather)
+def degrade_network(walk: RandomWalk) -> str:
+    conditions, draw = walk.network.conditions, walk.rng.choice
+    conditions.error_rate, conditions.lost_answer_rate = draw([0.0, 0.1, 0.5]), draw([0.0, 0.1, 0.4])
+    conditions.slow_rate, conditions.max_watch_delay_seconds = draw([0.0, 0.0, 0.1]), draw([0.05, 1.0, 20.0])
+    walk.cluster.call_later(5.0, 200.0, conditions.reset)
+    return str(conditions)
 
 
-def the_network_is_cut(walk: Walk) -> str:
-    """Between the operator and the API server; perhaps for longer than history lasts."""
-    walk.weather.refused, is_long = 1.0, walk.rng.random() < 0.5
-    for watch in walk.api.watches:
-        watch.cut()
+def cut_network(walk: RandomWalk) -> str:
+    """Cut the operator off from the API server, half the time until the history has been compacted."""
+    walk.network.conditions.error_rate, is_long = 1.0, walk.rng.random() < 0.5
+    walk.network.cut_watches()
 
     def heal() -> None:
-        walk.weather.clear_up()
+        walk.network.conditions.reset()
         if is_long:
-            walk.api.forget_history()
+            walk.api.compact()
 
-    walk.cluster.later(1.0, 100.0, heal)
-    return "for long" if is_long else "for a while"
+    walk.cluster.call_later(1.0, 100.0, heal)
+    return "until the history is compacted" if is_long else "for a while"
 
 
-def a_stranger_takes_a_name(walk: Walk) -> str:
-    """Of a Job or of the Service that the operator may want to make; for a while."""
+def occupy_name(walk: RandomWalk) -> str:
+    """Create an object under the name of a Job or Service that the operator may create next; remove it later."""
     stages = [s for s in walk.status.stages if s.state not in ("Succeeded", "Failed")]
     if not stages:
         return ""
@@ -176,15 +178,17 @@ def a_stranger_takes_a_name(walk: Walk) -> str:
     if walk.api.get(plural, "team", name) is not None:
         return ""
     metadata = {"name": name, "namespace": "team", "labels": {}}
-    made = walk.api.create(plural, {"metadata": metadata, "spec": {"suspend": True, "completions": 0}}, by="a stranger")
-    walk.cluster.later(1.0, 300.0, walk.cluster.remove_if_there, plural, made["metadata"]["uid"])
+    created = walk.api.create(
+        plural, {"metadata": metadata, "spec": {"suspend": True, "completions": 0}}, by="another client"
+    )
+    walk.cluster.call_later(1.0, 300.0, walk.cluster.remove_if_present, plural, created["metadata"]["uid"])
     return f"{plural}/{name}"
 
 
-def a_watch_breaks(walk: Walk) -> str:
-    if not walk.api.watches:
+def break_watch(walk: RandomWalk) -> str:
+    if not walk.network.open_watches:
         return ""
-    watch = walk.rng.choice(walk.api.watches)
+    watch = walk.rng.choice(walk.network.open_watches)
     if walk.rng.random() < 0.2:
         watch.is_hanging = True
         return "it hangs"
@@ -192,87 +196,86 @@ def a_watch_breaks(walk: Walk) -> str:
     return "it is cut"
 
 
-def history_is_compacted(walk: Walk) -> str:
-    walk.api.forget_history()
-    for watch in walk.api.watches:
-        watch.cut()
+def compact_history(walk: RandomWalk) -> str:
+    walk.api.compact()
+    walk.network.cut_watches()
     return f"before {walk.api.oldest_version}"
 
 
-async def the_operator_is_killed(walk: Walk) -> str:
+async def kill_operator(walk: RandomWalk) -> str:
     if walk.operator is None:
         return ""
-    await walk.end()
+    await walk.kill_operator()
     if walk.rng.random() < 0.7:
-        walk.start()
+        walk.start_operator()
         return "and starts again"
     return "and stays away"
 
 
-def the_operator_will_die_at_a_write(walk: Walk) -> str:
-    if walk.wire is None:
+def crash_operator_at_write(walk: RandomWalk) -> str:
+    if walk.connection is None:
         return ""
     number, before = walk.rng.choice([1, 1, 2, 3]), walk.rng.random() < 0.5
-    walk.wire.die_at_write(number, before=before)
+    walk.connection.die_at_write(number, before=before)
     return f"{'before' if before else 'after'} {number} writes"
 
 
-def the_operator_starts(walk: Walk) -> str:
+def start_operator(walk: RandomWalk) -> str:
     if walk.operator is not None:
         return ""
-    walk.start()
-    return f"life {walk.lives}"
+    walk.start_operator()
+    return f"operator process {walk.operator_count}"
 
 
-def the_clock_jumps(walk: Walk) -> str:
+def jump_clock(walk: RandomWalk) -> str:
     seconds = walk.rng.choice([1.0, 30.0, 4000.0])
-    walk.jumped += seconds
+    walk.clock_offset_seconds += seconds
     return f"{seconds} s"
 
 
-async def all_calms_down(walk: Walk) -> str:
-    await walk.calm()
+async def check_quiescence(walk: RandomWalk) -> str:
+    await walk.check_quiescence()
     return "and nothing was written"
 
 
-Step = Callable[["Walk"], str | Awaitable[str]]
-STEPS: tuple[tuple[Step, int], ...] = (
-    (create_the_run, 40),
-    (replace_an_ended_run, 20),
-    (delete_the_run, 1),
+WalkStep = Callable[["RandomWalk"], str | Awaitable[str]]
+STEPS: tuple[tuple[WalkStep, int], ...] = (
+    (create_run, 40),
+    (replace_finished_run, 20),
+    (delete_run, 1),
     (suspend, 2),
-    (suspend_for_a_moment, 2),
+    (suspend_briefly, 2),
     (resume, 8),
-    (edit_the_workers, 2),
-    (edit_the_policy, 2),
-    (edit_the_image, 1),
-    (edit_a_gate, 1),
-    (mend_the_spec, 3),
-    (ask_for_a_restart, 1),
-    (kueue_takes_a_place_away, 3),
-    (append_a_stage, 1),
-    (delete_a_pod, 3),
-    (delete_a_job, 1),
-    (delete_the_service, 1),
-    (evict_a_pod, 2),
-    (lose_a_node, 2),
-    (a_node_returns, 1),
-    (a_node_is_removed, 1),
-    (the_cluster_is_full, 1),
-    (the_image_is_gone, 1),
-    (workers_work, 16),
-    (ranks_restart_in_place, 1),
-    (workers_succeed, 8),
-    (a_worker_fails, 8),
-    (the_api_is_troubled, 2),
-    (the_network_is_cut, 1),
-    (a_stranger_takes_a_name, 1),
-    (a_watch_breaks, 3),
-    (history_is_compacted, 1),
-    (the_operator_is_killed, 2),
-    (the_operator_will_die_at_a_write, 4),
-    (the_operator_starts, 30),
-    (the_clock_jumps, 1),
-    (all_calms_down, 1),
+    (edit_workers, 2),
+    (edit_restart_policy, 2),
+    (edit_image, 1),
+    (edit_gate, 1),
+    (fix_spec, 3),
+    (request_restart, 1),
+    (preempt_by_kueue, 3),
+    (append_stage, 1),
+    (delete_pod, 3),
+    (delete_job, 1),
+    (delete_service, 1),
+    (evict_pod, 2),
+    (disconnect_node, 2),
+    (reconnect_node, 1),
+    (remove_node, 1),
+    (fill_cluster, 1),
+    (remove_image, 1),
+    (train_some_steps, 16),
+    (restart_ranks_in_place, 1),
+    (finish_stage, 8),
+    (fail_worker, 8),
+    (degrade_network, 2),
+    (cut_network, 1),
+    (occupy_name, 1),
+    (break_watch, 3),
+    (compact_history, 1),
+    (kill_operator, 2),
+    (crash_operator_at_write, 4),
+    (start_operator, 30),
+    (jump_clock, 1),
+    (check_quiescence, 1),
 )
-"""And how often, where they are possible."""
+"""Each step with its weight."""

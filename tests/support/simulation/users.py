@@ -1,4 +1,7 @@
-"""What people do to a run on its random walk: create, edit, suspend, delete. Each says in words what it did."""
+"""Steps of the random walk that users take: create, edit, suspend and delete a run and its objects.
+
+Like all steps, each returns a description of what it did, or an empty string if it was not possible.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,20 @@ from sailvl_operator.api.status import ConditionType
 from tests.support.builders.operator import build_document
 
 if TYPE_CHECKING:
-    from tests.support.simulation.walk import Walk
+    from tests.support.simulation.walk import RandomWalk
 
 _POLICY = {"maxRestarts": 6, "maxInfraRestarts": 100, "startTimeoutSeconds": 300}
 
 
-def create_the_run(walk: Walk) -> str:
+def create_run(walk: RandomWalk) -> str:
     if walk.run is not None:
         return ""
-    run = walk.api.create("sailvlruns", build_document(**_draw_spec(walk.rng)), by="a person")
+    run = walk.api.create("sailvlruns", build_document(**_draw_spec(walk.rng)), by="a user")
     return str(run["metadata"]["uid"])
 
 
 def _draw_spec(rng: random.Random) -> dict[str, Any]:
-    """What people write."""
+    """Return a spec with drawn workers, gates and rarely used fields."""
     drawn = build_document()["spec"]
     stages = drawn["stages"]
     for stage in stages:
@@ -31,7 +34,7 @@ def _draw_spec(rng: random.Random) -> dict[str, Any]:
         if rng.random() < 0.15:
             stage["gate"] = _draw_gate(rng)
     if rng.random() < 0.4:
-        stages[3] |= {"dependsOn": ["alignment"], "initFrom": "alignment"}  # beside another
+        stages[3] |= {"dependsOn": ["alignment"], "initFrom": "alignment"}  # parallel to another stage
     workers: dict[str, Any] = {"gpusPerNode": rng.choice([0, 8])}
     if rng.random() < 0.15:
         workers["queueName"] = "training"
@@ -41,7 +44,7 @@ def _draw_spec(rng: random.Random) -> dict[str, Any]:
         "activeDeadlineSeconds": rng.choice([600, 30_000]),
         "ttlSecondsAfterFinished": rng.choice([0, 60, 10_000]),
         "storage": {"volumeClaimTemplate": {"resources": {"requests": {"storage": "1Ti"}}}},
-        "engine": {"name": "fsdp2"},  # refused until it is mended
+        "engine": {"name": "fsdp2"},  # invalid until a user fixes it
     }
     chosen = {name: value for name, value in rare.items() if rng.random() < 0.08}
     return drawn | {"workers": workers, "restartPolicy": dict(_POLICY)} | chosen
@@ -55,134 +58,134 @@ def _draw_gate(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def replace_an_ended_run(walk: Walk) -> str:
+def replace_finished_run(walk: RandomWalk) -> str:
     if walk.run is None or not walk.status.is_finished or walk.rng.random() < 0.5:
         return ""
-    return _delete(walk)
+    return _delete_run(walk)
 
 
-def delete_the_run(walk: Walk) -> str:
-    return "" if walk.run is None else _delete(walk)
+def delete_run(walk: RandomWalk) -> str:
+    return "" if walk.run is None else _delete_run(walk)
 
 
-def _delete(walk: Walk) -> str:
+def _delete_run(walk: RandomWalk) -> str:
     assert walk.run is not None
     if walk.rng.random() < 0.3:
-        walk.cluster.delete_in_the_foreground(walk.run)
-        return "its children first"
-    walk.api.remove("sailvlruns", walk.run, by="a person")
-    return create_the_run(walk) if walk.rng.random() < 0.5 else "and leave it"
+        walk.cluster.delete_in_foreground(walk.run)
+        return "its dependents first"
+    walk.api.remove("sailvlruns", walk.run, by="a user")
+    return create_run(walk) if walk.rng.random() < 0.5 else "without a new one"
 
 
-def suspend(walk: Walk) -> str:
+def suspend(walk: RandomWalk) -> str:
     if walk.run is None or walk.run["spec"].get("suspend"):
         return ""
-    walk.edit(lambda spec: spec.update(suspend=True))
+    walk.edit_spec(lambda spec: spec.update(suspend=True))
     return "the run"
 
 
-def suspend_for_a_moment(walk: Walk) -> str:
+def suspend_briefly(walk: RandomWalk) -> str:
     if walk.run is None or walk.run["spec"].get("suspend"):
         return ""
-    walk.edit(lambda spec: spec.update(suspend=True))
-    walk.cluster.later(0.0, 3.0, resume, walk)
+    walk.edit_spec(lambda spec: spec.update(suspend=True))
+    walk.cluster.call_later(0.0, 3.0, resume, walk)
     return "the run"
 
 
-def resume(walk: Walk) -> str:
+def resume(walk: RandomWalk) -> str:
     if walk.run is None or not walk.run["spec"].get("suspend"):
         return ""
-    walk.edit(lambda spec: spec.update(suspend=False))
+    walk.edit_spec(lambda spec: spec.update(suspend=False))
     return "the run"
 
 
-def edit_the_workers(walk: Walk) -> str:
+def edit_workers(walk: RandomWalk) -> str:
     if walk.run is None:
         return ""
     stage, nodes = walk.rng.randrange(len(walk.run["spec"]["stages"])), walk.rng.choice([1, 2, 3])
-    walk.edit(lambda spec: spec["stages"][stage].update(workers={"nodes": nodes}))
+    walk.edit_spec(lambda spec: spec["stages"][stage].update(workers={"nodes": nodes}))
     return f"stage {stage} has {nodes} nodes"
 
 
-def edit_the_policy(walk: Walk) -> str:
+def edit_restart_policy(walk: RandomWalk) -> str:
     if walk.run is None:
         return ""
     policy = _POLICY | {"maxRestarts": walk.rng.choice([0, 2, 6, 10]), "maxInfraRestarts": walk.rng.choice([3, 100])}
-    walk.edit(lambda spec: spec.update(restartPolicy=policy))
+    walk.edit_spec(lambda spec: spec.update(restartPolicy=policy))
     return str(policy)
 
 
-def edit_the_image(walk: Walk) -> str:
+def edit_image(walk: RandomWalk) -> str:
     if walk.run is None:
         return ""
     image = f"trainer:{walk.rng.randrange(100)}"
-    walk.edit(lambda spec: spec.update(image=image))
+    walk.edit_spec(lambda spec: spec.update(image=image))
     return image
 
 
-def edit_a_gate(walk: Walk) -> str:
+def edit_gate(walk: RandomWalk) -> str:
     if walk.run is None:
         return ""
     stage, gate = walk.rng.randrange(len(walk.run["spec"]["stages"])), _draw_gate(walk.rng)
-    walk.edit(lambda spec: spec["stages"][stage].update(gate=gate))
+    walk.edit_spec(lambda spec: spec["stages"][stage].update(gate=gate))
     return f"stage {stage}: {gate}"
 
 
-def mend_the_spec(walk: Walk) -> str:
-    """Of a run that failed by it, or waits at a gate."""
+def fix_spec(walk: RandomWalk) -> str:
+    """Remove what makes a run fail or wait at a gate."""
     gated = walk.run is not None and any("gate" in stage for stage in walk.run["spec"]["stages"])
     if walk.run is None or not (gated or walk.status.is_true(ConditionType.FAILED)):
         return ""
-    walk.edit(mend)
-    return "gates, deadline and engine"
+    walk.edit_spec(remove_obstacles)
+    return "no gates, deadline or engine"
 
 
-def mend(spec: dict[str, Any]) -> None:
-    """Nothing in it stands in the way any more."""
+def remove_obstacles(spec: dict[str, Any]) -> None:
+    """Remove every field of a spec that can keep its run from succeeding."""
     for name in ("activeDeadlineSeconds", "engine"):
         spec.pop(name, None)
     for stage in spec["stages"]:
         stage.pop("gate", None)
 
 
-def ask_for_a_restart(walk: Walk) -> str:
+def request_restart(walk: RandomWalk) -> str:
     if walk.run is None:
         return ""
     name = walk.rng.choice([*(stage["name"] for stage in walk.run["spec"]["stages"]), "nonsense"])
     annotations = {names.ANNOTATION_RESTART: name}
-    walk.api.change("sailvlruns", walk.run, lambda new: new["metadata"].update(annotations=annotations), by="a person")
+    walk.api.update("sailvlruns", walk.run, lambda new: new["metadata"].update(annotations=annotations), by="a user")
     return name
 
 
-def append_a_stage(walk: Walk) -> str:
+def append_stage(walk: RandomWalk) -> str:
     if walk.run is None or len(walk.run["spec"]["stages"]) >= 6:
         return ""
     name = f"extra-{len(walk.run['spec']['stages'])}"
     stage = {"name": name, "sft": {"data": [{"path": "/data/sft/more"}], "epochs": "1"}}
-    walk.edit(lambda spec: spec["stages"].append(stage))
+    walk.edit_spec(lambda spec: spec["stages"].append(stage))
     return name
 
 
-def delete_a_pod(walk: Walk) -> str:
-    pod = walk.pod()
+def delete_pod(walk: RandomWalk) -> str:
+    pod = walk.draw_pod()
     if pod is None:
         return ""
-    walk.api.delete("pods", pod, by="a person", grace=walk.rng.choice([None, 1]))
+    walk.api.delete("pods", pod, by="a user", grace_seconds=walk.rng.choice([None, 1]))
     return str(pod["metadata"]["name"])
 
 
-def delete_a_job(walk: Walk) -> str:
-    jobs = walk.api.all("jobs")
+def delete_job(walk: RandomWalk) -> str:
+    jobs = walk.api.list_objects("jobs")
     if not jobs:
         return ""
     job = walk.rng.choice(jobs)
-    walk.api.remove("jobs", job, by="a person")
+    walk.api.remove("jobs", job, by="a user")
     return str(job["metadata"]["name"])
 
 
-def delete_the_service(walk: Walk) -> str:
-    services = walk.api.all("services")
+def delete_service(walk: RandomWalk) -> str:
+    services = walk.api.list_objects("services")
     if not services:
         return ""
-    walk.api.remove("services", services[0], by="a person")
-    return "gone"
+    walk.api.remove("services", services[0], by="a user")
+    return "deleted"

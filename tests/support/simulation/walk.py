@@ -1,6 +1,6 @@
-"""A random walk of a whole operator through a model of its cluster, drawn from a seed.
+"""A random walk, drawn from a seed: a whole operator lives through faults and edits in a simulated cluster.
 
-`walk_steps.py` has what may happen on the way, `run_laws.py` what must hold whatever happens.
+`steps.py` and `users.py` have what may happen, `invariants.py` what must hold whatever happens.
 """
 
 from __future__ import annotations
@@ -19,302 +19,324 @@ from sailvl_operator.api.status import Status
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.settings import ApiSettings
+from tests.support.apiserver.objects import Object, is_active
+from tests.support.apiserver.requests import InMemoryApiServer
+from tests.support.apiserver.store import NEW_YEAR_2026, ObjectWrite
 from tests.support.operator_process import OperatorProcess
-from tests.support.simulation.api import ModelApi, Object, Write, may_run
-from tests.support.simulation.clock import run_virtually
-from tests.support.simulation.cluster import NAMESPACE, Cluster
-from tests.support.simulation.invariants import QUIET_LAWS, WORLD_LAWS, Ledger
-from tests.support.simulation.network import Weather, Wire
+from tests.support.simulation.clock import run_in_virtual_time
+from tests.support.simulation.cluster import NAMESPACE, SimulatedCluster
+from tests.support.simulation.invariants import CONTINUOUS_INVARIANTS, QUIESCENT_INVARIANTS, InvariantChecker
+from tests.support.simulation.network import Network, OperatorConnection
 from tests.support.simulation.steps import STEPS
-from tests.support.simulation.users import create_the_run, mend
+from tests.support.simulation.users import create_run, remove_obstacles
 from tests.support.simulation.workers import Gang
 
-EPOCH = 1_767_225_600.0
-CALM_SECONDS, QUIET_SECONDS = 1500.0, 200.0
-"""Until nothing is under way any more; and how long nothing is written then."""
-FINALE_SECONDS = 40_000.0
-RUSH_EVERY, RUSH_SECONDS = 100.0, 20.0
-"""In which the control plane is busy for others: writes that can wait do so."""
-_TAIL = 60
-_DWELL = ((0.0, 6), (0.02, 3), (0.3, 4), (3.0, 5), (12.0, 4), (45.0, 2), (150.0, 1))
-"""Seconds between steps, at most, and how often."""
+CALM_SECONDS = 1500.0
+"""Time without faults after which nothing is under way any more."""
+QUIESCENT_SECONDS = 200.0
+"""Time in which nothing may be written afterwards; spent twice."""
+FINAL_SECONDS = 40_000.0
+"""Time in which a run must finish once nothing keeps it from succeeding."""
+BACKLOG_INTERVAL_SECONDS, BACKLOG_SECONDS = 100.0, 20.0
+"""How often, and for how long, the operator defers writes as under a startup backlog."""
+_HISTORY_LINES = 60
+_PAUSES = ((0.0, 6), (0.02, 3), (0.3, 4), (3.0, 5), (12.0, 4), (45.0, 2), (150.0, 1))
+"""Maximum seconds between two steps, with their weights."""
 
 
-class LostError(AssertionError):
-    """The walk found what must not be."""
+class WalkError(AssertionError):
+    """An invariant is violated, or the operator failed; the message shows how to repeat the walk."""
 
 
 class NoCredentials:
-    """The model asks nobody who he is."""
+    """Credentials of a client whose server authenticates nobody."""
 
-    server = "http://model"
+    server = "http://simulation"
     ssl = None
 
     async def headers(self) -> dict[str, str]:
+        """Return no headers."""
         return {}
 
     def forget(self) -> None:
-        pass
+        """Do nothing: no token is cached."""
 
 
-class ModelClient(Client):
-    """The operator's own client; a wire lies where it would open a session."""
+class SimulatedClient(Client):
+    """The operator's own client over a simulated connection in place of an aiohttp session."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, connection: OperatorConnection) -> None:
         super().__init__(NoCredentials(), ApiSettings(page_size=3), lambda _verb, _code: None)
-        self._session = wire
+        self._session = connection
 
 
-class ProgressAnswer:
-    """What a GET of /progress gives, in place of an aiohttp session and of its response."""
+class ProgressEndpoints:
+    """Answers GET /progress of every worker, in place of an aiohttp session and its response."""
 
-    def __init__(self, walk: Walk, body: bytes = b"", status: int = 200) -> None:
+    def __init__(self, walk: RandomWalk, body: bytes = b"", status: int = 200) -> None:
         self._walk, self._body, self.status = walk, body, status
 
-    def get(self, url: str, **_: Any) -> ProgressAnswer:
-        found = self._walk.cluster.workers.read(url.split("/")[2].partition(":")[0])
-        if found is None or self._walk.rng.random() < 0.1:
-            return ProgressAnswer(self._walk, status=503)
-        return ProgressAnswer(self._walk, msgspec.json.encode(found))
+    def get(self, url: str, **_: Any) -> ProgressEndpoints:
+        """Return the response of the worker at an address; some requests fail."""
+        progress = self._walk.cluster.workers.read_progress(url.split("/")[2].partition(":")[0])
+        if progress is None or self._walk.rng.random() < 0.1:
+            return ProgressEndpoints(self._walk, status=503)
+        return ProgressEndpoints(self._walk, msgspec.json.encode(progress))
 
-    async def __aenter__(self) -> ProgressAnswer:
+    async def __aenter__(self) -> ProgressEndpoints:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         pass
 
     @property
-    def content(self) -> ProgressAnswer:
+    def content(self) -> ProgressEndpoints:
+        """The stream of the response's body."""
         return self
 
     async def iter_any(self) -> Any:
+        """Yield the body at once."""
         yield self._body
 
 
-class Walk:
-    """One world and its walk."""
+class RandomWalk:
+    """One simulated cluster and the walk through its states."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.rng = seed, random.Random(seed)
-        self.jumped = 0.0
-        self.taken = 0
-        self.history: deque[str] = deque(maxlen=_TAIL)
-        self.api = ModelApi(clock=self.clock, rng=self.rng)
-        self.cluster = Cluster(self.api, self.rng)
-        self.weather = Weather()
-        self.ledger = Ledger(api=self.api, monotonic=lambda: asyncio.get_running_loop().time())
+        self.clock_offset_seconds = 0.0
+        self.steps_taken = 0
+        self.history: deque[str] = deque(maxlen=_HISTORY_LINES)
+        self.api = InMemoryApiServer(clock=self.clock, has_kubelets=True)
+        self.cluster = SimulatedCluster(self.api, self.rng)
+        self.network = Network(self.api, self.rng)
+        self.invariants = InvariantChecker(api=self.api, monotonic=lambda: asyncio.get_running_loop().time())
         self.operator: OperatorProcess | None = None
-        self.wire: Wire | None = None
-        self.lives = 0
-        self.writes = 0
+        self.connection: OperatorConnection | None = None
+        self.operator_count = 0
+        self.operator_writes = 0
         self.errors: list[str] = []
-        self.api.observers += [self._note, self.ledger.see]
+        self.api.observers += [self._record_write, self.invariants.observe]
 
     def clock(self) -> float:
-        return EPOCH + asyncio.get_running_loop().time() + self.jumped
+        """Return the wall-clock time, which the walk can make jump."""
+        return NEW_YEAR_2026 + asyncio.get_running_loop().time() + self.clock_offset_seconds
 
     @property
     def run(self) -> Object | None:
+        """The run, if it exists now."""
         return self.api.get("sailvlruns", NAMESPACE, "demo")
 
     @property
     def status(self) -> Status:
+        """The run's status; empty without a run."""
         return msgspec.convert((self.run or {}).get("status") or {}, Status)
 
-    def _note(self, write: Write) -> None:
+    def _record_write(self, write: ObjectWrite) -> None:
         if write.plural == "events":
             return
-        is_ours = write.by in self.ledger.operators
-        self.writes += is_ours
-        if is_ours or write.plural in ("sailvlruns", "jobs") or write.verb in ("remove", "delete"):
-            said = _describe(write) if write.plural == "sailvlruns" else ""
-            self.history.append(f"{self.clock() - EPOCH:10.2f}      {write}{said}")
+        is_by_operator = write.by in self.invariants.operators
+        self.operator_writes += is_by_operator
+        if is_by_operator or write.plural in ("sailvlruns", "jobs") or write.verb in ("remove", "delete"):
+            status = _describe_status(write) if write.plural == "sailvlruns" else ""
+            self.history.append(f"{self.clock() - NEW_YEAR_2026:10.2f}      {write}{status}")
 
-    # The operator's lives.
+    # The operator's processes.
 
-    def start(self) -> None:
-        self.lives += 1
-        name = f"operator-{self.lives}"
-        self.ledger.operators.add(name)
+    def start_operator(self) -> None:
+        """Start a new operator process with an empty memory."""
+        self.operator_count += 1
+        name = f"operator-{self.operator_count}"
+        self.invariants.operators.add(name)
         skew = self.rng.choice([0.0, 0.0, self.rng.uniform(-2.0, 2.0)])
-        self.wire = Wire(self.api, self.weather, self.rng, name=name)
+        self.connection = OperatorConnection(self.network, operator=name)
         self.operator = OperatorProcess(
-            ModelClient(self.wire),
+            SimulatedClient(self.connection),
             defaults=Defaults(image="trainer:test"),
             clock=lambda: self.clock() + skew,
             monotonic=asyncio.get_running_loop().time,
             read_progress=self._read_progress,
-            has_backpressure=lambda: asyncio.get_running_loop().time() % RUSH_EVERY < RUSH_SECONDS,
+            has_backpressure=lambda: asyncio.get_running_loop().time() % BACKLOG_INTERVAL_SECONDS < BACKLOG_SECONDS,
         )
         self.operator.start()
-        self._reaper = asyncio.ensure_future(self._reap(self.wire))
+        self._reaper = asyncio.ensure_future(self._reap(self.connection))
 
-    async def _reap(self, wire: Wire) -> None:
-        """A process that has died does nothing more."""
-        await wire.death.wait()
-        self._say("the operator dies")
+    async def _reap(self, connection: OperatorConnection) -> None:
+        """Kill an operator that died at one of its writes, so that its other tasks end, too."""
+        await connection.has_died.wait()
+        self._record("the operator dies")
         assert self.operator is not None
-        operator, self.operator, self.wire = self.operator, None, None
+        operator, self.operator, self.connection = self.operator, None, None
         await operator.kill()
 
     async def _read_progress(self, reader: ProgressReader) -> None:
-        await reader.read_due(ProgressAnswer(self))  # type: ignore[arg-type]
+        await reader.read_due(ProgressEndpoints(self))  # type: ignore[arg-type]
 
-    async def end(self) -> None:
+    async def kill_operator(self) -> None:
+        """End the operator process, if there is one, without any cleanup."""
         if self.operator is not None:
             self._reaper.cancel()
-            operator, self.operator, self.wire = self.operator, None, None
+            operator, self.operator, self.connection = self.operator, None, None
             await operator.kill()
 
     # The walk.
 
-    async def go(self, steps: int) -> None:
-        """Raises LostError, with all that is needed to walk there again."""
-        asyncio.get_running_loop().set_exception_handler(self._note_error)
-        handler = _Errors(self.errors)
+    async def take_steps(self, number: int) -> None:
+        """Take drawn steps, then require that the run finishes.
+
+        Raises:
+            WalkError: An invariant is violated or the operator logs an error.
+        """
+        asyncio.get_running_loop().set_exception_handler(self._record_exception)
+        handler = _ErrorCollector(self.errors)
         logging.getLogger("sailvl_operator").addHandler(handler)
         try:
-            self.start()
-            for self.taken in range(1, steps + 1):
-                await self._step()
-            await self.finale()
+            self.start_operator()
+            for self.steps_taken in range(1, number + 1):
+                await self._take_step()
+            await self._finish_run()
         finally:
             logging.getLogger("sailvl_operator").removeHandler(handler)
-            await self.end()
+            await self.kill_operator()
 
-    async def _step(self) -> None:
-        said = ""
-        while not said:
-            act = self.rng.choices(*zip(*STEPS, strict=True))[0]
-            done = act(self)
-            said = done if isinstance(done, str) else await done
-        self._say(f"{act.__name__.replace('_', ' ')}: {said}")
-        dwell = self.rng.choices([d for d, _ in _DWELL], [w for _, w in _DWELL])[0]
-        await self.pass_time(self.rng.uniform(0.0, dwell))
+    async def _take_step(self) -> None:
+        description = ""
+        while not description:
+            step = self.rng.choices(*zip(*STEPS, strict=True))[0]
+            result = step(self)
+            description = result if isinstance(result, str) else await result
+        self._record(f"{step.__name__.replace('_', ' ')}: {description}")
+        longest = self.rng.choices([seconds for seconds, _ in _PAUSES], [weight for _, weight in _PAUSES])[0]
+        await self.pass_time(self.rng.uniform(0.0, longest))
 
     async def pass_time(self, seconds: float) -> None:
-        """And see whether all is as it must be."""
+        """Wait, then check the operator and the invariants."""
         await asyncio.sleep(seconds)
         if self.operator is not None:
             self.operator.check()
-        for law in WORLD_LAWS:
-            self.ledger.check(law, self.ledger)
-        self.look()
+        self._check_invariants(CONTINUOUS_INVARIANTS)
 
-    def look(self) -> None:
-        broken = self.ledger.broken + self.errors
-        if broken:
-            raise LostError(self.explain(broken[0]))
+    def _check_invariants(self, invariants: tuple[Callable[[InvariantChecker], None], ...]) -> None:
+        for invariant in invariants:
+            self.invariants.check(invariant, self.invariants)
+        violations = self.invariants.violations + self.errors
+        if violations:
+            raise WalkError(self._explain(violations[0]))
 
-    def explain(self, what: str) -> str:
-        again = f"SAILVL_WALK_SEED={self.seed} SAILVL_WALK_STEPS={self.taken}"
+    def _explain(self, problem: str) -> str:
+        repeat = f"SAILVL_WALK_SEED={self.seed} SAILVL_WALK_STEPS={self.steps_taken}"
         tail = "\n".join(self.history)
-        return f"{what}\n\nseed {self.seed}, step {self.taken}; again: {again} pytest -k longer_walk\n{tail}"
+        return f"{problem}\n\nseed {self.seed}, step {self.steps_taken}; repeat: {repeat} pytest -k long_walk\n{tail}"
 
-    def _say(self, words: str) -> None:
-        self.history.append(f"{self.clock() - EPOCH:10.2f} {self.taken:4d} {words}")
+    def _record(self, text: str) -> None:
+        self.history.append(f"{self.clock() - NEW_YEAR_2026:10.2f} {self.steps_taken:4d} {text}")
 
-    def _note_error(self, _: object, context: dict[str, Any]) -> None:
+    def _record_exception(self, _: object, context: dict[str, Any]) -> None:
         self.errors.append(f"{context.get('message')}: {context.get('exception')!r}")
 
     # Ends.
 
-    async def calm(self) -> None:
-        """All faults stop. Then nothing is under way after a while, and nothing is written any more."""
-        self.clear_up()
+    async def check_quiescence(self) -> None:
+        """Stop all faults and wait; then require that nothing is under way and that the operator writes nothing."""
+        self._stop_faults()
         for _ in range(6):
             await self.pass_time(CALM_SECONDS / 6)
-        self._say("all is quiet")
-        for law in QUIET_LAWS:
-            self.ledger.check(law, self.ledger)
-        self.look()
-        before, version = self.writes, self.api.version
-        await self.pass_time(QUIET_SECONDS)
+        self._record("nothing is under way")
+        self._check_invariants(QUIESCENT_INVARIANTS)
+        writes, version = self.operator_writes, self.api.version
+        await self.pass_time(QUIESCENT_SECONDS)
         if self.operator is not None and self.run is not None:
             self.operator.queue.add((NAMESPACE, "demo"))
-        await self.pass_time(QUIET_SECONDS)
-        if self.writes != before and self.api.version != version:
-            raise LostError(self.explain(f"{self.writes - before} writes though nothing happened"))
+        await self.pass_time(QUIESCENT_SECONDS)
+        if self.operator_writes != writes and self.api.version != version:
+            raise WalkError(self._explain(f"{self.operator_writes - writes} writes although nothing happened"))
 
-    def clear_up(self) -> None:
-        self.weather.clear_up()
-        self.cluster.is_full = self.cluster.is_image_gone = False
+    def _stop_faults(self) -> None:
+        self.network.conditions.reset()
+        self.cluster.is_full = self.cluster.is_image_missing = False
         for node in self.cluster.nodes.values():
-            if node.silent_since is not None:
-                self.cluster.bring_back(node)
+            if node.unreachable_since is not None:
+                self.cluster.reconnect(node)
         if self.operator is None:
-            self.start()
-        assert self.wire is not None
-        self.wire.die_at_write(1_000_000, before=True)
+            self.start_operator()
+        assert self.connection is not None
+        self.connection.never_die()
 
-    async def finale(self) -> None:
-        """Faults stop, workers succeed: the run ends, well or for a reason that the walk gave it."""
-        self._say("the finale")
-        self.clear_up()
+    async def _finish_run(self) -> None:
+        """Stop faults and let workers succeed; require that the run ends, in success or for a reason of the walk."""
+        self._record("no more faults")
+        self._stop_faults()
         if self.run is None or "deletionTimestamp" in self.run["metadata"]:
             await self.pass_time(200.0)
-            create_the_run(self)
-        self.edit(mend)
-        self.edit(lambda spec: spec.update(suspend=False))
-        self.cluster.workers.obey()
-        until = asyncio.get_running_loop().time() + FINALE_SECONDS
-        while self.run is not None and not self.status.is_finished:  # its time to live may have ended
+            create_run(self)
+        self.edit_spec(remove_obstacles)
+        self.edit_spec(lambda spec: spec.update(suspend=False))
+        self.cluster.workers.succeed_from_now_on()
+        until = asyncio.get_running_loop().time() + FINAL_SECONDS
+        while self.run is not None and not self.status.is_finished:  # it may be deleted after its TTL
             if asyncio.get_running_loop().time() > until:
-                raise LostError(self.explain(f"nothing stands in the way, and the run doesn't end: {self.status}"))
+                raise WalkError(self._explain(f"nothing blocks the run, but it doesn't finish: {self.status}"))
             await self.pass_time(60.0)
-        await self.calm()
-        self._check_reason()
+        await self.check_quiescence()
+        self._check_exit_codes()
 
-    def _check_reason(self) -> None:
+    def _check_exit_codes(self) -> None:
         for stage in self.status.stages:
             last = stage.last_failure
             if stage.state == "Failed" and last is not None and last.exit_code is not None:
-                seen = {(name, number, code) for _, name, number, code in self.cluster.workers.exits}
-                if (stage.name, last.attempt, last.exit_code) not in seen:
-                    raise LostError(self.explain(f"no worker ended as {last} says"))
+                exits = {(name, number, code) for _, name, number, code in self.cluster.workers.exits}
+                if (stage.name, last.attempt, last.exit_code) not in exits:
+                    raise WalkError(self._explain(f"no worker exited as {last} reports"))
 
-    # What the actions use.
+    # What the steps use.
 
-    def edit(self, mutate: Callable[[dict[str, Any]], None]) -> str:
-        """A person edits the spec."""
+    def edit_spec(self, mutate: Callable[[dict[str, Any]], None]) -> None:
+        """Change the run's spec as a user."""
         assert self.run is not None
-        return str(self.api.change("sailvlruns", self.run, lambda new: mutate(new["spec"]), by="a person")["spec"])
+        self.api.update("sailvlruns", self.run, lambda new: mutate(new["spec"]), by="a user")
 
-    def pod(self, is_fit: Callable[[Object], bool] = may_run) -> Object | None:
-        """Any that fits."""
-        found = [p for p in self.api.all("pods") if is_fit(p) and "deletionTimestamp" not in p["metadata"]]
+    def draw_pod(self, is_candidate: Callable[[Object], bool] = is_active) -> Object | None:
+        """Return one of the candidates that are not being deleted, or None."""
+        found = [
+            p for p in self.api.list_objects("pods") if is_candidate(p) and "deletionTimestamp" not in p["metadata"]
+        ]
         return self.rng.choice(found) if found else None
 
-    def gang(self) -> Gang | None:
-        found = self.cluster.workers.whole()
+    def draw_gang(self) -> Gang | None:
+        """Return one of the gangs that make progress, or None."""
+        found = self.cluster.workers.list_working()
         return self.rng.choice(found) if found else None
 
 
-class _Errors(logging.Handler):
-    """The operator's own faults."""
+class _ErrorCollector(logging.Handler):
+    """Collects the errors that the operator logs."""
 
-    def __init__(self, found: list[str]) -> None:
+    def __init__(self, errors: list[str]) -> None:
         super().__init__(logging.ERROR)
-        self._found = found
+        self._errors = errors
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._found.append(logging.Formatter().format(record))
+        self._errors.append(logging.Formatter().format(record))
 
 
-def _describe(write: Write) -> str:
+def _describe_status(write: ObjectWrite) -> str:
     status = msgspec.convert(write.object.get("status") or {}, Status)
     stages = ", ".join(f"{s.name} {s.state} {s.attempt}" for s in status.stages if s.state != "Pending")
     true = ", ".join(f"{c.type}: {c.reason}" for c in status.conditions if c.status == "True")
     return f" generation {write.object['metadata']['generation']}: {stages}; {true}"
 
 
-def walk_along(seed: int, steps: int) -> Walk:
-    """A whole walk; raises LostError."""
+def run_walk(seed: int, steps: int) -> RandomWalk:
+    """Run a whole walk in virtual time and return it; the same seed gives the same walk.
+
+    Raises:
+        WalkError: An invariant is violated or the operator logs an error.
+    """
     state = random.getstate()
     random.seed(seed)
     try:
-        walk = Walk(seed)
-        run_virtually(walk.go(steps))
+        walk = RandomWalk(seed)
+        run_in_virtual_time(walk.take_steps(steps))
     finally:
         random.setstate(state)
     return walk

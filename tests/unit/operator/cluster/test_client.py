@@ -26,7 +26,7 @@ from sailvl_operator.errors import (
     Unreachable,
 )
 from sailvl_operator.settings import ApiSettings
-from tests.support.apiserver.server import FakeApi, Refusal, serve
+from tests.support.apiserver.http import FakeApiServer, InjectedError, serve
 
 CALLS: Counter[tuple[str, int]] = Counter()
 
@@ -45,7 +45,7 @@ class Token:
 @pytest.fixture
 async def world():
     CALLS.clear()
-    api = FakeApi()
+    api = FakeApiServer()
     async with serve(api) as url:
         token = Token(url)
         settings = ApiSettings(backoff=0.001, page_size=2, tries=3)
@@ -59,7 +59,7 @@ def make(name: str, **labels: str) -> dict:
 
 async def test_a_list_comes_in_pages(world):
     for i in range(5):
-        await world.api.put("pods", make(f"p{i}", app="x" if i != 1 else "y"))
+        world.api.put("pods", make(f"p{i}", app="x" if i != 1 else "y"))
     pages = [
         ([o["metadata"]["name"] for o in items], version)
         async for items, version in world.client.list_pages(resources.PODS, selector="app=x")
@@ -69,9 +69,9 @@ async def test_a_list_comes_in_pages(world):
 
 
 async def test_a_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
-    first = await world.api.put("pods", make("old"))
-    await world.api.put("pods", make("new") | {"spec": {"long": "x" * 300_000}})
-    await world.api.put("pods", make("other") | {"metadata": {"name": "other", "namespace": "elsewhere"}})
+    first = world.api.put("pods", make("old"))
+    world.api.put("pods", make("new") | {"spec": {"long": "x" * 300_000}})
+    world.api.put("pods", make("other") | {"metadata": {"name": "other", "namespace": "elsewhere"}})
     world.api.watch_seconds = 0.05
     version = first["metadata"]["resourceVersion"]
     seen = [e async for e in world.client.watch(resources.PODS, "team", selector="", resource_version=version)]
@@ -88,7 +88,7 @@ async def test_changes_in_quick_succession_are_read_together(world, monkeypatch)
         await pause(read, **which)
 
     monkeypatch.setattr(gulps, "pause", count)
-    first = await world.api.put("pods", make("first"))
+    first = world.api.put("pods", make("first"))
     watch = world.client.watch(resources.PODS, resource_version=first["metadata"]["resourceVersion"])
 
     async def read(number: int) -> list[str]:
@@ -96,7 +96,7 @@ async def test_changes_in_quick_succession_are_read_together(world, monkeypatch)
 
     reading = asyncio.create_task(read(40))
     for i in range(40):
-        await world.api.put("pods", make(f"p{i}"))
+        world.api.put("pods", make(f"p{i}"))
         await asyncio.sleep(gulps.SECONDS / 20)
     assert await asyncio.wait_for(reading, 1) == [f"p{i}" for i in range(40)]
     assert len(pauses) < 10
@@ -152,7 +152,7 @@ async def test_a_bookmark_need_not_be_of_the_shape(world, resource, shape):
 
 
 async def test_a_version_that_is_too_old_is_gone(world):
-    world.api.forget_history()
+    world.api.compact()
     with pytest.raises(Gone):
         [e async for e in world.client.watch(resources.PODS, resource_version="1")]
 
@@ -169,10 +169,10 @@ async def test_a_version_that_is_too_old_is_gone(world):
     ],
 )
 async def test_only_what_passes_is_tried_again(world, status, times, error, calls):
-    world.api.refusals = [Refusal(method="POST", path_end="/pods", status=status, times=times)]
+    world.api.injected_errors = [InjectedError(method="POST", path_end="/pods", status=status, times=times)]
     if error is None:
         await world.client.create(resources.PODS, "team", make("p"))
-        assert world.api.names("pods") == {"p"}
+        assert world.api.list_names("pods") == {"p"}
     else:
         with pytest.raises(error):
             await world.client.create(resources.PODS, "team", make("p"))
@@ -181,15 +181,15 @@ async def test_only_what_passes_is_tried_again(world, status, times, error, call
 
 
 async def test_retry_after_is_waited_for(world):
-    world.api.refusals = [Refusal(method="GET", path_end="/p", status=429, headers={"Retry-After": "1"})]
-    await world.api.put("pods", make("p"))
+    world.api.injected_errors = [InjectedError(method="GET", path_end="/p", status=429, headers={"Retry-After": "1"})]
+    world.api.put("pods", make("p"))
     started = asyncio.get_running_loop().time()
     await world.client.get(resources.PODS, "team", "p")
     assert asyncio.get_running_loop().time() - started >= 1
 
 
 async def test_preconditions(world):
-    pod = await world.api.put("pods", make("p"))
+    pod = world.api.put("pods", make("p"))
     stale = {"metadata": {"resourceVersion": "1"}, "status": {"phase": "Failed"}}
     with pytest.raises(Conflict):
         await world.client.patch(resources.PODS, "team", "p", stale, subresource="status")
@@ -198,21 +198,21 @@ async def test_preconditions(world):
     with pytest.raises(NotFound):
         await world.client.delete(resources.PODS, "team", "q", uid="another")
     await world.client.delete(resources.PODS, "team", "p", uid=pod["metadata"]["uid"])
-    assert world.api.all("pods") == []
+    assert world.api.list_objects("pods") == []
 
 
 async def test_a_collection_is_deleted_by_labels_with_a_grace(world):
-    await world.api.put("pods", make("a", job="x"))
-    await world.api.put("pods", make("b", job="y"))
+    world.api.put("pods", make("a", job="x"))
+    world.api.put("pods", make("b", job="y"))
     await world.client.delete_collection(resources.PODS, "team", selector="job=x", grace_seconds=1)
-    assert world.api.names("pods") == {"b"}
+    assert world.api.list_names("pods") == {"b"}
     assert world.api.requests[-1][3] == {"gracePeriodSeconds": 1}
 
 
 async def test_server_side_apply_names_its_manager(world):
-    await world.api.put("pods", make("p"))
+    world.api.put("pods", make("p"))
     await world.client.server_side_apply(resources.PODS, "team", "p", {"spec": {"nodeName": "n"}})
-    assert world.api.all("pods")[0]["spec"] == {"nodeName": "n"}
+    assert world.api.list_objects("pods")[0]["spec"] == {"nodeName": "n"}
     assert world.api.requests[-1][2] == {"fieldManager": "sailvl-operator", "force": "true"}
 
 
@@ -279,7 +279,7 @@ async def test_a_line_without_its_end_is_no_event():
 
 
 async def test_who_may_not_write_only_reads(world):
-    await world.api.put("pods", make("p"))
+    world.api.put("pods", make("p"))
     world.client.may_write = lambda: False
     with pytest.raises(ApiError, match="the lease of this replica has run out"):
         await world.client.create(resources.PODS, "team", make("q"))
@@ -288,7 +288,7 @@ async def test_who_may_not_write_only_reads(world):
 
 
 async def test_its_clock_follows_the_server(world):
-    await world.api.put("pods", make("p"))
+    world.api.put("pods", make("p"))
     ours = world.client.clock
     ours._wall = lambda: 0.0
     assert ours.now() == 0.0
@@ -297,7 +297,7 @@ async def test_its_clock_follows_the_server(world):
 
 
 async def test_connections_notice_that_the_peer_is_gone(world):
-    await world.api.put("pods", make("p"))
+    world.api.put("pods", make("p"))
     await world.client.get(resources.PODS, "team", "p")
     [[(protocol, _)]] = world.client._session.connector._conns.values()
     opened = protocol.transport.get_extra_info("socket")

@@ -7,7 +7,6 @@ import copy
 import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import aiohttp
 import pytest
@@ -16,7 +15,7 @@ from sailvl_operator.cli.operator import Operator
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.errors import LostLease
 from sailvl_operator.settings import ApiSettings, HealthServerSettings, LeaseSettings, ProgressSettings, Settings
-from tests.support.apiserver.server import Anonymous, FakeApi, serve
+from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.builders.operator import build_document
 
 LEASE = LeaseSettings(namespace="team", renew_interval=0.2, renew_deadline=50, duration=60)
@@ -36,7 +35,7 @@ class Process:
     and waits for it, or cancels it, when it ends."""
 
     def __init__(self, url: str, identity: str) -> None:
-        self.operator = Operator(make_settings(identity), Credentials(Anonymous(url)))
+        self.operator = Operator(make_settings(identity), Credentials(AnonymousConfiguration(url)))
         self.ended = asyncio.create_task(asyncio.to_thread(asyncio.run, self._serve()))
 
     async def _serve(self) -> None:
@@ -68,22 +67,20 @@ async def until(condition, seconds: float = 8.0) -> None:
 
 @pytest.fixture
 async def api():
-    api = FakeApi()
-    api.created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return api
+    return FakeApiServer(clock=time.time)
 
 
 async def test_kopf_brings_runs_in_and_writes_nothing_itself(api):
     async with serve(api) as url:
-        await api.put("sailvlruns", build_document())
+        api.put("sailvlruns", build_document())
         async with operating(url) as process:
             operator = process.operator
-            await until(lambda: api.names("jobs") == {"demo-curate-1"})
+            await until(lambda: api.list_names("jobs") == {"demo-curate-1"})
             second = build_document()
             second["metadata"]["name"] = "later"
-            await api.put("sailvlruns", second)
-            await until(lambda: "later-curate-1" in api.names("jobs"))
-            await api.remove("sailvlruns", "later")
+            api.put("sailvlruns", second)
+            await until(lambda: "later-curate-1" in api.list_names("jobs"))
+            api.remove_named("sailvlruns", "later")
             await until(lambda: len(operator.runs) == 1)
             async with (
                 aiohttp.ClientSession(f"http://127.0.0.1:{operator.server.port}") as session,
@@ -94,36 +91,36 @@ async def test_kopf_brings_runs_in_and_writes_nothing_itself(api):
                 text = await metrics.text()
     assert 'sailvl_operator_api_calls_total{code="200",verb="create"}' in text
     assert "sailvl_operator_leading 1.0" in text
-    runs = {path for method, path in api.writes() if "sailvlruns" in path}
+    runs = {path for method, path in api.list_writes() if "sailvlruns" in path}
     assert {path.rsplit("/", 1)[-1] for path in runs} == {"status"}, "kopf adds no annotations and no finalizers"
-    assert "finalizers" not in api.all("sailvlruns")[0]["metadata"]
+    assert "finalizers" not in api.list_objects("sailvlruns")[0]["metadata"]
 
 
 async def test_a_standby_takes_over_at_once_from_one_that_ends_cleanly(api):
     async with serve(api) as url, operating(url, "b") as first:
         await until(lambda: first.operator.leadership.is_leading)
         async with operating(url, "c") as second:
-            await api.put("sailvlruns", build_document())
-            await until(lambda: api.names("jobs"))
+            api.put("sailvlruns", build_document())
+            await until(lambda: api.list_names("jobs"))
             await until(lambda: len(second.operator.runs) == 1)
             assert not second.operator.leadership.is_leading
-            assert api.all("leases")[0]["spec"]["holderIdentity"] == "b"
+            assert api.list_objects("leases")[0]["spec"]["holderIdentity"] == "b"
             await first.end()
             began = time.monotonic()
             await until(lambda: second.operator.leadership.is_leading, LEASE.duration)
             assert time.monotonic() - began < LEASE.duration / 6, "the lease was released: nobody waited for its end"
-            assert api.all("leases")[0]["spec"]["holderIdentity"] == "c"
-    assert api.all("leases")[0]["spec"]["holderIdentity"] == ""
+            assert api.list_objects("leases")[0]["spec"]["holderIdentity"] == "c"
+    assert api.list_objects("leases")[0]["spec"]["holderIdentity"] == ""
 
 
 async def test_who_loses_the_lease_ends_the_process(api):
     async with serve(api) as url, operating(url) as process:
         await until(lambda: process.operator.leadership.is_leading)
-        lease = copy.deepcopy(api.all("leases")[0])
+        lease = copy.deepcopy(api.list_objects("leases")[0])
         lease["spec"]["holderIdentity"] = "b"
-        await api.put("leases", lease)
-        await api.put("sailvlruns", build_document())
+        api.put("leases", lease)
+        api.put("sailvlruns", build_document())
         with pytest.raises(BaseExceptionGroup) as error:
             await asyncio.wait_for(process.ended, 8)
         assert error.value.subgroup(LostLease) is not None
-        assert api.all("leases")[0]["spec"]["holderIdentity"] == "b"
+        assert api.list_objects("leases")[0]["spec"]["holderIdentity"] == "b"

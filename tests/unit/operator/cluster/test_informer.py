@@ -15,7 +15,7 @@ from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.parse import parse_job
 from sailvl_operator.settings import ApiSettings
-from tests.support.apiserver.server import Anonymous, FakeApi, serve
+from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 
 KEY = ("team", "demo")
 
@@ -33,12 +33,12 @@ def make_pod(name: str, *, run: str = "demo", index: int = 0, phase: str = "Runn
 
 @asynccontextmanager
 async def watching(*namespaces: str, pods: int = 0, is_leading: bool = True):
-    api, changes, restarts = FakeApi(), [], []
+    api, changes, restarts = FakeApiServer(), [], []
     for i in range(pods):
-        await api.put("pods", make_pod(f"p{i}", index=i))
+        api.put("pods", make_pod(f"p{i}", index=i))
     async with (
         serve(api) as url,
-        Client(Credentials(Anonymous(url)), ApiSettings(page_size=2), lambda *_: None) as client,
+        Client(Credentials(AnonymousConfiguration(url)), ApiSettings(page_size=2), lambda *_: None) as client,
     ):
         children = Children(
             client,
@@ -73,15 +73,15 @@ async def test_lists_pages_and_then_watches():
     async with watching(pods=5) as world:
         assert pods(world) == {f"p{i}": False for i in range(5)}
         assert set(world.changes) == {KEY}
-        await world.api.put("pods", make_pod("p5", index=5))
+        world.api.put("pods", make_pod("p5", index=5))
         await until(lambda: len(pods(world)) == 6)
 
 
 async def test_the_last_state_of_a_deleted_pod_stays_until_it_is_forgotten():
     ended = {"containerStatuses": [{"name": "worker", "state": {"terminated": {"exitCode": 64, "message": "why"}}}]}
     async with watching(pods=1) as world:
-        await world.api.put("pods", make_pod("p0", phase="Failed", **ended))
-        await world.api.remove("pods", "p0")
+        world.api.put("pods", make_pod("p0", phase="Failed", **ended))
+        world.api.remove_named("pods", "p0")
         await until(lambda: pods(world) == {"p0": True})
         [pod] = world.children.pods.get(KEY)
         assert (pod.phase, pod.terminated.exit_code, pod.terminated.message) == ("Failed", 64, "why")
@@ -94,9 +94,9 @@ async def test_the_last_state_of_a_deleted_pod_stays_until_it_is_forgotten():
 async def test_what_was_missed_is_found_by_a_new_list():
     async with watching(pods=3) as world:
         del world.api.objects["pods"]["team", "p1"]
-        await world.api.put("pods", make_pod("p9", index=9))
-        world.api.forget_history()
-        await world.api.break_watches()
+        world.api.put("pods", make_pod("p9", index=9))
+        world.api.compact()
+        world.api.break_watches()
         await until(lambda: ("pods", "expired") in world.restarts or pods(world).get("p1"))
         await until(lambda: pods(world) == {"p0": False, "p1": True, "p2": False, "p9": False})
 
@@ -104,8 +104,8 @@ async def test_what_was_missed_is_found_by_a_new_list():
 async def test_a_watch_that_ends_is_resumed_without_a_list():
     async with watching(pods=1) as world:
         lists = sum("watch" not in query for _, _, query, _ in world.api.requests)
-        await world.api.break_watches()
-        await world.api.put("pods", make_pod("p1", index=1))
+        world.api.break_watches()
+        world.api.put("pods", make_pod("p1", index=1))
         await until(lambda: len(pods(world)) == 2)
         assert sum("watch" not in query for _, _, query, _ in world.api.requests) == lists
         assert ("pods", "timeout") in world.restarts
@@ -114,9 +114,9 @@ async def test_a_watch_that_ends_is_resumed_without_a_list():
 async def test_a_deleted_job_stays_as_gone_and_late_answers_do_not_bring_it_back():
     labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo", names.LABEL_STAGE: "curate"}
     async with watching() as world:
-        job = await world.api.put("jobs", {"metadata": {"name": "j", "labels": labels}, "spec": {}})
+        job = world.api.put("jobs", {"metadata": {"name": "j", "labels": labels}, "spec": {}})
         await until(lambda: world.children.jobs.get(KEY))
-        await world.api.remove("jobs", "j")
+        world.api.remove_named("jobs", "j")
         await until(lambda: world.children.jobs.get(KEY)[0].is_gone)
         world.children.jobs.put_created(job)
         world.children.jobs.put(job)
@@ -127,7 +127,7 @@ async def test_a_deleted_job_stays_as_gone_and_late_answers_do_not_bring_it_back
 
 async def test_a_standby_collects_no_evidence():
     async with watching(pods=2, is_leading=False) as world:
-        await world.api.remove("pods", "p0")
+        world.api.remove_named("pods", "p0")
         await until(lambda: pods(world) == {"p1": False})
 
 
@@ -149,7 +149,7 @@ async def test_only_the_given_namespaces_are_seen():
         for namespace in ("team", "other", "third"):
             pod = make_pod("p")
             pod["metadata"]["namespace"] = namespace
-            await world.api.put("pods", pod)
+            world.api.put("pods", pod)
         await until(lambda: len(list(world.children.pods)) == 2)
         assert {p.namespace for p in world.children.pods} == {"team", "other"}
 
@@ -167,7 +167,7 @@ async def test_only_changes_of_the_record_are_reported(same):
     async with watching(pods=1) as world:
         await until(lambda: world.changes)
         world.changes.clear()
-        await world.api.put("pods", make_pod("p0", phase="Running" if same else "Failed"))
-        await world.api.put("pods", make_pod("x", run="other"))
+        world.api.put("pods", make_pod("p0", phase="Running" if same else "Failed"))
+        world.api.put("pods", make_pod("x", run="other"))
         await until(lambda: ("team", "other") in world.changes)
         assert (KEY in world.changes) is not same

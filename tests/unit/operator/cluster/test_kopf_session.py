@@ -12,14 +12,14 @@ from aiohttp.test_utils import TestServer
 
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.kopf_session import build_session
-from tests.support.apiserver.server import Anonymous
+from tests.support.apiserver.http import AnonymousConfiguration
 
 ADDED = {"type": "ADDED", "object": {"metadata": {"name": "a"}}}
 EXPIRED = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}}
 TROUBLE = {"type": "ERROR", "object": {"kind": "Status", "code": 500, "reason": "InternalError", "message": "etcd"}}
 
 
-class Rotated(Anonymous):
+class Rotated(AnonymousConfiguration):
     """Credentials whose first token has expired."""
 
     reads = 0

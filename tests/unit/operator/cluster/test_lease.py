@@ -14,7 +14,7 @@ from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.lease import Leadership
 from sailvl_operator.errors import ApiError, LostLease
 from sailvl_operator.settings import ApiSettings, LeaseSettings
-from tests.support.apiserver.server import Anonymous, FakeApi, Refusal, serve
+from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, InjectedError, serve
 
 
 class Clock:
@@ -27,20 +27,20 @@ class Clock:
 @asynccontextmanager
 async def candidates(*identities: str):
     """Leaderships of several processes over one API server and one clock."""
-    api, clock = FakeApi(), Clock()
+    api, clock = FakeApiServer(), Clock()
     async with AsyncExitStack() as stack:
         url = await stack.enter_async_context(serve(api))
 
         async def candidate(identity: str) -> Leadership:
-            client = Client(Credentials(Anonymous(url)), ApiSettings(tries=1), lambda *_: None)
+            client = Client(Credentials(AnonymousConfiguration(url)), ApiSettings(tries=1), lambda *_: None)
             settings = LeaseSettings(identity=identity, namespace="team", renew_interval=0.01)
             return Leadership(await stack.enter_async_context(client), settings, monotonic=clock)
 
         yield api, clock, [await candidate(identity) for identity in identities]
 
 
-def holder(api: FakeApi) -> tuple[str, int]:
-    [lease] = api.all("leases")
+def holder(api: FakeApiServer) -> tuple[str, int]:
+    [lease] = api.list_objects("leases")
     return lease["spec"]["holderIdentity"], lease["spec"]["leaseTransitions"]
 
 
@@ -79,11 +79,11 @@ async def test_a_renewed_lease_is_not_taken():
         assert holder(api) == ("a", 1)
 
 
-async def take_by_hand(api: FakeApi, holder: str) -> None:
+async def take_by_hand(api: FakeApiServer, holder: str) -> None:
     """As another client would."""
-    lease = copy.deepcopy(api.all("leases")[0])
+    lease = copy.deepcopy(api.list_objects("leases")[0])
     lease["spec"]["holderIdentity"] = holder
-    await api.put("leases", lease)
+    api.put("leases", lease)
 
 
 async def test_who_is_overtaken_ends():
@@ -100,7 +100,7 @@ async def test_who_is_overtaken_ends():
 async def test_who_finds_its_lease_removed_ends():
     async with candidates("a") as (api, _, (a,)):
         assert await is_acquired(a)
-        await api.remove("leases", "sailvl-operator")
+        api.remove_named("leases", "sailvl-operator")
         with pytest.raises(LostLease, match="may take it"):
             await a.keep()
 
@@ -115,7 +115,7 @@ async def test_who_stood_still_for_too_long_writes_nothing_more():
         assert await is_acquired(b)
         with pytest.raises(LostLease, match="could not be renewed"):
             await a.keep()
-        assert (api.all("pods"), holder(api)) == ([], ("b", 2))
+        assert (api.list_objects("pods"), holder(api)) == ([], ("b", 2))
 
 
 @pytest.mark.parametrize("lost", [1, 3], ids=["once", "again and again"])
@@ -133,7 +133,9 @@ async def test_a_renewal_whose_answer_is_lost_is_no_loss(lost):
 async def test_a_release_does_not_hold_up_the_end():
     async with candidates("a") as (api, _, (a,)):
         assert await is_acquired(a)
-        api.refusals = [Refusal(method="PUT", path_end="/leases/sailvl-operator", status=409, times=10_000)]
+        api.injected_errors = [
+            InjectedError(method="PUT", path_end="/leases/sailvl-operator", status=409, times=10_000)
+        ]
         async with asyncio.timeout(3):
             await a.release()
         assert holder(api) == ("a", 1)
@@ -142,7 +144,9 @@ async def test_a_release_does_not_hold_up_the_end():
 async def test_who_cannot_renew_ends_before_the_lease_runs_out():
     async with candidates("a") as (api, clock, (a,)):
         assert await is_acquired(a)
-        api.refusals = [Refusal(method="PUT", path_end="/leases/sailvl-operator", status=503, times=10_000)]
+        api.injected_errors = [
+            InjectedError(method="PUT", path_end="/leases/sailvl-operator", status=503, times=10_000)
+        ]
         keeping = asyncio.create_task(a.keep())
         await asyncio.sleep(0.1)
         assert not keeping.done()

@@ -15,7 +15,7 @@ from sailvl_operator.cluster.watch_audit import WatchAuditor
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.controller import handle_run_event
 from sailvl_operator.settings import ApiSettings
-from tests.support.apiserver.server import Anonymous, FakeApi, serve
+from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.builders.operator import build_document
 
 KEY = ("team", "demo")
@@ -24,7 +24,7 @@ KEY = ("team", "demo")
 class Deaf:
     """An operator whose watch says only what a test lets through."""
 
-    def __init__(self, api: FakeApi, client: Client) -> None:
+    def __init__(self, api: FakeApiServer, client: Client) -> None:
         self.api, self.runs, self.missed, self.now = api, RunStore(), 0, 0.0
         self.queue: WorkQueue[tuple[str, str]] = WorkQueue(backoff_seconds=1, backoff_limit_seconds=1)
         self.resync = WatchAuditor(
@@ -50,16 +50,16 @@ class Deaf:
 
 @pytest.fixture
 async def deaf() -> AsyncIterator[Deaf]:
-    api = FakeApi()
+    api = FakeApiServer()
     async with (
         serve(api) as url,
-        Client(Credentials(Anonymous(url)), ApiSettings(), lambda *_: None) as client,
+        Client(Credentials(AnonymousConfiguration(url)), ApiSettings(), lambda *_: None) as client,
     ):
         yield Deaf(api, client)
 
 
 async def test_a_run_that_was_never_told_of(deaf: Deaf) -> None:
-    await deaf.api.put("sailvlruns", build_document())
+    deaf.api.put("sailvlruns", build_document())
     await deaf.look()
     assert deaf.runs.get(KEY) is None, "the watch has a round's time to tell"
     await deaf.look()
@@ -68,8 +68,8 @@ async def test_a_run_that_was_never_told_of(deaf: Deaf) -> None:
 
 
 async def test_a_change_that_was_never_told_of(deaf: Deaf) -> None:
-    deaf.see("ADDED", await deaf.api.put("sailvlruns", build_document()))
-    await deaf.api.put("sailvlruns", build_document(suspend=True))
+    deaf.see("ADDED", deaf.api.put("sailvlruns", build_document()))
+    deaf.api.put("sailvlruns", build_document(suspend=True))
     for _ in range(2):
         await deaf.look()
     entry = deaf.runs.get(KEY)
@@ -78,16 +78,16 @@ async def test_a_change_that_was_never_told_of(deaf: Deaf) -> None:
 
 
 async def test_a_deletion_that_was_never_told_of(deaf: Deaf) -> None:
-    deaf.see("ADDED", await deaf.api.put("sailvlruns", build_document()))
+    deaf.see("ADDED", deaf.api.put("sailvlruns", build_document()))
     await deaf.look()
-    await deaf.api.remove("sailvlruns", "demo")
+    deaf.api.remove_named("sailvlruns", "demo")
     await deaf.look()
     await deaf.look()
     assert deaf.runs.get(KEY) is None
 
 
 async def test_a_watch_that_tells_all_is_left_alone(deaf: Deaf) -> None:
-    deaf.see("ADDED", await deaf.api.put("sailvlruns", build_document()))
+    deaf.see("ADDED", deaf.api.put("sailvlruns", build_document()))
     for _ in range(3):
         await deaf.look()
     assert (deaf.missed, deaf.resync.stale_seconds()) == (0, 0.0)
@@ -95,7 +95,7 @@ async def test_a_watch_that_tells_all_is_left_alone(deaf: Deaf) -> None:
 
 async def test_deafness_lasts_until_two_rounds_miss_nothing(deaf: Deaf) -> None:
     for number in range(6):
-        await deaf.api.put("sailvlruns", build_document(seed=number))
+        deaf.api.put("sailvlruns", build_document(seed=number))
         await deaf.look()
     assert deaf.resync.stale_seconds() == 240.0, "missed since the second round, though every other one is made up for"
     for _ in range(4):

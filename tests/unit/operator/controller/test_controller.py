@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from sailvl_operator.api import names
 from sailvl_operator.api.status import decode_status
 from sailvl_operator.metrics import RunCollector
-from tests.support.apiserver.server import Refusal
+from tests.support.apiserver.http import InjectedError
 from tests.support.builders.operator import build_document, build_result
 from tests.support.controller_world import KEY, World, make_pod, running
 
@@ -32,28 +32,28 @@ def spread() -> dict[str, Any]:
 
 async def test_a_run_starts_with_its_first_job_and_its_service(world):
     await world.apply(spread())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.api.list_names("jobs"))
     await world.settled()
-    assert world.api.names("jobs") == {"demo-curate-1"}
-    assert world.api.names("services") == {"demo"}
+    assert world.api.list_names("jobs") == {"demo-curate-1"}
+    assert world.api.list_names("services") == {"demo"}
     assert world.states()["curate"] == ("Starting", 1)
-    assert world.api.all("jobs")[0]["metadata"]["ownerReferences"][0]["uid"] == world.run["metadata"]["uid"]
-    await world.until(lambda: world.api.all("events"))
-    assert {e["reason"] for e in world.api.all("events")} == {"StageStarted"}
+    assert world.api.list_objects("jobs")[0]["metadata"]["ownerReferences"][0]["uid"] == world.run["metadata"]["uid"]
+    await world.until(lambda: world.api.list_objects("events"))
+    assert {e["reason"] for e in world.api.list_objects("events")} == {"StageStarted"}
 
 
 async def test_a_lone_worker_needs_no_service(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.settled()
-    assert world.api.names("services") == set()
+    assert world.api.list_names("services") == set()
 
 
 async def test_a_removed_service_is_made_again(world):
     await world.apply(spread())
-    await world.until(lambda: world.api.names("services"))
-    await world.api.remove("services", "demo")
-    await world.until(lambda: world.api.names("services"))
+    await world.until(lambda: world.api.list_names("services"))
+    world.api.remove_named("services", "demo")
+    await world.until(lambda: world.api.list_names("services"))
 
 
 async def test_a_later_attempt_is_in_the_status_before_its_job_exists(world):
@@ -63,8 +63,8 @@ async def test_a_later_attempt_is_in_the_status_before_its_job_exists(world):
     await world.until(lambda: world.states()["curate"] == ("Running", 1))
     del world.api.requests[:]
     await world.end_pod("curate", 1, 0, 1)
-    await world.until(lambda: "demo-curate-2" in world.api.names("jobs"))
-    writes = [path.rsplit("/", 2)[-1] for _, path in world.api.writes()]
+    await world.until(lambda: "demo-curate-2" in world.api.list_names("jobs"))
+    writes = [path.rsplit("/", 2)[-1] for _, path in world.api.list_writes()]
     assert writes.index("status") < writes.index("jobs")
 
 
@@ -73,10 +73,10 @@ async def test_starts_come_before_other_writes(world):
     for number in range(10):
         document = build_document()
         document["metadata"]["name"] = f"run-{number}"
-        world.see(await world.api.put("sailvlruns", document), "ADDED")
-    await world.until(lambda: len(world.api.names("jobs")) == 10)
+        world.see(world.api.put("sailvlruns", document), "ADDED")
+    await world.until(lambda: len(world.api.list_names("jobs")) == 10)
     await world.settled()
-    writes = [path.rsplit("/", 2)[-1] for method, path in world.api.writes() if "events" not in path]
+    writes = [path.rsplit("/", 2)[-1] for method, path in world.api.list_writes() if "events" not in path]
     last_job = max(i for i, what in enumerate(writes) if what == "jobs")
     assert writes[: last_job + 1].count("status") <= 2, "but for those that two workers were at already"
     assert writes.count("status") == 10
@@ -85,40 +85,40 @@ async def test_starts_come_before_other_writes(world):
 async def test_what_a_run_waits_for_doesn_t_wait_with_its_writes(world):
     """A worker fails in a rush: the cause is decided in time, and the next attempt follows."""
     await world.apply(build_document(stages=build_document()["spec"]["stages"][2:3]))
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("knowledge", nodes=2)
     await world.until(lambda: world.states()["knowledge"] == ("Running", 1))
     world.queue._has_backpressure = lambda: True
     await world.end_pod("knowledge", 1, 0, 76)
-    await world.until(lambda: "demo-knowledge-2" in world.api.names("jobs"))
+    await world.until(lambda: "demo-knowledge-2" in world.api.list_names("jobs"))
 
 
 async def test_a_stage_s_end_doesn_t_wait_since_others_follow_it(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.api.list_names("jobs"))
     world.queue._has_backpressure = lambda: True
     await world.add_pods("curate")
     await world.end_pod("curate", 1, 0, 0, result=build_result("curate"))
-    await world.until(lambda: "demo-alignment-1" in world.api.names("jobs"))
+    await world.until(lambda: "demo-alignment-1" in world.api.list_names("jobs"))
 
 
 async def test_nothing_is_written_when_nothing_changed(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
     await world.until(lambda: world.states()["curate"][0] == "Running")
     await world.settled()
-    before = len(world.api.writes())
+    before = len(world.api.list_writes())
     for _ in range(3):
         world.queue.add(KEY)
         await world.settled()
-    assert world.api.writes()[before:] == []
+    assert world.api.list_writes()[before:] == []
 
 
 async def test_a_whole_run(world):
     await world.apply(build_document())
     for stage, nodes in (("curate", 1), ("alignment", 2), ("knowledge", 2), ("evaluate", 1)):
-        await world.until(lambda stage=stage: f"demo-{stage}-1" in world.api.names("jobs"))
+        await world.until(lambda stage=stage: f"demo-{stage}-1" in world.api.list_names("jobs"))
         await world.add_pods(stage, nodes=nodes)
         await world.until(lambda stage=stage: world.states()[stage][0] == "Running")
         for index in range(nodes):
@@ -126,16 +126,16 @@ async def test_a_whole_run(world):
         await world.until(lambda stage=stage: world.states()[stage][0] == "Succeeded")
     await world.settled()
     assert world.status.is_true("Succeeded")
-    assert len(world.api.names("jobs")) == 4
+    assert len(world.api.list_names("jobs")) == 4
 
 
 async def test_a_lost_pod_is_followed_by_the_next_attempt_and_the_dead_one_is_cleared(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
     await world.until(lambda: world.states()["curate"][0] == "Running")
-    await world.api.remove("pods", "demo-curate-1-0-x")
-    await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
+    world.api.remove_named("pods", "demo-curate-1-0-x")
+    await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-2"})
     await world.settled()
     assert world.states()["curate"] == ("Restarting", 2)
     assert world.status.stages[0].last_failure.cause == "Infra"
@@ -144,42 +144,44 @@ async def test_a_lost_pod_is_followed_by_the_next_attempt_and_the_dead_one_is_cl
 
 async def test_a_final_failure_ends_the_run_and_its_pods(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
     await world.end_pod("curate", 1, 0, 64, message="unknown preset", rank=0)
     await world.until(lambda: world.status.is_true("Failed"))
-    await world.until(lambda: not world.api.names("jobs") and not world.api.names("pods"))
+    await world.until(lambda: not world.api.list_names("jobs") and not world.api.list_names("pods"))
     assert "unknown preset" in world.status.condition("Failed").message
 
 
 async def test_suspend_and_resume(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
     await world.until(lambda: world.states()["curate"][0] == "Running")
     await world.apply(build_document(suspend=True))
-    await world.until(lambda: world.api.all("jobs")[0]["spec"]["suspend"])
-    await world.api.remove("pods", "demo-curate-1-0-x")
+    await world.until(lambda: world.api.list_objects("jobs")[0]["spec"]["suspend"])
+    world.api.remove_named("pods", "demo-curate-1-0-x")
     await world.until(lambda: world.status.is_true("Suspended"))
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
+    await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-2"})
     assert not world.status.is_true("Suspended")
 
 
 @pytest.mark.parametrize(
     "refusal",
     [
-        pytest.param(Refusal(method="POST", path_end="/jobs", status=500, times=6), id="the Job"),
-        pytest.param(Refusal(method="POST", path_end="/services", status=403, times=2), id="the Service"),
-        pytest.param(Refusal(method="PATCH", path_end="/status", status=409, times=2), id="the status, by a conflict"),
-        pytest.param(Refusal(method="PATCH", path_end="/status", status=503, times=6), id="the status"),
+        pytest.param(InjectedError(method="POST", path_end="/jobs", status=500, times=6), id="the Job"),
+        pytest.param(InjectedError(method="POST", path_end="/services", status=403, times=2), id="the Service"),
+        pytest.param(
+            InjectedError(method="PATCH", path_end="/status", status=409, times=2), id="the status, by a conflict"
+        ),
+        pytest.param(InjectedError(method="PATCH", path_end="/status", status=503, times=6), id="the status"),
     ],
 )
 async def test_what_fails_is_done_later(world, refusal):
-    world.api.refusals = [refusal]
+    world.api.injected_errors = [refusal]
     await world.apply(spread())
-    await world.until(lambda: world.api.names("jobs") == {"demo-curate-1"})
-    await world.until(lambda: world.api.names("services") == {"demo"})
+    await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-1"})
+    await world.until(lambda: world.api.list_names("services") == {"demo"})
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.settled()
     assert world.states()["curate"] == ("Starting", 1)
@@ -188,20 +190,20 @@ async def test_what_fails_is_done_later(world, refusal):
 async def test_a_refused_start_holds_nothing_else_up(world):
     """The dead attempt's Job may be what fills the quota."""
     await world.apply(build_document(restartPolicy={"maxInfraRestarts": 100}))
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
     await world.until(lambda: world.states()["curate"][0] == "Running")
-    world.api.refusals = [Refusal(method="POST", path_end="/jobs", status=403, times=1000)]
+    world.api.injected_errors = [InjectedError(method="POST", path_end="/jobs", status=403, times=1000)]
     await world.end_pod("curate", 1, 0, 76)
-    await world.until(lambda: not world.api.names("jobs"))
+    await world.until(lambda: not world.api.list_names("jobs"))
     await world.until(lambda: world.status.is_true("Stuck"))
-    world.api.refusals = []
-    await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
+    world.api.injected_errors = []
+    await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-2"})
 
 
 async def test_a_second_operator_doubles_nothing(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.names("jobs"))
+    await world.until(lambda: world.api.list_names("jobs"))
     await world.settled()
     other = World(world.api, world.client)
     tasks = [asyncio.create_task(part) for part in (other.children.run(), other.controller.run(2))]
@@ -210,20 +212,20 @@ async def test_a_second_operator_doubles_nothing(world):
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert world.api.names("jobs") == {"demo-curate-1"}
+    assert world.api.list_names("jobs") == {"demo-curate-1"}
     assert world.states()["curate"] == ("Starting", 1)
 
 
 async def test_a_job_of_a_deleted_run_of_the_same_name_is_not_adopted(world):
     old = {"metadata": {"name": "demo-curate-1", "ownerReferences": [{"uid": "old-run"}]}, "spec": {}}
-    await world.api.put("jobs", old)
+    world.api.put("jobs", old)
     await world.apply(build_document())
-    await world.until(lambda: any(e["reason"] == "NameConflict" for e in world.api.all("events")))
+    await world.until(lambda: any(e["reason"] == "NameConflict" for e in world.api.list_objects("events")))
     assert "isn't this run's" in world.status.condition("Stuck").message
-    assert world.api.all("jobs")[0]["metadata"]["ownerReferences"] == [{"uid": "old-run"}]
-    await world.api.remove("jobs", "demo-curate-1")
-    await world.until(lambda: world.api.names("jobs"))
-    [job] = world.api.all("jobs")
+    assert world.api.list_objects("jobs")[0]["metadata"]["ownerReferences"] == [{"uid": "old-run"}]
+    world.api.remove_named("jobs", "demo-curate-1")
+    await world.until(lambda: world.api.list_names("jobs"))
+    [job] = world.api.list_objects("jobs")
     assert job["metadata"]["ownerReferences"][0]["uid"] == world.run["metadata"]["uid"]
     await world.until(lambda: not world.status.is_true("Stuck"))
 
@@ -234,7 +236,7 @@ async def test_pods_of_a_deleted_run_of_the_same_name_are_not_its_own(world):
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     stranger = make_pod("evaluate", 1, 0, "Running")
     stranger["metadata"]["labels"][names.LABEL_RUN_UID] = "old-run"
-    await world.api.put("pods", stranger)
+    world.api.put("pods", stranger)
     await world.settled()
     assert world.states()["evaluate"] == ("Pending", 0)
 
@@ -243,8 +245,8 @@ async def hear(world, plural: str, **fields: Any) -> None:
     """Somebody holds the first attempt back and says why; the operator asks around."""
     await world.apply(build_document(**fields.pop("spec", {})))
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
-    job = world.api.all("jobs")[0]["metadata"]
-    await world.api.put(plural, fields["said_of"](job))
+    job = world.api.list_objects("jobs")[0]["metadata"]
+    world.api.put(plural, fields["said_of"](job))
     await world.complaints.read_some()
     await world.settled()
 
@@ -266,8 +268,8 @@ async def test_what_the_job_controller_is_refused_is_shown(world):
 async def test_what_a_kubelet_says_of_a_volume_is_shown(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
-    pod = await world.api.put("pods", make_pod("curate", 1, 0, "Pending"))
-    await world.api.put("events", make_warning(pod["metadata"]["uid"], "FailedMount", "volume x is gone"))
+    pod = world.api.put("pods", make_pod("curate", 1, 0, "Pending"))
+    world.api.put("events", make_warning(pod["metadata"]["uid"], "FailedMount", "volume x is gone"))
     await world.until(lambda: world.children.pods.get(KEY))
     await world.complaints.read_some()
     await world.until(lambda: world.status.is_true("Stuck"))
@@ -294,8 +296,8 @@ async def test_a_person_s_request_is_carried_out_once_and_taken_off(world):
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     asked = copy.deepcopy(world.run)
     asked["metadata"]["annotations"] = {names.ANNOTATION_RESTART: "curate"}
-    world.see(await world.api.put("sailvlruns", asked))
-    await world.until(lambda: world.api.names("jobs") == {"demo-curate-2"})
+    world.see(world.api.put("sailvlruns", asked))
+    await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-2"})
     await world.until(lambda: not world.run["metadata"].get("annotations"))
     world.see(world.run)
     await world.until(lambda: not world.status.observed_restart_request)
@@ -307,7 +309,7 @@ async def test_a_run_past_its_time_is_deleted(world):
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.add_pods("curate")
     await world.end_pod("curate", 1, 0, 0, result=build_result("curate"))
-    await world.until(lambda: not world.api.all("sailvlruns"))
+    await world.until(lambda: not world.api.list_objects("sailvlruns"))
 
 
 async def test_an_unreadable_spec_is_refused_and_a_mended_one_taken(world):
@@ -316,7 +318,7 @@ async def test_an_unreadable_spec_is_refused_and_a_mended_one_taken(world):
     assert world.status.condition("Failed").reason == "InvalidSpec"
     assert "preset" in world.status.condition("Failed").message
     await world.settled()
-    assert world.api.names("jobs") == set()
+    assert world.api.list_names("jobs") == set()
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     assert not world.status.is_true("Failed")
@@ -328,10 +330,10 @@ async def test_a_deleted_run_is_forgotten(world):
     await world.add_pods("curate")
     await world.settled()
     raw = world.run
-    await world.api.remove("sailvlruns", "demo")
+    world.api.remove_named("sailvlruns", "demo")
     world.see(raw, "DELETED")
-    await world.api.remove("jobs", "demo-curate-1")
-    await world.api.remove("pods", "demo-curate-1-0-x")
+    world.api.remove_named("jobs", "demo-curate-1")
+    world.api.remove_named("pods", "demo-curate-1-0-x")
     await world.until(lambda: not list(world.children.pods) and not list(world.children.jobs))
     assert len(world.runs) == 0
 
@@ -341,10 +343,10 @@ async def test_an_old_event_changes_nothing(world):
     first = copy.deepcopy(world.run)
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.settled()
-    before = len(world.api.writes())
+    before = len(world.api.list_writes())
     world.see(first)
     await world.settled()
-    assert world.api.writes()[before:] == []
+    assert world.api.list_writes()[before:] == []
     assert int(world.runs.get(KEY).run.resource_version) == int(world.run["metadata"]["resourceVersion"])
 
 

@@ -28,7 +28,7 @@ async def upgraded(request: pytest.FixtureRequest) -> AsyncIterator[tuple[World,
     async with running() as world:
         for plural, found in objects.items():
             for body in found:
-                await world.api.put(plural, copy.deepcopy(body))
+                world.api.put(plural, copy.deepcopy(body))
         await world.settled()
         world.see(world.run, "ADDED")
         await world.settled()
@@ -38,7 +38,7 @@ async def upgraded(request: pytest.FixtureRequest) -> AsyncIterator[tuple[World,
 
 async def test_running_attempt_continues(upgraded):
     world, before = upgraded
-    assert world.api.names("jobs") == {"demo-curate-1", "demo-alignment-2"}, "no Job is created or deleted"
+    assert world.api.list_names("jobs") == {"demo-curate-1", "demo-alignment-2"}, "no Job is created or deleted"
     assert world.states() == {stage["name"]: (stage["state"], stage.get("attempt", 0)) for stage in before["stages"]}
     alignment = world.status.stages[1]
     assert (alignment.restarts, alignment.last_failure.cause) == ({"Crash": 1}, "Crash")
@@ -54,12 +54,14 @@ async def test_digests_are_unchanged(upgraded):
 async def test_run_succeeds(upgraded):
     world, _ = upgraded
     for stage, attempt, nodes in (("alignment", 2, 2), ("knowledge", 1, 2), ("evaluate", 1, 1)):
-        await world.until(lambda stage=stage, n=attempt: names.job_name("demo", stage, n) in world.api.names("jobs"))
+        await world.until(
+            lambda stage=stage, n=attempt: names.job_name("demo", stage, n) in world.api.list_names("jobs")
+        )
         await world.add_pods(stage, attempt, nodes)
         await world.until(lambda stage=stage: world.states()[stage][0] == "Running")
         for index in range(nodes):
             await world.end_pod(stage, attempt, index, 0, result=build_result(stage))
         await world.until(lambda stage=stage: world.states()[stage][0] == "Succeeded")
     await world.until(lambda: world.status.is_true("Succeeded"))
-    made = [path for method, path in world.api.writes() if method == "POST" and path.endswith("/jobs")]
+    made = [path for method, path in world.api.list_writes() if method == "POST" and path.endswith("/jobs")]
     assert len(made) == 2, "no attempt is repeated"

@@ -1,4 +1,4 @@
-"""Each law of a status can be broken, and says so; a good change breaks none."""
+"""Each invariant of a status detects a violation, and a valid change violates none."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 
 from sailvl_operator.api.status import Condition, Goodput, LastFailure, StageStatus, Status
 from tests.support.builders.operator import build_document
-from tests.support.simulation.invariants import STATUS_LAWS
-from tests.support.simulation.status_invariants import BrokenLawError
+from tests.support.simulation.invariants import STATUS_INVARIANTS
+from tests.support.simulation.status_invariants import InvariantViolation
 
 NAMES = [stage["name"] for stage in build_document()["spec"]["stages"]]
 RUN = build_document(restartPolicy={"maxRestarts": 2}) | {"metadata": {"generation": 1, "annotations": {}}}
@@ -30,7 +30,7 @@ def build_conditions(true: str = "", reason: str = "Running") -> list[Condition]
 
 
 def build_status(true: str = "Running", reason: str = "Running", **first: object) -> Status:
-    """One whose first stage runs, unless `first` says otherwise."""
+    """Return the status of a run whose first stage runs; `first` replaces fields of that stage."""
     known = {"state": "Running", "attempt": 2, "digest": "d", "start_time": BEGUN, "restarts": {"Crash": 1}}
     stages = [StageStatus(name=NAMES[0], **(known | {"counted_restarts": {"Crash": 1}} | first))]
     return Status(
@@ -50,20 +50,24 @@ def change(status: Status, **fields: object) -> Status:
 OLD = build_status()
 SETTLED = Goodput(settled_at=LATER, seconds={"training": 60})
 FAILED = LastFailure(cause="Crash", attempt=2, time=LATER)
-BROKEN = [
-    ("stages are kept in order", OLD, change(OLD, stages=OLD.stages[::-1])),
-    ("stages are kept in order", OLD, change(OLD, stages=OLD.stages[:2])),
-    ("attempts never go down", OLD, build_status(attempt=1)),
-    ("attempts never go down", OLD, build_status(state="Restarting", attempt=4)),
-    ("states follow each other", OLD, build_status(state="Starting")),
-    ("states follow each other", OLD, build_status(attempt=3)),
-    ("restarts never go down", OLD, build_status(restarts={})),
-    ("restarts stay in their budgets", OLD, build_status(counted_restarts={"Crash": 3})),
-    ("a stage fails only beyond its budget", OLD, build_status(state="Failed", last_failure=FAILED)),
-    ("what succeeded stays", build_status(state="Succeeded"), build_status(state="Succeeded", output="other")),
-    ("a started stage keeps its digest", OLD, build_status(digest="e")),
-    ("an ended run stays ended", build_status("Failed", "StageFailed"), OLD),
-    ("an ended run stays ended", build_status("Succeeded"), change(OLD, completion_time="")),
+VIOLATIONS = [
+    ("stages keep their order", OLD, change(OLD, stages=OLD.stages[::-1])),
+    ("stages keep their order", OLD, change(OLD, stages=OLD.stages[:2])),
+    ("attempts never decrease", OLD, build_status(attempt=1)),
+    ("attempts never decrease", OLD, build_status(state="Restarting", attempt=4)),
+    ("state transitions are valid", OLD, build_status(state="Starting")),
+    ("state transitions are valid", OLD, build_status(attempt=3)),
+    ("restarts never decrease", OLD, build_status(restarts={})),
+    ("restarts stay within budget", OLD, build_status(counted_restarts={"Crash": 3})),
+    ("stage fails only after its budget", OLD, build_status(state="Failed", last_failure=FAILED)),
+    (
+        "succeeded stage stays unchanged",
+        build_status(state="Succeeded"),
+        build_status(state="Succeeded", output="other"),
+    ),
+    ("started stage keeps its digest", OLD, build_status(digest="e")),
+    ("finished run stays finished", build_status("Failed", "StageFailed"), OLD),
+    ("finished run stays finished", build_status("Succeeded"), change(OLD, completion_time="")),
     ("conditions are well formed", OLD, change(OLD, conditions=OLD.conditions[1:])),
     ("conditions are well formed", OLD, change(OLD, conditions=[*OLD.conditions, OLD.conditions[0]])),
     (
@@ -71,7 +75,7 @@ BROKEN = [
         OLD,
         change(OLD, conditions=[msgspec.structs.replace(c, last_transition_time=LATER) for c in OLD.conditions]),
     ),
-    ("the status is of this generation", OLD, change(OLD, observed_generation=0)),
+    ("status describes current generation", OLD, change(OLD, observed_generation=0)),
     ("every second is counted once", OLD, change(OLD, goodput=Goodput(settled_at=LATER, seconds={"training": 59}))),
     ("every second is counted once", change(OLD, goodput=SETTLED), OLD),
     ("times are set once", OLD, change(OLD, start_time=LATER)),
@@ -79,23 +83,26 @@ BROKEN = [
 ]
 
 
-def find_broken(old: Status, new: Status) -> set[str]:
+def find_violated(old: Status, new: Status) -> set[str]:
+    """Return the names of the invariants that a new status violates."""
     found = set()
-    for law in STATUS_LAWS:
+    for invariant in STATUS_INVARIANTS:
         try:
-            law(RUN, old, new)
-        except BrokenLawError:
-            found.add(law.__name__.replace("_", " "))
+            invariant(RUN, old, new)
+        except InvariantViolation:
+            found.add(invariant.__name__.replace("_", " "))
     return found
 
 
-@pytest.mark.parametrize(("law", "old", "new"), BROKEN, ids=[f"{i} {law}" for i, (law, *_) in enumerate(BROKEN)])
-def test_a_broken_law_says_so(law, old, new):
-    assert law in find_broken(old, new)
+@pytest.mark.parametrize(
+    ("invariant", "old", "new"), VIOLATIONS, ids=[f"{i} {name}" for i, (name, *_) in enumerate(VIOLATIONS)]
+)
+def test_violation_is_detected(invariant, old, new):
+    assert invariant in find_violated(old, new)
 
 
-def test_every_law_of_a_status_is_broken_here():
-    assert {law.__name__.replace("_", " ") for law in STATUS_LAWS} == {law for law, *_ in BROKEN}
+def test_every_status_invariant_has_a_violation_here():
+    assert {invariant.__name__.replace("_", " ") for invariant in STATUS_INVARIANTS} == {n for n, *_ in VIOLATIONS}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_every_law_of_a_status_is_broken_here():
         pytest.param(change(OLD, goodput=SETTLED), id="time passes"),
         pytest.param(
             change(build_status(state="Restarting", attempt=3, counted_restarts={"Crash": 2}, restarts={"Crash": 2})),
-            id="again",
+            id="stage restarts",
         ),
         pytest.param(
             change(
@@ -112,13 +119,13 @@ def test_every_law_of_a_status_is_broken_here():
                     "Failed", "StageFailed", state="Failed", counted_restarts={"Crash": 2}, last_failure=FAILED
                 )
             ),
-            id="it fails beyond its budget",
+            id="stage fails beyond its budget",
         ),
     ],
 )
-def test_a_good_change_breaks_none(new):
+def test_valid_change_violates_no_invariant(new):
     moved = [
         msgspec.structs.replace(c, last_transition_time=o.last_transition_time)
         for c, o in zip(new.conditions, OLD.conditions, strict=True)
     ]
-    assert find_broken(OLD, change(new, conditions=moved)) == set()
+    assert find_violated(OLD, change(new, conditions=moved)) == set()
