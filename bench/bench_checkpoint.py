@@ -1,7 +1,7 @@
-"""Time and bytes of a checkpoint, beside torch's own: distributed checkpoint (DCP) and torch.save.
+"""Measure time and bytes of a checkpoint, beside torch's distributed checkpoint (DCP) and torch.save.
 
-All write the same float32 weights and moments from one process, and are followed by the file system's sync. Ours also
-writes and checks a SHA-256 of every byte, which the others don't. Prints a table, appends the figures to
+All write the same float32 weights and moments from one process, followed by a sync of the file system. Ours also writes
+and checks a SHA-256 of every file, which the others don't. Prints a table, appends the figures to
 bench/history.jsonl, and prints them last as a line of JSON.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from bench import history
 from sailvl_trainer.data.planner import PlanState
@@ -30,7 +30,7 @@ from sailvl_trainer.train.fragments import KEYS, Fragment
 
 POSITION = checkpoint.Position(step=1, data=PlanState(seed=0, fingerprint="bench"))
 Tensors = dict[str, dict[str, torch.Tensor]]
-"""By parameter name, then by key."""
+"""Tensors by parameter name, then by key: weight or moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +48,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     start_process_group(torch.device("cpu"))
     tensors = build_tensors(given.megabytes)
-    seconds = {(peer.name, what): [] for peer in PEERS for what in ("save", "load")}
-    sizes = {}
+    seconds: dict[tuple[str, str], list[float]] = {(peer.name, what): [] for peer in PEERS for what in ("save", "load")}
+    sizes: dict[str, int] = {}
     for _ in range(given.rounds):
         for peer in PEERS:
             took, sizes[peer.name] = measure(peer, tensors)
@@ -59,13 +59,16 @@ def main() -> None:
 
 
 def build_tensors(megabytes: int, width: int = 1024) -> Tensors:
-    """Square layers, as a language model has them."""
+    """Build square layers like those of a language model, of the given total size."""
     layers = max(1, megabytes * 2**20 // (len(KEYS) * 4 * width * width))
     return {f"layers.{i}.weight": {key: torch.randn(width, width) for key in KEYS} for i in range(layers)}
 
 
 def measure(peer: Peer, tensors: Tensors) -> tuple[dict[str, float], int]:
-    """Seconds of a save and a load, and the bytes on disk. Raises AssertionError when something else comes back."""
+    """Return the seconds of a save and a load, and the bytes on disk.
+
+    Raises AssertionError if the loaded tensors differ.
+    """
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
         started = time.perf_counter()
@@ -98,11 +101,11 @@ def load_ours(folder: Path, tensors: Tensors) -> None:
 
 
 def save_dcp(folder: Path, tensors: Tensors) -> None:
-    dcp.save(tensors, checkpoint_id=folder)
+    state_dict_saver.save(tensors, checkpoint_id=folder)
 
 
 def load_dcp(folder: Path, tensors: Tensors) -> None:
-    dcp.load(tensors, checkpoint_id=folder)
+    state_dict_loader.load(tensors, checkpoint_id=folder)
 
 
 def save_torch(folder: Path, tensors: Tensors) -> None:

@@ -1,6 +1,6 @@
-"""A control plane without machines, on loopback: etcd, API server, controllers, scheduler, and kwok as all kubelets.
+"""A control plane with fake nodes on loopback: etcd, API server, controller manager, scheduler, and kwok as kubelets.
 
-Its ports are its own, so that it runs beside the cluster of `make cluster`; its folder is removed.
+Its ports differ from those of `make cluster`, so that both can run. Its folder is removed at the end.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ ROOT = Path(__file__).parents[2]
 API = "https://127.0.0.1:16443"
 ETCD = "http://127.0.0.1:12379"
 POD_ADDRESS = "192.0.2.1"
-"""Of all pods, and this machine's own for as long as the control plane runs; Endpoints may not have one of the loopback
-range. There one server is every worker: what it says is of no attempt, so that it is read and changes nothing."""
+"""Address of all pods, which is added to this machine while the control plane runs, because Endpoints may not contain a
+loopback address. One server there answers for every worker, with progress of no attempt, so that it is read and changes
+nothing."""
 NODES = 20
 QPS = 500
 GOGC = "400"
-"""Its programs are written in Go, and share two cores with what is measured: memory is cheaper than collecting it."""
+"""Garbage collection target of the Go programs, which share the cores with the operator: trade memory for CPU."""
 
 FLAGS = {
     "all": [f"GOGC={GOGC}"],
     "controller-manager": [f"--kube-api-qps={QPS}", f"--kube-api-burst={QPS * 3 // 2}"],
     "scheduler": [f"--kube-api-qps={QPS}", f"--kube-api-burst={QPS * 3 // 2}"],
 }
-"""What differs from Kubernetes' defaults and bounds how fast pods come to be; printed with the results."""
+"""Flags that differ from Kubernetes' defaults and limit how fast pods are created; printed with the results."""
 
 NODE_KIND = Resource(api_version="v1", plural="nodes")
 ACCOUNT_KIND = Resource(api_version="v1", plural="serviceaccounts")
@@ -103,7 +104,7 @@ spec:
 ---
 apiVersion: kwok.x-k8s.io/v1alpha1
 kind: Stage
-metadata: {name: node-ready} # kwok leaves nodes alone, and their pods, where no stage is of nodes
+metadata: {name: node-ready} # without a stage for nodes, kwok ignores them and their pods
 spec:
   resourceRef: {apiGroup: v1, kind: Node}
   selector:
@@ -113,11 +114,11 @@ spec:
     statusTemplate: |
       phase: Running
 """
-"""Pods run 1 to 5 s after they have a node, as kwok's own stages have it, and go as soon as they are deleted."""
+"""kwok's stages: pods run 1 to 5 s after they are scheduled, as in kwok's own, and disappear when they are deleted."""
 
 
 class ControlPlane:
-    """Runs as an asynchronous context manager; `client` is an administrator's."""
+    """Async context manager that starts and ends the control plane. `client` has an administrator's rights."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sailvl-bench-"))
@@ -149,18 +150,18 @@ class ControlPlane:
         self._stop()
 
     def cpu_seconds(self) -> dict[str, float]:
-        """CPU time of each part so far."""
+        """Return the CPU seconds of each component so far."""
         return {name: cpu_seconds(process.pid) for name, process in self._processes.items()}
 
     def count_changes(self) -> Counter[str]:
-        """Changes so far by kind, as the API server counts them: nobody has to watch, at the measured's cost."""
+        """Return the changes so far by kind, from the API server's metrics: a watch would disturb the measurement."""
         metrics = self._ask("/metrics")
         pattern = r'^apiserver_watch_cache_events_received_total{group="[^"]*",resource="([^"]*)"} (\S+)'
         found = re.findall(pattern, metrics, re.M)
         return Counter({name.partition(".")[0]: round(float(count)) for name, count in found})
 
     def _ask(self, path: str) -> str:
-        """As the administrator."""
+        """Return the body of a GET request with the administrator's certificate."""
         trust = create_default_context(cafile=str(self.folder / "pki/ca.crt"))
         trust.load_cert_chain(self.folder / "pki/admin.crt", self.folder / "pki/admin.key")
         with urllib.request.urlopen(f"{API}{path}", context=trust, timeout=30) as answer:
@@ -201,10 +202,10 @@ class ControlPlane:
                 await asyncio.sleep(0.3)
 
     async def _define(self) -> None:
-        """Nodes, the resource, and kwok once there is something for it to do."""
+        """Create the nodes and the CustomResourceDefinition, then start kwok."""
         await asyncio.gather(*(self._add_node(number) for number in range(NODES)))
         crd = ROOT / "crds/sailvlruns.yaml"
-        kubectl = [self._bin / "kubectl", f"--kubeconfig={self.kubeconfig}"]
+        kubectl: list[str | Path] = [self._bin / "kubectl", f"--kubeconfig={self.kubeconfig}"]
         subprocess.run([*kubectl, "apply", "--server-side", "-f", crd], check=True, capture_output=True)
         await self._await(lambda: self._lists(RUNS))
         await self._await(lambda: self.client.get(ACCOUNT_KIND, "default", "default"))
@@ -217,13 +218,13 @@ class ControlPlane:
         capacity = {"cpu": "1000", "memory": "1000Gi", "pods": "1000"}
         node = {"metadata": {"name": f"node-{number}"}, "spec": {}}
         await self.client.create(NODE_KIND, "", node)
-        await self.client.patch(NODE_KIND, "", f"node-{number}", {"spec": {"taints": None}})  # of not being ready yet
+        await self.client.patch(NODE_KIND, "", f"node-{number}", {"spec": {"taints": None}})  # the taint not-ready
         ready = {"type": "Ready", "status": "True", "reason": "Fake", "message": ""}
         status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready]}
         await self.client.patch(NODE_KIND, "", f"node-{number}", {"status": status}, subresource="status")
 
     async def _add_storage(self) -> None:
-        """The claim that the runs name, bound: pods without it have no node."""
+        """Create a bound claim for the runs, because pods without it are not scheduled."""
         common = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
         claim = {"namespace": "default", "name": "sail-data"}
         volume = {"capacity": {"storage": "1Ti"}, "hostPath": {"path": "/sail-data"}, "claimRef": claim}
@@ -242,7 +243,7 @@ class ControlPlane:
         return bool(claim.get("status", {}).get("phase") == "Bound")
 
     async def _await(self, look: Callable[[], Awaitable[object]]) -> None:
-        """Until the API server has an answer that is true."""
+        """Wait until a request to the API server returns a true value."""
         async with asyncio.timeout(60):
             while True:
                 try:
@@ -265,7 +266,10 @@ def _set_pod_address(verb: str) -> None:
 
 
 async def _serve_progress() -> web.AppRunner:
-    """/progress of all workers. Raises RuntimeError where their address couldn't be made this machine's."""
+    """Serve /progress of all workers.
+
+    Raises RuntimeError if their address could not be added to this machine.
+    """
 
     async def answer(_: web.Request) -> web.Response:
         return web.json_response(asdict(Progress(attempt=0, phase="running")))
@@ -282,7 +286,7 @@ async def _serve_progress() -> web.AppRunner:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
+    """Return the user and system time of a process so far, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -291,7 +295,7 @@ _EXTRA = {
     "controller-manager": [
         "--use-service-account-credentials=true",
         "--pvclaimbinder-sync-period=1s",
-        "--controllers=*,-node-lifecycle-controller",  # nobody renews the fake nodes' leases
+        "--controllers=*,-node-lifecycle-controller",  # the leases of fake nodes are never renewed
     ]
 }
 

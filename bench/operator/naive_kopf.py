@@ -1,6 +1,6 @@
-"""The yardstick: an operator for the same resource as kopf's tutorial teaches to write one, with the official client.
+"""The baseline: an operator for the same resource, written as kopf's tutorial teaches, with the official client.
 
-A handler makes the Job of a new run; events of Jobs and pods bring its status up to date. It restarts nothing.
+A handler creates the Job of a new run; events of Jobs and pods update its status. It restarts nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RUN = "sailvl.dev/run"
 
 
 @kopf.on.create("sailvl.dev", "v1alpha1", "sailvlruns")
-def create(name: str, namespace: str, spec: kopf.Spec, **_: Any) -> None:
+def create(name: str, namespace: str | None, spec: kopf.Spec, **_: Any) -> None:
     nodes = spec["workers"]["nodes"]
     labels = {RUN: name}
     container = {"name": "worker", "image": spec["image"], "command": ["python", "-m", "sailvl_trainer"]}
@@ -42,17 +42,17 @@ def create(name: str, namespace: str, spec: kopf.Spec, **_: Any) -> None:
 
 
 @kopf.on.event("batch", "v1", "jobs", labels={RUN: kopf.PRESENT})
-def see_job(namespace: str, labels: kopf.Labels, status: kopf.Status, **_: Any) -> None:
+def see_job(namespace: str | None, labels: kopf.Labels, status: kopf.Status, **_: Any) -> None:
     patch(namespace, labels[RUN], {"summary": {"ready": f"{status.get('ready', 0)}/{status.get('active', 0)}"}})
 
 
 @kopf.on.event("", "v1", "pods", labels={RUN: kopf.PRESENT})
-def see_pod(namespace: str, labels: kopf.Labels, status: kopf.Status, **_: Any) -> None:
+def see_pod(namespace: str | None, labels: kopf.Labels, status: kopf.Status, **_: Any) -> None:
     if status.get("phase") == "Running":
         patch(namespace, labels[RUN], {"summary": {"reason": "Running"}})
 
 
-def patch(namespace: str, name: str, status: dict[str, Any]) -> None:
+def patch(namespace: str | None, name: str, status: dict[str, Any]) -> None:
     OBJECTS.patch_namespaced_custom_object_status(
         "sailvl.dev", "v1alpha1", namespace, "sailvlruns", name, {"status": status}
     )

@@ -1,4 +1,4 @@
-"""The operators that are measured, as processes of their own. Another one is another class with the same four names."""
+"""The measured operators, each in its own process. To measure another one, add a class with the same methods."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from typing import Protocol
 from bench.operator.control_plane import ROOT, ControlPlane, cpu_seconds
 
 SETTLE_SECONDS = 1.0
-"""--failure-settle-seconds of our operator here: the time it waits for the other pods' word on a failure."""
+"""Settling time of our operator in the benchmark (`--failure-settle-seconds`), in seconds."""
 _PORT = 18090
 _WRITES = ("create", "patch", "delete", "deletecollection")
-"""Verbs that count as writes; the lease's renewals are `update`."""
+"""Verbs that count as writes. Renewals of the Lease are `update` and do not count."""
 
 
 class Peer(Protocol):
-    """An operator that turns a SailVLRun into Jobs."""
+    """An operator that creates Jobs for runs."""
 
     name: str
     process: subprocess.Popen[bytes]
 
     async def start(self) -> None:
-        """Until it serves."""
+        """Start the process, and wait until it is ready."""
 
     async def stop(self) -> None:
-        """As a rollout would."""
+        """End the process with SIGTERM, as a rollout does."""
 
 
 class _Process:
-    """What peers share."""
+    """Process handling that the operators share."""
 
     name = ""
     process: subprocess.Popen[bytes]
@@ -46,18 +46,18 @@ class _Process:
         self._plane = plane
 
     def cpu_seconds(self) -> float:
-        """User and system time so far."""
+        """Return the user and system time so far, in seconds."""
         return cpu_seconds(self.process.pid)
 
     def memory_mib(self) -> float:
-        """The most memory that it ever held resident."""
+        """Return the peak resident memory in MiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert found is not None
         return int(found[1]) / 1024
 
     def writes(self) -> int:
-        """Requests so far that change something, where the operator tells."""
+        """Return the number of writes so far; 0 if the operator has no such metric."""
         return 0
 
     async def stop(self) -> None:
@@ -72,7 +72,7 @@ class _Process:
 
 
 class SailVL(_Process):
-    """`sailvl operator` with its defaults, but for the settling time, which is known, and the port."""
+    """`sailvl operator` with default settings, except for the settling time and the port."""
 
     name = "sailvl"
 
@@ -81,16 +81,16 @@ class SailVL(_Process):
         await until(lambda: self._ask("/readyz") == "ok", 60)
 
     def spawn(self) -> None:
-        """Only begin."""
+        """Start the process without waiting."""
         flags = ["--metrics-port", str(_PORT), "--failure-settle-seconds", str(SETTLE_SECONDS)]
         self._spawn("-c", "import sys; from sailvl_operator.cli.main import main; sys.exit(main())", "operator", *flags)
 
     def writes(self) -> int:
-        """Requests so far that change something: events are in, the lease's renewals aren't."""
+        """Return the number of writes so far, with Events and without renewals of the Lease."""
         return round(sum(value for verb, value in self._calls() if verb in _WRITES))
 
     def reconciled(self) -> tuple[int, int]:
-        """Reconciles so far, and keys that wait."""
+        """Return the number of reconciles so far and the depth of the work queue; -1 if it is unknown."""
         body = self._metrics("sailvl_operator_reconciles_total", "sailvl_operator_queue_depth")
         done = sum(float(v) for v in re.findall(r"^sailvl_operator_reconciles_total{[^}]*} (\S+)", body, re.M))
         depth = re.search(r"^sailvl_operator_queue_depth (\S+)", body, re.M)
@@ -114,7 +114,7 @@ class SailVL(_Process):
 
 
 class NaiveKopf(_Process):
-    """What a careful reader of kopf's tutorial writes; see naive_kopf.py."""
+    """The operator of `naive_kopf.py`, written as kopf's tutorial teaches."""
 
     name = "naive-kopf"
 
@@ -125,7 +125,7 @@ class NaiveKopf(_Process):
 
 
 async def until(condition: Callable[[], object], seconds: float, pause: float = 0.2) -> None:
-    """Wait for something that a thread can ask for. Raises TimeoutError."""
+    """Poll a condition in a thread until it is true. Raises TimeoutError after `seconds`."""
     async with asyncio.timeout(seconds):
         while not await asyncio.to_thread(condition):
             await asyncio.sleep(pause)

@@ -1,4 +1,4 @@
-"""What is measured, one function each. Times are seconds by the benchmark's own clock."""
+"""The measurements, one function each. Times are seconds of the benchmark's monotonic clock."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ NAMESPACE = "default"
 QUIET_SECONDS = 60.0
 _CONNECTIONS = 48
 _PAUSE = 0.25
-"""Seconds between counts."""
+"""Seconds between two counts of objects."""
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Runs created at once."""
+    """What it took until all pods of runs that were created at once existed."""
 
     jobs_s: float
-    """From the first creation until every Job existed."""
+    """Seconds from the first creation until every Job existed."""
     pods_s: float
-    """Until every pod existed."""
+    """Seconds from the first creation until every pod existed."""
     cpu_s: float
-    """Of the operator, until all was quiet."""
+    """CPU seconds of the operator until it was idle again."""
     events: int
-    """New runs, and changes of Jobs and pods: what has to be heard. Changes of statuses are the operator's own, and one
-    that writes more of them isn't the cheaper for it."""
+    """New runs and changes of Jobs and pods, which the operator must handle. Status changes are not counted: the
+    operator causes them itself, and writing more of them must not make an event look cheaper."""
     statuses: int
-    """Changes of runs after their creation."""
+    """Number of changes of runs after their creation."""
     parts: dict[str, float]
-    """CPU seconds of the control plane's parts until every pod existed."""
+    """CPU seconds by component of the control plane until every pod existed."""
 
 
 async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs: int, nodes: int, log: Log) -> Start:
-    """So many runs of one stage with so many pods each."""
+    """Create runs of one stage with `nodes` pods each at once, and measure until the operator is idle again."""
     seen = await asyncio.to_thread(plane.count_changes)
     cpu, parts, began = operator.cpu_seconds(), plane.cpu_seconds(), time.monotonic()
     creating = asyncio.create_task(create_runs(plane, runs, nodes))
@@ -73,24 +73,23 @@ async def start_runs(plane: ControlPlane, operator: SailVL | NaiveKopf, *, runs:
 
 
 async def start_bare(plane: ControlPlane, *, runs: int, nodes: int, log: Log) -> float:
-    """What the control plane alone needs: the runs are made, and our operator's Jobs, but by nobody who watches.
-    Seconds until all pods exist."""
+    """Create the runs and our operator's Jobs without any operator. Return the seconds until all pods exist."""
     jobs = [build_job(f"run-{n:04}", nodes) for n in range(runs)]
     began = time.monotonic()
     _, done = await asyncio.gather(create_runs(plane, runs, nodes), _create_all(plane, resources.JOBS, jobs))
     jobs_s = done - began
     pods_s = await _await_count(plane, resources.PODS, runs * nodes, began)
-    log(f"without any operator: {runs} Jobs after {jobs_s:.1f} s, {runs * nodes} pods after {pods_s:.1f} s")
+    log(f"control plane alone: {runs} Jobs after {jobs_s:.1f} s, {runs * nodes} pods after {pods_s:.1f} s")
     return pods_s
 
 
 async def create_runs(plane: ControlPlane, runs: int, nodes: int) -> float:
-    """All at once; returns when the last was there."""
+    """Create runs at once, and return the time at which the last one existed."""
     return await _create_all(plane, resources.RUNS, [build_run(f"run-{n:04}", nodes) for n in range(runs)])
 
 
 async def _create_all(plane: ControlPlane, resource: Resource, bodies: Sequence[dict[str, Any]]) -> float:
-    """Over many connections; when the last was there, by the monotonic clock."""
+    """Create objects over many connections, and return the monotonic time at which the last one existed."""
     many = asyncio.Semaphore(_CONNECTIONS)
 
     async def create(body: dict[str, Any]) -> None:
@@ -102,7 +101,7 @@ async def _create_all(plane: ControlPlane, resource: Resource, bodies: Sequence[
 
 
 def build_run(name: str, nodes: int) -> dict[str, Any]:
-    """One stage, no GPUs."""
+    """Build a run with one stage and no GPUs."""
     training = {"data": [{"path": "/data/sft"}], "epochs": "1"}
     spec = {
         "image": "registry.example.com/sailvl-trainer:0.1.0",
@@ -115,7 +114,7 @@ def build_run(name: str, nodes: int) -> dict[str, Any]:
 
 
 def build_job(run: str, nodes: int) -> dict[str, Any]:
-    """The Job that our operator makes for a run, but for its owner, which it needn't wait for."""
+    """Build the Job that our operator creates for a run, without the owner reference, which needs the run's UID."""
     metadata = {"namespace": NAMESPACE, "uid": run, "resourceVersion": "1", "generation": 1}
     raw = build_run(run, nodes)
     entry = parse_run(raw | {"metadata": raw["metadata"] | metadata})
@@ -126,8 +125,8 @@ def build_job(run: str, nodes: int) -> dict[str, Any]:
 
 
 async def measure_quiet(operator: SailVL, log: Log) -> tuple[int, float]:
-    """Writes, and the part of a core, in a minute in which nothing happens."""
-    log(f"{QUIET_SECONDS:.0f} s in which nothing happens")
+    """Return the writes and the CPU cores used in a minute without changes."""
+    log(f"{QUIET_SECONDS:.0f} s without changes")
     writes, cpu, began = operator.writes(), operator.cpu_seconds(), time.monotonic()
     await asyncio.sleep(QUIET_SECONDS)
     wall, cpu = time.monotonic() - began, operator.cpu_seconds() - cpu
@@ -137,9 +136,12 @@ async def measure_quiet(operator: SailVL, log: Log) -> tuple[int, float]:
 async def measure_replacements(
     plane: ControlPlane, *, failures: int, rate: float, attempt: int, log: Log
 ) -> list[float]:
-    """One pod of each of so many runs fails, so many a second (infinite: at once): seconds from the failure's write
-    until the next attempt's Job, but for the settling time."""
-    log(f"{failures} pods fail, {rate:.0f} a second")
+    """Let one pod of each of `failures` runs fail, at `rate` per second (`inf`: at once).
+
+    Return the sorted seconds from the write of the failure until the Job of the next attempt exists, without the
+    settling time.
+    """
+    log(f"{failures} pods fail, {rate:.0f} per second")
     failed: dict[str, float] = {}
     made: dict[str, float] = {}
     watching = asyncio.create_task(_watch_jobs(plane, attempt + 1, made))
@@ -176,13 +178,13 @@ _LOST_PEER = {
         }
     ],
 }
-"""A worker that lost another: no backoff follows, and the operator waits for the others' word first."""
+"""Status of a worker that reports a lost peer: the operator waits for its peers, and no backoff follows."""
 
 
 async def measure_restart(plane: ControlPlane, operator: SailVL, *, runs: int, log: Log) -> float:
-    """From the start of a process until it has looked at every run once and none waits."""
+    """Return the seconds from the start of a process until it has reconciled every run and its queue is empty."""
     await operator.stop()
-    log("a fresh start")
+    log("restarting the operator")
     began = time.monotonic()
     operator.spawn()
 
@@ -195,7 +197,7 @@ async def measure_restart(plane: ControlPlane, operator: SailVL, *, runs: int, l
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Of at least two values."""
+    """Return a percentile of at least two values."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
@@ -215,7 +217,7 @@ async def _watch_jobs(plane: ControlPlane, attempt: int, made: dict[str, float])
 
 
 async def _choose_pods(plane: ControlPlane, failures: int, attempt: int) -> list[dict[str, Any]]:
-    """First workers of runs that are at this attempt: those of an earlier failure may be on their way out still."""
+    """Choose first workers of runs whose newest attempt is `attempt`; pods of an older one may be terminating."""
     pods = await _list(plane, resources.PODS, f"{names.LABEL_ATTEMPT}={attempt},{names.LABEL_COMPLETION_INDEX}=0")
     newer = await _list(plane, resources.JOBS, f"{names.LABEL_ATTEMPT}={attempt + 1}")
     replaced = {job["metadata"]["labels"][names.LABEL_RUN] for job in newer}
@@ -224,7 +226,7 @@ async def _choose_pods(plane: ControlPlane, failures: int, attempt: int) -> list
 
 
 async def _list(plane: ControlPlane, resource: Resource, selector: str) -> list[dict[str, Any]]:
-    """Their metadata alone."""
+    """Return the metadata of all objects that a label selector matches."""
     found: list[dict[str, Any]] = []
     async for items, _ in plane.client.list_pages(resource, NAMESPACE, selector=selector, metadata_only=True):
         found += items
@@ -239,13 +241,14 @@ async def _await_count(plane: ControlPlane, resource: Resource, wanted: int, beg
 
 
 async def _count(plane: ControlPlane, resource: Resource) -> int:
-    """By a page of one object: the server tells how many remain."""
+    """Count objects by requesting a page of one: the API server returns how many remain."""
     page = await plane.client._request("list", "GET", resource.path(NAMESPACE), {"limit": "1"})
-    return len(page["items"] or []) + page["metadata"].get("remainingItemCount", 0)
+    remaining: int = page["metadata"].get("remainingItemCount", 0)
+    return len(page["items"] or []) + remaining
 
 
 async def _await_quiet(operator: SailVL | NaiveKopf) -> None:
-    """Until the operator has written nothing, and done next to nothing, for five seconds."""
+    """Wait until the operator has written nothing and used at most 5 % of a core for five seconds."""
     async with asyncio.timeout(300):
         while True:
             cpu, writes = operator.cpu_seconds(), operator.writes()
