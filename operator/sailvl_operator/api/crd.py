@@ -91,7 +91,7 @@ def struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
     descriptions = describe_fields(struct)
     schema: dict[str, Any] = {"type": "object", "properties": {}}
     if struct.__doc__:
-        schema["description"] = inspect.cleandoc(struct.__doc__)
+        schema["description"] = unwrap(struct.__doc__)
     required = [field.encode_name for field in fields if field.required]
     if required:
         schema["required"] = required
@@ -159,10 +159,15 @@ def describe_fields(struct: type) -> dict[str, str]:
     return descriptions
 
 
+def unwrap(docstring: str) -> str:
+    """Return a docstring with each paragraph on one line, since readers of the schema wrap lines themselves."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(docstring).split("\n\n"))
+
+
 def _field_docstrings(body: list[ast.stmt]) -> list[tuple[str, str]]:
     """Return the (field, docstring) pairs of a class body."""
     return [
-        (node.target.id, inspect.cleandoc(after.value.value))
+        (node.target.id, unwrap(after.value.value))
         for node, after in pairwise(body)
         if isinstance(node, ast.AnnAssign)
         and isinstance(node.target, ast.Name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ import msgspec
 
 from sailvl_operator.api import names
 from sailvl_operator.api.benchmarks import BENCHMARKS
-from sailvl_operator.api.crd import describe_fields, struct_schema
+from sailvl_operator.api.crd import describe_fields, struct_schema, unwrap
 from sailvl_operator.api.rules import RULES, RUN, STAGES, Rule
 from sailvl_operator.api.status import Status
 from sailvl_operator.api.types import Spec
@@ -65,7 +64,7 @@ def _describe_struct(struct: type[msgspec.Struct]) -> Iterator[str]:
     yield f"## {struct.__name__}"
     yield ""
     if struct.__doc__:
-        yield from (_escape(inspect.cleandoc(struct.__doc__)), "")
+        yield from (_escape(unwrap(struct.__doc__)), "")
     yield from ("| Field | Type | Default | Description |", "|---|---|---|---|")
     for field in msgspec.structs.fields(struct):
         name = field.encode_name
