@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from sailvl_operator.core import failure
 from sailvl_operator.core.desired.workload import build_defaults, build_env, encode_document
 from sailvl_operator.core.observe import Terminated
 from sailvl_operator.core.plan import build_attempt, plan
+from sailvl_trainer import contract
 from sailvl_trainer.contract import (
     METRICS_PORT,
     NON_RETRYABLE_EXIT_CODES,
@@ -141,6 +143,24 @@ def test_contract_imports_only_the_standard_library() -> None:
     environment = {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["sailvl_trainer"]
+
+
+def find_public_names(module: ModuleType) -> set[str]:
+    """Return the public names that a module defines or imports, without modules and `annotations`."""
+    names = {name for name, value in vars(module).items() if not isinstance(value, ModuleType)}
+    return {name for name in names if not name.startswith("_")} - {"annotations"}
+
+
+def test_contract_exports_exactly_its_documented_names() -> None:
+    assert find_public_names(contract) == set(contract.__all__)
+    assert contract.__all__ == sorted(contract.__all__, key=lambda name: (not name.isupper(), name))
+
+
+@pytest.mark.parametrize("name", ["process", "reports", "stage_config", "storage"])
+def test_contract_exports_every_definition_of_its_modules(name: str) -> None:
+    module = sys.modules[f"sailvl_trainer.contract.{name}"]
+    helpers = {"dataclass", "enum", "field", "Literal"}
+    assert find_public_names(module) - helpers <= set(contract.__all__)
 
 
 def test_stage_config_is_plain_json() -> None:
