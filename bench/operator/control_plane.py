@@ -22,11 +22,10 @@ from types import TracebackType
 
 from aiohttp import web
 
-from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.cluster.resources import CLAIMS, RUNS, Resource
 from sailvl_operator.errors import ApiError
-from sailvl_operator.settings import ApiSettings
 from sailvl_trainer.contract import METRICS_PORT, Progress
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +134,7 @@ class ControlPlane:
             self._start_all()
             await self._await_ready()
             credentials = load_credentials(str(self.kubeconfig), "")
-            self.client = await Client(credentials, ApiSettings(connections=64), lambda *_: None).__aenter__()
+            self.client = await Client(credentials, ClientConfig(connections=64)).__aenter__()
             await self._define()
         except BaseException:
             self._stop()

@@ -242,7 +242,7 @@ async def _await_count(plane: ControlPlane, resource: Resource, wanted: int, beg
 
 async def _count(plane: ControlPlane, resource: Resource) -> int:
     """Count objects by requesting a page of one: the API server returns how many remain."""
-    page = await plane.client._request("list", "GET", resource.path(NAMESPACE), {"limit": "1"})
+    page = await plane.client._send_with_retries("list", "GET", resource.path(NAMESPACE), {"limit": "1"})
     remaining: int = page["metadata"].get("remainingItemCount", 0)
     return len(page["items"] or []) + remaining
 

@@ -1,18 +1,18 @@
-"""Everything that can go wrong outside the pure core.
+"""Errors of everything outside the pure core.
 
 OperatorError
-├── SettingsError          a flag or variable that can't work
-├── CredentialsError       no way into a cluster
-├── LostLease              another replica leads: this process must end
-├── NameConflict              an object of a child's name belongs to someone else
-└── ApiError               the API server's answer, or none
-    ├── Unreachable        no answer
+├── SettingsError          invalid flag or environment variable
+├── CredentialsError       no credentials for a cluster
+├── LeaseLost              another replica leads: this process must exit
+├── NameConflict           an object with the needed name belongs to something else
+└── ApiError               failed request to the API server
+    ├── Unreachable        no response, or a malformed one
     ├── Unauthorized 401, Forbidden 403, NotFound 404, Conflict 409, Gone 410, Invalid 422
-    ├── TooManyRequests    429, with the seconds it asks for
+    ├── TooManyRequests    429, with Retry-After
     └── ServerError        5xx
 """
 
-# ruff: noqa: N818  # the names say what is the matter; an Error at each end would add nothing
+# ruff: noqa: N818  # the names are the API server's reasons, which have no Error suffix
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from typing import Any
 
 
 class OperatorError(Exception):
-    """Base of all."""
+    """Base class of all errors of the operator."""
 
 
 class SettingsError(OperatorError, ValueError):
-    """Says which flag or variable was given what, and what to give instead."""
+    """Invalid setting. The message names the flag, its value and what to set instead."""
 
 
 class CredentialsError(OperatorError):
-    """Neither a kubeconfig nor a service account leads to a cluster."""
+    """Neither a kubeconfig nor a service account was found, or it is invalid."""
 
 
-class LostLease(OperatorError):
-    """The process must end before it writes anything more."""
+class LeaseLost(OperatorError):
+    """The Lease is held, or may be held, by another replica; the process must exit without further writes."""
 
 
 class NameConflict(OperatorError):
-    """A child can't be made: its name is in use by an object that isn't this run's."""
+    """An object can't be created, because its name is taken by an object that this run doesn't own."""
 
 
 class ApiError(OperatorError):
-    """A request failed for good, after its retries."""
+    """A request failed after its retries. `status`: HTTP status, 0 without a response; `reason`: reason of the
+    metav1.Status."""
 
     def __init__(self, message: str, *, status: int = 0, reason: str = "") -> None:
         super().__init__(message)
@@ -50,41 +51,41 @@ class ApiError(OperatorError):
 
 
 class Unreachable(ApiError):
-    """No answer: connection refused, reset, or timed out."""
+    """No usable response: connection refused or reset, timeout, or malformed content."""
 
 
 class Unauthorized(ApiError):
-    """401: the credentials are unknown or have expired."""
+    """401: the credentials are invalid or have expired."""
 
 
 class Forbidden(ApiError):
-    """403: RBAC, a quota or an admission policy says no."""
+    """403: refused by RBAC, a quota or an admission policy."""
 
 
 class NotFound(ApiError):
-    """The API server answered 404: the object doesn't exist."""
+    """404: the object or the resource does not exist."""
 
 
 class Conflict(ApiError):
-    """409: the name exists, the resourceVersion is old, or a uid precondition failed."""
+    """409: the name exists, the resourceVersion is stale, or a UID precondition failed."""
 
 
 class Gone(ApiError):
-    """410: the resourceVersion of a watch or a page is too old; list again."""
+    """410: the resourceVersion of a watch or of a page has expired; list again."""
 
 
 class Invalid(ApiError):
-    """422: the object breaks its schema."""
+    """422: the object violates its schema."""
 
 
 class TooManyRequests(ApiError):
-    """429: the server asks for `retry_after` seconds of patience."""
+    """429: the API server asks to wait for `retry_after` seconds."""
 
     retry_after: float = 0.0
 
 
 class ServerError(ApiError):
-    """The API server answered 5xx."""
+    """5xx: the API server, or a webhook behind it, failed."""
 
 
 _BY_STATUS: dict[int, type[ApiError]] = {
@@ -99,14 +100,17 @@ _BY_STATUS: dict[int, type[ApiError]] = {
 
 
 REFUSALS = (NameConflict, Forbidden, Invalid, ServerError)
-"""What a child's creation meets and a person must mend; a webhook that is down shows as a ServerError."""
+"""Errors of creating an object that the user or an administrator has to resolve. A failing admission webhook shows as a
+ServerError."""
 
 
-def api_error(status: int, body: Mapping[str, Any], *, request: str, retry_after: str | None = None) -> ApiError:
-    """The error of an HTTP status; `body` is a metav1.Status or empty."""
+def error_from_status(
+    status: int, body: Mapping[str, Any], *, request: str, retry_after: str | None = None
+) -> ApiError:
+    """Build the error for an HTTP status. `body`: a metav1.Status, or empty; `retry_after`: the header of that name."""
     kind = _BY_STATUS.get(status, ServerError if status >= 500 else ApiError)
-    words = body.get("message") or f"HTTP {status}"
-    error = kind(f"{request}: {words}", status=status, reason=str(body.get("reason", "")))
+    message = body.get("message") or f"HTTP {status}"
+    error = kind(f"{request}: {message}", status=status, reason=str(body.get("reason", "")))
     if isinstance(error, TooManyRequests) and retry_after is not None and retry_after.isdigit():
         error.retry_after = float(retry_after)
     return error

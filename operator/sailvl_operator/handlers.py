@@ -12,7 +12,7 @@ from typing import Any
 import kopf
 
 from sailvl_operator.api import names
-from sailvl_operator.cluster.client import SILENCE
+from sailvl_operator.cluster.client import WATCH_SILENCE_SECONDS
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.kopf_session import IsKnown, build_session
 
@@ -35,7 +35,7 @@ def build_registry(
         settings.peering.standalone = True
         settings.watching.server_timeout = watch_timeout
         settings.watching.connect_timeout = 10
-        settings.watching.inactivity_timeout = SILENCE
+        settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
         settings.networking.request_timeout = 30
         settings.networking.error_backoffs = EndlessBackoff()
 

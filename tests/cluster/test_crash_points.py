@@ -18,7 +18,6 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials, load_credentials
 from sailvl_operator.cluster.resources import Resource
-from sailvl_operator.settings import ApiSettings
 from tests.support.live.control_plane import control_plane
 from tests.support.live.crash_points import (
     PATIENCE,
@@ -89,7 +88,7 @@ async def run_cases(points: Sequence[Point | None], credentials: Credentials) ->
     """All at once, or nearly."""
     cases = [Case(namespace=f"crash-{uuid.uuid4().hex[:8]}", point=point) for point in points]
     turns = asyncio.Semaphore(AT_ONCE)
-    async with Client(credentials, ApiSettings(), lambda _verb, _code: None) as client, watching(client, cases):
+    async with Client(credentials) as client, watching(client, cases):
         await asyncio.gather(*(go_through(case, client, credentials, turns) for case in cases))
     return cases
 

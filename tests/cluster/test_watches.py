@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from sailvl_operator.cluster import resources, wire
-from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.cluster.resources import Resource
-from sailvl_operator.settings import ApiSettings
 from tests.support.builders.operator import build_document
 
 pytestmark = pytest.mark.cluster
@@ -23,7 +22,7 @@ PLACELESS = TEMPLATE["spec"] | {"nodeSelector": {"sailvl.dev/there-is": "none"}}
 
 
 @pytest.mark.parametrize(
-    ("resource", "shape", "body"),
+    ("resource", "decode_as", "body"),
     [
         pytest.param(resources.JOBS, wire.Job, {"spec": {"suspend": True, "template": TEMPLATE}}, id="jobs"),
         pytest.param(resources.PODS, wire.Pod, {"spec": PLACELESS}, id="pods"),
@@ -32,17 +31,17 @@ PLACELESS = TEMPLATE["spec"] | {"nodeSelector": {"sailvl.dev/there-is": "none"}}
     ],
 )
 async def test_bookmarks_move_a_quiet_watch_on(
-    kubeconfig: str, resource: Resource, shape: Any, body: dict[str, Any]
+    kubeconfig: str, resource: Resource, decode_as: Any, body: dict[str, Any]
 ) -> None:
     """The API server sends one shortly before the end of a watch, and every minute of a longer one, while anything of
     the kind changes."""
-    async with Client(load_credentials(kubeconfig, ""), ApiSettings(watch_timeout=4), lambda *_: None) as client:
+    async with Client(load_credentials(kubeconfig, ""), ClientConfig(watch_timeout_seconds=4)) as client:
         made = await client.create(resource, "default", body | {"metadata": {"name": "seen-by-nobody"}})
         version = made["metadata"]["resourceVersion"]
         changing = asyncio.create_task(keep_changing(client, resource))
         try:
             selector = "sailvl.dev/run=nobody"
-            watch = client.watch(resource, selector=selector, resource_version=version, shape=shape)
+            watch = client.watch(resource, selector=selector, resource_version=version, decode_as=decode_as)
             seen = [(type_, int(raw["metadata"]["resourceVersion"])) async for type_, raw in watch]
         finally:
             changing.cancel()

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from sailvl_operator.api import names
 from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import decode_status
-from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.progress import ProgressReader
@@ -25,7 +25,7 @@ from sailvl_operator.cluster.start_diagnostics import StartDiagnostics, find_wai
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.controller import Controller, handle_run_event
 from sailvl_operator.metrics import Metrics
-from sailvl_operator.settings import ApiSettings, DiagnosticsSettings, ProgressSettings
+from sailvl_operator.settings import DiagnosticsSettings, ProgressSettings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.apiserver.store import NEW_YEAR_2026
 
@@ -139,7 +139,7 @@ async def running():
     api = FakeApiServer()
     async with (
         serve(api) as url,
-        Client(Credentials(AnonymousConfiguration(url)), ApiSettings(backoff=0.001), lambda *_: None) as client,
+        Client(Credentials(AnonymousConfiguration(url)), ClientConfig(backoff_seconds=0.001)) as client,
     ):
         world = World(api, client)
         parts = [world.children.run(), world.recorder.run(), world.controller.run(2)]

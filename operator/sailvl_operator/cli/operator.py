@@ -22,13 +22,14 @@ from sailvl_operator.api import names
 from sailvl_operator.api.status import decode_status
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.backpressure import StartupBacklog
-from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials, load_credentials
 from sailvl_operator.cluster.lease import Leadership
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
 from sailvl_operator.cluster.runs import RunKey, RunStore
+from sailvl_operator.cluster.server_clock import ServerClock
 from sailvl_operator.cluster.start_diagnostics import StartDiagnostics, find_waiting
 from sailvl_operator.cluster.watch_audit import WatchAuditor
 from sailvl_operator.cluster.workqueue import WorkQueue
@@ -80,7 +81,9 @@ def _tame_collector() -> None:
 class Operator:
     """All parts of one process."""
 
-    def __init__(self, settings: Settings, credentials: Credentials) -> None:
+    def __init__(
+        self, settings: Settings, credentials: Credentials, *, client_config: ClientConfig | None = None
+    ) -> None:
         self.settings = settings
         self.credentials = credentials
         self.registry = CollectorRegistry()
@@ -92,16 +95,17 @@ class Operator:
             debounce_seconds=settings.queue.batch,
             has_backpressure=self._has_backpressure,
         )
-        self.client = Client(credentials, settings.api, self._count_call)
+        self.clock = ServerClock()
+        self.client = Client(credentials, client_config, clock=self.clock, on_response=self._count_call)
         self.children = Children(
             self.client,
             namespaces=settings.api.namespaces,
             on_change=self.queue.add_debounced,
             on_routine_change=lambda key: self.queue.add_debounced(key, routine=True),
             count_restart=lambda resource, cause: self.metrics.watch_restarts.labels(resource, cause).inc(),
-            clock=self.client.clock.now,
+            clock=self.clock.now,
         )
-        self.rush = StartupBacklog(self.children, clock=self.client.clock.now)
+        self.rush = StartupBacklog(self.children, clock=self.clock.now)
         self.resync = WatchAuditor(
             self.client,
             self.runs,
@@ -110,7 +114,7 @@ class Operator:
             tell=self._see_run,
             count=self.metrics.missed_changes.inc,
         )
-        self.leadership = Leadership(self.client, settings.lease)
+        self.leadership = Leadership(self.client, settings.lease, clock=self.clock.now)
         self.server = Server(settings.server, self.registry, is_alive=self.find_problems, is_ready=self.find_unready)
         self._register_collectors()
 
@@ -174,7 +178,7 @@ class Operator:
             queue=self.queue,
             metrics=self.metrics,
             defaults=self.settings.defaults,
-            clock=self.client.clock.now,
+            clock=self.clock.now,
         )
         if self.settings.lease.enabled:
             await self.leadership.acquire()
@@ -192,7 +196,7 @@ class Operator:
             identity=self.settings.lease.identity,
             enabled=self.settings.api.events,
             count=lambda outcome: self.metrics.events.labels(outcome).inc(),
-            clock=self.client.clock.now,
+            clock=self.clock.now,
             has_backpressure=self._has_backpressure,
         )
 

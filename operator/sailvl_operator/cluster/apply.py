@@ -123,12 +123,12 @@ class Actions:
         self._children.jobs.put_created(found)
 
     async def _create(
-        self, resource: Resource, body: dict[str, Any], owner_uid: str, shape: wire.Shape
+        self, resource: Resource, body: dict[str, Any], owner_uid: str, decode_as: wire.ObjectType
     ) -> dict[str, Any]:
         """POST, or what is there already if it is ours: server-side apply would adopt a deleted run's leftovers."""
         metadata = body["metadata"]
         try:
-            return await self._client.create(resource, metadata["namespace"], body, shape=shape)
+            return await self._client.create(resource, metadata["namespace"], body, decode_as=decode_as)
         except Conflict:
             existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
         if not _is_ours(existing["metadata"], body["metadata"], owner_uid):

@@ -1,5 +1,5 @@
-"""The way into a cluster, found by the kubernetes package: kubeconfig (client certificate, token, exec plugin) or the
-pod's service account. The client asks for headers; a token is read again before it expires.
+"""Credentials for a cluster, loaded by the kubernetes package: a kubeconfig (client certificate, token or exec plugin)
+or the pod's service account. Tokens are read again before they expire.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import kubernetes.config
 from sailvl_operator.errors import CredentialsError
 
 REFRESH_SECONDS = 45.0
-"""A service account's token is rotated well before it expires; the package reads its file once a minute."""
+"""Seconds after which a token is read again. The kubernetes package reads the token file of a service account once a
+minute, and the kubelet rotates it well before it expires."""
 
-_IDLE_SECONDS = 15
-"""A connection that is silent for so long is probed: on a watch nothing else would notice that the peer is gone."""
-_DEAD_SECONDS = 5
-"""Without an acknowledgement for so long a connection is given up, and what was not delivered with it: a write must not
-arrive when the network is back and another replica leads."""
+_KEEPALIVE_SECONDS = 15
+"""A connection is probed when it has been idle for this long. On a watch nothing else detects that the peer is gone."""
+_ACKNOWLEDGE_SECONDS = 5
+"""A connection without an acknowledgement for this long is closed, and undelivered data is dropped. A write must not
+arrive after an outage, when another replica may lead."""
 
 
 class Credentials:
-    """Server, TLS context and authorization header of one cluster."""
+    """Server URL, TLS context and authorization header of one cluster."""
 
     def __init__(self, configuration: Any) -> None:
         self.configuration = configuration
@@ -38,14 +39,14 @@ class Credentials:
         self.ssl = _build_ssl(configuration) if self.server.startswith("https:") else None
 
     async def headers(self) -> dict[str, str]:
-        """The authorization header, or nothing where the client certificate is enough."""
+        """Return the authorization header; empty if a client certificate is used."""
         if time.monotonic() - self._read_at > REFRESH_SECONDS:
             self._header = await asyncio.to_thread(self._read)  # an exec plugin may take seconds
             self._read_at = time.monotonic()
         return {"Authorization": self._header} if self._header else {}
 
     def forget(self) -> None:
-        """After a 401: the next request reads the token again."""
+        """Read the token again for the next request. Called after a 401."""
         self._read_at = float("-inf")
 
     def _read(self) -> str:
@@ -58,23 +59,31 @@ class Credentials:
 
 
 def build_connector(credentials: Credentials, *, limit: int) -> aiohttp.TCPConnector:
-    """At most `limit` connections at once, 0: any number; they notice when the peer is gone."""
+    """Build a connector whose connections detect that the peer is gone. `limit`: maximum number of open connections; 0:
+    unlimited."""
     return aiohttp.TCPConnector(limit=limit, ssl=credentials.ssl or True, socket_factory=_open_socket)
 
 
 def _open_socket(address: Any) -> socket.socket:
     family, kind, protocol, *_ = address
     opened = socket.socket(family, kind, protocol)
-    options = {"TCP_KEEPIDLE": _IDLE_SECONDS, "TCP_KEEPINTVL": _DEAD_SECONDS, "TCP_USER_TIMEOUT": 1000 * _DEAD_SECONDS}
+    options = {
+        "TCP_KEEPIDLE": _KEEPALIVE_SECONDS,
+        "TCP_KEEPINTVL": _ACKNOWLEDGE_SECONDS,
+        "TCP_USER_TIMEOUT": 1000 * _ACKNOWLEDGE_SECONDS,
+    }
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in options.items():
-        if hasattr(socket, name):  # not every system has each of them
+        if hasattr(socket, name):  # only Linux has all of them
             opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return opened
 
 
 def load_credentials(kubeconfig: str = "", context: str = "") -> Credentials:
-    """A named kubeconfig, $KUBECONFIG, the pod's service account, or ~/.kube/config, in this order."""
+    """Load the given kubeconfig, $KUBECONFIG, the pod's service account or ~/.kube/config, in this order.
+
+    Raises CredentialsError.
+    """
     configuration = kubernetes.client.Configuration()
     try:
         if not kubeconfig and not context and "KUBECONFIG" not in os.environ and _is_in_cluster():
@@ -84,7 +93,7 @@ def load_credentials(kubeconfig: str = "", context: str = "") -> Credentials:
                 config_file=kubeconfig or None, context=context or None, client_configuration=configuration
             )
     except kubernetes.config.ConfigException as error:
-        raise CredentialsError(f"no cluster to talk to: {error}; give --kubeconfig or set KUBECONFIG") from error
+        raise CredentialsError(f"no credentials for a cluster: {error}; set --kubeconfig or KUBECONFIG") from error
     return Credentials(configuration)
 
 

@@ -18,10 +18,11 @@ from typing import Any, Generic, TypeVar
 from msgspec.structs import replace
 
 from sailvl_operator.api import names
-from sailvl_operator.cluster.client import Client, EventType, Object
+from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.cluster.runs import RunKey
-from sailvl_operator.cluster.wire import Shape
+from sailvl_operator.cluster.watch_stream import EventType, Object
+from sailvl_operator.cluster.wire import ObjectType
 from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
 from sailvl_operator.errors import ApiError, Gone
 
@@ -40,7 +41,7 @@ class Kind(Generic[Record]):
     """Resource that an informer watches, and how its objects become records."""
 
     resource: Resource
-    shape: Shape
+    decode_as: ObjectType
     """Type to decode objects to; other fields are skipped."""
     parse: Callable[[dict[str, Any]], Record]
     mark_gone: Callable[[Record], Record] | None = None
@@ -212,7 +213,7 @@ class Informer(Generic[Record]):
         records: list[Record] = []
         version, known = "", self._store.uids(self._namespace)
         pages = self._client.list_pages(
-            self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR, shape=self._kind.shape
+            self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR, decode_as=self._kind.decode_as
         )
         async for items, version in pages:  # noqa: B007  # the last page's is used
             self._last_received_at = time.monotonic()
@@ -227,7 +228,7 @@ class Informer(Generic[Record]):
             self._namespace,
             selector=names.MANAGED_SELECTOR,
             resource_version=self._version,
-            shape=self._kind.shape,
+            decode_as=self._kind.decode_as,
         )
         async for type_, raw in events:
             self._last_received_at = time.monotonic()

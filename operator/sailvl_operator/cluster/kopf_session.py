@@ -1,7 +1,8 @@
-"""The session by which kopf reads. A broken answer, an expired version or a server's own trouble on a watch would end
-kopf, and the process with it; here they become what kopf mends by itself: a connection that failed, or a 410 event.
+"""HTTP session of kopf. A malformed response, an expired version or a server error on a watch would end kopf, and the
+process with it. Here they become errors that kopf recovers from: a failed connection, or a 410 event.
 
-Changes that are known already are left out: most are our own writes of statuses, and kopf takes a millisecond for each.
+Events that carry a known version are dropped. Most of them are our own status writes, and kopf takes about a
+millisecond for each event.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import aiohttp
 import msgspec
 
 from sailvl_operator.api import names
-from sailvl_operator.cluster import gulps
 from sailvl_operator.cluster.credentials import Credentials, build_connector
+from sailvl_operator.cluster.watch_stream import read_line_batches
+
+IsKnown = Callable[[str, str, str], bool]
+"""Called with namespace, name and resourceVersion of an object. Whether this version or a newer one is known."""
 
 _EXPIRED = b'{"type":"ERROR","object":{"kind":"Status","code":410,"reason":"Expired"}}\n'
 
@@ -25,14 +29,10 @@ class _Status(msgspec.Struct):
     message: str = ""
 
 
-IsKnown = Callable[[str, str, str], bool]
-"""Whether the state of a namespace's object, by name and resourceVersion, or a newer one, is known."""
-
-
 class _Metadata(msgspec.Struct, frozen=True):
     name: str = ""
     namespace: str = ""
-    resourceVersion: str = ""  # as the API has it
+    resourceVersion: str = ""  # spelled as in the API
 
 
 class _Object(msgspec.Struct, frozen=True):
@@ -45,51 +45,53 @@ class _Event(msgspec.Struct):
 
 
 def build_session(credentials: Credentials, is_known: IsKnown = lambda *_: False) -> aiohttp.ClientSession:
-    """To be closed by whom it is given to."""
+    """Build the session; the caller closes it."""
 
     async def send(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         request.headers.update(await credentials.headers())
         return await handler(request)
 
-    async def carry(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    async def recover(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         response = await send(request, handler)
         if response.status == 401:
             credentials.forget()
             response.release()
             response = await send(request, handler)
         if response.status == 401:
-            raise aiohttp.ClientConnectionError("401: the credentials are unknown or have expired")
+            raise aiohttp.ClientConnectionError("401: the credentials are invalid or have expired")
         is_watch = "watch" in request.url.query
         if is_watch and response.status in (200, 410):
-            return _pass_on_events(response, is_known)
+            return _filter_events(response, is_known)
         if response.status == 200:
-            await _check(response)
+            await _check_json(response)
         return response
 
     return aiohttp.ClientSession(
         connector=build_connector(credentials, limit=0),
         headers={"User-Agent": names.FIELD_MANAGER},
-        middlewares=[carry],
+        middlewares=[recover],
     )
 
 
-async def _check(response: aiohttp.ClientResponse) -> None:
+async def _check_json(response: aiohttp.ClientResponse) -> None:
     try:
         msgspec.json.decode(await response.read(), type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, aiohttp.ClientPayloadError) as error:
-        raise aiohttp.ClientConnectionError(f"the answer is broken: {error}") from error
+        raise aiohttp.ClientConnectionError(f"the response is malformed: {error}") from error
 
 
-def _pass_on_events(response: aiohttp.ClientResponse, is_known: IsKnown) -> aiohttp.ClientResponse:
-    """The answer to a watch, with those events only that kopf can live with and that are news."""
+def _filter_events(response: aiohttp.ClientResponse, is_known: IsKnown) -> aiohttp.ClientResponse:
+    """Replace the content of a watch response by its unknown events, in a form that kopf can handle."""
     is_expired = response.status == 410
     response.status = 200
-    response.content = cast("aiohttp.StreamReader", _Events(response.content, is_known, is_expired=is_expired))
+    content = _FilteredContent(response.content, is_known, is_expired=is_expired)
+    response.content = cast("aiohttp.StreamReader", content)
     return response
 
 
-class _Events:
-    """A watch's whole lines; what can't be read ends it as a broken connection does. All else is the stream's."""
+class _FilteredContent:
+    """Stream of the complete lines of a watch; a malformed line ends it like a failed connection. Everything except
+    `iter_chunked` is delegated to the original stream."""
 
     def __init__(self, content: aiohttp.StreamReader, is_known: IsKnown, *, is_expired: bool) -> None:
         self._content, self._is_known, self._is_expired = content, is_known, is_expired
@@ -101,25 +103,25 @@ class _Events:
         if self._is_expired:
             yield _EXPIRED
             return
-        pending = b""
-        async for chunk in self._content.iter_chunked(size):
-            whole, _, pending = (pending + chunk).rpartition(b"\n")
-            news = [line + b"\n" for line in whole.splitlines() if _is_news(line, self._is_known)]
-            if news:
-                yield b"".join(news)
-            await gulps.pause(len(chunk), is_whole=not pending)
+        async for lines in read_line_batches(self._content.iter_chunked(size)):
+            unknown = [line + b"\n" for line in lines if not _is_known_event(line, self._is_known)]
+            if unknown:
+                yield b"".join(unknown)
 
 
-def _is_news(line: bytes, is_known: IsKnown) -> bool:
-    """Raises ClientPayloadError for what can't be read."""
+def _is_known_event(line: bytes, is_known: IsKnown) -> bool:
+    """Whether a line is a change to a version that is known already.
+
+    Raises ClientPayloadError if the line is malformed or reports an error other than 410.
+    """
     try:
         event = msgspec.json.decode(line, type=_Event)
         if event.type == "MODIFIED":
             changed = msgspec.json.decode(event.object, type=_Object).metadata
-            return not is_known(changed.namespace, changed.name, changed.resourceVersion)
-        trouble = msgspec.json.decode(event.object, type=_Status) if event.type == "ERROR" else None
+            return is_known(changed.namespace, changed.name, changed.resourceVersion)
+        reported = msgspec.json.decode(event.object, type=_Status) if event.type == "ERROR" else None
     except msgspec.MsgspecError as error:
-        raise aiohttp.ClientPayloadError(f"an event is broken: {error}") from error
-    if trouble is not None and trouble.code != 410:
-        raise aiohttp.ClientPayloadError(f"{trouble.code} {trouble.reason}: {trouble.message}")
-    return True
+        raise aiohttp.ClientPayloadError(f"an event is malformed: {error}") from error
+    if reported is not None and reported.code != 410:
+        raise aiohttp.ClientPayloadError(f"{reported.code} {reported.reason}: {reported.message}")
+    return False

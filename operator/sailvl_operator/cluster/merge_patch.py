@@ -1,4 +1,4 @@
-"""JSON merge patches (RFC 7396): what to send so that the old document becomes the new one; used for the status."""
+"""JSON merge patches (RFC 7396), used to write the status."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 
 def build_merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Changed fields, with null for those that went; empty when nothing changed. Lists are replaced whole."""
+    """Build the patch that turns `old` into `new`: changed fields, and null for removed ones. Lists are replaced as a
+    whole. The patch is empty if nothing changed."""
     patch: dict[str, Any] = {key: None for key in old if key not in new}
     for key, value in new.items():
         before = old.get(key)
@@ -21,7 +22,7 @@ def build_merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
 
 
 def drop_nulls(value: Any) -> Any:
-    """The same document without null fields: a merge patch would take them for deletions, a schema refuses them."""
+    """Copy a document without null fields, since a merge patch treats them as deletions and a schema rejects them."""
     if isinstance(value, dict):
         return {key: drop_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):

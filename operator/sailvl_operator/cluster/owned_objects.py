@@ -15,14 +15,14 @@ from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
 
 _JOBS: Kind[JobRecord] = Kind(
-    resource=resources.JOBS, shape=wire.Job, parse=parse_job, mark_gone=mark_gone, is_routine=is_routine_job
+    resource=resources.JOBS, decode_as=wire.Job, parse=parse_job, mark_gone=mark_gone, is_routine=is_routine_job
 )
 _SERVICES: Kind[ServiceRecord] = Kind(
-    resource=resources.SERVICES, shape=wire.Service, parse=parse_service, is_routine=lambda _: True
+    resource=resources.SERVICES, decode_as=wire.Service, parse=parse_service, is_routine=lambda _: True
 )
 _PODS: Kind[PodRecord] = Kind(
     resource=resources.PODS,
-    shape=wire.Pod,
+    decode_as=wire.Pod,
     parse=parse_pod,
     mark_gone=mark_gone,
     stamp=stamp_pod,

@@ -1,4 +1,4 @@
-"""Kubernetes events on runs: handed over by the engine after the status write, posted by one task, never waited for."""
+"""Recorder of Kubernetes Events on runs. The controller queues them after the status write; one task posts them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from sailvl_operator.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 10_000
-_PAUSE, _RUSH_PAUSE = 0.01, 0.04
-"""Seconds between two events: they may wait, other writes may not."""
-_REMEMBERED = 4096
+_QUEUE_LIMIT = 10_000
+_PAUSE_SECONDS = 0.01
+"""Pause between two Events, so that they do not delay other writes."""
+_BACKPRESSURE_PAUSE_SECONDS = 0.04
+_RECENT_LIMIT = 4096
 _MESSAGE_LIMIT = 1024
+"""Maximum length of a message, as the API server enforces it."""
 
 
 class Recorder:
-    """Best effort: an event that can't be written is counted and dropped; the same one isn't written twice."""
+    """Posts Events on a best-effort basis: one that can't be written is counted and dropped. Duplicates are skipped.
+
+    `count`: called with the outcome of each Event (written, failed, dropped).
+    """
 
     def __init__(
         self,
@@ -43,19 +48,19 @@ class Recorder:
         self._count = count
         self._clock = clock
         self._has_backpressure = has_backpressure
-        self._backlog: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_BACKLOG)
-        self._said: dict[tuple[str, str, str, str], None] = {}
+        self._queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_QUEUE_LIMIT)
+        self._recent: dict[tuple[str, str, str, str], None] = {}
 
     def record(self, run: Run, *, type_: str, reason: str, message: str) -> None:
-        """Queue an event on a run."""
-        what = (run.uid, run.resource_version, reason, message)
-        if not self._enabled or what in self._said:
+        """Queue an Event on a run."""
+        event_key = (run.uid, run.resource_version, reason, message)
+        if not self._enabled or event_key in self._recent:
             return
-        self._said[what] = None
-        if len(self._said) > _REMEMBERED:
-            del self._said[next(iter(self._said))]
+        self._recent[event_key] = None
+        if len(self._recent) > _RECENT_LIMIT:
+            del self._recent[next(iter(self._recent))]
         try:
-            self._backlog.put_nowait(
+            self._queue.put_nowait(
                 build_event(
                     run, type_=type_, reason=reason, message=message, identity=self._identity, now=self._clock()
                 )
@@ -64,20 +69,20 @@ class Recorder:
             self._count("dropped")
 
     async def run(self) -> None:
-        """Post what is queued, until cancelled."""
+        """Post queued Events until cancelled."""
         while True:
-            event = await self._backlog.get()
+            event = await self._queue.get()
             try:
-                await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event, shape=Nothing)
+                await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event, decode_as=Nothing)
                 self._count("written")
             except ApiError as error:
                 self._count("failed")
-                log.warning("an event could not be written: %s", error)
-            await asyncio.sleep(_RUSH_PAUSE if self._has_backpressure() else _PAUSE)
+                log.warning("Event not written: %s", error)
+            await asyncio.sleep(_BACKPRESSURE_PAUSE_SECONDS if self._has_backpressure() else _PAUSE_SECONDS)
 
 
 def build_event(run: Run, *, type_: str, reason: str, message: str, identity: str, now: float) -> dict[str, Any]:
-    """A core/v1 Event about a run."""
+    """Build a core/v1 Event about a run. `identity`: name of this replica; `now`: Unix seconds."""
     time = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "apiVersion": "v1",

@@ -1,4 +1,4 @@
-"""Where the kinds that the operator touches live on the API server."""
+"""Resources that the operator uses, and their paths on the API server."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from sailvl_operator.api import names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resource:
-    """A namespaced kind: its group and version, and its plural."""
+    """A namespaced resource.
+
+    `api_version`: group and version, as in manifests; `plural`: its name in URLs.
+    """
 
     api_version: str
     plural: str
 
     def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
-        """The URL's path; without a namespace that of all namespaces."""
+        """Return the path of a collection, or of an object if it is named; without a namespace, of all namespaces."""
         root = f"/apis/{self.api_version}" if "/" in self.api_version else f"/api/{self.api_version}"
         scope = f"/namespaces/{namespace}" if namespace else ""
         tail = "".join(f"/{part}" for part in (self.plural, name, subresource) if part)
@@ -32,4 +35,4 @@ LEASES = Resource(api_version="coordination.k8s.io/v1", plural="leases")
 WORKLOADS = tuple(
     Resource(api_version=f"kueue.x-k8s.io/{version}", plural="workloads") for version in ("v1beta2", "v1beta1")
 )
-"""Kueue's, one a Job that it queues; only there where Kueue is installed. The newest version first."""
+"""Kueue's Workloads, one per queued Job, newest version first. They only exist if Kueue is installed."""

@@ -1,4 +1,4 @@
-"""The newest state of every SailVLRun, parsed; filled by the watch (`handlers.py`) and by answers to our patches."""
+"""Store of the newest state of every SailVLRun, filled by the watch (`handlers.py`) and by responses to our patches."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from sailvl_operator.core.plan import PlannedStage, plan
 from sailvl_operator.core.units import parse_time
 
 RunKey = tuple[str, str]
-"""namespace, name"""
+"""Namespace and name of a run; the keys of the work queue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEntry:
+    """Newest state of one run."""
+
     run: Run
     planned: tuple[PlannedStage, ...] = ()
-    """Its stages: they follow from the spec alone."""
+    """Stages of the run; computed once per spec, since they follow from the spec alone."""
     problem: str = ""
-    """Why the spec can't be read; `run.spec` is then empty."""
+    """Parse error of the spec; `run.spec` is then empty. Empty if the spec is valid."""
 
 
 class RunStore:
-    """Runs by key. An older resourceVersion never takes the place of a newer one."""
+    """Runs by key. An older resourceVersion never replaces a newer one."""
 
     def __init__(self) -> None:
         self._entries: dict[RunKey, RunEntry] = {}
 
     def get(self, key: RunKey) -> RunEntry | None:
-        """The newest known state; None: there is no such run."""
+        """Return the newest state; None if there is no such run."""
         return self._entries.get(key)
 
     def __iter__(self) -> Iterator[RunEntry]:
@@ -41,38 +43,38 @@ class RunStore:
         return len(self._entries)
 
     def is_known(self, namespace: str, name: str, version: str) -> bool:
-        """Whether this state of a run, or a newer one, is known."""
+        """Whether this resourceVersion of a run, or a newer one, is stored."""
         known = self._entries.get((namespace, name))
         return known is not None and bool(version) and int(known.run.resource_version) >= int(version)
 
     def put(self, raw: dict[str, Any]) -> bool:
-        """Take a state over if it is newer; tells whether it was."""
+        """Store a state if it is newer than the stored one. Return whether it is."""
         key, version = key_of(raw), int(raw["metadata"]["resourceVersion"])
         known = self._entries.get(key)
         if known is not None and int(known.run.resource_version) >= version:
             return False
-        self._entries[key] = _parse_again(raw, known) if known is not None else _parse(raw)
+        self._entries[key] = _parse_update(raw, known) if known is not None else _parse(raw)
         return True
 
     def put_patched(self, raw: dict[str, Any]) -> bool:
-        """The answer to our own patch: not taken when the run was deleted meanwhile."""
+        """Store the response to our own patch, unless the run was deleted meanwhile."""
         known = self._entries.get(key_of(raw))
         return known is not None and known.run.uid == raw["metadata"]["uid"] and self.put(raw)
 
     def delete(self, key: RunKey, uid: str) -> None:
-        """Forget a deleted run, unless a new one has its name already."""
+        """Remove a deleted run, unless a new run already has its name."""
         known = self._entries.get(key)
         if known is not None and known.run.uid == uid:
             del self._entries[key]
 
 
 def key_of(raw: dict[str, Any]) -> RunKey:
-    """Namespace and name of a raw object."""
+    """Return namespace and name of a raw object."""
     return raw["metadata"]["namespace"], raw["metadata"]["name"]
 
 
-def _parse_again(raw: dict[str, Any], known: RunEntry) -> RunEntry:
-    """Most changes are our own, of the status: the same generation has the same spec."""
+def _parse_update(raw: dict[str, Any], known: RunEntry) -> RunEntry:
+    """Reuse the parsed spec if the generation is the same. Most changes are our own status writes."""
     metadata = raw["metadata"]
     if (metadata["uid"], metadata.get("generation")) != (known.run.uid, known.run.generation):
         return _parse(raw)
@@ -88,7 +90,7 @@ def _parse(raw: dict[str, Any]) -> RunEntry:
 
 
 def _without_spec(raw: dict[str, Any]) -> Run:
-    """What a refusal needs of a run that can't be read: who it is, and its status."""
+    """Build a run with an empty spec, enough to write a status that reports the parse error."""
     metadata = raw["metadata"]
     return Run(
         namespace=metadata["namespace"],

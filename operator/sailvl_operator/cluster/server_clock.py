@@ -1,7 +1,7 @@
-"""The time, as far as the API server's clock contradicts our own; asked by whatever compares times with each other.
+"""Clock that is bounded by the API server's, for all comparisons with times in statuses and objects.
 
-Status and objects carry times of the API server and of every replica that ever led. A replica whose clock is off would
-end attempts too soon, let runs expire and spoil the ledger, so the Date of the server's answers sets bounds.
+Those times were written by the API server and by every replica that ever led. A replica with a wrong clock would end
+attempts too early, expire runs and corrupt the goodput ledger. The Date header of each response bounds the error.
 """
 
 from __future__ import annotations
@@ -13,36 +13,37 @@ from email.utils import parsedate_to_datetime
 
 
 class ServerClock:
-    """Our own clock, kept between what the server's answers allow for."""
+    """Our wall clock, clamped to the range that the responses of the API server allow."""
 
     def __init__(
         self, *, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._wall = wall
         self.monotonic = monotonic
-        self._earliest = float("-inf")  # the server's time at our monotonic zero lies between these
+        self._earliest = float("-inf")  # bounds of the server's time when our monotonic clock was 0
         self._latest = float("inf")
-        self._text, self._date = "", 0.0
+        self._header, self._header_time = "", 0.0
 
     def now(self) -> float:
-        """Unix seconds."""
+        """Return the time in Unix seconds."""
         elapsed = self.monotonic()
         return min(max(self._wall(), elapsed + self._earliest), elapsed + self._latest)
 
-    def observe_date(self, date: str | None, *, sent: float, received: float) -> None:
-        """The Date header of an answer, with our monotonic times around it. One that can't be read says nothing."""
-        if not date or not self._read(date):
+    def observe_date(self, header: str | None, *, sent: float, received: float) -> None:
+        """Narrow the bounds by the Date header of a response. `sent`, `received`: monotonic times of the request and
+        of the response. An invalid header is ignored."""
+        if not header or not self._parse(header):
             return
-        earliest, latest = self._date - received, self._date + 1.0 - sent  # it counts whole seconds
+        earliest, latest = self._header_time - received, self._header_time + 1.0 - sent  # the header drops fractions
         self._earliest, self._latest = max(self._earliest, earliest), min(self._latest, latest)
-        if self._earliest > self._latest:  # one of the clocks was set, drifted, or is another server's
+        if self._earliest > self._latest:  # a clock was set or drifted, or another API server responded
             self._earliest, self._latest = earliest, latest
 
-    def _read(self, date: str) -> bool:
-        if date != self._text:
+    def _parse(self, header: str) -> bool:
+        if header != self._header:
             try:
-                self._date = parsedate_to_datetime(date).replace(tzinfo=UTC).timestamp()
+                self._header_time = parsedate_to_datetime(header).replace(tzinfo=UTC).timestamp()
             except ValueError:
                 return False
-            self._text = date
+            self._header = header
         return True

@@ -111,5 +111,5 @@ class Nothing(TypedDict):
     """Of an answer that nobody reads."""
 
 
-Shape = Any
+ObjectType = Any
 """One of these types, or dict for a whole object."""

@@ -25,7 +25,6 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.errors import ApiError, Conflict, NotFound
-from sailvl_operator.settings import ApiSettings
 from sailvl_trainer.contract import ExitCode, Result, Stage, Termination
 from tests.support.operator_process import OperatorProcess
 
@@ -119,7 +118,7 @@ class MortalClient(Client):
     """The operator's own client on such a session."""
 
     def __init__(self, credentials: Credentials, point: Point | None) -> None:
-        super().__init__(credentials, ApiSettings(), lambda _verb, _code: None)
+        super().__init__(credentials)
         self._point = point
         self.mortal: MortalSession
 

@@ -20,7 +20,6 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.errors import ApiError, Gone
-from sailvl_operator.settings import ApiSettings
 from tests.support.live.api import NAMESPACES, Object, build_object, until
 from tests.support.live.control_plane import control_plane
 from tests.support.live.crash_points import (
@@ -90,7 +89,7 @@ def open_plane(binaries: Path, folder: Path) -> Iterator[Plane]:
         subprocess.run([*kubectl, "apply", "--server-side", "-f", ROOT / "crds/sailvlruns.yaml"], check=True)
         wait = [*kubectl, "wait", "--for=condition=Established", f"crd/{CRD}", "--timeout=30s"]
         until(lambda: subprocess.run(wait, check=False).returncode == 0)  # it fails where there is no condition yet
-        background, client = Background(), Client(load_credentials(str(kubeconfig)), ApiSettings(), lambda *_: None)
+        background, client = Background(), Client(load_credentials(str(kubeconfig)))
         plane = Plane(kubeconfig=kubeconfig, client=client, background=background)
         background.call(client.__aenter__())
         try:

@@ -22,7 +22,6 @@ from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.errors import ApiError
-from sailvl_operator.settings import ApiSettings
 from tests.support.live.api import until
 from tests.support.live.proxy import Background
 
@@ -165,7 +164,7 @@ class Witness:
         ]
 
     async def _start(self) -> None:
-        self._client = await Client(self._credentials, ApiSettings(), lambda *_: None).__aenter__()
+        self._client = await Client(self._credentials).__aenter__()
         for namespace in self._namespaces:
             for resource, selector in ((resources.JOBS, names.MANAGED_SELECTOR), (resources.RUNS, "")):
                 version = await self._list(resource, namespace)

@@ -14,7 +14,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.parse import parse_run
 from sailvl_operator.api.status import ConditionType, Reason, StageStatus
 from sailvl_operator.core.plan import plan
-from sailvl_operator.settings import ApiSettings
+from sailvl_operator.cluster.client import ClientConfig
 from tests.support.apiserver.objects import Object, get_owner_uid, is_active
 from tests.support.apiserver.store import ObjectStore, ObjectWrite
 from tests.support.simulation.status_invariants import (
@@ -32,7 +32,7 @@ ORPHAN_SECONDS = 60.0
 """Time for which the pods of a removed Job may remain."""
 STALE_WATCH_SECONDS = 400.0
 """Time for which the operator may not know an edit, until a hanging watch has timed out and has been audited."""
-MAX_JOBS_OF_REMOVED_RUN = ApiSettings().tries
+MAX_JOBS_OF_REMOVED_RUN = ClientConfig().max_tries
 """Jobs that may be created for a run whose removal the operator has not seen: one for each try of a POST."""
 _FINISHED = ("Succeeded", "Failed")
 

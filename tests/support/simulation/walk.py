@@ -16,9 +16,8 @@ import msgspec
 
 from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Status
-from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.progress import ProgressReader
-from sailvl_operator.settings import ApiSettings
 from tests.support.apiserver.objects import Object, is_active
 from tests.support.apiserver.requests import InMemoryApiServer
 from tests.support.apiserver.store import NEW_YEAR_2026, ObjectWrite
@@ -66,7 +65,7 @@ class SimulatedClient(Client):
     """The operator's own client over a simulated connection in place of an aiohttp session."""
 
     def __init__(self, connection: OperatorConnection) -> None:
-        super().__init__(NoCredentials(), ApiSettings(page_size=3), lambda _verb, _code: None)
+        super().__init__(NoCredentials(), ClientConfig(page_size=3))
         self._session = connection
 
 

@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from sailvl_operator.cluster import gulps, resources, wire
-from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster import resources, watch_stream, wire
+from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.errors import (
     ApiError,
@@ -25,7 +25,6 @@ from sailvl_operator.errors import (
     TooManyRequests,
     Unreachable,
 )
-from sailvl_operator.settings import ApiSettings
 from tests.support.apiserver.http import FakeApiServer, InjectedError, serve
 
 CALLS: Counter[tuple[str, int]] = Counter()
@@ -48,8 +47,8 @@ async def world():
     api = FakeApiServer()
     async with serve(api) as url:
         token = Token(url)
-        settings = ApiSettings(backoff=0.001, page_size=2, tries=3)
-        async with Client(Credentials(token), settings, lambda verb, code: CALLS.update([(verb, code)])) as client:
+        config = ClientConfig(backoff_seconds=0.001, page_size=2, max_tries=3)
+        async with Client(Credentials(token), config, on_response=lambda verb, code: CALLS.update([(verb, code)])) as client:
             yield SimpleNamespace(api=api, client=client, token=token)
 
 
@@ -81,13 +80,13 @@ async def test_a_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
 
 async def test_changes_in_quick_succession_are_read_together(world, monkeypatch):
     pauses = []
-    pause = gulps.pause
+    pause = watch_stream._pause_after
 
     async def count(read, **which):
         pauses.append(read)
         await pause(read, **which)
 
-    monkeypatch.setattr(gulps, "pause", count)
+    monkeypatch.setattr(watch_stream, "_pause_after", count)
     first = world.api.put("pods", make("first"))
     watch = world.client.watch(resources.PODS, resource_version=first["metadata"]["resourceVersion"])
 
@@ -97,7 +96,7 @@ async def test_changes_in_quick_succession_are_read_together(world, monkeypatch)
     reading = asyncio.create_task(read(40))
     for i in range(40):
         world.api.put("pods", make(f"p{i}"))
-        await asyncio.sleep(gulps.SECONDS / 20)
+        await asyncio.sleep(watch_stream.BATCH_SECONDS / 20)
     assert await asyncio.wait_for(reading, 1) == [f"p{i}" for i in range(40)]
     assert len(pauses) < 10
     await watch.aclose()
@@ -113,8 +112,8 @@ async def test_changes_in_quick_succession_are_read_together(world, monkeypatch)
 )
 async def test_a_watch_waits_only_when_it_has_caught_up(read, is_whole, waits):
     began = asyncio.get_running_loop().time()
-    await gulps.pause(read, is_whole=is_whole)
-    assert (asyncio.get_running_loop().time() - began >= gulps.SECONDS) is waits
+    await watch_stream._pause_after(read, is_whole=is_whole)
+    assert (asyncio.get_running_loop().time() - began >= watch_stream.BATCH_SECONDS) is waits
 
 
 async def test_a_server_may_stand_behind_a_path():
@@ -128,7 +127,7 @@ async def test_a_server_may_stand_behind_a_path():
     app.router.add_route("*", "/{path:.*}", answer)
     async with TestServer(app) as server:
         token = Token(str(server.make_url("/k8s/clusters/c-1/")))
-        async with Client(Credentials(token), ApiSettings(), lambda *_: None) as client:
+        async with Client(Credentials(token)) as client:
             await client.get(resources.PODS, "team", "p")
             await client.delete_collection(resources.PODS, "team", selector="app in (a,b)")
     assert paths == [
@@ -138,14 +137,14 @@ async def test_a_server_may_stand_behind_a_path():
 
 
 @pytest.mark.parametrize(
-    ("resource", "shape"),
+    ("resource", "decode_as"),
     [(resources.JOBS, wire.Job), (resources.PODS, wire.Pod), (resources.SERVICES, wire.Service)],
     ids=lambda value: getattr(value, "plural", ""),
 )
-async def test_a_bookmark_need_not_be_of_the_shape(world, resource, shape):
+async def test_a_bookmark_need_not_be_of_the_shape(world, resource, decode_as):
     """What a real one looks like stands in tests/cluster/test_watches.py."""
     world.api.watch_seconds = 0.05
-    seen = [e async for e in world.client.watch(resource, resource_version="1", shape=shape)]
+    seen = [e async for e in world.client.watch(resource, resource_version="1", decode_as=decode_as)]
     assert [(type_, set(o["metadata"])) for type_, o in seen] == [
         ("BOOKMARK", {"resourceVersion", "creationTimestamp"})
     ]
@@ -217,8 +216,8 @@ async def test_server_side_apply_names_its_manager(world):
 
 
 async def test_no_server_is_unreachable():
-    settings = ApiSettings(backoff=0.001, tries=2)
-    async with Client(Credentials(Token("http://127.0.0.1:9")), settings, lambda *_: None) as client:
+    config = ClientConfig(backoff_seconds=0.001, max_tries=2)
+    async with Client(Credentials(Token("http://127.0.0.1:9")), config) as client:
         with pytest.raises(Unreachable, match="get /api/v1/namespaces/team/pods/p"):
             await client.get(resources.PODS, "team", "p")
         with pytest.raises(Unreachable):
@@ -235,10 +234,10 @@ async def answering(*bodies: bytes):
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
-    settings = ApiSettings(backoff=0.001, tries=3)
+    config = ClientConfig(backoff_seconds=0.001, max_tries=3)
     async with (
         TestServer(app) as server,
-        Client(Credentials(Token(str(server.make_url("")))), settings, lambda *_: None) as client,
+        Client(Credentials(Token(str(server.make_url("")))), config) as client,
     ):
         yield client
 
@@ -247,15 +246,15 @@ async def test_an_answer_that_was_cut_is_asked_for_again():
     async with answering(b'{"metadata": {"na', b"[]", b'{"metadata": {}}') as client:
         assert await client.get(resources.PODS, "team", "p") == {"metadata": {}}
     async with answering(b'{"metadata": {"na') as client:
-        with pytest.raises(Unreachable, match="the answer is broken"):
+        with pytest.raises(Unreachable, match="the response is malformed"):
             await client.get(resources.PODS, "team", "p")
 
 
 @pytest.mark.parametrize(
     ("line", "error", "words"),
     [
-        pytest.param(b'{"type": "ADDED", "obj\n', Unreachable, "an event is broken", id="a broken line"),
-        pytest.param(b'{"kind": "Status"}\n', Unreachable, "an event is broken", id="something else"),
+        pytest.param(b'{"type": "ADDED", "obj\n', Unreachable, "an event is malformed", id="a broken line"),
+        pytest.param(b'{"kind": "Status"}\n', Unreachable, "an event is malformed", id="something else"),
         pytest.param(
             b'{"type": "ERROR", "object": {"code": 500, "message": "etcd"}}\n', ServerError, "etcd", id="its trouble"
         ),
@@ -281,7 +280,7 @@ async def test_a_line_without_its_end_is_no_event():
 async def test_who_may_not_write_only_reads(world):
     world.api.put("pods", make("p"))
     world.client.may_write = lambda: False
-    with pytest.raises(ApiError, match="the lease of this replica has run out"):
+    with pytest.raises(ApiError, match="the lease of this replica has expired"):
         await world.client.create(resources.PODS, "team", make("q"))
     assert await world.client.get(resources.PODS, "team", "p")
     assert dict(CALLS) == {("get", 200): 1}
@@ -289,7 +288,7 @@ async def test_who_may_not_write_only_reads(world):
 
 async def test_its_clock_follows_the_server(world):
     world.api.put("pods", make("p"))
-    ours = world.client.clock
+    ours = world.client._clock
     ours._wall = lambda: 0.0
     assert ours.now() == 0.0
     await world.client.get(resources.PODS, "team", "p")

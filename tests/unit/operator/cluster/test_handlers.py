@@ -12,9 +12,10 @@ import aiohttp
 import pytest
 
 from sailvl_operator.cli.operator import Operator
+from sailvl_operator.cluster.client import ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
-from sailvl_operator.errors import LostLease
-from sailvl_operator.settings import ApiSettings, HealthServerSettings, LeaseSettings, ProgressSettings, Settings
+from sailvl_operator.errors import LeaseLost
+from sailvl_operator.settings import HealthServerSettings, LeaseSettings, ProgressSettings, Settings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.builders.operator import build_document
 
@@ -23,7 +24,6 @@ LEASE = LeaseSettings(namespace="team", renew_interval=0.2, renew_deadline=50, d
 
 def make_settings(identity: str) -> Settings:
     return Settings(
-        api=ApiSettings(backoff=0.01),
         lease=replace(LEASE, identity=identity),
         server=HealthServerSettings(host="127.0.0.1", port=0),
         progress=ProgressSettings(interval=0),
@@ -35,7 +35,9 @@ class Process:
     and waits for it, or cancels it, when it ends."""
 
     def __init__(self, url: str, identity: str) -> None:
-        self.operator = Operator(make_settings(identity), Credentials(AnonymousConfiguration(url)))
+        self.operator = Operator(
+            make_settings(identity), Credentials(AnonymousConfiguration(url)), client_config=ClientConfig(backoff_seconds=0.01)
+        )
         self.ended = asyncio.create_task(asyncio.to_thread(asyncio.run, self._serve()))
 
     async def _serve(self) -> None:
@@ -122,5 +124,5 @@ async def test_who_loses_the_lease_ends_the_process(api):
         api.put("sailvlruns", build_document())
         with pytest.raises(BaseExceptionGroup) as error:
             await asyncio.wait_for(process.ended, 8)
-        assert error.value.subgroup(LostLease) is not None
+        assert error.value.subgroup(LeaseLost) is not None
         assert api.list_objects("leases")[0]["spec"]["holderIdentity"] == "b"

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from sailvl_operator.api import names
-from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.parse import parse_job
-from sailvl_operator.settings import ApiSettings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 
 KEY = ("team", "demo")
@@ -38,7 +37,7 @@ async def watching(*namespaces: str, pods: int = 0, is_leading: bool = True):
         api.put("pods", make_pod(f"p{i}", index=i))
     async with (
         serve(api) as url,
-        Client(Credentials(AnonymousConfiguration(url)), ApiSettings(page_size=2), lambda *_: None) as client,
+        Client(Credentials(AnonymousConfiguration(url)), ClientConfig(page_size=2)) as client,
     ):
         children = Children(
             client,

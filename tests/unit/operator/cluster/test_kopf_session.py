@@ -69,7 +69,7 @@ def lines(*events: object) -> bytes:
         pytest.param(200, lines(ADDED, EXPIRED), [ADDED, EXPIRED], id="an expired version is kopf's to mend"),
         pytest.param(410, b"{}", [EXPIRED], id="also where it is the answer itself"),
         pytest.param(200, lines(TROUBLE), "500 InternalError: etcd", id="the server's own trouble"),
-        pytest.param(200, b'{"type": "ADD\n' + lines(ADDED), "an event is broken", id="a broken line"),
+        pytest.param(200, b'{"type": "ADD\n' + lines(ADDED), "an event is malformed", id="a broken line"),
     ],
 )
 async def test_a_watch(world, status, body, seen):
@@ -92,7 +92,7 @@ async def test_a_watch(world, status, body, seen):
 async def test_a_broken_answer_is_a_broken_connection(world, body, broken):
     world.body = body
     if broken:
-        with pytest.raises(aiohttp.ClientConnectionError, match="the answer is broken"):
+        with pytest.raises(aiohttp.ClientConnectionError, match="the response is malformed"):
             await world.session.get(world.url)
     else:
         async with world.session.get(world.url) as response:

@@ -14,7 +14,6 @@ from sailvl_operator.cluster.runs import RunStore
 from sailvl_operator.cluster.watch_audit import WatchAuditor
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.controller import handle_run_event
-from sailvl_operator.settings import ApiSettings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.builders.operator import build_document
 
@@ -53,7 +52,7 @@ async def deaf() -> AsyncIterator[Deaf]:
     api = FakeApiServer()
     async with (
         serve(api) as url,
-        Client(Credentials(AnonymousConfiguration(url)), ApiSettings(), lambda *_: None) as client,
+        Client(Credentials(AnonymousConfiguration(url))) as client,
     ):
         yield Deaf(api, client)
 

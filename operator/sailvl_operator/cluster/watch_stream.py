@@ -1,0 +1,88 @@
+"""Reading of watch streams: lines in batches, and each line as an event.
+
+Used by `client.py`, and by `kopf_session.py` for the watch of runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypedDict, cast
+
+import msgspec
+
+from sailvl_operator.cluster.wire import ObjectType
+from sailvl_operator.errors import Gone, Unreachable, error_from_status
+
+Object = dict[str, Any]
+EventType = Literal["ADDED", "MODIFIED", "DELETED", "BOOKMARK"]
+
+BATCH_SECONDS = 0.1
+"""Pause between two reads of a stream; data that arrives meanwhile waits in the socket."""
+_LARGE_READ = 65536
+"""Bytes of a read that is followed by the next without a pause, so that the reader catches up."""
+
+
+class WatchEvent(NamedTuple):
+    """One event of a watch. The object of a bookmark has a resourceVersion only."""
+
+    type: EventType
+    object: Object
+
+
+async def read_line_batches(chunks: AsyncIterable[bytes]) -> AsyncIterator[list[bytes]]:
+    """Split a watch stream into lines of any length and yield those that each chunk completes, without newlines.
+
+    Reads in batches: changes arrive in bursts, and waking up per chunk costs more CPU than decoding it. An incomplete
+    last line is dropped.
+    """
+    pending = b""
+    async for chunk in chunks:
+        *lines, pending = (pending + chunk).split(b"\n")
+        if lines:
+            yield lines
+        await _pause_after(len(chunk), is_whole=not pending)
+
+
+async def _pause_after(read: int, *, is_whole: bool) -> None:
+    """Pause after a read of some bytes, unless it was large or ended within a line."""
+    if is_whole and read < _LARGE_READ:
+        await asyncio.sleep(BATCH_SECONDS)
+
+
+def decode_event(line: bytes, path: str, decode_as: ObjectType) -> WatchEvent:
+    """Decode a line of a watch. Errors and bookmarks are decoded a second time, as dicts: their objects need not match
+    `decode_as` (a bookmark has nulls where other objects have lists).
+
+    Raises Unreachable if the line is malformed, Gone if the watch has expired, and ApiError for other reported errors.
+    """
+    malformed: Exception | None = None
+    try:
+        event = msgspec.json.decode(line, type=_event_type(decode_as))
+        if event["type"] != "ERROR":
+            return WatchEvent(cast("EventType", event["type"]), event["object"])
+    except msgspec.MsgspecError as error:
+        malformed = error
+    type_, found = _decode_untyped(line)
+    if type_ == "BOOKMARK":
+        return WatchEvent("BOOKMARK", found)
+    if type_ != "ERROR":
+        raise Unreachable(f"watch {path}: an event is malformed: {malformed}") from malformed
+    reported = error_from_status(found.get("code", 500), found, request=f"watch {path}")
+    raise Gone(str(reported), status=410, reason="Expired") if reported.reason == "Expired" else reported
+
+
+def _decode_untyped(line: bytes) -> tuple[str, Object]:
+    """Return type and object of an event; an empty type if the line is not an event."""
+    try:
+        event = msgspec.json.decode(line, type=_event_type(dict))
+    except msgspec.MsgspecError:
+        return "", {}
+    return event["type"], event["object"]
+
+
+@cache
+def _event_type(decode_as: ObjectType) -> Any:
+    make: Any = TypedDict  # type checkers accept literal field types only
+    return make("event", {"type": str, "object": decode_as})
