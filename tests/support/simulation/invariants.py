@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from sailvl_operator.api import names
 from sailvl_operator.api.parse import parse_run
 from sailvl_operator.api.status import ConditionType, Reason, StageStatus
-from sailvl_operator.core.plan import plan
 from sailvl_operator.cluster.client import ClientConfig
+from sailvl_operator.core.plan import plan
 from tests.support.apiserver.objects import Object, get_owner_uid, is_active
 from tests.support.apiserver.store import ObjectStore, ObjectWrite
 from tests.support.simulation.status_invariants import (

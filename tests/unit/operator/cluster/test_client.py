@@ -48,7 +48,9 @@ async def world():
     async with serve(api) as url:
         token = Token(url)
         config = ClientConfig(backoff_seconds=0.001, page_size=2, max_tries=3)
-        async with Client(Credentials(token), config, on_response=lambda verb, code: CALLS.update([(verb, code)])) as client:
+        async with Client(
+            Credentials(token), config, on_response=lambda verb, code: CALLS.update([(verb, code)])
+        ) as client:
             yield SimpleNamespace(api=api, client=client, token=token)
 
 

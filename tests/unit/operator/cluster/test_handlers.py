@@ -36,7 +36,9 @@ class Process:
 
     def __init__(self, url: str, identity: str) -> None:
         self.operator = Operator(
-            make_settings(identity), Credentials(AnonymousConfiguration(url)), client_config=ClientConfig(backoff_seconds=0.01)
+            make_settings(identity),
+            Credentials(AnonymousConfiguration(url)),
+            client_config=ClientConfig(backoff_seconds=0.01),
         )
         self.ended = asyncio.create_task(asyncio.to_thread(asyncio.run, self._serve()))
 
