@@ -9,45 +9,45 @@ from tests.faults.scene import Fault
 
 TRAINING = ("pretrain", "sft")
 GANG = {"inPlaceRestarts": 0}
-NONE = Fault(name="none", words="nothing", inject=lambda _: nullcontext(), kinds=())
+NONE = Fault(name="none", words="no fault", inject=lambda _: nullcontext(), kinds=())
 """What the others are compared with."""
 BAD_PICTURES = Fault(
-    name="bad-data", words="raw pictures cut in half", inject=do.cut_pictures, kinds=("curate",),
+    name="bad-data", words="raw images cut in half", inject=do.cut_pictures, kinds=("curate",),
     interrupts=False,
 )  # fmt: skip
 FAULTS = [
-    Fault(name="rank", words="kill -9 of a rank, with restarts in place", inject=do.kill_rank),
-    Fault(name="rank-gang", words="kill -9 of a rank", inject=do.kill_rank, cause="Crash", policy=GANG),
-    Fault(name="agent", words="kill -9 of a worker's PID 1", inject=do.kill_agent, cause="Crash"),
+    Fault(name="rank", words="SIGKILL of a rank, with restarts in place", inject=do.kill_rank),
+    Fault(name="rank-gang", words="SIGKILL of a rank", inject=do.kill_rank, cause="Crash", policy=GANG),
+    Fault(name="agent", words="SIGKILL of a worker's PID 1", inject=do.kill_agent, cause="Crash"),
     Fault(name="container", words="a container killed by containerd", inject=do.kill_container, cause="Crash"),
     Fault(
-        name="kubelet", words="kill -9 of a kubelet and its pod", inject=do.kill_kubelet, cause="Infra",
+        name="kubelet", words="SIGKILL of a kubelet and its pod", inject=do.kill_kubelet, cause="Infra",
         until="failed",
     ),
     Fault(name="delete", words="kubectl delete pod", inject=do.delete_pod, cause="Preempted"),
     Fault(name="evict", words="a pod evicted by the API", inject=do.evict_pod, cause="Preempted"),
     Fault(
-        name="preempt", words="a pod of higher priority takes the place", inject=do.preempt, cause="Preempted",
+        name="preempt", words="preemption by a pod of higher priority", inject=do.preempt, cause="Preempted",
         until="recovered",
     ),
     Fault(
-        name="power", words="power loss of a node, and its return", inject=do.cut_power, cause="Infra",
+        name="power", words="power loss of a node, later back", inject=do.cut_power, cause="Infra",
         until="failed", node=do.LOST_NODE,
     ),
     Fault(
-        name="disk", words="the volume full, later with room", inject=do.fill_disk, cause="Crash", until="failed",
+        name="disk", words="volume full, later freed", inject=do.fill_disk, cause="Crash", until="failed",
         needs_disk=True,
     ),
     Fault(
-        name="volume", words="the volume gone, later back", inject=do.take_volume, cause="Crash", until="stuck",
+        name="volume", words="volume unmounted, later back", inject=do.take_volume, cause="Crash", until="stuck",
         stuck="VolumeNotReady", needs_disk=True,
     ),
     Fault(
-        name="memory", words="out of the container's memory", inject=do.run_out_of_memory, cause="OutOfMemory",
+        name="memory", words="container out of memory", inject=do.run_out_of_memory, cause="OutOfMemory",
         policy=GANG,
     ),
     Fault(
-        name="image", words="the image gone before a restart, later back", inject=do.take_image, cause="Crash",
+        name="image", words="image missing at a restart, later back", inject=do.take_image, cause="Crash",
         until="stuck", stuck="ImagePullFailed", needs_copy=True,
     ),
     Fault(
@@ -57,11 +57,11 @@ FAULTS = [
         name="hang", words="SIGSTOP of a rank", inject=do.freeze, cause="Stalled", policy={"stallTimeoutSeconds": 30},
     ),
     Fault(
-        name="bad-data", words="a garbled shard or benchmark, later mended", inject=do.garble, cause="Data",
+        name="bad-data", words="corrupt shard or benchmark, later repaired", inject=do.garble, cause="Data",
         until="over", kinds=(*TRAINING, "evaluate"), in_curation=BAD_PICTURES,
     ),
     Fault(
-        name="operators", words="kill -9 of a rank and of all operators", inject=do.kill_operators, cause="Crash",
+        name="operators", words="SIGKILL of a rank and of all operators", inject=do.kill_operators, cause="Crash",
         policy=GANG,
     ),
 ]  # fmt: skip

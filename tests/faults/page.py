@@ -18,40 +18,42 @@ PICTURES = FOLDER / "pictures"
 _CHAOS_NOTE = FOLDER / "chaos-result.json"
 _INTRO = """# What faults do to a run
 
-A small run with a stage of each kind, two workers each on the two nodes of `make cluster`, is carried to every
-stage's middle, hit there for real, and carried on to its end. `make faults` repeats this and writes this page; it
-takes about eighty minutes. These are {cells} cells, a fault in a stage each, played on {days} on a machine of {cores}
-cores.{missing}
+`make faults` runs a small recipe with one stage of each kind, two workers each, on the two nodes of `make cluster`.
+In the middle of every stage it injects a real fault, and lets the run continue to its end. It takes about eighty
+minutes and writes this page. There are {cells} cases, one fault in one stage each, measured on {days} on a machine
+with {cores} CPU cores.{missing}
 
-- *A step again*: seconds from the fault until the stage's workers did a step again. *A new step*: until they did one
-  that had not been done before. Both count what the fault itself takes, such as a grace, or the time for which a disk
-  was full.
-- *Done again*: steps, pictures or questions that had been done and had to be repeated, by the stage's own ledger.
+- *Recovered*: seconds from the fault until the stage's workers did a step again. *Progressed*: until they did a
+  step that had not been done before. Both include the fault's own duration, such as a grace period or the time for
+  which a disk was full.
+- *Repeated*: steps, images or questions that had to be done again, according to the stage's sample log.
 - *Doubled, missing*: samples that the result used too often, or not at all.
-- *Same result*: whether weights, shards or answers are an undisturbed run's, byte for byte. *Left out* are the samples
-  of the step that a NaN came from, as the stage's result says too.
-- *Charged*: the budgets that the failure was counted against. Restarts in place charge none and fail no attempt.
+- *Same result*: whether weights, shards or answers are those of an undisturbed run, byte for byte. *Skipped* are
+  the samples of the step that produced a NaN, which the stage's result reports, too.
+- *Counted*: the restart budgets that the failure was counted against. Restarts in place count against none, and
+  fail no attempt.
 """
-_PICTURE = """![Runs with faults, a bar each: what their time went to, with the faults as marks.](pictures/faults.png)
+_PICTURE = """![One bar per run: its time by goodput bucket, with the faults as marks.](pictures/faults.png)
 
-## The ledger
+## Goodput
 
-The operator's own books of each run, in seconds, beside the wall clock; and the steps that it says were lost, beside
-those that the stages' ledgers show.
+The operator's account of each run's time in seconds, beside the wall clock; and the lost steps that it reports,
+beside those counted from the stages' sample logs.
 """
 _CHAOS = """## Chaos
 
-{strikes} strikes at any moment of {runs} runs, in {minutes:g} minutes, drawn from seed {seed}: in bursts, and one
-before another was over. Ranks, workers, kubelets, machines, disks, Jobs, Services, operators, the API server and etcd
-were hit. Every run ended with the weights, shards and answers of an undisturbed one, bit for bit, with no sample
-doubled or missing, and with a ledger within 1 % of the wall clock. `make chaos` repeats it with any seed.
+{strikes} faults at random times of {runs} runs within {minutes:g} minutes, drawn from seed {seed}, some in bursts
+and some before the run had recovered from another. They hit ranks, workers, kubelets, nodes, disks, Jobs, Services,
+operators, the API server and etcd. Every run ended with the weights, shards and answers of an undisturbed one, bit
+for bit, with no sample doubled or missing, and with a goodput account within 1 % of the wall clock. `make chaos`
+repeats it with any seed.
 
-![Progress of the runs' stages over the time, with the strikes as marks.](pictures/chaos.png)
+![Progress of the runs' stages over time, with the faults as marks.](pictures/chaos.png)
 """
 _STORIES = """## What kubectl said
 
-Lines of `kubectl get svr` from the fault until the stage had come beyond it, with the seconds since the fault, and
-what the failures said of themselves.
+Lines of `kubectl get svr` from the fault until the stage had progressed beyond it, with the seconds since the
+fault, and the messages of the failures.
 """
 
 

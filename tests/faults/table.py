@@ -10,10 +10,10 @@ from typing import Any
 from tests.faults.volumes import FOLDER
 
 HEAD = (
-    "Fault", "Stage", "Cause", "Rank, node, exit code", "Charged", "Attempts", "A step again", "A new step",
-    "Done again", "Doubled, missing", "Same result", "`kubectl get svr` said",
+    "Fault", "Stage", "Cause", "Rank, node, exit code", "Counted", "Attempts", "Recovered", "Progressed",
+    "Repeated", "Doubled, missing", "Same result", "`kubectl get svr` said",
 )  # fmt: skip
-UNITS = {"curate": "pictures", "pretrain": "steps", "sft": "steps", "evaluate": "questions"}
+UNITS = {"curate": "images", "pretrain": "steps", "sft": "steps", "evaluate": "questions"}
 Report = dict[str, Any]
 
 
@@ -62,7 +62,7 @@ def compare(report: Report, undisturbed: Report, stage: str) -> str:
     own, other = (r["books"].get(stage, {}) for r in (report, undisturbed))
     if not own or not other:
         return ""
-    skipped = f", {own['left_out']} left out" if own["left_out"] else ""
+    skipped = f", {own['left_out']} skipped" if own["left_out"] else ""
     return ("yes" if own["weights"] == other["weights"] else "no") + skipped
 
 
@@ -83,7 +83,7 @@ def build_ledger(reports: Sequence[Report]) -> str:
         ]
         for report in reports
     ]
-    return build_markdown(("Seconds by bucket", *buckets, "sum", "wall clock", "steps lost: told, true"), rows)
+    return build_markdown(("Seconds by bucket", *buckets, "sum", "wall clock", "lost steps: reported, counted"), rows)
 
 
 def build_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
