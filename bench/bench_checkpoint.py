@@ -23,14 +23,14 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from bench import history
-from sailvl_trainer.data.planner import PlanState
+from sailvl_trainer.data.planner import DataPosition
 from sailvl_trainer.rank.distributed import start_process_group
 from sailvl_trainer.train import checkpoint
-from sailvl_trainer.train.fragments import KEYS, Fragment
+from sailvl_trainer.train.engines.base import STATE_KEYS, Fragment
 
 MEGABYTES, ROUNDS = 480, 5
 """Defaults; only figures of runs with these are recorded in the history."""
-POSITION = checkpoint.Position(step=1, data=PlanState(seed=0, fingerprint="bench"))
+STATE = checkpoint.TrainingState(step=1, data=DataPosition(seed=0, fingerprint="bench"))
 Tensors = dict[str, dict[str, torch.Tensor]]
 """Tensors by parameter name, then by key: weight or moment."""
 
@@ -64,8 +64,8 @@ def main() -> None:
 
 def build_tensors(megabytes: int, width: int = 1024) -> Tensors:
     """Build square layers like those of a language model, of the given total size."""
-    layers = max(1, megabytes * 2**20 // (len(KEYS) * 4 * width * width))
-    return {f"layers.{i}.weight": {key: torch.randn(width, width) for key in KEYS} for i in range(layers)}
+    layers = max(1, megabytes * 2**20 // (len(STATE_KEYS) * 4 * width * width))
+    return {f"layers.{i}.weight": {key: torch.randn(width, width) for key in STATE_KEYS} for i in range(layers)}
 
 
 def measure(peer: Peer, tensors: Tensors) -> tuple[dict[str, float], int]:
@@ -83,7 +83,7 @@ def measure(peer: Peer, tensors: Tensors) -> tuple[dict[str, float], int]:
         ready = time.perf_counter()
         peer.load(folder / "c", empty)
         loaded = time.perf_counter()
-        assert all(torch.equal(empty[name][key], tensors[name][key]) for name in tensors for key in KEYS)
+        assert all(torch.equal(empty[name][key], tensors[name][key]) for name in tensors for key in STATE_KEYS)
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     finally:
         shutil.rmtree(folder)
@@ -97,11 +97,11 @@ def as_fragments(tensors: Tensors) -> Iterator[Fragment]:
 
 
 def save_ours(folder: Path, tensors: Tensors) -> None:
-    checkpoint.save(folder, as_fragments(tensors), digest="d", position=POSITION)
+    checkpoint.save_checkpoint(folder, as_fragments(tensors), digest="d", state=STATE)
 
 
 def load_ours(folder: Path, tensors: Tensors) -> None:
-    checkpoint.load(folder, checkpoint.read_manifest(folder, "d"), as_fragments(tensors))
+    checkpoint.load_checkpoint(folder, checkpoint.read_checkpoint_manifest(folder, "d"), as_fragments(tensors))
 
 
 def save_dcp(folder: Path, tensors: Tensors) -> None:

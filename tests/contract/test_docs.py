@@ -21,7 +21,7 @@ from sailvl_operator.core.restart import budget
 from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
 from sailvl_operator.settings import OPTIONS, Option, Settings
 from sailvl_trainer.contract import ExitCode
-from sailvl_trainer.model.presets import PRESETS, preset
+from sailvl_trainer.model.presets import PRESETS, get_preset
 from sailvl_trainer.rank.metrics import TrainerMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +200,7 @@ def test_presets_table_matches_the_code() -> None:
     rows = {row[0]: row for row in read_table(read_section(RECIPE, "The model"))}
     assert set(rows) == set(PRESETS)
     for name, row in rows.items():
-        assert row[3:] == [f"{preset(name).image_size} px", str(preset(name).tokens_per_tile)], name
+        assert row[3:] == [f"{get_preset(name).image_size} px", str(get_preset(name).tokens_per_tile)], name
 
 
 def test_limits_list_every_unsupported_field() -> None:

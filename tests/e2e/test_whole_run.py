@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from sailvl_trainer.contract import SHARDS_DIR, ModelConfig, Stage
-from sailvl_trainer.data.shards import read_manifest
+from sailvl_trainer.data.shards import read_shard_manifest
 from sailvl_trainer.evaluate.generate import Generator
 from sailvl_trainer.evaluate.tsv import read_tsv
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.storage.codec import decode
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.train.sample_log import read_ledger
+from sailvl_trainer.train.sample_log import read_trained_samples
 from tests.support.live.cluster import Kubectl
 from tests.support.live.whole_run import Story, align
 
@@ -56,7 +56,7 @@ def test_a_killed_rank_is_the_next_attempts_start(story: Story) -> None:
     lineage = json.loads((story.storage / alignment["output"] / "attempts/2.json").read_bytes())
     start = lineage["start"]["step"]
     assert start >= 20, "it goes on from a checkpoint"
-    steps = read_ledger(files_of(story, alignment), last_attempt=1)
+    steps = read_trained_samples(files_of(story, alignment), last_attempt=1)
     assert story.status["goodput"]["lostSteps"] == len([step for step in steps if step > start])
 
 
@@ -64,11 +64,11 @@ def test_a_killed_rank_is_the_next_attempts_start(story: Story) -> None:
 def test_every_sample_is_used_as_often_as_the_budget_says(story: Story, name: str) -> None:
     stage = story.stage(name)
     files = files_of(story, stage)
-    ledger = read_ledger(files, last_attempt=stage["attempt"])
+    ledger = read_trained_samples(files, last_attempt=stage["attempt"])
     assert sorted(ledger) == list(range(1, stage["progress"]["steps"] + 1))
     used = Counter(sample for samples in ledger.values() for sample in samples)
     data = document_of(story, stage)["train"]
-    total = sum(read_manifest(on_host(story, folder) / SHARDS_DIR).samples for folder in data["data"])
+    total = sum(read_shard_manifest(on_host(story, folder) / SHARDS_DIR).samples for folder in data["data"])
     least, most = min(used.values()), max(used.values())
     assert most - least <= 1, "no sample is ahead of another by more than one use"
     if data["epochs"] == 1.0:
@@ -87,7 +87,7 @@ def test_the_export_answers(story: Story) -> None:
     tokenizer = AutoTokenizer.from_pretrained(export)
     model = AutoModelForImageTextToText.from_pretrained(export).eval()
     generator = Generator(
-        model=model, tokenizer=tokenizer, preset=preset("tiny"), device=torch.device("cpu"), max_new_tokens=8
+        model=model, tokenizer=tokenizer, preset=get_preset("tiny"), device=torch.device("cpu"), max_new_tokens=8
     )
     questions = read_tsv(story.storage / "benchmarks/level-2.tsv", limit=8)
     answers = generator.answer(questions, 1)

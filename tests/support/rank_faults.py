@@ -211,7 +211,7 @@ def at(point: str, do: Callable[[], None]) -> Fault:
 
 def _bend(point: str, do: Callable[[], None]) -> None:
     if point.startswith("step "):
-        _after(trainer.Loop, "_advance", do, lambda self, *_: self.position.step == int(point[5:]))
+        _after(trainer.Trainer, "_record_step", do, lambda self, *_: self.state.step == int(point[5:]))
         return
     owner, name, number, is_before = POINTS[point]
     calls: list[int] = []
@@ -249,10 +249,10 @@ def _after(owner: Any, name: str, do: Callable[[], None], is_now: Callable[..., 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "measuring the data": (stage, "prepare", 1, True),
     "starting": (stage, "build_engine", 1, True),
-    "evaluating before": (stage.validation, "measure", 1, True),
-    "saving, files half written": (checkpoint, "_write", 2, False),
-    "saving, whole but not pruned": (trainer, "prune", 2, True),
-    "evaluating after": (stage.validation, "measure", 2, True),
+    "evaluating before": (stage.validation, "measure_validation_loss", 1, True),
+    "saving, files half written": (checkpoint, "_write_fragments", 2, False),
+    "saving, whole but not pruned": (trainer, "delete_old_checkpoints", 2, True),
+    "evaluating after": (stage.validation, "measure_validation_loss", 2, True),
     "writing a shard": (ShardWriter, "write", 2, True),
     "writing the report of curation": (curate, "write_report", 1, True),
     "keeping answers": (KeptAnswers, "add", 1, True),
@@ -268,30 +268,30 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
 
 def spoil(*samples: int) -> None:
     """The pictures of these samples are not numbers: a real NaN, on the rank that has one of them."""
-    original = trainer.arguments
+    original = Batch.to
 
-    def arguments(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-        given = original(batch, device)
+    def to(self: Batch, device: torch.device) -> Batch:
+        batch = original(self, device)
         if set(batch.samples) & set(samples):
-            given["pixels_N3HW"] = torch.full_like(given["pixels_N3HW"], float("nan"))
-        return given
+            return replace(batch, pixels_N3HW=torch.full_like(batch.pixels_N3HW, float("nan")))
+        return batch
 
-    trainer.arguments = arguments
+    Batch.to = to  # type: ignore[method-assign]
 
 
 def explode(step: int) -> None:
     """The update of a step ruins the weights, which are numbers still; from the next step on, the loss is none."""
-    original = trainer.Loop._train
+    original = trainer.Trainer.train_step
 
-    def train(self: trainer.Loop, loaded: Any) -> None:
-        if self.position.step + 1 == step:
-            rate, self.rate = self.rate, lambda _: 1e30
+    def train(self: trainer.Trainer, loaded: Any) -> None:
+        if self.state.step + 1 == step:
+            schedule, self.schedule = self.schedule, lambda _: 1e30
             original(self, loaded)
-            self.rate = rate
+            self.schedule = schedule
         else:
             original(self, loaded)
 
-    trainer.Loop._train = train  # type: ignore[method-assign]
+    trainer.Trainer.train_step = train  # type: ignore[method-assign]
 
 
 def both(one: Fault, other: Fault) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from sailvl_trainer.contract import BenchmarkConfig, EvaluateConfig, Metric, ModelConfig, Stage
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.export import export_model
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "pink")
@@ -89,5 +89,5 @@ def export_untrained(root: Path) -> Path:
     config = ModelConfig(preset="tiny")
     tokenizer = load_tokenizer(config)
     model = build_model(config, tokenizer, init_from=None, seed=0)
-    export_model(model, tokenizer, preset("tiny"), root / "model" / "export")
+    export_model(model, tokenizer, get_preset("tiny"), root / "model" / "export")
     return root

@@ -14,18 +14,18 @@ from tests.support.builders.training import join_ranks
 
 SCRATCH, KILL_AT = Path(os.environ["SCRATCH"]), int(os.environ.get("KILL_AT", "0"))
 LOSSES: list[float] = []
-advance = trainer.Loop._advance
+advance = trainer.Trainer._record_step
 
 
-def advance_and_die(self: trainer.Loop, step: Any, loss: float, *rest: Any) -> None:
+def advance_and_die(self: trainer.Trainer, step: Any, loss: float, *rest: Any) -> None:
     advance(self, step, loss, *rest)
     LOSSES.append(loss)
-    if self.position.step == KILL_AT:
+    if self.state.step == KILL_AT:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
-    trainer.Loop._advance = advance_and_die  # type: ignore[method-assign]
+    trainer.Trainer._record_step = advance_and_die  # type: ignore[method-assign]
     context = join_ranks()
     result = stage.run(context)
     if context.is_first:

@@ -17,11 +17,11 @@ from sailvl_trainer.curate.artifacts import Parts, PlannedShard, read_items, to_
 from sailvl_trainer.curate.ingest import list_items
 from sailvl_trainer.curate.items import Container, Item, read_item
 from sailvl_trainer.curate.verify import Verified, verify
-from sailvl_trainer.data.dataset import TokenCounter
+from sailvl_trainer.data.encoder import TokenCounter
 from sailvl_trainer.data.samples import Sample, build_caption_sample
-from sailvl_trainer.data.shards import ShardInfo, ShardWriter, write_manifest
+from sailvl_trainer.data.shards import ShardInfo, ShardWriter, write_shard_manifest
 from sailvl_trainer.errors import DataError, StorageError
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import Crew
@@ -45,7 +45,7 @@ def list_all(context: Context, crew: Crew, parts: Parts) -> None:
 
 def verify_all(context: Context, crew: Crew, parts: Parts, config: CurateConfig) -> None:
     """Every item decoded, measured and hashed, unit by unit."""
-    units, tile_size = parts.units, preset(context.stage.model.preset).image_size
+    units, tile_size = parts.units, get_preset(context.stage.model.preset).image_size
     context.telemetry.update(steps=sum(unit.count for unit in units))
 
     def do(number: int) -> None:
@@ -81,7 +81,7 @@ def write_manifests(context: Context, parts: Parts) -> None:
     shards = decode(list[PlannedShard], parts.shards.read_bytes())
     for split in (SHARDS_DIR, HELD_OUT_DIR):
         infos = [decode(ShardInfo, parts.shard_info(s).read_bytes()) for s in shards if s.split == split]
-        write_manifest(context.files.output / split, infos)
+        write_shard_manifest(context.files.output / split, infos)
         for leftover in (context.files.output / split).glob(".*.tar.*"):
             leftover.unlink(missing_ok=True)
 

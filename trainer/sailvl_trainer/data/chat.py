@@ -1,7 +1,7 @@
-"""Dialogues as token ids: ChatML roles, one <img>…</img> span for the picture, loss on the assistant's turns only.
+"""Dialogues as token ids: ChatML roles, one <img>…</img> span for the image, loss on the assistant's turns only.
 
-Words are data: "<img>" or "<|im_end|>" in an alt-text becomes ordinary characters, never a mark of the template.
-Called for every sample by the index (to count) and by collate (to train), and by evaluation for its prompts.
+Text is data: "<img>" or "<|im_end|>" in an alt text becomes ordinary tokens, never a special token of the template.
+Called for every sample by the token counter and by collate, and by evaluation for its prompts.
 """
 
 from __future__ import annotations
@@ -18,132 +18,134 @@ from transformers import PreTrainedTokenizerFast
 from sailvl_trainer.data.samples import IMAGE_PLACEHOLDER, Message
 from sailvl_trainer.model.tokenizer import IM_END, IM_START, IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 
-IGNORE = -100
-"""Label of a position without loss."""
+IGNORE_INDEX = -100
+"""Label of a token without loss, as in torch's cross_entropy."""
 TEMPLATE_VERSION = "1"
-"""Part of the fingerprint of token counts: raise it when the same dialogue gives other ids."""
+"""Part of the fingerprint of token counts; increment it when the same dialogue gives other ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Encoded:
+class EncodedDialogue:
     input_ids_T: np.ndarray
     """int32."""
     labels_T: np.ndarray
-    """int32, the id itself where there is loss, else IGNORE; not shifted."""
+    """int32: the token's own id where there is loss, else IGNORE_INDEX; not shifted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Template:
-    """A tokenizer's words and marks apart; safe to use from several threads, as nothing in it is ever set."""
+class ChatTokenizer:
+    """A tokenizer that keeps text and special tokens apart. Thread-safe, since it is never modified."""
 
-    words: Tokenizer
-    """Reads special tokens as ordinary characters."""
+    text: Tokenizer
+    """Reads the names of special tokens as ordinary text."""
     im_start: int
     im_end: int
     image_start: int
     image_end: int
     image_context: int
     fingerprint: str
-    """Changes with the vocabulary, the merges and the template."""
+    """Hash of the vocabulary, the merges and the template's version."""
 
-    def encode_words(self, text: str) -> list[int]:
-        """Ids of a text without marks."""
-        ids: list[int] = self.words.encode(text, add_special_tokens=False).ids
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
+        ids: list[int] = self.text.encode(text, add_special_tokens=False).ids
         return ids
 
 
 @lru_cache(maxsize=8)
-def build_template(tokenizer: PreTrainedTokenizerFast) -> Template:
-    """The template over a tokenizer. Raises ValueError for one without the special tokens."""
-    text = tokenizer.backend_tokenizer.to_str()
-    words = Tokenizer.from_str(text)
-    words.encode_special_tokens = True
-    words.no_truncation()
-    words.no_padding()
-    return Template(
-        words=words,
-        im_start=_mark(tokenizer, IM_START),
-        im_end=_mark(tokenizer, IM_END),
-        image_start=_mark(tokenizer, IMAGE_START),
-        image_end=_mark(tokenizer, IMAGE_END),
-        image_context=_mark(tokenizer, IMAGE_CONTEXT),
-        fingerprint=hashlib.sha256(f"{TEMPLATE_VERSION}\n{text}".encode()).hexdigest()[:16],
+def get_chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> ChatTokenizer:
+    """Return the chat tokenizer of a tokenizer. Raises ValueError if it lacks the special tokens."""
+    serialized = tokenizer.backend_tokenizer.to_str()
+    text = Tokenizer.from_str(serialized)
+    text.encode_special_tokens = True
+    text.no_truncation()
+    text.no_padding()
+    return ChatTokenizer(
+        text=text,
+        im_start=_token_id(tokenizer, IM_START),
+        im_end=_token_id(tokenizer, IM_END),
+        image_start=_token_id(tokenizer, IMAGE_START),
+        image_end=_token_id(tokenizer, IMAGE_END),
+        image_context=_token_id(tokenizer, IMAGE_CONTEXT),
+        fingerprint=hashlib.sha256(f"{TEMPLATE_VERSION}\n{serialized}".encode()).hexdigest()[:16],
     )
 
 
-def encode_messages(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> Encoded:
-    """A dialogue; `image_tokens`: positions of its picture, 0 without. The first mark is the picture's place.
+def encode_messages(
+    messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast, image_tokens: int
+) -> EncodedDialogue:
+    """Encode a dialogue; `image_tokens` is the number of tokens of its image, 0 without one.
 
-    Raises ValueError for a picture without a mark in a user turn.
+    The image's tokens replace the first placeholder. Raises ValueError for an image without a placeholder.
     """
     ids: list[int] = []
     labels: list[int] = []
-    for part, has_loss in _spans(build_template(tokenizer), messages, image_tokens):
-        ids += part
-        labels += part if has_loss else [IGNORE] * len(part)
-    return Encoded(input_ids_T=np.array(ids, dtype=np.int32), labels_T=np.array(labels, dtype=np.int32))
+    for span, has_loss in _spans(get_chat_tokenizer(tokenizer), messages, image_tokens):
+        ids += span
+        labels += span if has_loss else [IGNORE_INDEX] * len(span)
+    return EncodedDialogue(input_ids_T=np.array(ids, dtype=np.int32), labels_T=np.array(labels, dtype=np.int32))
 
 
 def encode_prompt(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> list[int]:
-    """A dialogue that the assistant is to go on with."""
-    template = build_template(tokenizer)
+    """Encode a dialogue and open the assistant's turn, for generation."""
+    chat = get_chat_tokenizer(tokenizer)
     encoded = encode_messages(messages, tokenizer, image_tokens).input_ids_T
-    return [*encoded.tolist(), template.im_start, *template.encode_words("assistant\n")]
+    return [*encoded.tolist(), chat.im_start, *chat.encode_text("assistant\n")]
 
 
-def count_positions(
-    messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast, *, has_picture: bool
+def count_tokens(
+    messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast, *, has_image: bool
 ) -> tuple[int, int]:
-    """A dialogue's positions, those of its picture not counted, and how many of them carry loss.
+    """Return a dialogue's number of tokens, without image tokens, and its number of loss tokens.
 
-    They depend on the tokenizer and the template alone; tiles are added by whoever knows the tiling.
+    Both depend on the tokenizer and the template alone; image tokens depend on the tiling and are added by the encoder.
     """
-    spans = list(_spans(build_template(tokenizer), messages, int(has_picture)))
-    positions = sum(len(part) for part, _ in spans) - int(has_picture)
-    return positions, sum(len(part) for part, has_loss in spans if has_loss)
+    spans = list(_spans(get_chat_tokenizer(tokenizer), messages, int(has_image)))
+    tokens = sum(len(span) for span, _ in spans) - int(has_image)
+    return tokens, sum(len(span) for span, has_loss in spans if has_loss)
 
 
-def cut(encoded: Encoded, length: int, image_context: int) -> Encoded:
-    """The first `length` positions; a picture that would be cut is kept whole, and words before it go instead.
+def truncate(encoded: EncodedDialogue, length: int, image_context: int) -> EncodedDialogue:
+    """Return the first `length` tokens; if they would cut the image, keep the image and drop text before it instead.
 
-    So the number of picture positions never changes: features would else land in the wrong sample of a pack.
+    The number of image tokens never changes: otherwise image features would fill tokens of the next sample of the pack.
     """
     ids_T, labels_T = encoded.input_ids_T, encoded.labels_T
     if len(ids_T) <= length:
         return encoded
-    picture = np.flatnonzero(ids_T == image_context)
-    if picture.size and picture[-1] + 2 > length:  # 2: the position itself and </img>
-        first, end = int(picture[0]) - 1, int(picture[-1]) + 2
+    image = np.flatnonzero(ids_T == image_context)
+    if image.size and image[-1] + 2 > length:  # 2: the token itself and </img>
+        first, end = int(image[0]) - 1, int(image[-1]) + 2
         kept = np.r_[0 : length - (end - first), first:end]
     else:
         kept = np.arange(length)
-    return Encoded(input_ids_T=ids_T[kept], labels_T=labels_T[kept])
+    return EncodedDialogue(input_ids_T=ids_T[kept], labels_T=labels_T[kept])
 
 
-def _spans(template: Template, messages: tuple[Message, ...], image_tokens: int) -> Iterator[tuple[list[int], bool]]:
-    """The turns' ids, and whether they carry loss: the assistant's words and its end mark."""
-    is_shown = image_tokens == 0
+def _spans(chat: ChatTokenizer, messages: tuple[Message, ...], image_tokens: int) -> Iterator[tuple[list[int], bool]]:
+    """Yield spans of ids and whether they carry loss, as the assistant's text and its end token do."""
+    is_image_done = image_tokens == 0
     for message in messages:
-        yield [template.im_start], False
+        yield [chat.im_start], False
         if message.role == "assistant":
-            yield template.encode_words("assistant\n"), False
-            yield [*template.encode_words(message.content), template.im_end], True
-            yield template.encode_words("\n"), False
+            yield chat.encode_text("assistant\n"), False
+            yield [*chat.encode_text(message.content), chat.im_end], True
+            yield chat.encode_text("\n"), False
             continue
-        head, mark, tail = f"{message.role}\n{message.content}", "", ""
-        if message.role == "user" and not is_shown:
-            head, mark, tail = head.partition(IMAGE_PLACEHOLDER)
-            is_shown = bool(mark)
-        yield template.encode_words(head), False
-        if mark:
-            yield [template.image_start, *[template.image_context] * image_tokens, template.image_end], False
-        yield [*template.encode_words(tail), template.im_end, *template.encode_words("\n")], False
-    if not is_shown:
-        raise ValueError(f"a picture and no {IMAGE_PLACEHOLDER} in a user turn; write it where the picture belongs")
+        head, placeholder, tail = f"{message.role}\n{message.content}", "", ""
+        if message.role == "user" and not is_image_done:
+            head, placeholder, tail = head.partition(IMAGE_PLACEHOLDER)
+            is_image_done = bool(placeholder)
+        yield chat.encode_text(head), False
+        if placeholder:
+            yield [chat.image_start, *[chat.image_context] * image_tokens, chat.image_end], False
+        yield [*chat.encode_text(tail), chat.im_end, *chat.encode_text("\n")], False
+    if not is_image_done:
+        raise ValueError(f"an image but no {IMAGE_PLACEHOLDER} in a user turn; write it where the image belongs")
 
 
-def _mark(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     found = tokenizer.backend_tokenizer.token_to_id(token)
     if found is None:
-        raise ValueError(f"the tokenizer has no {token}; load it with load_tokenizer, which adds the marks")
+        raise ValueError(f"the tokenizer has no {token}; load it with load_tokenizer, which adds the special tokens")
     return int(found)

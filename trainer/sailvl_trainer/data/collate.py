@@ -1,94 +1,116 @@
-"""A pack as tensors; called by the loader's threads.
+"""Packs as tensors; called by the loader's threads.
 
-How samples are kept apart: `position_ids_1T` restarts at 0 with every sample, and again with the padding. Given these
-positions, no attention mask and no cache, transformers' Qwen2 builds the block-diagonal causal mask itself (sdpa), or
-the cumulative lengths (flash attention), on CPU and GPU alike; so no mask travels with a batch.
+Samples of a pack don't attend to each other: `position_ids_1T` restarts at 0 with every sample, and again with the
+padding. Given these positions, no attention mask and no cache, transformers' Qwen2 builds the block-diagonal causal
+mask itself (sdpa), or the cumulative lengths (flash attention), on CPU and GPU alike; so a batch carries no mask.
 
-Suffixes: T positions (pack_tokens), N tiles, H = W = image_size.
+Suffixes: T tokens of a pack (pack_tokens), N tiles, H = W = image_size, S samples of the pack.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from sailvl_trainer.data.chat import IGNORE
-from sailvl_trainer.data.dataset import Encoder, Index
+from sailvl_trainer.data.chat import IGNORE_INDEX
+from sailvl_trainer.data.dataset import ShardDataset
+from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.images import UnreadableImage, open_image
 from sailvl_trainer.data.packing import Pack
 from sailvl_trainer.data.tiling import count_tiles, cut_tiles
 
+MODEL_INPUTS = ("input_ids_1T", "labels_1T", "position_ids_1T", "pixels_N3HW")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
+    """One pack: a microbatch of one rank."""
+
     input_ids_1T: torch.Tensor
-    """int64, padded with the pad token. <IMG_CONTEXT> marks where features belong: tokens_per_tile a tile, in the
-    order of the tiles."""
+    """int64, padded with the pad token. <IMG_CONTEXT> stands for image features: tokens_per_tile per tile, in the order
+    of the tiles."""
     labels_1T: torch.Tensor
-    """int64, IGNORE where there is no loss; shifted: the label of a position is the next position's id."""
+    """int64, IGNORE_INDEX where there is no loss; shifted: a token's label is the next token's id."""
     position_ids_1T: torch.Tensor
     """int64, restarting at 0 with every sample, and with the padding."""
     pixels_N3HW: torch.Tensor
-    """float32; never empty: a pack without pictures has one black tile that no position refers to."""
+    """float32, never empty: a pack without images has one black tile, which no token refers to."""
     samples: Pack
-    """Their numbers in the index, in the order in which they stand."""
+    """Numbers of the samples, in the order of the pack."""
     tokens: int
-    """Positions, padding not counted."""
-    labels: int
-    """Positions with loss."""
+    """Number of tokens, without padding."""
+    loss_tokens: int
+    """Number of tokens with a target."""
     tiles: int
-    """Of pictures; 0 where the only tile is the black one."""
-    pairs: int
-    """Of positions of the same sample: attention's work."""
+    """Number of image tiles; 0 if the only tile is the black one."""
+    attention_pairs: int
+    """Number of pairs of tokens in the same sample, which attention's work is proportional to."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on a device."""
+        return replace(
+            self,
+            input_ids_1T=self.input_ids_1T.to(device, non_blocking=True),
+            labels_1T=self.labels_1T.to(device, non_blocking=True),
+            position_ids_1T=self.position_ids_1T.to(device, non_blocking=True),
+            pixels_N3HW=self.pixels_N3HW.to(device, non_blocking=True),
+        )
+
+    @property
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of PackedModel.forward."""
+        return {name: getattr(self, name) for name in MODEL_INPUTS}
 
 
-def collate(index: Index, encoder: Encoder, pack: Pack, *, pictures: Pack | None = None) -> Batch:
-    """Decode and join a pack's samples. `pictures`: whose picture each sample shows; default its own.
+def collate(dataset: ShardDataset, encoder: SampleEncoder, pack: Pack, *, image_sources: Pack | None = None) -> Batch:
+    """Decode a pack's samples and join them into one batch.
 
-    Raises DataError that names the shard and the record of what can't be read.
+    `image_sources` names, for each sample, the sample whose image it shows; by default its own. Raises DataError that
+    names the shard and the record that can't be read.
     """
     length, pad = encoder.pack_tokens, encoder.tokenizer.pad_token_id
     input_ids_T = np.full(length, pad, dtype=np.int64)
-    labels_T = np.full(length, IGNORE, dtype=np.int64)
-    positions_T = np.zeros(length, dtype=np.int64)
-    (tokens_W, tiles_W), at = index.lengths(np.array(pack, dtype=np.int64)), 0
+    labels_T = np.full(length, IGNORE_INDEX, dtype=np.int64)
+    position_ids_T = np.zeros(length, dtype=np.int64)
+    (tokens_S, tiles_S), start = dataset.lengths(np.array(pack, dtype=np.int64)), 0
     pixels = []
-    for place, sample in enumerate(pack):
-        reader, row = index.locate(sample)
-        encoded = encoder.encode(reader, row, int(tiles_W[place]))
+    for i, sample in enumerate(pack):
+        reader, row = dataset.locate(sample)
+        encoded = encoder.encode(reader, row, int(tiles_S[i]))
         n = len(encoded.input_ids_T)
-        if n != tokens_W[place]:
-            raise reader.error(row, f"{n} positions, and {tokens_W[place]} in the index; curate the set again")
-        input_ids_T[at : at + n] = encoded.input_ids_T
-        labels_T[at : at + n - 1] = encoded.labels_T[1:]
-        positions_T[at : at + n] = np.arange(n)
-        at += n
-        if tiles_W[place]:
-            pixels.append(_read_tiles(index, encoder, sample, sample if pictures is None else pictures[place]))
-    positions_T[at:] = np.arange(length - at)
+        if n != tokens_S[i]:
+            raise reader.error(row, f"has {n} tokens, but {tokens_S[i]} in the index; curate the set again")
+        input_ids_T[start : start + n] = encoded.input_ids_T
+        labels_T[start : start + n - 1] = encoded.labels_T[1:]
+        position_ids_T[start : start + n] = np.arange(n)
+        start += n
+        if tiles_S[i]:
+            source = sample if image_sources is None else image_sources[i]
+            pixels.append(_read_tiles(dataset, encoder, sample, source))
+    position_ids_T[start:] = np.arange(length - start)
     return Batch(
         input_ids_1T=torch.from_numpy(input_ids_T)[None],
         labels_1T=torch.from_numpy(labels_T)[None],
-        position_ids_1T=torch.from_numpy(positions_T)[None],
-        pixels_N3HW=torch.from_numpy(np.concatenate(pixels) if pixels else _no_tile(encoder.preset.image_size)),
+        position_ids_1T=torch.from_numpy(position_ids_T)[None],
+        pixels_N3HW=torch.from_numpy(np.concatenate(pixels) if pixels else _black_tile(encoder.preset.image_size)),
         samples=pack,
-        tokens=at,
-        labels=int((labels_T != IGNORE).sum()),
-        tiles=int(tiles_W.sum()),
-        pairs=int((tokens_W**2).sum()),
+        tokens=start,
+        loss_tokens=int((labels_T != IGNORE_INDEX).sum()),
+        tiles=int(tiles_S.sum()),
+        attention_pairs=int((tokens_S**2).sum()),
     )
 
 
-def _read_tiles(index: Index, encoder: Encoder, sample: int, shown: int) -> np.ndarray:
-    """The tiles of `shown`'s picture, cut by `sample`'s grid so that every length stays."""
-    own, own_row = index.locate(sample)
-    grid = encoder.grid(int(own.column("width")[own_row]), int(own.column("height")[own_row]))
-    assert count_tiles(grid) == index.lengths_S["tiles"][sample], "the index was measured with this encoder"
-    reader, row = index.locate(shown)
+def _read_tiles(dataset: ShardDataset, encoder: SampleEncoder, sample: int, source: int) -> np.ndarray:
+    """Return the tiles of `source`'s image, cut by `sample`'s grid so that the sample's length stays."""
+    own_reader, own_row = dataset.locate(sample)
+    grid = encoder.grid(int(own_reader.column("width")[own_row]), int(own_reader.column("height")[own_row]))
+    assert count_tiles(grid) == dataset.lengths_S["tiles"][sample], "the dataset was measured with this encoder"
+    reader, row = dataset.locate(source)
     data = reader.image(row)
-    assert data is not None, "only pictures are shown"
+    assert data is not None, "only samples with an image are sources"
     try:
         image = open_image(data)
     except UnreadableImage as error:
@@ -96,5 +118,5 @@ def _read_tiles(index: Index, encoder: Encoder, sample: int, shown: int) -> np.n
     return cut_tiles(image, grid, encoder.preset.image_size)
 
 
-def _no_tile(side: int) -> np.ndarray:
+def _black_tile(side: int) -> np.ndarray:
     return np.zeros((1, 3, side, side), dtype=np.float32)

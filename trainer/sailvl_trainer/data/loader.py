@@ -1,5 +1,14 @@
-"""Optimizer steps as batches of one rank, planned and decoded ahead by threads; called by the training loop, and by
-the held-out loss."""
+"""The data loader: this rank's batches of each optimizer step, planned and decoded ahead of time by threads.
+
+1. A planning thread computes the next step: the packs of all ranks, the same on every rank.
+2. The packs are assigned to the ranks by cost; this rank keeps its own.
+3. Decoding threads turn its packs into tensors, at least PREFETCH_PACKS packs and two steps ahead.
+4. Steps are yielded in order, epoch after epoch; a skipped step is only planned, and none of its data is read.
+
+The price: every rank plans the packs of all ranks, about 30 µs per sample and step on one core, and holds two or more
+steps of its decoded packs in memory. In return ranks need not communicate, and any step can be resumed from exactly.
+Called by the trainer, and for the validation loss.
+"""
 
 from __future__ import annotations
 
@@ -13,106 +22,118 @@ import numpy as np
 
 from sailvl_trainer.contract import Skip
 from sailvl_trainer.data.collate import Batch, collate
-from sailvl_trainer.data.dataset import Encoder, Index
-from sailvl_trainer.data.packing import Pack, deal, pack_best_fit
-from sailvl_trainer.data.planner import Planner, PlanState, Step
+from sailvl_trainer.data.dataset import ShardDataset
+from sailvl_trainer.data.encoder import SampleEncoder
+from sailvl_trainer.data.packing import Pack, assign_to_ranks, pack_best_fit
+from sailvl_trainer.data.planner import DataPosition, PlannedStep, Planner
 
-AHEAD = 4
-"""Packs that are decoded before they are asked for, at least; always whole steps."""
-THREADS = 2
-"""That decode; a pack's work is mostly outside Python's lock."""
-HELD_OUT_SEED = 20250109
+PREFETCH_PACKS = 4
+"""Minimum number of this rank's packs that are decoded ahead; always whole steps."""
+DECODE_THREADS = 2
+"""Number of decoding threads; their work runs mostly outside Python's global lock."""
+SUBSET_SEED = 20250109
+"""Seed of the validation samples, equal in all runs so that their losses can be compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedStep:
     batches: list[Batch]
-    """This rank's microbatches: equally many on every rank, some may be empty; none of a step that is left out."""
+    """This rank's microbatches: the same number on every rank, some possibly empty; none in a skipped step."""
     samples: tuple[int, ...]
-    """All samples of the step, over all ranks."""
+    """Numbers of all samples of the step, over all ranks."""
     tokens: int
-    """Over all ranks."""
-    after: PlanState
-    ready: int
-    """Microbatches of this rank that were decoded when the step was asked for."""
+    """Number of tokens over all ranks, without padding."""
+    next_position: DataPosition
+    """Position in the data after this step."""
+    ready_batches: int
+    """Number of this rank's microbatches that were decoded when the step was requested."""
     is_skipped: bool
-    """Left out on purpose; nothing of it was read."""
+    """Whether the step's data is skipped on purpose and wasn't read."""
 
 
 def load_steps(
     planner: Planner,
-    index: Index,
-    encoder: Encoder,
-    state: PlanState,
+    dataset: ShardDataset,
+    encoder: SampleEncoder,
+    position: DataPosition,
     *,
     rank: int,
     world_size: int,
-    done: int = 0,
+    first_step: int = 1,
     skips: Sequence[Skip] = (),
-    threads: int = THREADS,
+    threads: int = DECODE_THREADS,
 ) -> Iterator[LoadedStep]:
-    """Steps from a state on, epoch after epoch, without end. An unreadable record raises DataError at its step.
+    """Yield all steps from a position on, epoch after epoch, without end.
 
-    `done`: steps before the first one. `skips`: steps that are only planned.
+    `first_step` is the number of the first step; `skips` are ranges of step numbers. Raises DataError at the step that
+    holds an unreadable record.
     """
-    planned = zip(count(done + 1), planner.steps(state))  # neither ends
+    numbered = zip(count(first_step), planner.plan_steps(position))  # both are infinite
     decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
-    plans = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
+    planners = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
     try:
-        waiting: deque[tuple[Step, list[Future[Batch]] | None]] = deque()
-        coming = plans.submit(next, planned)
+        queue: deque[tuple[PlannedStep, list[Future[Batch]] | None]] = deque()
+        next_planned = planners.submit(next, numbered)
         while True:
-            while sum(len(futures or ()) for _, futures in waiting) < AHEAD or len(waiting) < 2:
-                number, step = coming.result()
-                coming = plans.submit(next, planned)
-                mine = [microstep[rank] for microstep in deal(step.packs, step.costs, world_size)]
+            while sum(len(futures or ()) for _, futures in queue) < PREFETCH_PACKS or len(queue) < 2:
+                number, step = next_planned.result()
+                next_planned = planners.submit(next, numbered)
+                own_packs = [packs[rank] for packs in assign_to_ranks(step.packs, step.costs, world_size)]
                 is_skipped = any(skip.first <= number <= skip.last for skip in skips)
-                batches = None if is_skipped else [decoders.submit(collate, index, encoder, pack) for pack in mine]
-                waiting.append((step, batches))
-            ready = sum(future.done() for _, futures in waiting for future in futures or ())
-            yield _finish(*waiting.popleft(), ready)
+                futures = None if is_skipped else [decoders.submit(collate, dataset, encoder, p) for p in own_packs]
+                queue.append((step, futures))
+            ready = sum(future.done() for _, futures in queue for future in futures or ())
+            yield _finish_step(*queue.popleft(), ready)
     finally:
         decoders.shutdown(wait=False, cancel_futures=True)
-        plans.shutdown(wait=False, cancel_futures=True)
+        planners.shutdown(wait=False, cancel_futures=True)
 
 
-def held_out_batches(
-    index: Index, encoder: Encoder, *, samples: int, pack_tiles: int, rank: int, world_size: int, shuffle: bool
+def load_validation_batches(
+    dataset: ShardDataset,
+    encoder: SampleEncoder,
+    *,
+    samples: int,
+    pack_tiles: int,
+    rank: int,
+    world_size: int,
+    shuffle_images: bool,
 ) -> Iterator[Batch]:
-    """At most so many samples, the same ones every time and from all parts of the set, in packs dealt to the ranks.
+    """Yield this rank's batches of at most `samples` samples, the same ones every time, drawn from the whole set.
 
-    Every rank gets equally many batches, some may be empty. `shuffle`: each sample shows another one's picture, cut
-    to its own tiles so that every length stays, to see whether the model looks at it.
+    Every rank gets the same number of batches, some possibly empty. With `shuffle_images`, each sample shows another
+    sample's image, cut by its own grid so that all lengths stay: a test of whether the model uses the image.
     """
-    chosen = choose_samples(len(index), samples)
-    tokens_W, tiles_W = index.lengths(chosen)
-    packs = [tuple(chosen[p].tolist()) for p in pack_best_fit(tokens_W, tiles_W, encoder.pack_tokens, pack_tiles)]
-    cost_W = tokens_W + index.tokens_per_tile * tiles_W
-    cost_of = dict(zip(chosen.tolist(), cost_W.tolist(), strict=True))
-    shown = _derange(chosen[tiles_W > 0].tolist()) if shuffle else {}
-    for microstep in deal(packs, [sum(cost_of[s] for s in pack) for pack in packs], world_size):
-        pack: Pack = microstep[rank]
-        yield collate(index, encoder, pack, pictures=tuple(shown.get(s, s) for s in pack))
+    chosen_W = sample_subset(len(dataset), samples)
+    tokens_W, tiles_W = dataset.lengths(chosen_W)
+    packs = [tuple(chosen_W[p].tolist()) for p in pack_best_fit(tokens_W, tiles_W, encoder.pack_tokens, pack_tiles)]
+    cost_W = tokens_W + dataset.tokens_per_tile * tiles_W
+    cost_by_sample = dict(zip(chosen_W.tolist(), cost_W.tolist(), strict=True))
+    shuffled = _shuffle_images(chosen_W[tiles_W > 0].tolist()) if shuffle_images else {}
+    costs = [sum(cost_by_sample[s] for s in pack) for pack in packs]
+    for rank_packs in assign_to_ranks(packs, costs, world_size):
+        pack: Pack = rank_packs[rank]
+        yield collate(dataset, encoder, pack, image_sources=tuple(shuffled.get(s, s) for s in pack))
 
 
-def choose_samples(total: int, number: int) -> np.ndarray:
-    """So many of 0..total-1, spread at random by a fixed seed, in order."""
-    return np.sort(np.random.default_rng(HELD_OUT_SEED).permutation(total)[:number])
+def sample_subset(total: int, size: int) -> np.ndarray:
+    """Return `size` of the numbers 0..total-1, drawn at random with a fixed seed, in ascending order."""
+    return np.sort(np.random.default_rng(SUBSET_SEED).permutation(total)[:size])
 
 
-def _derange(pictured: list[int]) -> dict[int, int]:
-    """Every sample shows the picture of the one half the set away; a single one its own."""
-    shift = max(1, len(pictured) // 2)
-    return {sample: pictured[(i + shift) % len(pictured)] for i, sample in enumerate(pictured)}
+def _shuffle_images(with_image: list[int]) -> dict[int, int]:
+    """Map every sample to the one half the list away, whose image it shows; a single sample keeps its own."""
+    shift = max(1, len(with_image) // 2)
+    return {sample: with_image[(i + shift) % len(with_image)] for i, sample in enumerate(with_image)}
 
 
-def _finish(step: Step, futures: list[Future[Batch]] | None, ready: int) -> LoadedStep:
-    """`futures`: None for a step that is left out."""
+def _finish_step(step: PlannedStep, futures: list[Future[Batch]] | None, ready_batches: int) -> LoadedStep:
+    """Wait for a step's batches; `futures` is None for a skipped step."""
     return LoadedStep(
         batches=[future.result() for future in futures or ()],
         is_skipped=futures is None,
         samples=tuple(s for pack in step.packs for s in pack),
         tokens=step.tokens,
-        after=step.after,
-        ready=ready,
+        next_position=step.next_position,
+        ready_batches=ready_batches,
     )

@@ -1,8 +1,13 @@
 """The order of the data as pure functions: samples → windows → packs → optimizer steps.
 
-The resume state holds no world size: a step is a set of packs, dealt to however many ranks there are, so a run that
-comes back with another number of workers still uses every sample exactly once an epoch. Nothing here grows with the
-data set but what the caller's index holds: a window is computed from its number alone.
+1. An epoch is a pseudorandom permutation of blocks of neighbouring samples, cut into windows of equal size. 2. A
+window's samples are shuffled and packed, and the packs are shuffled. 3. Consecutive packs form the window's optimizer
+steps.
+
+A window is computed from its number alone, so memory doesn't grow with the data set, and a position is three numbers.
+The position holds no world size: a step is a set of packs, assigned to any number of ranks, so that a resume with
+another number of workers still uses every sample exactly once per epoch. The price: samples are shuffled within a
+window only, and a window's last step may have fewer packs than the others.
 
 Suffixes: W samples of a window, B blocks.
 """
@@ -16,170 +21,180 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sailvl_trainer.data.dataset import Index
+from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.packing import Pack, pack_best_fit
 from sailvl_trainer.data.shuffle import permute
 from sailvl_trainer.errors import ConfigError
 
-BLOCK = 64
-"""Neighbouring samples that come in the same window, so that storage is read in runs."""
-WINDOW = 8192
-"""Samples that are permuted and packed together, at least: the memory of the plan."""
-STEPS_A_WINDOW = 32
-"""At least so many, as the last one or two of a window may be short."""
-EXACT_WINDOWS = 64
-"""So many windows are planned to count steps; with more, evenly spread ones stand for the others."""
+BLOCK_SAMPLES = 64
+"""Neighbouring samples that are in the same window, so that storage is read in contiguous runs."""
+WINDOW_SAMPLES = 8192
+"""Minimum number of samples that are shuffled and packed together; the memory of the plan grows with it."""
+STEPS_PER_WINDOW = 32
+"""Minimum number of steps per window, since the last one or two may be short."""
+MAX_COUNTED_WINDOWS = 64
+"""Maximum number of windows that are planned to count an epoch's steps; of more, evenly spaced ones are planned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanState:
-    """Where the data stands: the next step is number `cursor` of window `window` of epoch `epoch`."""
+class DataPosition:
+    """Position in the data: the next step is number `cursor` of window `window` of epoch `epoch`."""
 
     seed: int
     fingerprint: str
+    """Fingerprint of the planner that the position belongs to."""
     epoch: int = 0
     window: int = 0
     cursor: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
+class PlannedStep:
     """The packs of one optimizer step, over all ranks."""
 
     packs: tuple[Pack, ...]
     costs: tuple[float, ...]
-    """Relative work of every pack."""
+    """Relative cost of each pack, in tokens of the language model."""
     tokens: int
-    after: PlanState
-    """The state once this step is done."""
+    """Number of tokens, without padding."""
+    next_position: DataPosition
+    """Position in the data after this step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planner:
     samples: int
-    """In the data set."""
+    """Number of samples in the data set."""
     tokens: int
-    """Of an epoch."""
+    """Number of tokens of an epoch."""
     lengths: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-    """Sample numbers to their tokens and tiles."""
+    """Function from sample numbers to their tokens and tiles."""
     fingerprint: str
-    """Of the data and of everything below."""
+    """Hash of the data and of all settings below."""
     pack_tokens: int
     pack_tiles: int
     packs_per_step: int
     tile_cost: float = 256.0
-    """Work of a tile in the vision tower, in positions of the language model."""
-    window_samples: int = WINDOW
+    """Cost of a tile in the vision tower, in tokens of the language model."""
+    window_samples: int = WINDOW_SAMPLES
 
     @property
     def windows(self) -> int:
-        """Of an epoch; of equal size within a block, so that none is nearly empty."""
+        """Number of windows of an epoch; their sizes differ by one block at most."""
         return max(1, min(self._blocks, round(self.samples / self.window_samples)))
 
-    def start(self, seed: int) -> PlanState:
-        """Before the first step."""
-        return PlanState(seed=seed, fingerprint=self.fingerprint)
+    def first_position(self, seed: int) -> DataPosition:
+        """Return the position of the first step."""
+        return DataPosition(seed=seed, fingerprint=self.fingerprint)
 
-    def steps(self, state: PlanState) -> Iterator[Step]:
-        """All steps from a state on, epoch after epoch. Raises ConfigError for the state of other data."""
-        if state.fingerprint != self.fingerprint:
+    def plan_steps(self, position: DataPosition) -> Iterator[PlannedStep]:
+        """Yield all steps from a position on, epoch after epoch, without end.
+
+        Raises ConfigError if the position belongs to other data or settings.
+        """
+        if position.fingerprint != self.fingerprint:
             raise ConfigError(
-                f"the checkpoint's data and packing ({state.fingerprint}) are not those given ({self.fingerprint}); "
-                "restore the data and the settings, or give the stage a new name"
+                f"the checkpoint's data or packing settings ({position.fingerprint}) differ from the stage's "
+                f"({self.fingerprint}); restore the data and the settings, or give the stage a new name"
             )
         while True:
-            plan = self.plan_window(state)
-            yield from plan[state.cursor :]
-            state = self._next_window(state)
+            steps = self.plan_window(position)
+            yield from steps[position.cursor :]
+            position = self._next_window(position)
 
-    def plan_window(self, state: PlanState) -> list[Step]:
-        """All steps of a state's window, whatever its cursor."""
-        samples_W, rng = self._window(state)
+    def plan_window(self, position: DataPosition) -> list[PlannedStep]:
+        """Return all steps of the position's window, including those before its cursor."""
+        samples_W, rng = self._shuffle_window(position)
         tokens_W, tiles_W = self.lengths(samples_W)
         packs = pack_best_fit(tokens_W, tiles_W, self.pack_tokens, self.pack_tiles)
         shuffled = [packs[i] for i in rng.permutation(len(packs))]
-        steps, sizes = [], cut_steps(len(packs), self.packs_per_step)
-        for cursor, at in enumerate(np.cumsum([0, *sizes[:-1]]).tolist()):
-            chosen = shuffled[at : at + sizes[cursor]]
+        steps, sizes = [], split_window(len(packs), self.packs_per_step)
+        for cursor, first in enumerate(np.cumsum([0, *sizes[:-1]]).tolist()):
+            step_packs = shuffled[first : first + sizes[cursor]]
             is_last = cursor + 1 == len(sizes)
-            after = self._next_window(state) if is_last else replace(state, cursor=cursor + 1)
-            step = Step(
-                packs=tuple(tuple(samples_W[pack].tolist()) for pack in chosen),
-                costs=tuple(float(tokens_W[p].sum() + self.tile_cost * tiles_W[p].sum()) for p in chosen),
-                tokens=int(sum(tokens_W[pack].sum() for pack in chosen)),
-                after=after,
+            step = PlannedStep(
+                packs=tuple(tuple(samples_W[pack].tolist()) for pack in step_packs),
+                costs=tuple(float(tokens_W[p].sum() + self.tile_cost * tiles_W[p].sum()) for p in step_packs),
+                tokens=int(sum(tokens_W[pack].sum() for pack in step_packs)),
+                next_position=self._next_window(position) if is_last else replace(position, cursor=cursor + 1),
             )
             steps.append(step)
         return steps
 
     def count_steps(self, seed: int, epoch: int = 0) -> tuple[int, int]:
-        """Steps and tokens of an epoch: exact up to EXACT_WINDOWS windows, else within a fraction of a percent."""
-        chosen = np.unique(np.linspace(0, self.windows - 1, min(self.windows, EXACT_WINDOWS)).round().astype(int))
-        state = replace(self.start(seed), epoch=epoch)
-        steps = sum(len(self.plan_window(replace(state, window=int(window)))) for window in chosen)
-        return round(steps * self.windows / len(chosen)), self.tokens
+        """Return the steps and tokens of an epoch.
 
-    def steps_for(self, seed: int, *, epochs: float | None = None, tokens: int | None = None) -> int:
-        """Optimizer steps of a budget. Epochs differ by a step or so, so each one is counted."""
+        Exact up to MAX_COUNTED_WINDOWS windows; with more, the steps are accurate to a fraction of a percent.
+        """
+        chosen = np.linspace(0, self.windows - 1, min(self.windows, MAX_COUNTED_WINDOWS)).round().astype(int)
+        windows = np.unique(chosen)
+        position = replace(self.first_position(seed), epoch=epoch)
+        steps = sum(len(self.plan_window(replace(position, window=int(window)))) for window in windows)
+        return round(steps * self.windows / len(windows)), self.tokens
+
+    def num_steps(self, seed: int, *, epochs: float | None = None, tokens: int | None = None) -> int:
+        """Return the optimizer steps of a budget in epochs or tokens. Epochs may differ by a step, so each is
+        counted."""
         if (epochs is None) == (tokens is None):
-            raise ConfigError(f"epochs is {epochs} and tokens is {tokens}; give exactly one of them")
-        wanted = epochs if epochs is not None else (tokens or 0) / self.tokens
-        if wanted <= 0:
-            raise ConfigError(f"the budget is {wanted} epochs of {self.tokens} tokens; give more than nothing")
-        whole, rest = int(wanted), wanted % 1
+            raise ConfigError(f"epochs is {epochs} and tokens is {tokens}; set exactly one of them")
+        budget = epochs if epochs is not None else (tokens or 0) / self.tokens
+        if budget <= 0:
+            raise ConfigError(f"the budget is {budget} epochs of {self.tokens} tokens; set more than 0")
+        whole, fraction = int(budget), budget % 1
         counted = [self.count_steps(seed, epoch)[0] for epoch in range(min(whole + 1, 4))]
         steps = sum(counted[:whole]) + max(0, whole - len(counted)) * counted[-1]
-        return max(1, steps + math.ceil(rest * counted[-1]))
+        return max(1, steps + math.ceil(fraction * counted[-1]))
 
     @property
     def _blocks(self) -> int:
-        return -(-self.samples // BLOCK)
+        return -(-self.samples // BLOCK_SAMPLES)
 
-    def _window(self, state: PlanState) -> tuple[np.ndarray, np.random.Generator]:
-        """Sample numbers of a window in random order, and the generator for what is drawn further."""
-        first, end = (self._blocks * (state.window + i) // self.windows for i in (0, 1))
-        blocks_B = permute(np.arange(first, end), self._blocks, (state.seed, state.epoch))
-        samples_W = (blocks_B[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-        rng = np.random.default_rng((state.seed, state.epoch, state.window))
+    def _shuffle_window(self, position: DataPosition) -> tuple[np.ndarray, np.random.Generator]:
+        """Return a window's sample numbers in random order, and the generator for the shuffle of its packs."""
+        first, end = (self._blocks * (position.window + i) // self.windows for i in (0, 1))
+        blocks_B = permute(np.arange(first, end), self._blocks, (position.seed, position.epoch))
+        samples_W = (blocks_B[:, None] * BLOCK_SAMPLES + np.arange(BLOCK_SAMPLES)).ravel()
+        rng = np.random.default_rng((position.seed, position.epoch, position.window))
         return rng.permutation(samples_W[samples_W < self.samples]), rng
 
-    def _next_window(self, state: PlanState) -> PlanState:
-        if state.window + 1 < self.windows:
-            return replace(state, window=state.window + 1, cursor=0)
-        return replace(state, epoch=state.epoch + 1, window=0, cursor=0)
+    def _next_window(self, position: DataPosition) -> DataPosition:
+        if position.window + 1 < self.windows:
+            return replace(position, window=position.window + 1, cursor=0)
+        return replace(position, epoch=position.epoch + 1, window=0, cursor=0)
 
 
 def build_planner(
-    index: Index, *, pack_tokens: int, pack_tiles: int, packs_per_step: int, window_samples: int | None = None
+    dataset: ShardDataset, *, pack_tokens: int, pack_tiles: int, packs_per_step: int, window_samples: int | None = None
 ) -> Planner:
-    """A planner over an index. Raises ConfigError where a sample can never fit."""
-    if len(index) == 0:
-        raise ConfigError("the data holds no sample; look at the curation report")
-    most = index.most_tiles
-    if most > pack_tiles:
-        raise ConfigError(f"a picture has {most} tiles and packTiles is {pack_tiles}; raise it or lower maxTiles")
+    """Return the planner of a dataset. Raises ConfigError if the dataset is empty, or an image can't fit a pack."""
+    if len(dataset) == 0:
+        raise ConfigError("the data set is empty; see the curation report")
+    if dataset.most_tiles > pack_tiles:
+        raise ConfigError(
+            f"an image has {dataset.most_tiles} tiles but packTiles is {pack_tiles}; raise packTiles or lower maxTiles"
+        )
     if window_samples is None:
-        per_step = packs_per_step * pack_tokens * len(index) / index.tokens
-        window_samples = max(WINDOW, round(STEPS_A_WINDOW * per_step))
-    settings = f"{index.fingerprint} {pack_tokens} {pack_tiles} {packs_per_step} {window_samples}"
+        samples_per_step = packs_per_step * pack_tokens * len(dataset) / dataset.tokens
+        window_samples = max(WINDOW_SAMPLES, round(STEPS_PER_WINDOW * samples_per_step))
+    settings = f"{dataset.fingerprint} {pack_tokens} {pack_tiles} {packs_per_step} {window_samples}"
     return Planner(
-        samples=len(index),
-        tokens=index.tokens,
-        lengths=index.lengths,
+        samples=len(dataset),
+        tokens=dataset.tokens,
+        lengths=dataset.lengths,
         fingerprint=hashlib.sha256(settings.encode()).hexdigest()[:16],
         pack_tokens=pack_tokens,
         pack_tiles=pack_tiles,
         packs_per_step=packs_per_step,
-        tile_cost=float(index.tokens_per_tile),
+        tile_cost=float(dataset.tokens_per_tile),
         window_samples=window_samples,
     )
 
 
-def cut_steps(packs: int, packs_per_step: int) -> list[int]:
-    """Sizes of the steps of a window. A last one of less than half a step shares with the one before it."""
+def split_window(packs: int, packs_per_step: int) -> list[int]:
+    """Return the sizes of a window's steps. A remainder of less than half a step is shared with the step before it."""
     sizes = [packs_per_step] * (packs // packs_per_step)
-    rest = packs % packs_per_step
-    if rest and sizes and rest * 2 < packs_per_step:
-        both = sizes.pop() + rest
-        return [*sizes, -(-both // 2), both // 2]
-    return [*sizes, rest] if rest else sizes
+    remainder = packs % packs_per_step
+    if remainder and sizes and remainder * 2 < packs_per_step:
+        shared = sizes.pop() + remainder
+        return [*sizes, -(-shared // 2), shared // 2]
+    return [*sizes, remainder] if remainder else sizes

@@ -10,7 +10,7 @@ from typing import Any, Literal
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the position of the image in a user turn. In any other turn it is ordinary text."""
 CAPTION_INSTRUCTION = "Describe the image."
-KEY = re.compile(r"[^./\x00]+")
+SAMPLE_KEY = re.compile(r"[^./\x00]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

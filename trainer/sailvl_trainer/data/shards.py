@@ -1,7 +1,7 @@
-"""Shards: plain WebDataset tars, each with an Arrow index of its rows, and a manifest over all.
+"""Shards: plain WebDataset tars, each with an Arrow index of its rows, and a manifest of all shards.
 
-Layout of a set: <set>/shards/{manifest.json, 00000.tar, 00000.arrow, …} and <set>/held-out/ likewise. Curation and
-`make` write them; a reader maps both files and slices them, nothing is extracted or kept in memory.
+Layout of a set: <set>/shards/{manifest.json, 00000.tar, 00000.arrow, …} and <set>/held-out/ likewise. Curation and the
+demo write them. A reader memory-maps both files and slices them; nothing is extracted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.images import read_size
-from sailvl_trainer.data.samples import KEY, Message, Sample
+from sailvl_trainer.data.samples import SAMPLE_KEY, Message, Sample
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.atomic import sync_directory, write_atomic
 from sailvl_trainer.storage.codec import decode, encode
@@ -43,82 +43,87 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("image_sha256", pa.binary()),
-        ("positions", pa.int32()),
-        ("labels", pa.int32()),
+        ("text_tokens", pa.int32()),
+        ("loss_tokens", pa.int32()),
     ]
 )
-"""Offsets and sizes in bytes within the tar; image_size 0: no picture. Width and height as shown. Positions without
-those of the picture, and labels, as counted by the tokenizer of COUNTED_BY; -1: not counted."""
+"""Columns of an index. Offsets and sizes are bytes within the tar; image_size is 0 without an image. Width and height
+are pixels of the upright image. `text_tokens` (tokens without image tokens) and `loss_tokens` were counted by the
+tokenizer named in COUNTED_BY; -1 if they weren't counted."""
 COUNTED_BY = b"sailvl.counted_by"
-"""Key of the index's metadata: fingerprint of the tokenizer and template."""
+"""Metadata key of an index: the fingerprint of the tokenizer and chat template that counted its tokens."""
 OPEN_SHARDS = 256
-"""Mapped at once, at most."""
+"""Maximum number of shards that are mapped at once."""
 
 
-class Counter(Protocol):
-    """Counts a dialogue's positions and labels, without its picture's; see index.TokenCounter."""
+class SampleCounter(Protocol):
+    """Counts the tokens of a dialogue, without image tokens; implemented by encoder.TokenCounter."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes with whatever changes a count."""
+        """Hash of everything that a count depends on."""
 
-    def count(self, sample: Sample) -> tuple[int, int]:
-        """Positions and labels."""
+    def count(self, messages: tuple[Message, ...], *, has_image: bool) -> tuple[int, int]:
+        """Return the number of text tokens and the number of loss tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
     name: str
-    """Without suffix."""
+    """File name without suffix."""
     samples: int
     bytes: int
+    """Size of the tar."""
     sha256: str
-    """Of the tar."""
+    """Hash of the tar."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
+class ShardManifest:
+    """The shards of a directory, in the order of their samples."""
+
     shards: tuple[ShardInfo, ...]
     version: int = 1
 
     @property
     def samples(self) -> int:
+        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
 
-def write_manifest(directory: Path, shards: Iterable[ShardInfo]) -> Manifest:
-    """The manifest, written last: a directory without one holds no set."""
-    manifest = Manifest(shards=tuple(sorted(shards, key=lambda s: s.name)))
+def write_shard_manifest(directory: Path, shards: Iterable[ShardInfo]) -> ShardManifest:
+    """Write the manifest, after all shards: a directory without one holds no set."""
+    manifest = ShardManifest(shards=tuple(sorted(shards, key=lambda s: s.name)))
     write_atomic(directory / MANIFEST_FILE, encode(manifest))
     return manifest
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Raises DataError where there is none."""
+def read_shard_manifest(directory: Path) -> ShardManifest:
+    """Return the manifest of a directory. Raises DataError if it has none."""
     path = directory / MANIFEST_FILE
     try:
-        return decode(Manifest, path.read_bytes())
+        return decode(ShardManifest, path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{directory} holds no set of shards: {error}; name a curate stage or a prepared set"
+            f"{directory} holds no set of shards: {error}; give the output of a curate stage or a prepared set"
         ) from error
 
 
 def verify_shards(directory: Path) -> None:
-    """Compare every tar with its hash in the manifest. Raises DataError that names the first that differs."""
-    for info in read_manifest(directory).shards:
+    """Compare every tar with its hash in the manifest. Raises DataError that names the first one that differs."""
+    for info in read_shard_manifest(directory).shards:
         path = directory / f"{info.name}.tar"
         if not path.exists() or _hash_file(path) != info.sha256:
-            raise DataError(f"shard {path} is not the one in the manifest; copy the set again or curate it again")
+            raise DataError(f"shard {path} does not match the hash in the manifest; copy or curate the set again")
 
 
 class ShardWriter:
-    """Writes one shard; it appears under its name only when the block ends without an exception."""
+    """Context manager that writes one shard, which appears under its name only if the block raises no exception."""
 
-    def __init__(self, directory: Path, name: str, counter: Counter | None = None) -> None:
+    def __init__(self, directory: Path, name: str, counter: SampleCounter | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for stale in directory.glob(f".{name}.tar.*"):
-            stale.unlink(missing_ok=True)  # of a killed predecessor
+            stale.unlink(missing_ok=True)  # left by a killed writer
         self.directory, self.name = directory, name
         self.info: ShardInfo | None = None
         self._counter = counter
@@ -140,25 +145,30 @@ class ShardWriter:
                     os.fsync(self._file.fileno())
                     self._publish()
         finally:
-            with suppress(OSError):  # a full disk: what is in its buffer can't be written still
+            with suppress(OSError):  # on a full disk, flushing the buffer fails again
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
     def write(self, sample: Sample, size: tuple[int, int] | None = None) -> None:
-        """Append a sample; `size`: the picture's width and height as shown, read from it where not given.
+        """Append a sample; `size` is the upright image's width and height, read from its header if not given.
 
-        Raises ValueError for a key that is taken, or that WebDataset would split; StorageError for a full volume.
+        Raises ValueError for a duplicate key or one that WebDataset would split; StorageError if the volume is full.
         """
-        if not KEY.fullmatch(sample.key) or sample.key in self._keys:
-            raise ValueError(f"sample key {sample.key!r}: a key has no dot and no slash and comes once in a shard")
+        if not SAMPLE_KEY.fullmatch(sample.key) or sample.key in self._keys:
+            raise ValueError(f"sample key {sample.key!r}: keys must be unique in a shard, without dots and slashes")
         self._keys.add(sample.key)
         turns = [{"role": m.role, "content": m.content} for m in sample.messages]
         text = json.dumps({"messages": turns, "meta": sample.meta}, ensure_ascii=False, sort_keys=True).encode()
-        positions, labels = (-1, -1) if self._counter is None else self._counter.count(sample)
-        picture = self._write_image(sample, size)
-        json_offset = self._add(f"{sample.key}.json", text)
-        words = {"json_offset": json_offset, "json_size": len(text), "positions": positions, "labels": labels}
-        self._rows.append({"key": sample.key, "suffix": sample.suffix} | picture | words)
+        counts = self._count(sample)
+        image = self._write_image(sample, size)
+        dialogue = {"json_offset": self._add(f"{sample.key}.json", text), "json_size": len(text)}
+        self._rows.append({"key": sample.key, "suffix": sample.suffix} | image | dialogue | counts)
+
+    def _count(self, sample: Sample) -> dict[str, int]:
+        text_tokens, loss_tokens = -1, -1
+        if self._counter is not None:
+            text_tokens, loss_tokens = self._counter.count(sample.messages, has_image=sample.image is not None)
+        return {"text_tokens": text_tokens, "loss_tokens": loss_tokens}
 
     def _write_image(self, sample: Sample, size: tuple[int, int] | None) -> dict[str, Any]:
         if sample.image is None:
@@ -173,7 +183,8 @@ class ShardWriter:
         }
 
     def _add(self, name: str, data: bytes) -> int:
-        """Add a member; the offset of its bytes. Headers hold no time and no owner: equal samples, equal bytes."""
+        """Add a member and return the offset of its data. Headers hold no time and no owner, so equal samples give
+        equal tars."""
         entry = tarfile.TarInfo(name)
         entry.size = len(data)
         with translate_storage_errors(self.directory / self.name):
@@ -182,7 +193,8 @@ class ShardWriter:
         return self._tar.offset - padded
 
     def _publish(self) -> None:
-        """The tar first: a writer whose temporary file its successor cleared fails before it changes anything."""
+        """Rename the tar first: if a later writer has deleted the temporary file, this one fails before changing
+        anything."""
         digest, target = _hash_file(self._temporary), self.directory / f"{self.name}.tar"
         os.replace(self._temporary, target)
         sync_directory(self.directory)
@@ -195,7 +207,7 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Random access to one shard's samples by row; safe to use from several threads."""
+    """Random access to one shard's samples by row. Text and image are read separately. Thread-safe."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.path = directory / f"{name}.tar"
@@ -208,54 +220,62 @@ class ShardReader:
                 part: (self.column(f"{part}_offset"), self.column(f"{part}_size")) for part in ("image", "json")
             }
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise DataError(f"shard {self.path}: {error}; copy the set again or curate it again") from error
+            raise DataError(f"shard {self.path}: {error}; copy or curate the set again") from error
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     @property
     def counted_by(self) -> str | None:
-        """Fingerprint of the tokenizer that counted the positions, if one did."""
+        """Fingerprint of the tokenizer that counted the tokens; None if they weren't counted."""
         found = (self._table.schema.metadata or {}).get(COUNTED_BY)
         return None if found is None else found.decode()
 
     def column(self, name: str) -> np.ndarray:
-        """A column of numbers, mapped."""
+        """Return a numeric column as a read-only memory-mapped array of shape (R,)."""
         values: np.ndarray = self._table.column(name).combine_chunks().to_numpy(zero_copy_only=True)
         return values
 
     def key(self, row: int) -> str:
-        """The sample's name."""
+        """Return the sample's key."""
         return str(self._table.column("key")[row].as_py())
 
+    def messages(self, row: int) -> tuple[Message, ...]:
+        """Return a row's dialogue; its image isn't read. Raises DataError that names shard and record."""
+        return self._dialogue(row)[0]
+
     def image(self, row: int) -> bytes | None:
-        """The encoded picture of a row."""
+        """Return a row's encoded image, None without one. Raises DataError that names shard and record."""
         return self._slice("image", row) or None
 
     def sample(self, row: int) -> Sample:
-        """The sample of a row. Raises DataError that names shard and record."""
-        try:
-            text = json.loads(self._slice("json", row))
-            messages = tuple(Message(role=m["role"], content=m["content"]) for m in text["messages"])
-            suffix, meta = self._table.column("suffix")[row].as_py(), text["meta"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise self.error(row, error) from error
+        """Return a row's whole sample, text and image. Raises DataError that names shard and record."""
+        messages, meta = self._dialogue(row)
+        suffix = self._table.column("suffix")[row].as_py()
         return Sample(key=self.key(row), image=self.image(row), suffix=suffix, messages=messages, meta=meta)
 
+    def _dialogue(self, row: int) -> tuple[tuple[Message, ...], dict[str, Any]]:
+        """Return a row's messages and metadata."""
+        try:
+            text = json.loads(self._slice("json", row))
+            return tuple(Message(role=m["role"], content=m["content"]) for m in text["messages"]), text["meta"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.error(row, error) from error
+
     def error(self, row: int, cause: object) -> DataError:
-        """An error about a record, to be raised."""
+        """Return the error that names this shard and record, for the caller to raise."""
         return DataError(f"shard {self.path}, record {row} ({self.key(row)}): {cause}")
 
     def _slice(self, part: str, row: int) -> bytes:
         offset, size = (int(column[row]) for column in self._spans[part])
         data = bytes(self._data[offset : offset + size])
         if len(data) != size:
-            raise self.error(row, f"the shard is cut off, {size} bytes at {offset} are not there")
+            raise self.error(row, f"the shard is truncated: {size} bytes at offset {offset} are missing")
         return data
 
 
 class ShardPool:
-    """The readers of many shards, the latest used ones open: a process may map only so many files."""
+    """LRU cache of the readers of many shards, since a process can map only a limited number of files. Thread-safe."""
 
     def __init__(self, shards: Sequence[tuple[Path, str]], limit: int = OPEN_SHARDS) -> None:
         self._shards, self._limit = shards, limit

@@ -1,7 +1,7 @@
-"""A random permutation of 0..n-1 that is computed place by place, in no memory: the planner's order of blocks.
+"""A pseudorandom permutation of 0..n-1 whose elements are computed one by one, without memory: the order of blocks.
 
-A Feistel network over the next even power of two, walked until it lands below n (Black and Rogaway, "Ciphers with
-arbitrary finite domains", CT-RSA 2002).
+A Feistel network over the next even power of two, repeated until the result is below n (cycle walking; Black and
+Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
-def permute(places: np.ndarray, n: int, key: Sequence[int]) -> np.ndarray:
-    """What stands at the given places of the permutation of 0..n-1 with this key; int64."""
+def permute(indices: np.ndarray, n: int, key: Sequence[int]) -> np.ndarray:
+    """Return the elements at the given indices of the permutation of 0..n-1 with this key, as int64."""
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     round_keys = np.random.default_rng(key).integers(0, 2**63, ROUNDS, dtype=np.uint64)
-    found = _network(places.astype(np.uint64), half, round_keys)
+    found = _network(indices.astype(np.uint64), half, round_keys)
     while (outside := found >= n).any():
         found[outside] = _network(found[outside], half, round_keys)
     return found.astype(np.int64)

@@ -1,7 +1,8 @@
-"""Pictures cut into tiles, as InternVL2 does (arXiv 2404.16821, §3): the grid of the closest shape, and a thumbnail.
+"""Images cut into tiles, as InternVL2 does (arXiv 2404.16821, §3): the grid of the closest aspect ratio, and a
+thumbnail.
 
-Called by the index (which grid, for many pictures at once), by collate and by evaluation.
-Suffixes: N tiles, H = W = image_size, S pictures, G grids.
+Called by the encoder (grids of many images at once), by collate and by evaluation. Suffixes: N tiles, H = W =
+image_size, S images, G grids.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
-STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+from sailvl_trainer.model.presets import IMAGENET_MEAN, IMAGENET_STD
+
+MEAN, STD = np.array(IMAGENET_MEAN, dtype=np.float32), np.array(IMAGENET_STD, dtype=np.float32)
 SCALE, SHIFT = 1.0 / (255.0 * STD), -MEAN / STD
 """(value / 255 - MEAN) / STD as one multiplication and one addition."""
 
 
 def choose_grid(width: int, height: int, max_tiles: int, image_size: int) -> tuple[int, int]:
-    """Columns and rows. Closest aspect ratio wins; on a tie the larger grid if the picture fills half of it."""
+    """Return columns and rows of the grid with the closest aspect ratio; on a tie, the larger if the image fills half
+    of it."""
     cols_S, rows_S = choose_grids(np.array([width]), np.array([height]), max_tiles, image_size)
     return int(cols_S[0]), int(rows_S[0])
 
@@ -26,7 +29,7 @@ def choose_grid(width: int, height: int, max_tiles: int, image_size: int) -> tup
 def choose_grids(
     width_S: np.ndarray, height_S: np.ndarray, max_tiles: int, image_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`choose_grid` of many pictures: columns and rows."""
+    """Return `choose_grid` of many images: columns and rows, each of shape (S,)."""
     grids_G2 = _all_grids(max_tiles)
     ratio_S = width_S / np.maximum(height_S, 1)
     area_S = width_S.astype(np.int64) * height_S
@@ -42,13 +45,14 @@ def choose_grids(
 
 
 def count_tiles(grid: tuple[int, int]) -> int:
-    """Tiles of a grid and, when there is more than one, the thumbnail."""
+    """Return the number of tiles of a grid; more than one tile is followed by a thumbnail."""
     tiles = grid[0] * grid[1]
     return tiles + 1 if tiles > 1 else tiles
 
 
 def cut_tiles(image: Image.Image, grid: tuple[int, int], image_size: int) -> np.ndarray:
-    """(N, 3, H, W) float32, normalised with ImageNet's mean and deviation; row by row, the thumbnail last."""
+    """Return float32 tiles of shape (N, 3, H, W), normalised with ImageNet's statistics; row by row, the thumbnail
+    last."""
     cols, rows = grid
     size = image_size
     resized = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
@@ -65,6 +69,7 @@ def cut_tiles(image: Image.Image, grid: tuple[int, int], image_size: int) -> np.
 
 @lru_cache(maxsize=32)
 def _all_grids(max_tiles: int) -> np.ndarray:
-    """All (columns, rows) with at most so many tiles, small ones first: later ones win ties only if filled."""
+    """Return all (columns, rows) with at most `max_tiles` tiles, small ones first: a later one wins a tie only if
+    filled."""
     grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
     return np.array(sorted(grids, key=lambda g: (g[0] * g[1], g)), dtype=np.int64)

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, ModelConfig
-from sailvl_trainer.data.dataset import TokenCounter
-from sailvl_trainer.data.shards import ShardWriter, write_manifest
+from sailvl_trainer.data.encoder import TokenCounter
+from sailvl_trainer.data.shards import ShardWriter, write_shard_manifest
 from sailvl_trainer.data.synthetic import SIDE, choose_question, draw_caption, draw_question, draw_scene, render_scene
 from sailvl_trainer.model.tokenizer import load_tokenizer
 
@@ -76,7 +76,7 @@ def make_questions(directory: Path, level: int, number: int) -> int:
                 draw = draw_caption if index % 10 == 0 else draw_question
                 writer.write(draw(SFT_SEED, index, level), (SIDE, SIDE))
         assert writer.info is not None, "the writer is closed"
-        write_manifest(directory / split, [writer.info])
+        write_shard_manifest(directory / split, [writer.info])
     return number + held_out
 
 

@@ -22,11 +22,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sailvl_trainer.contract import ModelConfig
-from sailvl_trainer.data.chat import IGNORE, encode_messages
+from sailvl_trainer.data.chat import IGNORE_INDEX, encode_messages
 from sailvl_trainer.data.samples import CAPTION_INSTRUCTION, IMAGE_PLACEHOLDER, Message
 from sailvl_trainer.data.synthetic import Scene, choose_question, draw_scene
 from sailvl_trainer.model.build import build_config
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import IMAGE_CONTEXT, load_tokenizer
 
 TEXT_SEED = 4
@@ -55,7 +55,7 @@ def pretrain(directory: Path, *, steps: int) -> float:
     """Train and save model and tokenizer; return the last loss. The result is deterministic on one machine."""
     torch.manual_seed(TEXT_SEED)
     tokenizer = load_tokenizer(ModelConfig(preset="tiny"))
-    model = AutoModelForCausalLM.from_config(build_config(preset("tiny"), tokenizer).text_config).float()
+    model = AutoModelForCausalLM.from_config(build_config(get_preset("tiny"), tokenizer).text_config).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
     loss = float("nan")
     for step, (input_ids_BT, labels_BT) in enumerate(_build_batches(tokenizer, steps)):
@@ -99,7 +99,7 @@ def _train_step(
     """Update the model once; return the loss before the update."""
     logits_BTV = model(input_ids=input_ids_BT, use_cache=False).logits[:, :-1]
     loss: torch.Tensor = functional.cross_entropy(
-        logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORE
+        logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORE_INDEX
     )
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -114,7 +114,7 @@ def _build_batches(tokenizer: PreTrainedTokenizerFast, steps: int) -> Iterator[t
         rows = [_draw_dialogue(tokenizer, step * BATCH_SIZE + i) for i in range(BATCH_SIZE)]
         length = max(len(ids) for ids, _ in rows)
         input_ids_BT = torch.full((BATCH_SIZE, length), int(tokenizer.pad_token_id))
-        labels_BT = torch.full((BATCH_SIZE, length), IGNORE)
+        labels_BT = torch.full((BATCH_SIZE, length), IGNORE_INDEX)
         for row, (ids, labels) in enumerate(rows):
             input_ids_BT[row, : len(ids)] = torch.from_numpy(ids)
             labels_BT[row, : len(labels)] = torch.from_numpy(labels)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sailvl_trainer.contract import HELD_OUT_DIR, MANIFEST_FILE, BenchmarkConfig
-from sailvl_trainer.data.dataset import Encoder, build_index
+from sailvl_trainer.data.dataset import build_dataset
+from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.errors import DataError, Preempted
 from sailvl_trainer.evaluate.answer_cache import KeptAnswers
 from sailvl_trainer.evaluate.generate import Generator
@@ -16,7 +17,7 @@ from sailvl_trainer.evaluate.tsv import Question, read_tsv
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import all_gather_object
 from sailvl_trainer.train.forward import PackedModel
-from sailvl_trainer.train.validation import measure
+from sailvl_trainer.train.validation import measure_validation_loss
 
 WORDS = 2048
 """Positions of a pack of the caption loss beside those of a picture with all its tiles."""
@@ -127,22 +128,22 @@ def _measure_loss(context: Context, generator: Generator, benchmark: BenchmarkCo
     """Nats a labelled token of the samples' captions, given their pictures."""
     folder = _find_shards(benchmark)
     most = benchmark.max_tiles + 1
-    encoder = Encoder(
+    encoder = SampleEncoder(
         tokenizer=generator.tokenizer,
         preset=generator.preset,
         max_tiles=benchmark.max_tiles,
         pack_tokens=WORDS + most * generator.preset.tokens_per_tile,
     )
-    index = build_index([folder.parent], folder.name, encoder)
-    if not len(index):
+    dataset = build_dataset([folder.parent], folder.name, encoder)
+    if not len(dataset):
         raise DataError(f"benchmark {folder}: it holds no sample, so it has no loss")
     with context.telemetry.activity("evaluating"):
-        return measure(
+        return measure_validation_loss(
             context,
             PackedModel(generator.model),
-            index,
+            dataset,
             encoder,
-            samples=limit or len(index),
+            samples=limit or len(dataset),
             pack_tiles=4 * most,
         )
 

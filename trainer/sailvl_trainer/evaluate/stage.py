@@ -14,7 +14,7 @@ from sailvl_trainer.evaluate.benchmark import Scored
 from sailvl_trainer.evaluate.generate import Generator
 from sailvl_trainer.evaluate.report import write_report
 from sailvl_trainer.model.build import build_model
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
 
@@ -79,7 +79,7 @@ def _load(context: Context, config: EvaluateConfig) -> Generator:
     return Generator(
         model=model,
         tokenizer=tokenizer,
-        preset=preset(stage.model.preset),
+        preset=get_preset(stage.model.preset),
         device=context.device,
         max_new_tokens=config.max_new_tokens,
     )

@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder that transformers loads without any code of ours."""
+"""Exports a model as a Hugging Face folder that transformers loads without code of this project."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def export_model(
     *,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Written beside its place, brought to the disk and renamed, so that a folder of this name is always whole.
+    """Write the folder under a temporary name, sync it and rename it, so that a folder at `path` is always complete.
 
-    Raises StorageError where the volume is full or gone, and what `check` raises, which is called before the folder
-    takes its place. A name of its own for each try: whoever still writes into an earlier one harms nothing.
+    `check` is called just before the rename; what it raises is raised. Each call uses its own temporary name, so that a
+    superseded attempt that is still writing does no harm. Raises StorageError if the volume is full or unavailable.
     """
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Which parts of the model learn in a stage."""
+"""Freezing: which parts of the model are trainable in a stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sailvl_trainer.contract import Part
 
 
 def select_part(model: InternVLForConditionalGeneration, part: Part) -> list[nn.Module]:
-    """The modules of a part; the output head belongs to the language model."""
+    """Return the modules of a part; the output head belongs to the language model."""
     return {
         "vision": [model.model.vision_tower],
         "connector": [model.model.multi_modal_projector],
@@ -20,7 +20,7 @@ def select_part(model: InternVLForConditionalGeneration, part: Part) -> list[nn.
 
 
 def set_trainable(model: InternVLForConditionalGeneration, parts: tuple[Part, ...]) -> list[str]:
-    """Freeze everything but `parts`; the names of the parameters that learn."""
+    """Freeze everything but `parts`; return the names of the trainable parameters."""
     model.requires_grad_(False)
     for part in parts:
         for module in select_part(model, part):
@@ -28,8 +28,8 @@ def set_trainable(model: InternVLForConditionalGeneration, parts: tuple[Part, ..
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def keep_frozen_still(model: InternVLForConditionalGeneration) -> None:
-    """Evaluation mode for the parts that don't learn: no dropout, no running statistics."""
+def set_frozen_to_eval(model: InternVLForConditionalGeneration) -> None:
+    """Set frozen parts to evaluation mode: no dropout, no running statistics."""
     for part in get_args(Part):
         for module in select_part(model, part):
             if not any(p.requires_grad for p in module.parameters()):

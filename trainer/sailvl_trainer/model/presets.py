@@ -1,7 +1,7 @@
-"""The architectures that a run can train, each as a function from nothing to whole configurations.
+"""The architectures that a run can train, each a function that returns a whole configuration.
 
 Sizes: SAIL-VL (arXiv 2501.05952) and the model cards of InternViT-300M-448px and Qwen2.5. A 2x2 pixel shuffle merges
-four patches into one position of the language model.
+four patches into one image token of the language model.
 """
 
 from __future__ import annotations
@@ -14,41 +14,44 @@ from sailvl_trainer.errors import ConfigError
 
 DOWNSAMPLE = 0.5
 """Pixel shuffle: the side of the patch grid is halved."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's pixels by channel, by which every preset's images are normalised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
     name: str
     image_size: int
-    """Pixels of a tile's side."""
+    """Side length of a tile in pixels."""
     patch_size: int
     vision: dict[str, Any]
-    """Of the configuration that transformers has for `vision_type`."""
+    """Arguments of transformers' configuration class for `vision_type`."""
     vision_type: str = "internvl_vision"
     """internvl_vision (InternViT: a class token, which is dropped) or aimv2_vision_model (patches alone)."""
     text_type: str
     """qwen2 or qwen3."""
     text: dict[str, Any]
-    """Of transformers' Qwen2Config; the vocabulary is the tokenizer's unless it is given."""
+    """Arguments of transformers' configuration class for `text_type`; vocab_size defaults to the tokenizer's."""
 
     @property
     def tokens_per_tile(self) -> int:
-        """Positions of the language model that one tile fills."""
+        """Number of image tokens that one tile fills in the language model."""
         return int((self.image_size // self.patch_size * DOWNSAMPLE) ** 2)
 
 
-def preset(name: str) -> Preset:
-    """A preset by name. Raises ConfigError that lists the names."""
+def get_preset(name: str) -> Preset:
+    """Return a preset by name. Raises ConfigError that lists the names."""
     if name not in PRESETS:
-        raise ConfigError(f"model.preset is {name!r}; write one of {', '.join(sorted(PRESETS))}")
+        raise ConfigError(f"model.preset is {name!r}; set one of {', '.join(sorted(PRESETS))}")
     return PRESETS[name]()
 
 
 def tiny() -> Preset:
-    """Trains in seconds on a CPU; the same shape as the large ones.
+    """Return a preset of the same shape as the large ones that trains in seconds on a CPU.
 
-    Weights start at 1/sqrt(width). With the 0.02 of wide models a narrow one hardly learns to look anything up: reading
-    words from its context, the tiny language model came to a loss of 0.35 in 320 steps, and like this to 0.001 in 200.
+    Weights are initialised with a deviation of 1/sqrt(width). With the 0.02 of wide models, a narrow one hardly learns
+    to retrieve tokens from its context: the tiny language model reached a loss of 0.35 in 320 steps, and 0.001 in 200
+    steps with this initialisation.
     """
     return Preset(
         name="tiny",
@@ -62,19 +65,19 @@ def tiny() -> Preset:
 
 
 def sail_vl_2b() -> Preset:
-    """InternViT-300M-448px and Qwen2.5-1.5B."""
+    """Return the preset of InternViT-300M-448px and Qwen2.5-1.5B."""
     text = _text(hidden=1536, layers=28, heads=12, kv_heads=2, intermediate=8960, tied=True, vocabulary=151_936)
     return _sail_vl("sail-vl-2b", text)
 
 
 def sail_vl_8b() -> Preset:
-    """InternViT-300M-448px and Qwen2.5-7B."""
+    """Return the preset of InternViT-300M-448px and Qwen2.5-7B."""
     text = _text(hidden=3584, layers=28, heads=28, kv_heads=4, intermediate=18_944, tied=False, vocabulary=152_064)
     return _sail_vl("sail-vl-8b", text)
 
 
 def sail_vl2_2b() -> Preset:
-    """SAILViT-Huge, which is of the shape of AIMv2-Huge, and Qwen3-1.7B (arXiv 2509.14033)."""
+    """Return the preset of SAILViT-Huge, which has the shape of AIMv2-Huge, and Qwen3-1.7B (arXiv 2509.14033)."""
     text = _text(hidden=2048, layers=28, heads=16, kv_heads=8, intermediate=6144, tied=True, vocabulary=151_936)
     return Preset(
         name="sail-vl2-2b",

@@ -1,4 +1,5 @@
-"""The files by which transformers' InternVLProcessor cuts pictures and writes dialogues as training did."""
+"""Writes the configuration of transformers' InternVLProcessor, so that it tiles images and formats dialogues as
+training."""
 
 from __future__ import annotations
 
@@ -6,14 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sailvl_trainer.model.presets import Preset
+from sailvl_trainer.model.presets import IMAGENET_MEAN, IMAGENET_STD, Preset
 from sailvl_trainer.model.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet."""
 MAX_TILES = 12
 BICUBIC = 3
-"""Pillow's number of it."""
+"""Pillow's number of bicubic resampling."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -27,15 +26,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
 )
-"""ChatML. The processor puts one IMAGE_CONTEXT a position, and the span's marks, in the place of each picture's one."""
+"""ChatML. The processor replaces each image's one IMAGE_CONTEXT by the whole span, with one per image token."""
 
 
 def write_processor(preset: Preset, folder: Path) -> None:
-    """Into a folder that holds the tokenizer already."""
+    """Write the processor's files into a folder that already holds the tokenizer."""
     pixels = {
         "size": {"height": preset.image_size, "width": preset.image_size},
-        "image_mean": MEAN,
-        "image_std": STD,
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
         "resample": BICUBIC,
         "do_resize": True,
         "do_rescale": True,
@@ -49,11 +48,11 @@ def write_processor(preset: Preset, folder: Path) -> None:
     _write(folder / "video_preprocessor_config.json", {"video_processor_type": "InternVLVideoProcessor"} | pixels)
     _write(folder / "processor_config.json", processor)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    _name_marks(folder / "tokenizer_config.json")
+    _set_special_tokens(folder / "tokenizer_config.json")
 
 
-def _name_marks(path: Path) -> None:
-    """The processor asks the tokenizer for its marks by these names; no dialogue holds the one for videos."""
+def _set_special_tokens(path: Path) -> None:
+    """Name the special tokens as the processor expects them. The video token occurs in no dialogue."""
     settings = json.loads(path.read_text())
     settings.pop("additional_special_tokens", None)
     settings["processor_class"] = "InternVLProcessor"

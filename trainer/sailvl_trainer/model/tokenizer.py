@@ -1,4 +1,4 @@
-"""The tokenizer of a preset: the one shipped for `tiny`, else that of the pretrained language model."""
+"""The tokenizer of a preset: the bundled one for `tiny`, else that of the pretrained language model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, IMAGE_START, IMAGE_END, IMAGE_C
 
 
 def load_tokenizer(model: ModelConfig, init_from: Path | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of an export, of the pretrained language model, or of `tiny`."""
+    """Return the tokenizer of an export, of the pretrained language model, or of `tiny`. Raises ConfigError."""
     source = str(init_from) if init_from is not None else model.language
     if source is not None:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -25,7 +25,7 @@ def load_tokenizer(model: ModelConfig, init_from: Path | None = None) -> PreTrai
     if model.preset != "tiny":
         raise ConfigError(
             f"model.language is not set: preset {model.preset} needs a pretrained language model for its vocabulary; "
-            "name a folder on the storage"
+            "set a folder on the storage"
         )
     shipped = files("sailvl_trainer.model") / "tokenizer-tiny.json"
     return PreTrainedTokenizerFast(

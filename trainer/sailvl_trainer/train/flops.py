@@ -1,7 +1,7 @@
-"""How much arithmetic a step takes, and how much the machine could do: their ratio is the model FLOPs utilisation.
+"""Model FLOPs of a step and peak FLOP/s of the device; their ratio is the model FLOPs utilization (MFU).
 
-Counted as in PaLM's appendix B (arXiv 2204.02311): matrix products only, attention over all pairs of a sample's
-positions, padding and recomputation not at all. Called by the loop.
+Counted as in PaLM's appendix B (arXiv 2204.02311): matrix multiplications only; attention over all pairs of tokens of a
+sample; neither padding nor recomputation. Called by the trainer.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sailvl_trainer.model.freeze import select_part
 from sailvl_trainer.model.presets import Preset
 
 ORDER: tuple[Part, ...] = ("vision", "connector", "language")
-"""As activations flow."""
-PEAKS = {
+"""The model's parts in the order of the forward pass."""
+PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -34,72 +34,77 @@ PEAKS = {
     "A10": 125e12,
     "RTX 4090": 165e12,
 }
-"""Dense bf16 operations a second by part of the device's name, from the makers' data sheets; longer names first."""
+"""Dense bf16 FLOP/s by a part of the device's name, from the vendors' data sheets; the longest match counts."""
 PROBE_WIDTH = 1024
+"""Width of the square matrices that measure an unknown device."""
 PROBE_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arithmetic:
-    """Operations of the model's parts."""
+class FlopsCounter:
+    """Floating-point operations of the model's parts, by what they are proportional to."""
 
     passes: dict[Part, int]
-    """How often a part's products are computed: forward, for its weights, for what comes before it."""
+    """How often a part's products are computed: forward, for its weights' gradient, for its inputs' gradient."""
     vision_tile: float
-    """Forward of a tile."""
+    """Forward FLOPs of the vision tower per tile."""
     connector_tile: float
+    """Forward FLOPs of the connector per tile."""
     language_token: float
-    """Forward of a position, without attention and output head."""
+    """Forward FLOPs of the language model per token, without attention and output head."""
     attention_pair: float
-    """Forward of a pair of positions in all layers of the language model."""
-    head_label: float
-    """Forward of a position with loss in the output head."""
+    """Forward FLOPs per pair of tokens in all attention layers of the language model."""
+    head_loss_token: float
+    """Forward FLOPs of the output head per loss token."""
 
     def count(self, batches: Iterable[Batch]) -> float:
-        """Floating-point operations of one rank's microbatches, forward and backward."""
+        """Return the forward and backward FLOPs of one rank's microbatches."""
         total = 0.0
         for batch in batches:
             total += self.passes["vision"] * self.vision_tile * batch.tiles
             total += self.passes["connector"] * self.connector_tile * batch.tiles
-            language = self.language_token * batch.tokens + self.head_label * batch.labels
-            total += self.passes["language"] * language + self._attention_passes * self.attention_pair * batch.pairs
+            language = self.language_token * batch.tokens + self.head_loss_token * batch.loss_tokens
+            total += self.passes["language"] * language
+            total += self._attention_passes * self.attention_pair * batch.attention_pairs
         return total
 
     @property
     def _attention_passes(self) -> int:
-        """Both factors of its products are activations, so a gradient through it takes two, whoever learns."""
+        """Attention multiplies two activations, so its backward pass costs two products even with frozen weights."""
         return 1 if self.passes["language"] == 1 else 3
 
 
-def build_arithmetic(model: InternVLForConditionalGeneration, preset: Preset, learning: Collection[Part]) -> Arithmetic:
-    """The counts of a model of which these parts learn."""
+def build_flops_counter(
+    model: InternVLForConditionalGeneration, preset: Preset, trainable_parts: Collection[Part]
+) -> FlopsCounter:
+    """Return the counter for a model of which only `trainable_parts` have gradients."""
     vision, text = model.config.vision_config, model.config.text_config
     patches = (preset.image_size // preset.patch_size) ** 2 + 1
     attention = 4 * patches * patches * vision.hidden_size * vision.num_hidden_layers
     vision_weights, connector_weights, language_weights = (_count_weights(model, part) for part in ORDER)
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return Arithmetic(
-        passes={part: _count_passes(part, learning) for part in ORDER},
+    return FlopsCounter(
+        passes={part: _count_passes(part, trainable_parts) for part in ORDER},
         vision_tile=2.0 * vision_weights * patches + attention,
         connector_tile=2.0 * connector_weights * preset.tokens_per_tile,
         language_token=2.0 * language_weights,
         attention_pair=4.0 * heads * text.num_hidden_layers,
-        head_label=2.0 * text.vocab_size * text.hidden_size,
+        head_loss_token=2.0 * text.vocab_size * text.hidden_size,
     )
 
 
-def find_peak(device: torch.device, *, is_bf16: bool) -> float:
-    """Operations a second that the device can do: its data sheet's, else those of a large product measured here."""
+def get_peak_flops(device: torch.device, *, is_bf16: bool) -> float:
+    """Return the device's peak FLOP/s from its data sheet; an unknown device is measured."""
     if device.type == "cuda" and is_bf16:
         name = torch.cuda.get_device_name(device)
-        for part in sorted(PEAKS, key=len, reverse=True):
+        for part in sorted(PEAK_FLOPS, key=len, reverse=True):
             if part in name:
-                return PEAKS[part]
-    return measure_peak(device, torch.bfloat16 if is_bf16 else torch.float32)
+                return PEAK_FLOPS[part]
+    return measure_peak_flops(device, torch.bfloat16 if is_bf16 else torch.float32)
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The fastest of the products of two square matrices, of those that a fifth of a second has room for."""
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of the fastest square matrix product within PROBE_SECONDS."""
     a_KK = torch.ones(PROBE_WIDTH, PROBE_WIDTH, device=device, dtype=dtype)
     fastest, until = float("inf"), time.monotonic() + PROBE_SECONDS
     while time.monotonic() < until:
@@ -111,17 +116,21 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _count_weights(model: InternVLForConditionalGeneration, part: Part) -> int:
-    """Of matrix products, once each; the output head is counted by labels, the patches' convolution as a product."""
+    """Return the number of weights in a part's products.
+
+    The patch embedding's convolution counts as a product; the output head is counted by its loss tokens instead.
+    """
     module = select_part(model, part)[0]
     kinds = (nn.Linear, nn.Conv2d)
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, kinds))
 
 
-def _count_passes(part: Part, learning: Collection[Part]) -> int:
-    """Forward; for its own weights if it learns; for its inputs if it or something before it learns.
+def _count_passes(part: Part, trainable_parts: Collection[Part]) -> int:
+    """Return 1 for the forward pass, plus 1 for each gradient: of the part's weights, and of its inputs.
 
-    The gradient for the inputs of the first layer that learns isn't needed, and is counted: it is one of many.
+    The input gradient is needed if the part or one before it is trainable. The first trainable layer needs none, which
+    is ignored here: it is one layer of many.
     """
-    if not set(ORDER[: ORDER.index(part) + 1]) & set(learning):
+    if not set(ORDER[: ORDER.index(part) + 1]) & set(trainable_parts):
         return 1
-    return 3 if part in learning else 2
+    return 3 if part in trainable_parts else 2

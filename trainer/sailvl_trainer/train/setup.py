@@ -1,4 +1,4 @@
-"""What a training stage needs before its first step: tokenizer, model, index, planner and the number of steps."""
+"""What a training stage builds before its first step: tokenizer, model, datasets, planner and the number of steps."""
 
 from __future__ import annotations
 
@@ -8,63 +8,69 @@ from pathlib import Path
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from sailvl_trainer.contract import EXPORT_DIR, HELD_OUT_DIR, MANIFEST_FILE, SHARDS_DIR, TrainConfig
-from sailvl_trainer.data.dataset import Encoder, Index, build_index
+from sailvl_trainer.data.dataset import ShardDataset, build_dataset
+from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.freeze import set_trainable
-from sailvl_trainer.model.presets import Preset, preset
+from sailvl_trainer.model.presets import Preset, get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
 
 INDEX_DIR = "index"
-"""Under the stage's directory: the samples' lengths, measured once for all ranks and attempts."""
+"""Folder below the stage's directory where sample lengths are cached for all ranks and attempts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
+class TrainingSetup:
+    """Equal on every rank."""
+
     preset: Preset
     tokenizer: PreTrainedTokenizerFast
     model: InternVLForConditionalGeneration
-    learning: list[str]
-    """Names of the parameters that learn."""
-    encoder: Encoder
-    index: Index
-    held_out: Index | None
-    """None where no data set has held-out samples."""
+    trainable_names: list[str]
+    """Names of the trainable parameters."""
+    encoder: SampleEncoder
+    dataset: ShardDataset
+    validation_set: ShardDataset | None
+    """Samples held out from training; None if no data directory has any."""
     planner: Planner
     steps: int
     """Optimizer steps of the budget."""
 
 
-def prepare(context: Context, config: TrainConfig) -> Prepared:
-    """The same on every rank. Raises ConfigError or DataError for what can't be trained on."""
+def prepare(context: Context, config: TrainConfig) -> TrainingSetup:
+    """Build everything that training needs. COLLECTIVE. Raises ConfigError or DataError for settings that can't
+    work."""
     stage = context.stage
     init_from = None if stage.init_from is None else Path(stage.init_from) / EXPORT_DIR
-    tokenizer, preset_ = load_tokenizer(stage.model, init_from), preset(stage.model.preset)
+    tokenizer, preset = load_tokenizer(stage.model, init_from), get_preset(stage.model.preset)
     model = build_model(stage.model, tokenizer, init_from=init_from, seed=stage.seed)
-    encoder = Encoder(tokenizer=tokenizer, preset=preset_, max_tiles=config.max_tiles, pack_tokens=config.pack_tokens)
+    encoder = SampleEncoder(
+        tokenizer=tokenizer, preset=preset, max_tiles=config.max_tiles, pack_tokens=config.pack_tokens
+    )
     folders = [Path(path) for path in config.data]
-    index = build_index(folders, SHARDS_DIR, encoder, cache=context.files.output / INDEX_DIR)
+    dataset = build_dataset(folders, SHARDS_DIR, encoder, cache=context.files.output / INDEX_DIR)
     planner = build_planner(
-        index,
+        dataset,
         pack_tokens=config.pack_tokens,
         pack_tiles=config.pack_tiles,
         packs_per_step=max(1, round(config.batch_tokens / config.pack_tokens)),
     )
-    return Prepared(
-        preset=preset_,
+    return TrainingSetup(
+        preset=preset,
         tokenizer=tokenizer,
         model=model,
-        learning=set_trainable(model, config.train),
+        trainable_names=set_trainable(model, config.train),
         encoder=encoder,
-        index=index,
-        held_out=_build_held_out(folders, encoder),
+        dataset=dataset,
+        validation_set=_build_validation_set(folders, encoder),
         planner=planner,
-        steps=planner.steps_for(stage.seed, epochs=config.epochs, tokens=config.tokens),
+        steps=planner.num_steps(stage.seed, epochs=config.epochs, tokens=config.tokens),
     )
 
 
-def _build_held_out(folders: list[Path], encoder: Encoder) -> Index | None:
-    having = [folder for folder in folders if (folder / HELD_OUT_DIR / MANIFEST_FILE).exists()]
-    index = build_index(having, HELD_OUT_DIR, encoder) if having else None
-    return index if index is not None and len(index) else None
+def _build_validation_set(folders: list[Path], encoder: SampleEncoder) -> ShardDataset | None:
+    with_held_out = [folder for folder in folders if (folder / HELD_OUT_DIR / MANIFEST_FILE).exists()]
+    dataset = build_dataset(with_held_out, HELD_OUT_DIR, encoder) if with_held_out else None
+    return dataset if dataset is not None and len(dataset) else None

@@ -1,4 +1,7 @@
-"""The pretrain and sft stages: from an earlier export or fresh weights to an export, held-out losses in the result."""
+"""The pretrain and sft stages: train from fresh weights or an earlier stage's export, and export the result.
+
+The validation loss is measured before and after training, and once more with shuffled images.
+"""
 
 from __future__ import annotations
 
@@ -15,107 +18,116 @@ from sailvl_trainer.model.export import export_model
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.storage.lineage import begin_attempt, check_not_superseded
-from sailvl_trainer.train import checkpoint as checkpoints
 from sailvl_trainer.train import validation
-from sailvl_trainer.train.checkpoint import Position
-from sailvl_trainer.train.engines import Engine, build_engine
+from sailvl_trainer.train.checkpoint import (
+    TrainingState,
+    delete_old_checkpoints,
+    load_checkpoint,
+    read_checkpoint_manifest,
+)
+from sailvl_trainer.train.engines.base import Engine, build_engine
 from sailvl_trainer.train.forward import PackedModel
-from sailvl_trainer.train.prune import prune
-from sailvl_trainer.train.sample_log import count_lost
-from sailvl_trainer.train.setup import Prepared, prepare
-from sailvl_trainer.train.trainer import Loop
+from sailvl_trainer.train.sample_log import count_lost_steps
+from sailvl_trainer.train.setup import TrainingSetup, prepare
+from sailvl_trainer.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
 def run(context: Context) -> Result:
-    """Carry the stage out; all ranks call it, the first rank's result counts."""
+    """Run the stage and return its result, of which the first rank's counts. COLLECTIVE."""
     started, config = time.time(), context.stage.train
     assert config is not None, "read_stage has checked the kind"
-    prepared = prepare(context, config)
+    # 1. Build what every rank needs, and find the checkpoint to resume from.
+    setup = prepare(context, config)
     lineage = broadcast_object(begin_attempt(context.files, context.stage.attempt) if context.is_first else None)
-    module = PackedModel(prepared.model).to(context.device).train()
-    engine = build_engine(module, context.stage.engine, config, device=context.device)
-    context.telemetry.update(checkpoint=lineage.start, lost_steps=_count_lost(context, lineage))
-    before = _measure(context, module, prepared, config)
-    loop = Loop(
-        context=context,
-        config=config,
-        prepared=prepared,
-        engine=engine,
-        steps=prepared.steps,
-        position=_restore(context, prepared, engine, lineage),
-        skips=lineage.skips,
-    )
+    model = PackedModel(setup.model).to(context.device).train()
+    engine = build_engine(model, context.stage.engine, config, device=context.device)
+    context.telemetry.update(checkpoint=lineage.start, lost_steps=_count_lost_steps(context, lineage))
+    # 2. Measure the initial weights, before a checkpoint replaces them.
+    loss_before = _measure_validation_loss(context, model, setup, config)
+    # 3. Resume and train to the end of the budget.
+    state = _load_state(context, setup, engine, lineage)
+    trainer = Trainer(context=context, config=config, setup=setup, engine=engine, state=state, skips=lineage.skips)
     if context.is_first:
-        prune(context.files, context.stage.attempt, config.keep_checkpoints)
-    loop.run()
-    after = _measure(context, module, prepared, config)
-    shuffled = _measure(context, module, prepared, config, shuffle=True)
-    _export(context, prepared)
-    losses = {"heldOutLossBefore": before, "heldOutLoss": after, "heldOutLossShuffled": shuffled}
-    losses |= {"loss": loop.position.loss, "skippedSamples": float(loop.position.skipped_samples)}
+        delete_old_checkpoints(context.files, context.stage.attempt, config.keep_checkpoints)
+    trainer.run()
+    # 4. Measure the trained weights and export them.
+    loss_after = _measure_validation_loss(context, model, setup, config)
+    loss_shuffled = _measure_validation_loss(context, model, setup, config, shuffle_images=True)
+    _export(context, setup)
+    metrics = {"heldOutLossBefore": loss_before, "heldOutLoss": loss_after, "heldOutLossShuffled": loss_shuffled}
+    return _build_result(context, trainer, metrics, time.time() - started)
+
+
+def _build_result(context: Context, trainer: Trainer, metrics: dict[str, float | None], seconds: float) -> Result:
+    """Return the stage's result; metrics that are None are left out."""
+    state = trainer.state
+    metrics |= {"loss": state.loss, "skippedSamples": float(state.skipped_samples)}
     return Result(
         stage=context.stage.stage,
         kind=context.stage.kind,
         digest=context.stage.digest,
         attempt=context.stage.attempt,
         output=context.files.relative_path(context.files.output),
-        steps=loop.steps,
-        tokens=loop.position.tokens,
-        samples=loop.position.samples,
+        steps=trainer.steps,
+        tokens=state.tokens,
+        samples=state.samples,
         lost_steps=context.telemetry.progress.lost_steps,
-        seconds=time.time() - started,
-        metrics={name: value for name, value in losses.items() if value is not None},
+        seconds=seconds,
+        metrics={name: value for name, value in metrics.items() if value is not None},
     )
 
 
-def _count_lost(context: Context, lineage: Lineage) -> int:
-    """By the first rank, who has written the ledger."""
+def _count_lost_steps(context: Context, lineage: Lineage) -> int:
+    """Return the steps that earlier attempts did after the checkpoint to resume from; 0 on all ranks but the first."""
     start = 0 if lineage.start is None else lineage.start.step
-    return count_lost(context.files, context.stage.attempt, start) if context.is_first else 0
+    return count_lost_steps(context.files, context.stage.attempt, start) if context.is_first else 0
 
 
-def _measure(
-    context: Context, module: PackedModel, prepared: Prepared, config: TrainConfig, *, shuffle: bool = False
+def _measure_validation_loss(
+    context: Context, model: PackedModel, setup: TrainingSetup, config: TrainConfig, *, shuffle_images: bool = False
 ) -> float | None:
-    """None where the data has no held-out samples. Raises NonFiniteError for a model that is broken."""
-    if prepared.held_out is None:
+    """Return the validation loss; None if the data has no held-out samples. Raises NonFiniteError for a NaN."""
+    if setup.validation_set is None:
         return None
     context.telemetry.update(phase="evaluating")
     with context.telemetry.activity("evaluating"):
-        loss = validation.measure(
+        loss = validation.measure_validation_loss(
             context,
-            module,
-            prepared.held_out,
-            prepared.encoder,
+            model,
+            setup.validation_set,
+            setup.encoder,
             samples=config.held_out_samples,
             pack_tiles=config.pack_tiles,
-            shuffle=shuffle,
+            shuffle_images=shuffle_images,
         )
     if not math.isfinite(loss):
-        raise NonFiniteError(f"the held-out loss is {loss}; look at the model that the stage starts from, and its data")
+        raise NonFiniteError(
+            f"the held-out loss is {loss}; check the model that the stage starts from, and its held-out data"
+        )
     return loss
 
 
-def _restore(context: Context, prepared: Prepared, engine: Engine, lineage: Lineage) -> Position:
+def _load_state(context: Context, setup: TrainingSetup, engine: Engine, lineage: Lineage) -> TrainingState:
+    """Load the checkpoint that the attempt starts from into the engine; without one, return the initial state."""
     start = lineage.start
     if start is None:
-        return Position(data=prepared.planner.start(context.stage.seed))
+        return TrainingState(data=setup.planner.first_position(context.stage.seed))
     folder = context.files.storage / start.path
-    manifest = checkpoints.read_manifest(folder, context.stage.digest)
+    manifest = read_checkpoint_manifest(folder, context.stage.digest)
     with context.telemetry.activity("checkpoint"):
-        checkpoints.load(folder, manifest, engine.fragments())
-        engine.after_load(manifest.position.updates)
-    logger.info("going on from %s, step %d; left out: %s", start.path, start.step, lineage.skips or "nothing")
-    return manifest.position
+        load_checkpoint(folder, manifest, engine.fragments())
+        engine.sync_after_load(manifest.state.updates)
+    logger.info("resuming from %s at step %d; skipped step ranges: %s", start.path, start.step, lineage.skips or "none")
+    return manifest.state
 
 
-def _export(context: Context, prepared: Prepared) -> None:
-    """ZeRO-1 keeps whole weights on every rank, so the first one writes them alone."""
+def _export(context: Context, setup: TrainingSetup) -> None:
+    """Write the model as a Hugging Face folder by the first rank alone: ZeRO-1 keeps whole weights on every rank."""
     context.telemetry.update(phase="checkpointing")
     if context.is_first:
         check = partial(check_not_superseded, context.files, context.stage.attempt)
         check()
-        export_model(prepared.model, prepared.tokenizer, prepared.preset, context.files.export, check=check)
+        export_model(setup.model, setup.tokenizer, setup.preset, context.files.export, check=check)
     dist.barrier()

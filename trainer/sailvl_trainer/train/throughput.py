@@ -1,4 +1,4 @@
-"""Where a step's seconds go, and how fast and how full it was; called by the loop."""
+"""Step timing: how a step's wall-clock time divides into phases, and the rates that follow. Called by the trainer."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 SMOOTHING = 0.1
-"""Weight of the latest step in the mean that the end is foretold by."""
+"""EMA weight of the newest step time; the mean is used for the ETA."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Meter:
+class StepTimer:
     world_size: int
     pack_tokens: int
-    peak: float = 0.0
-    """Operations a second that a rank's device can do; 0: not known."""
-    seconds_a_step: float = 0.0
-    """Wall clock, smoothed, with waiting and saving."""
-    _parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _before: float = field(default_factory=time.monotonic)
+    """Capacity of one pack, in tokens."""
+    peak_flops: float = 0.0
+    """Peak FLOP/s of one rank's device; 0 if unknown, and no MFU is reported then."""
+    mean_step_seconds: float = 0.0
+    """Exponential moving average of the wall-clock time per step, including data waits and checkpoints."""
+    _phase_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _previous_end: float = field(default_factory=time.monotonic)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count a block's seconds to a part of the step: data, forward, backward, step, checkpoint."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Add a block's duration to a phase of the current step: data, forward, backward, step or checkpoint."""
         start = time.monotonic()
         try:
             yield
         finally:
-            self._parts[name] += time.monotonic() - start
+            self._phase_seconds[name] += time.monotonic() - start
 
-    def end_step(self, *, tokens: int, microsteps: int, operations: float, now: float) -> dict[str, float]:
-        """Metrics of the step that ended; `tokens`, `operations`: over all ranks.
+    def end_step(self, *, tokens: int, microbatches: int, flops: float, now: float) -> dict[str, float]:
+        """Return the metrics of the step that has just ended; `tokens` and `flops` count all ranks.
 
-        A checkpoint counts to the step after it.
+        A checkpoint is saved after its step has ended, so its time counts towards the next step.
         """
-        seconds, self._before = max(1e-9, now - self._before), now
-        weight = SMOOTHING if self.seconds_a_step else 1.0
-        self.seconds_a_step += weight * (seconds - self.seconds_a_step)
-        parts = {f"{name}_seconds": spent for name, spent in self._parts.items()}
-        self._parts.clear()
-        capacity = self.pack_tokens * self.world_size * max(1, microsteps)
-        used = {"mfu": operations / seconds / (self.peak * self.world_size)} if self.peak else {}
-        return parts | used | {"tokens_per_second": tokens / seconds, "pack_fill": tokens / capacity}
+        seconds, self._previous_end = max(1e-9, now - self._previous_end), now
+        weight = SMOOTHING if self.mean_step_seconds else 1.0
+        self.mean_step_seconds += weight * (seconds - self.mean_step_seconds)
+        phases = {f"{name}_seconds": spent for name, spent in self._phase_seconds.items()}
+        self._phase_seconds.clear()
+        capacity = self.pack_tokens * self.world_size * max(1, microbatches)
+        mfu = {"mfu": flops / seconds / (self.peak_flops * self.world_size)} if self.peak_flops else {}
+        return phases | mfu | {"tokens_per_second": tokens / seconds, "pack_fill": tokens / capacity}

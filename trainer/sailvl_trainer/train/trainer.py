@@ -1,4 +1,8 @@
-"""Optimizer steps from a checkpoint, or the beginning, to the end of the budget; called by the stage."""
+"""The training loop: optimizer steps from a checkpoint, or the beginning, to the end of the budget.
+
+A step is: get the next planned batch, run forward and backward on this rank's microbatches, update the weights, record
+progress, save a checkpoint if one is due. Called by the pretrain and sft stages.
+"""
 
 from __future__ import annotations
 
@@ -17,146 +21,155 @@ from sailvl_trainer.rank.distributed import sum_over_ranks
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.lineage import check_not_superseded, non_finite_path
-from sailvl_trainer.train import checkpoint as checkpoints
-from sailvl_trainer.train.checkpoint import Position
-from sailvl_trainer.train.engines import Engine
-from sailvl_trainer.train.flops import Arithmetic, build_arithmetic, find_peak
-from sailvl_trainer.train.forward import arguments
-from sailvl_trainer.train.frozen import require_frozen
-from sailvl_trainer.train.prune import prune
-from sailvl_trainer.train.sample_log import Ledger
+from sailvl_trainer.train.checkpoint import TrainingState, delete_old_checkpoints, save_checkpoint
+from sailvl_trainer.train.engines.base import Engine, check_frozen
+from sailvl_trainer.train.flops import FlopsCounter, build_flops_counter, get_peak_flops
+from sailvl_trainer.train.sample_log import SampleLog
 from sailvl_trainer.train.schedule import build_schedule
-from sailvl_trainer.train.setup import Prepared
-from sailvl_trainer.train.skip_policy import widen
-from sailvl_trainer.train.throughput import Meter
+from sailvl_trainer.train.setup import TrainingSetup
+from sailvl_trainer.train.skip_policy import widen_skip_window
+from sailvl_trainer.train.throughput import StepTimer
 
 
 @dataclass(kw_only=True, slots=True)
-class Loop:
+class Trainer:
     context: Context
     config: TrainConfig
-    prepared: Prepared
+    setup: TrainingSetup
     engine: Engine
-    steps: int
-    position: Position
+    state: TrainingState
+    """Progress so far; replaced after each step and saved with each checkpoint."""
     skips: tuple[Skip, ...] = ()
-    rate: Callable[[int], float] = field(init=False)
-    meter: Meter = field(init=False)
-    arithmetic: Arithmetic = field(init=False)
-    ledger: Ledger | None = field(init=False)
+    """Step ranges whose data is skipped, because it made an earlier attempt's loss or gradient non-finite."""
+    schedule: Callable[[int], float] = field(init=False)
+    timer: StepTimer = field(init=False)
+    flops: FlopsCounter = field(init=False)
+    sample_log: SampleLog | None = field(init=False)
+    """None on all ranks but the first."""
 
     def __post_init__(self) -> None:
         context = self.context
-        self.rate = build_schedule(self.config, self.steps)
+        self.schedule = build_schedule(self.config, self.steps)
         is_bf16 = self.config.precision == "bf16" and context.device.type != "cpu"
-        self.meter = Meter(
+        self.timer = StepTimer(
             world_size=context.world_size,
             pack_tokens=self.config.pack_tokens,
-            peak=find_peak(context.device, is_bf16=is_bf16),
+            peak_flops=get_peak_flops(context.device, is_bf16=is_bf16),
         )
-        self.arithmetic = build_arithmetic(self.prepared.model, self.prepared.preset, self.config.train)
-        self.ledger = Ledger(context.files, context.stage.attempt) if context.is_first else None
+        self.flops = build_flops_counter(self.setup.model, self.setup.preset, self.config.train)
+        self.sample_log = SampleLog(context.files, context.stage.attempt) if context.is_first else None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole budget."""
+        return self.setup.steps
 
     def run(self) -> None:
-        """Train to the end, and save there: what comes after it may fail, and need not cost a step.
+        """Train until the budget is used up, and save a last checkpoint, so that later failures repeat no step.
 
-        Raises Preempted, after a checkpoint, when a stop is asked for.
+        Raises Preempted, after saving a checkpoint, if a stop was requested; NonFiniteError for a NaN or an infinity.
         """
         context, is_checked = self.context, False
-        context.telemetry.update(phase="running", step=self.position.step, steps=self.steps, unit="steps")
-        loaded = load_steps(
-            self.prepared.planner,
-            self.prepared.index,
-            self.prepared.encoder,
-            self.position.data,
+        context.telemetry.update(phase="running", step=self.state.step, steps=self.steps, unit="steps")
+        loaded_steps = load_steps(
+            self.setup.planner,
+            self.setup.dataset,
+            self.setup.encoder,
+            self.state.data,
             rank=context.rank,
             world_size=context.world_size,
-            done=self.position.step,
+            first_step=self.state.step + 1,
             skips=self.skips,
         )
-        while self.position.step < self.steps:
-            with self.meter.part("data"), context.telemetry.activity("dataWait"):
-                step = next(loaded)
+        while self.state.step < self.steps:
+            with self.timer.phase("data"), context.telemetry.activity("dataWait"):
+                step = next(loaded_steps)
             if step.is_skipped:
-                self._skip(step)
+                self._skip_step(step)
             else:
                 with context.telemetry.activity("training"):
-                    self._train(step)
+                    self.train_step(step)
                 if not is_checked:
-                    require_frozen(self.engine, self.prepared.learning)
+                    check_frozen(self.engine, self.setup.trainable_names)
                     is_checked = True
-            self._end_step()
+            self._maybe_checkpoint()
 
-    def _train(self, step: LoadedStep) -> None:
-        """One optimizer step. The gradient is that of the mean over the labels of all ranks and microsteps."""
-        counted = sum_over_ranks(sum(batch.labels for batch in step.batches), self.arithmetic.count(step.batches))
-        labels, operations = int(counted[0]), counted[1]
-        total = 0.0
+    def train_step(self, step: LoadedStep) -> None:
+        """Make one update with the gradient of the mean loss over the loss tokens of all ranks and microbatches."""
+        local = sum(batch.loss_tokens for batch in step.batches), self.flops.count(step.batches)
+        loss_tokens, flops = sum_over_ranks(*local)
+        loss_sum = 0.0
         for batch in step.batches:
-            with self.meter.part("forward"):
-                loss = self.engine.module(**arguments(batch, self.context.device))
-                total += float(loss.detach())
-            with self.meter.part("backward"):
-                self.engine.backward(loss, labels)
-        mean = sum_over_ranks(total)[0] / max(1, labels)
-        self._require_finite(mean, "loss", step)
-        rate = self.rate(self.position.step)
-        with self.meter.part("step"):
-            norm = self.engine.step(rate)
-        self._require_finite(norm, "gradient norm", step)
-        self._advance(step, mean, operations, {"learning_rate": rate, "gradient_norm": norm})
+            with self.timer.phase("forward"):
+                loss = self.engine.module(**batch.to(self.context.device).model_inputs)
+                loss_sum += float(loss.detach())
+            with self.timer.phase("backward"):
+                self.engine.backward(loss, int(loss_tokens))
+        mean_loss = sum_over_ranks(loss_sum)[0] / max(1, int(loss_tokens))
+        self._check_finite(mean_loss, "loss", step)
+        learning_rate = self.schedule(self.state.step)
+        with self.timer.phase("step"):
+            gradient_norm = self.engine.step(learning_rate)
+        self._check_finite(gradient_norm, "gradient norm", step)
+        metrics = {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
+        self._record_step(step, mean_loss, flops, metrics)
 
-    def _advance(self, step: LoadedStep, loss: float, operations: float, metrics: dict[str, float]) -> None:
-        before = self.position
-        self.position = replace(
+    def _record_step(self, step: LoadedStep, loss: float, flops: float, metrics: dict[str, float]) -> None:
+        """Advance the state, log the step's samples and publish its metrics; `flops` counts all ranks."""
+        before = self.state
+        self.state = replace(
             before,
             step=before.step + 1,
             tokens=before.tokens + step.tokens,
             samples=before.samples + len(step.samples),
             loss=loss,
-            data=step.after,
+            data=step.next_position,
         )
-        if self.ledger is not None:
-            self.ledger.write(self.position.step, step.samples)
-        measured = self.meter.end_step(
-            tokens=step.tokens, microsteps=len(step.batches), operations=operations, now=time.monotonic()
+        if self.sample_log is not None:
+            self.sample_log.write(self.state.step, step.samples)
+        measured = self.timer.end_step(
+            tokens=step.tokens, microbatches=len(step.batches), flops=flops, now=time.monotonic()
         )
         self.context.telemetry.count_samples("trained", sum(len(batch.samples) for batch in step.batches))
         self.context.telemetry.update(
-            step=self.position.step,
-            tokens=self.position.tokens,
-            samples=self.position.samples,
-            eta_seconds=self.meter.seconds_a_step * (self.steps - self.position.step),
-            metrics={"loss": loss, "loader_queue": step.ready} | metrics | measured,
+            step=self.state.step,
+            tokens=self.state.tokens,
+            samples=self.state.samples,
+            eta_seconds=self.timer.mean_step_seconds * (self.steps - self.state.step),
+            metrics={"loss": loss, "loader_queue": step.ready_batches} | metrics | measured,
         )
 
-    def _skip(self, step: LoadedStep) -> None:
-        """The step counts as done, with no update; its samples are in the ledger as left out."""
-        before, number = self.position, len(step.samples)
-        self.position = replace(
+    def _skip_step(self, step: LoadedStep) -> None:
+        """Count the step as done without an update, and log its samples as skipped."""
+        before, samples = self.state, len(step.samples)
+        self.state = replace(
             before,
             step=before.step + 1,
             skipped_steps=before.skipped_steps + 1,
-            skipped_samples=before.skipped_samples + number,
-            data=step.after,
+            skipped_samples=before.skipped_samples + samples,
+            data=step.next_position,
         )
-        if self.ledger is not None:
-            self.ledger.write(self.position.step, step.samples, is_skipped=True)
-            self.context.telemetry.count_samples("skipped", number)
-        skipped = {"skipped_samples": float(self.position.skipped_samples)}
-        self.context.telemetry.update(step=self.position.step, metrics=skipped)
+        if self.sample_log is not None:
+            self.sample_log.write(self.state.step, step.samples, is_skipped=True)
+            self.context.telemetry.count_samples("skipped", samples)
+        skipped = {"skipped_samples": float(self.state.skipped_samples)}
+        self.context.telemetry.update(step=self.state.step, metrics=skipped)
 
-    def _require_finite(self, value: float, what: str, step: LoadedStep) -> None:
-        """Equal on all ranks, so they end together; the first one leaves word for the next attempt before they do."""
+    def _check_finite(self, value: float, quantity: str, step: LoadedStep) -> None:
+        """Raise NonFiniteError for a NaN or an infinity, after recording which data the next attempt has to skip.
+
+        The value is equal on all ranks, so that all of them raise; none does before the first one has written the
+        record.
+        """
         if math.isfinite(value):
             return
-        context, failed = self.context, self.position.step + 1
-        skips = widen(self.skips, failed, self.steps)
+        context, failed = self.context, self.state.step + 1
+        skips = widen_skip_window(self.skips, failed, self.steps)
         if context.is_first:
             record = NonFinite(
                 attempt=context.stage.attempt,
                 step=failed,
-                quantity=what,
+                quantity=quantity,
                 value=str(value),
                 samples=step.samples,
                 max_resume_step=skips[-1].first - 1,
@@ -165,30 +178,36 @@ class Loop:
             write_atomic(non_finite_path(context.files, context.stage.attempt), encode(record))
         dist.barrier()
         raise NonFiniteError(
-            f"the {what} is {value} at step {failed} of {self.steps}; the next attempt leaves out the data of steps "
-            f"{skips[-1].first} to {skips[-1].last}; if it comes again, look at that data, or lower learningRate"
+            f"the {quantity} is {value} at step {failed} of {self.steps}; the next attempt will skip the data of "
+            f"{_format_steps(skips[-1])}; if it happens again, check that data, or lower learningRate"
         )
 
-    def _end_step(self) -> None:
-        step, is_asked = self.position.step, self.context.preemption.should_stop()
-        if is_asked or step % self.config.checkpoint_steps == 0 or step == self.steps:
-            saved = self.save()
-            if is_asked or self.context.preemption.should_stop():
-                raise Preempted(f"stopped on request at step {saved.step} of {self.steps}", checkpoint=saved)
+    def _maybe_checkpoint(self) -> None:
+        """Save at every checkpointSteps, after the last step and on a stop request. COLLECTIVE."""
+        step, is_stopping = self.state.step, self.context.preemption.should_stop()
+        if is_stopping or step % self.config.checkpoint_steps == 0 or step == self.steps:
+            checkpoint = self.save()
+            if is_stopping or self.context.preemption.should_stop():
+                message = f"stopped on request at step {checkpoint.step} of {self.steps}"
+                raise Preempted(message, checkpoint=checkpoint)
 
     def save(self) -> Checkpoint:
-        """A checkpoint of the position; the older ones are pruned. Raises Preempted in an attempt that is cut off."""
-        context, position = self.context, self.position
-        folder = context.files.checkpoint_dir(context.stage.attempt, position.step)
+        """Save a checkpoint of the current state and delete the old ones. Raises Preempted in a superseded attempt."""
+        context, state = self.context, self.state
+        folder = context.files.checkpoint_dir(context.stage.attempt, state.step)
         context.telemetry.update(phase="checkpointing")
         if context.is_first:
             check_not_superseded(context.files, context.stage.attempt)
-        if self.ledger is not None:
-            self.ledger.sync()
-        with self.meter.part("checkpoint"), context.telemetry.activity("checkpoint"):
-            checkpoints.save(folder, self.engine.fragments(), digest=context.stage.digest, position=position)
+        if self.sample_log is not None:
+            self.sample_log.sync()
+        with self.timer.phase("checkpoint"), context.telemetry.activity("checkpoint"):
+            save_checkpoint(folder, self.engine.fragments(), digest=context.stage.digest, state=state)
         if context.is_first:
-            prune(context.files, context.stage.attempt, self.config.keep_checkpoints)
-        saved = Checkpoint(step=position.step, path=context.files.relative_path(folder))
-        context.telemetry.update(phase="running", checkpoint=saved)
-        return saved
+            delete_old_checkpoints(context.files, context.stage.attempt, self.config.keep_checkpoints)
+        checkpoint = Checkpoint(step=state.step, path=context.files.relative_path(folder))
+        context.telemetry.update(phase="running", checkpoint=checkpoint)
+        return checkpoint
+
+
+def _format_steps(skip: Skip) -> str:
+    return f"step {skip.first}" if skip.first == skip.last else f"steps {skip.first} to {skip.last}"

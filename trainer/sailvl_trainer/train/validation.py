@@ -1,53 +1,54 @@
-"""The held-out loss: cross-entropy a labelled position on samples that no step trains on, over all ranks."""
+"""The validation loss: mean cross-entropy per loss token on held-out samples, over all ranks. The API's
+`heldOutLoss`."""
 
 from __future__ import annotations
 
 import torch
 
-from sailvl_trainer.data.dataset import Encoder, Index
-from sailvl_trainer.data.loader import held_out_batches
+from sailvl_trainer.data.dataset import ShardDataset
+from sailvl_trainer.data.encoder import SampleEncoder
+from sailvl_trainer.data.loader import load_validation_batches
 from sailvl_trainer.errors import Preempted
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import sum_over_ranks
-from sailvl_trainer.train.forward import PackedModel, arguments
+from sailvl_trainer.train.forward import PackedModel
 
 
 @torch.no_grad()
-def measure(
+def measure_validation_loss(
     context: Context,
     model: PackedModel,
-    index: Index,
-    encoder: Encoder,
+    dataset: ShardDataset,
+    encoder: SampleEncoder,
     *,
     samples: int,
     pack_tiles: int,
-    shuffle: bool = False,
+    shuffle_images: bool = False,
 ) -> float:
-    """Mean loss; `shuffle`: with another sample's picture, which a model that looks at pictures likes less.
+    """Return the mean loss on at most `samples` samples. COLLECTIVE.
 
-    Raises Preempted when a stop is asked for: nothing is lost, what there is to save was saved before.
+    `shuffle_images` shows each sample another sample's image, which raises the loss if the model uses the image. Raises
+    Preempted if a stop is requested; nothing is lost then, since everything worth saving was saved before.
     """
     was_training = model.training
     model.eval()
-    loss, labels = 0.0, 0
-    batches = held_out_batches(
-        index,
+    loss_sum, loss_tokens = 0.0, 0
+    batches = load_validation_batches(
+        dataset,
         encoder,
         samples=samples,
         pack_tiles=pack_tiles,
         rank=context.rank,
         world_size=context.world_size,
-        shuffle=shuffle,
+        shuffle_images=shuffle_images,
     )
     for batch in batches:
         if context.preemption.should_stop():
             saved = context.telemetry.progress.checkpoint
-            raise Preempted(
-                "stopped on request while the held-out loss was measured; no step is lost", checkpoint=saved
-            )
-        loss += float(model(**arguments(batch, context.device)))
-        labels += batch.labels
+            raise Preempted("stopped on request while measuring the held-out loss; no step is lost", checkpoint=saved)
+        loss_sum += float(model(**batch.to(context.device).model_inputs))
+        loss_tokens += batch.loss_tokens
         context.telemetry.update()
     model.train(was_training)
-    total, count = sum_over_ranks(loss, labels)
-    return total / max(1.0, count)
+    total_loss, total_tokens = sum_over_ranks(loss_sum, loss_tokens)
+    return total_loss / max(1.0, total_tokens)

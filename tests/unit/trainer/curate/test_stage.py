@@ -23,7 +23,7 @@ from PIL import Image
 from sailvl_trainer.contract import CurateConfig, ModelConfig, Result, SourceConfig, Stage
 from sailvl_trainer.curate import pipeline, selection
 from sailvl_trainer.curate import stage as subject
-from sailvl_trainer.data.shards import ShardReader, read_manifest
+from sailvl_trainer.data.shards import ShardReader, read_shard_manifest
 from sailvl_trainer.data.synthetic import draw_caption
 from sailvl_trainer.errors import ConfigError, DataError, Preempted
 from sailvl_trainer.rank.context import Context, build_single_process_context
@@ -125,7 +125,7 @@ def test_shards_hold_what_was_kept(root: Path, whole: tuple[Stage, Result, Conte
     splits: dict[str, list[str]] = {}
     for split in ("shards", "held-out"):
         folder = Path(stage.output) / split
-        manifest = read_manifest(folder)
+        manifest = read_shard_manifest(folder)
         readers = [ShardReader(folder, shard.name) for shard in manifest.shards]
         samples = [reader.sample(row) for reader in readers for row in range(len(reader))]
         assert manifest.samples == len(samples)

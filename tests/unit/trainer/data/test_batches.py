@@ -13,18 +13,19 @@ import pytest
 import torch
 
 from sailvl_trainer.contract import ModelConfig, Skip
-from sailvl_trainer.data.chat import IGNORE
+from sailvl_trainer.data.chat import IGNORE_INDEX
 from sailvl_trainer.data.collate import Batch, collate
-from sailvl_trainer.data.dataset import Encoder, Index, build_index
-from sailvl_trainer.data.loader import LoadedStep, choose_samples, held_out_batches, load_steps
+from sailvl_trainer.data.dataset import ShardDataset, build_dataset
+from sailvl_trainer.data.encoder import SampleEncoder
+from sailvl_trainer.data.loader import LoadedStep, load_steps, load_validation_batches, sample_subset
 from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.data.samples import Message, Sample
-from sailvl_trainer.data.shards import ShardWriter, write_manifest
+from sailvl_trainer.data.shards import ShardWriter, write_shard_manifest
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.errors import ConfigError, DataError
 from sailvl_trainer.model.build import build_model
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import IMAGE_CONTEXT, load_tokenizer
 from sailvl_trainer.train.forward import PackedModel
 
@@ -39,18 +40,18 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder(tokenizer=load_tokenizer(TINY), preset=preset("tiny"), max_tiles=1, pack_tokens=512)
+def encoder() -> SampleEncoder:
+    return SampleEncoder(tokenizer=load_tokenizer(TINY), preset=get_preset("tiny"), max_tiles=1, pack_tokens=512)
 
 
 @pytest.fixture(scope="module")
-def index(prepared: Path, encoder: Encoder) -> Index:
-    return build_index([prepared], "shards", encoder)
+def dataset(prepared: Path, encoder: SampleEncoder) -> ShardDataset:
+    return build_dataset([prepared], "shards", encoder)
 
 
 @pytest.fixture(scope="module")
-def planner(index: Index) -> Planner:
-    return build_planner(index, pack_tokens=512, pack_tiles=16, packs_per_step=4)
+def planner(dataset: ShardDataset) -> Planner:
+    return build_planner(dataset, pack_tokens=512, pack_tiles=16, packs_per_step=4)
 
 
 def write_set(directory: Path, samples: list[Sample]) -> Path:
@@ -58,62 +59,62 @@ def write_set(directory: Path, samples: list[Sample]) -> Path:
         for sample in samples:
             writer.write(sample)
     assert writer.info is not None
-    write_manifest(directory / "shards", [writer.info])
+    write_shard_manifest(directory / "shards", [writer.info])
     return directory
 
 
-def test_a_pack_gives_the_logits_of_its_samples_alone(index: Index, encoder: Encoder) -> None:
+def test_a_pack_gives_the_logits_of_its_samples_alone(dataset: ShardDataset, encoder: SampleEncoder) -> None:
     model = PackedModel(build_model(TINY, encoder.tokenizer, seed=1)).eval()
     pack = tuple(range(5))
 
     def hidden(samples: tuple[int, ...]) -> torch.Tensor:
-        batch = collate(index, encoder, samples)
+        batch = collate(dataset, encoder, samples)
         with torch.no_grad():
             return model.encode(batch.input_ids_1T, batch.position_ids_1T, batch.pixels_N3HW)
 
     together, at = hidden(pack), 0
     for sample in pack:
-        length = int(index.lengths_S["tokens"][sample])
+        length = int(dataset.lengths_S["tokens"][sample])
         alone = hidden((sample,))[:length]
         torch.testing.assert_close(together[at : at + length], alone, atol=1e-5, rtol=1e-4)
         at += length
 
 
-def test_no_label_crosses_from_one_sample_to_the_next(index: Index, encoder: Encoder) -> None:
-    batch = collate(index, encoder, tuple(range(5)))
-    ends = np.cumsum(index.lengths_S["tokens"][:5]) - 1
-    assert (batch.labels_1T[0][torch.from_numpy(ends)] == IGNORE).all()
+def test_no_label_crosses_from_one_sample_to_the_next(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+    batch = collate(dataset, encoder, tuple(range(5)))
+    ends = np.cumsum(dataset.lengths_S["tokens"][:5]) - 1
+    assert (batch.labels_1T[0][torch.from_numpy(ends)] == IGNORE_INDEX).all()
     starts = torch.from_numpy(np.r_[0, ends + 1])
     assert (batch.position_ids_1T[0][starts] == 0).all()
     assert int((batch.position_ids_1T[0] == 0).sum()) == 6  # five samples and the padding
 
 
-def test_labels_are_the_next_positions(index: Index, encoder: Encoder) -> None:
-    batch = collate(index, encoder, tuple(range(5)))
-    at = torch.nonzero(batch.labels_1T[0] != IGNORE)[:, 0]
+def test_labels_are_the_next_positions(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+    batch = collate(dataset, encoder, tuple(range(5)))
+    at = torch.nonzero(batch.labels_1T[0] != IGNORE_INDEX)[:, 0]
     assert torch.equal(batch.labels_1T[0][at], batch.input_ids_1T[0][at + 1])
-    assert batch.labels == len(at) > 0
+    assert batch.loss_tokens == len(at) > 0
 
 
-def test_every_picture_has_its_positions(index: Index, encoder: Encoder) -> None:
-    batch = collate(index, encoder, tuple(range(5)))
+def test_every_picture_has_its_positions(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+    batch = collate(dataset, encoder, tuple(range(5)))
     context = encoder.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
     assert int((batch.input_ids_1T == context).sum()) == 16 * len(batch.pixels_N3HW)
     assert batch.tiles == len(batch.pixels_N3HW) == 5
 
 
-def test_a_pack_without_pictures_still_has_a_tile(index: Index, encoder: Encoder) -> None:
-    empty = collate(index, encoder, ())
+def test_a_pack_without_pictures_still_has_a_tile(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+    empty = collate(dataset, encoder, ())
     assert empty.pixels_N3HW.shape == (1, 3, 112, 112)
-    assert (empty.labels, empty.tokens, empty.tiles) == (0, 0, 0)
+    assert (empty.loss_tokens, empty.tokens, empty.tiles) == (0, 0, 0)
 
 
-def test_words_alone_make_a_sample(tmp_path: Path, encoder: Encoder) -> None:
+def test_words_alone_make_a_sample(tmp_path: Path, encoder: SampleEncoder) -> None:
     turns = (Message(role="user", content="What is red and blue?"), Message(role="assistant", content="purple"))
     write_set(tmp_path, [Sample(key="a", image=None, suffix="", messages=turns)])
-    batch = collate(build_index([tmp_path], "shards", encoder), encoder, (0,))
+    batch = collate(build_dataset([tmp_path], "shards", encoder), encoder, (0,))
     assert (batch.tiles, len(batch.pixels_N3HW)) == (0, 1)
-    assert batch.labels > 0
+    assert batch.loss_tokens > 0
 
 
 def build_long(words_before: int, words_after: int) -> Sample:
@@ -123,33 +124,35 @@ def build_long(words_before: int, words_after: int) -> Sample:
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 900), (900, 0), (500, 500), (498, 0)])
-def test_a_long_sample_is_cut_and_its_picture_kept(tmp_path: Path, encoder: Encoder, before: int, after: int) -> None:
+def test_a_long_sample_is_cut_and_its_picture_kept(
+    tmp_path: Path, encoder: SampleEncoder, before: int, after: int
+) -> None:
     write_set(tmp_path, [build_long(before, after), draw_question(0, 1, 1)])
-    index = build_index([tmp_path], "shards", encoder)
+    dataset = build_dataset([tmp_path], "shards", encoder)
     context = encoder.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
-    assert index.truncated == 1
-    batch = collate(index, encoder, (0,))
+    assert dataset.truncated == 1
+    batch = collate(dataset, encoder, (0,))
     assert batch.tokens == encoder.pack_tokens
     assert int((batch.input_ids_1T == context).sum()) == 16
 
 
-def test_a_sample_of_just_the_length_is_not_cut(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_sample_of_just_the_length_is_not_cut(tmp_path: Path, encoder: SampleEncoder) -> None:
     write_set(tmp_path, [draw_question(0, 1, 1)])
-    length = build_index([tmp_path], "shards", encoder).tokens
-    assert build_index([tmp_path], "shards", replace(encoder, pack_tokens=length)).truncated == 0
-    assert build_index([tmp_path], "shards", replace(encoder, pack_tokens=length - 1)).truncated == 1
+    length = build_dataset([tmp_path], "shards", encoder).tokens
+    assert build_dataset([tmp_path], "shards", replace(encoder, pack_tokens=length)).truncated == 0
+    assert build_dataset([tmp_path], "shards", replace(encoder, pack_tokens=length - 1)).truncated == 1
 
 
-def test_a_pack_too_short_for_a_tile_is_refused(encoder: Encoder) -> None:
-    with pytest.raises(ConfigError, match=r"packTokens is 16 .* at least 32"):
+def test_a_pack_too_short_for_a_tile_is_refused(encoder: SampleEncoder) -> None:
+    with pytest.raises(ConfigError, match=r"packTokens is 16.* at least 32"):
         replace(encoder, pack_tokens=16)
 
 
-def test_a_pack_with_too_few_tiles_is_refused(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_pack_with_too_few_tiles_is_refused(tmp_path: Path, encoder: SampleEncoder) -> None:
     write_set(tmp_path, [draw_question(0, 1, 1)])
-    index = build_index([tmp_path], "shards", encoder)
+    dataset = build_dataset([tmp_path], "shards", encoder)
     with pytest.raises(ConfigError, match="packTiles is 0"):
-        build_planner(index, pack_tokens=512, pack_tiles=0, packs_per_step=1)
+        build_planner(dataset, pack_tokens=512, pack_tiles=0, packs_per_step=1)
 
 
 BROKEN = [
@@ -166,92 +169,102 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("change", "words"), BROKEN)
-def test_a_broken_record_is_named(tmp_path: Path, encoder: Encoder, change: dict[str, object], words: str) -> None:
+def test_a_broken_record_is_named(
+    tmp_path: Path, encoder: SampleEncoder, change: dict[str, object], words: str
+) -> None:
     with ShardWriter(tmp_path / "shards", "00007") as writer:
         writer.write(draw_question(0, 0, 1))
         writer.write(replace(draw_question(0, 1, 1), key="bad", **change), (112, 112))  # type: ignore[arg-type]
     assert writer.info is not None
-    write_manifest(tmp_path / "shards", [writer.info])
+    write_shard_manifest(tmp_path / "shards", [writer.info])
 
     def load() -> None:
-        index = build_index([tmp_path], "shards", encoder)
-        planner = build_planner(index, pack_tokens=512, pack_tiles=16, packs_per_step=4)
-        next(load_steps(planner, index, encoder, planner.start(0), rank=0, world_size=1))
+        dataset = build_dataset([tmp_path], "shards", encoder)
+        planner = build_planner(dataset, pack_tokens=512, pack_tiles=16, packs_per_step=4)
+        next(load_steps(planner, dataset, encoder, planner.first_position(0), rank=0, world_size=1))
 
     with pytest.raises(DataError, match=rf"00007.tar, record 1 \(bad\): .*{words}"):
         load()
 
 
-def test_lengths_are_mapped_from_the_cache(prepared: Path, tmp_path: Path, index: Index, encoder: Encoder) -> None:
+def test_lengths_are_mapped_from_the_cache(
+    prepared: Path, tmp_path: Path, dataset: ShardDataset, encoder: SampleEncoder
+) -> None:
     for _ in range(2):
-        cached = build_index([prepared], "shards", encoder, cache=tmp_path / "index")
+        cached = build_dataset([prepared], "shards", encoder, cache=tmp_path / "index")
         assert isinstance(cached.lengths_S, np.memmap)
-        assert np.array_equal(cached.lengths_S, index.lengths_S)
-        assert cached.fingerprint == index.fingerprint
+        assert np.array_equal(cached.lengths_S, dataset.lengths_S)
+        assert cached.fingerprint == dataset.fingerprint
     assert len(list((tmp_path / "index").iterdir())) == 1
 
 
-def test_counted_and_uncounted_shards_give_the_same_index(tmp_path: Path, index: Index, encoder: Encoder) -> None:
-    samples = [index.locate(sample)[0].sample(index.locate(sample)[1]) for sample in range(len(index))]
-    assert index.locate(0)[0].counted_by is not None
-    uncounted = build_index([write_set(tmp_path, samples)], "shards", encoder)
+def test_counted_and_uncounted_shards_give_the_same_index(
+    tmp_path: Path, dataset: ShardDataset, encoder: SampleEncoder
+) -> None:
+    samples = [dataset.locate(sample)[0].sample(dataset.locate(sample)[1]) for sample in range(len(dataset))]
+    assert dataset.locate(0)[0].counted_by is not None
+    uncounted = build_dataset([write_set(tmp_path, samples)], "shards", encoder)
     assert uncounted.locate(0)[0].counted_by is None
-    assert np.array_equal(uncounted.lengths_S, index.lengths_S)
+    assert np.array_equal(uncounted.lengths_S, dataset.lengths_S)
 
 
-def test_the_fingerprint_knows_the_data_and_the_lengths(prepared: Path, index: Index, encoder: Encoder) -> None:
-    shorter = build_index([prepared], "shards", replace(encoder, pack_tokens=256))
-    twice = build_index([prepared, prepared], "shards", encoder)
-    assert len({index.fingerprint, shorter.fingerprint, twice.fingerprint}) == 3
-    assert len(twice) == 2 * len(index)
-    assert twice.locate(len(index))[1] == 0
+def test_the_fingerprint_knows_the_data_and_the_lengths(
+    prepared: Path, dataset: ShardDataset, encoder: SampleEncoder
+) -> None:
+    shorter = build_dataset([prepared], "shards", replace(encoder, pack_tokens=256))
+    twice = build_dataset([prepared, prepared], "shards", encoder)
+    assert len({dataset.fingerprint, shorter.fingerprint, twice.fingerprint}) == 3
+    assert len(twice) == 2 * len(dataset)
+    assert twice.locate(len(dataset))[1] == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_ranks_share_an_epoch(index: Index, encoder: Encoder, planner: Planner, world_size: int) -> None:
+def test_ranks_share_an_epoch(dataset: ShardDataset, encoder: SampleEncoder, planner: Planner, world_size: int) -> None:
     steps, _ = planner.count_steps(seed=0)
     seen = Counter[int]()
     for rank in range(world_size):
-        loaded = load_steps(planner, index, encoder, planner.start(0), rank=rank, world_size=world_size)
+        loaded = load_steps(planner, dataset, encoder, planner.first_position(0), rank=rank, world_size=world_size)
         for step in islice(loaded, steps):
-            assert len(step.batches) == -(-4 // world_size) or step.after.epoch == 1
+            assert len(step.batches) == -(-4 // world_size) or step.next_position.epoch == 1
             seen.update(s for batch in step.batches for s in batch.samples)
-    assert seen == Counter(range(len(index)))
+    assert seen == Counter(range(len(dataset)))
 
 
-def test_loading_goes_on_where_it_stopped(index: Index, encoder: Encoder, planner: Planner) -> None:
+def test_loading_goes_on_where_it_stopped(dataset: ShardDataset, encoder: SampleEncoder, planner: Planner) -> None:
     def load(state: object, number: int) -> list[Batch]:
-        loaded = load_steps(planner, index, encoder, state, rank=0, world_size=1)  # type: ignore[arg-type]
+        loaded = load_steps(planner, dataset, encoder, state, rank=0, world_size=1)  # type: ignore[arg-type]
         return [batch for step in islice(loaded, number) for batch in step.batches]
 
-    first = next(load_steps(planner, index, encoder, planner.start(0), rank=0, world_size=1))
-    whole, rest = load(planner.start(0), 3), load(first.after, 2)
+    first = next(load_steps(planner, dataset, encoder, planner.first_position(0), rank=0, world_size=1))
+    whole, rest = load(planner.first_position(0), 3), load(first.next_position, 2)
     for one, other in zip(whole[len(first.batches) :], rest, strict=True):
         assert one.samples == other.samples
         assert torch.equal(one.input_ids_1T, other.input_ids_1T)
         assert torch.equal(one.pixels_N3HW, other.pixels_N3HW)
 
 
-def test_steps_that_are_left_out_are_planned_and_not_read(index: Index, encoder: Encoder, planner: Planner) -> None:
-    state, skips = planner.start(0), (Skip(first=4, last=5, step=4, failures=2),)
+def test_steps_that_are_left_out_are_planned_and_not_read(
+    dataset: ShardDataset, encoder: SampleEncoder, planner: Planner
+) -> None:
+    state, skips = planner.first_position(0), (Skip(first=4, last=5, step=4, failures=2),)
 
     def load(**options: Any) -> list[LoadedStep]:
-        return list(islice(load_steps(planner, index, encoder, state, rank=0, world_size=1, **options), 4))
+        return list(islice(load_steps(planner, dataset, encoder, state, rank=0, world_size=1, **options), 4))
 
-    plain, skipped = load(), load(done=2, skips=skips)
+    plain, skipped = load(), load(first_step=3, skips=skips)
     assert [step.is_skipped for step in skipped] == [False, True, True, False]
     assert [len(step.batches) for step in skipped[1:3]] == [0, 0]
     for one, other in zip(plain, skipped, strict=True):
-        assert (one.samples, one.tokens, one.after) == (other.samples, other.tokens, other.after)
+        assert (one.samples, one.tokens, one.next_position) == (other.samples, other.tokens, other.next_position)
 
 
-def held_out(index: Index, encoder: Encoder, **changes: object) -> list[Batch]:
-    options: dict[str, object] = {"samples": 30, "pack_tiles": 16, "rank": 0, "world_size": 1, "shuffle": False}
-    return list(held_out_batches(index, encoder, **(options | changes)))  # type: ignore[arg-type]
+def held_out(dataset: ShardDataset, encoder: SampleEncoder, **changes: object) -> list[Batch]:
+    options: dict[str, object] = {"samples": 30, "pack_tiles": 16, "rank": 0, "world_size": 1, "shuffle_images": False}
+    return list(load_validation_batches(dataset, encoder, **(options | changes)))  # type: ignore[arg-type]
 
 
-def test_shuffled_pictures_keep_every_length(index: Index, encoder: Encoder) -> None:
-    plain, shuffled = held_out(index, encoder), held_out(index, encoder, shuffle=True)
+def test_shuffled_pictures_keep_every_length(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+    plain, shuffled = held_out(dataset, encoder), held_out(dataset, encoder, shuffle_images=True)
     for one, other in zip(plain, shuffled, strict=True):
         assert torch.equal(one.input_ids_1T, other.input_ids_1T)
         assert one.pixels_N3HW.shape == other.pixels_N3HW.shape
@@ -262,22 +275,22 @@ def test_shuffled_pictures_keep_every_length(index: Index, encoder: Encoder) -> 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-def test_ranks_share_the_held_out_samples(index: Index, encoder: Encoder, world_size: int) -> None:
-    ranks = [held_out(index, encoder, rank=rank, world_size=world_size) for rank in range(world_size)]
+def test_ranks_share_the_held_out_samples(dataset: ShardDataset, encoder: SampleEncoder, world_size: int) -> None:
+    ranks = [held_out(dataset, encoder, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     seen = sorted(s for batches in ranks for batch in batches for s in batch.samples)
-    assert seen == choose_samples(len(index), 30).tolist()
+    assert seen == sample_subset(len(dataset), 30).tolist()
 
 
 def test_shuffled_pictures_are_cut_to_the_samples_own_tiles(tmp_path: Path) -> None:
-    tall = Encoder(tokenizer=load_tokenizer(TINY), preset=preset("tiny"), max_tiles=4, pack_tokens=512)
+    tall = SampleEncoder(tokenizer=load_tokenizer(TINY), preset=get_preset("tiny"), max_tiles=4, pack_tokens=512)
     samples = [draw_question(0, i, 1) for i in range(4)]
     with ShardWriter(tmp_path / "shards", "00000") as writer:
         for i, sample in enumerate(samples):
             writer.write(sample, (112, 112) if i % 2 else (112, 224))
     assert writer.info is not None
-    write_manifest(tmp_path / "shards", [writer.info])
-    index = build_index([tmp_path], "shards", tall)
-    assert sorted(index.lengths_S["tiles"].tolist()) == [1, 1, 3, 3]
-    for batch in held_out(index, tall, shuffle=True):
+    write_shard_manifest(tmp_path / "shards", [writer.info])
+    dataset = build_dataset([tmp_path], "shards", tall)
+    assert sorted(dataset.lengths_S["tiles"].tolist()) == [1, 1, 3, 3]
+    for batch in held_out(dataset, tall, shuffle_images=True):
         assert len(batch.pixels_N3HW) == batch.tiles

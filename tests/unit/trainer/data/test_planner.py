@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sailvl_trainer.data.packing import Pack, deal, pack_best_fit
-from sailvl_trainer.data.planner import Planner, PlanState, Step, cut_steps
+from sailvl_trainer.data.packing import Pack, assign_to_ranks, pack_best_fit
+from sailvl_trainer.data.planner import DataPosition, PlannedStep, Planner, split_window
 from sailvl_trainer.data.shuffle import permute
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.storage.codec import decode, encode
@@ -36,16 +36,16 @@ def build_planner(samples: int = SAMPLES, *, window: int = 300, fingerprint: str
     )
 
 
-def samples_of(step: Step) -> tuple[int, ...]:
+def samples_of(step: PlannedStep) -> tuple[int, ...]:
     return tuple(s for pack in step.packs for s in pack)
 
 
-def rest_of_epoch(planner: Planner, state: PlanState) -> list[Step]:
+def rest_of_epoch(planner: Planner, state: DataPosition) -> list[PlannedStep]:
     """The steps that are left of a state's epoch."""
     found = []
-    for step in planner.steps(state):
+    for step in planner.plan_steps(state):
         found.append(step)
-        if step.after.epoch > state.epoch:
+        if step.next_position.epoch > state.epoch:
             return found
     raise AssertionError("steps never end")
 
@@ -54,53 +54,53 @@ def rest_of_epoch(planner: Planner, state: PlanState) -> list[Step]:
 @pytest.mark.parametrize("samples", [1, 63, 64, 65, SAMPLES])
 def test_every_sample_once_an_epoch(samples: int, window: int) -> None:
     planner = build_planner(samples, window=window)
-    state = planner.start(seed=1)
+    state = planner.first_position(seed=1)
     for epoch in range(2):
         steps = rest_of_epoch(planner, state)
         assert Counter(s for step in steps for s in samples_of(step)) == Counter(range(samples))
         assert sum(step.tokens for step in steps) == planner.tokens
-        state = steps[-1].after
+        state = steps[-1].next_position
         assert (state.epoch, state.window, state.cursor) == (epoch + 1, 0, 0)
 
 
 def test_a_restart_at_any_step_goes_on_exactly() -> None:
     planner = build_planner()
-    whole = rest_of_epoch(planner, planner.start(seed=1))
+    whole = rest_of_epoch(planner, planner.first_position(seed=1))
     for done in range(1, len(whole)):
-        saved = decode(PlanState, encode(whole[done - 1].after))
+        saved = decode(DataPosition, encode(whole[done - 1].next_position))
         assert rest_of_epoch(planner, saved) == whole[done:]
 
 
 @pytest.mark.parametrize("worlds", [(1, 2), (3, 1), (2, 8), (5, 4)])
 def test_another_number_of_ranks_goes_on_with_each_sample_once(worlds: tuple[int, int]) -> None:
     planner, seen = build_planner(), Counter[int]()
-    whole = len(rest_of_epoch(planner, planner.start(seed=1)))
-    state = planner.start(seed=1)
+    whole = len(rest_of_epoch(planner, planner.first_position(seed=1)))
+    state = planner.first_position(seed=1)
     for world_size, steps in zip(worlds, (whole // 2, whole - whole // 2), strict=True):
-        for step in islice(planner.steps(state), steps):
-            for microstep in deal(step.packs, step.costs, world_size):
+        for step in islice(planner.plan_steps(state), steps):
+            for microstep in assign_to_ranks(step.packs, step.costs, world_size):
                 assert len(microstep) == world_size
                 seen.update(s for pack in microstep for s in pack)
-            state = step.after
+            state = step.next_position
     assert seen == Counter(range(SAMPLES))
     assert state.epoch == 1
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
     planner = build_planner(window=10_000)
-    first = planner.start(seed=1)
+    first = planner.first_position(seed=1)
 
-    def packs(state: PlanState) -> list[Pack]:
+    def packs(state: DataPosition) -> list[Pack]:
         return sorted(tuple(sorted(p)) for step in rest_of_epoch(planner, state) for p in step.packs)
 
-    assert packs(first) == packs(planner.start(seed=1))
+    assert packs(first) == packs(planner.first_position(seed=1))
     assert packs(first) != packs(replace(first, epoch=1))
-    assert packs(first) != packs(planner.start(seed=2))
+    assert packs(first) != packs(planner.first_position(seed=2))
 
 
 def test_other_data_is_refused() -> None:
     with pytest.raises(ConfigError, match="give the stage a new name"):
-        next(build_planner().steps(PlanState(seed=1, fingerprint="other")))
+        next(build_planner().plan_steps(DataPosition(seed=1, fingerprint="other")))
 
 
 def test_the_plan_needs_the_memory_of_a_window() -> None:
@@ -112,7 +112,7 @@ def test_the_plan_needs_the_memory_of_a_window() -> None:
     )
     tracemalloc.start()
     try:
-        steps = list(islice(planner.steps(replace(planner.start(seed=1), window=200_000, cursor=30)), 3))
+        steps = list(islice(planner.plan_steps(replace(planner.first_position(seed=1), window=200_000, cursor=30)), 3))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -131,22 +131,22 @@ COUNTED = [
 @pytest.mark.parametrize(("budget", "epochs"), COUNTED)
 def test_the_steps_of_a_budget(budget: dict[str, float], epochs: float | None) -> None:
     planner = build_planner()
-    steps = list(islice(planner.steps(planner.start(seed=1)), planner.steps_for(1, **budget)))
+    steps = list(islice(planner.plan_steps(planner.first_position(seed=1)), planner.num_steps(1, **budget)))
     done = sum(step.tokens for step in steps) / planner.tokens
     wanted = epochs if epochs is not None else budget["tokens"] / planner.tokens
     assert done == pytest.approx(wanted, abs=0 if wanted % 1 == 0 else 0.02)
-    assert steps[-1].after.epoch == int(wanted)
+    assert steps[-1].next_position.epoch == int(wanted)
 
 
 @pytest.mark.parametrize("budget", [{}, {"epochs": 1.0, "tokens": 5}, {"epochs": 0.0}, {"tokens": -1}])
 def test_no_budget_is_refused(budget: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="give"):
-        build_planner().steps_for(1, **budget)
+    with pytest.raises(ConfigError, match="set"):
+        build_planner().num_steps(1, **budget)
 
 
 def test_the_steps_of_many_windows_are_estimated() -> None:
     planner = build_planner(20_000, window=100)
-    exact = len(rest_of_epoch(planner, planner.start(seed=1)))
+    exact = len(rest_of_epoch(planner, planner.first_position(seed=1)))
     assert planner.windows > 64
     assert planner.count_steps(1)[0] == pytest.approx(exact, rel=0.01)
 
@@ -163,7 +163,7 @@ CUTS = [
 
 @pytest.mark.parametrize(("packs", "size", "steps"), CUTS)
 def test_steps_are_of_like_size(packs: int, size: int, steps: list[int]) -> None:
-    assert cut_steps(packs, size) == steps
+    assert split_window(packs, size) == steps
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))
@@ -176,7 +176,7 @@ def test_a_permutation_has_everything_once(n: int, key: int) -> None:
 def test_every_pack_goes_to_one_rank_and_work_is_even(world_size: int) -> None:
     packs = [(i,) for i in range(60)]
     costs = np.random.default_rng(0).uniform(0.5, 1, 60).tolist()
-    microsteps = deal(packs, costs, world_size)
+    microsteps = assign_to_ranks(packs, costs, world_size)
     assert {len(ranks) for ranks in microsteps} == {world_size}
     assert sorted(pack for ranks in microsteps for pack in ranks if pack) == packs
     if 60 % world_size == 0:

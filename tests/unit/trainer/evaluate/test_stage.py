@@ -20,7 +20,7 @@ from sailvl_trainer.evaluate.benchmark import Scored
 from sailvl_trainer.evaluate.stage import run, summarise
 from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.model.build import build_model
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import build_single_process_context
 from tests.support.builders.evaluation import build_benchmark, build_questions, build_stage, export_untrained
@@ -128,7 +128,7 @@ def test_an_answer_is_the_greedy_one(root: Path) -> None:
     tokenizer = load_tokenizer(stage.model, root / "model/export")
     model = build_model(stage.model, tokenizer, init_from=root / "model/export").eval()
     generator = generate.Generator(
-        model=model, tokenizer=tokenizer, preset=preset("tiny"), device=torch.device("cpu"), max_new_tokens=3
+        model=model, tokenizer=tokenizer, preset=get_preset("tiny"), device=torch.device("cpu"), max_new_tokens=3
     )
     question = read_tsv(root / "benchmarks/colours.tsv")[0]
     ids, pixels = generator._encode(question, 1)

@@ -13,7 +13,7 @@ from sailvl_trainer.data.synthetic import draw_scene
 from sailvl_trainer.demo.tiny_lm import GRID, describe_as_grid, pretrain
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.model.build import build_config, build_model
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 
 TINY = ModelConfig(preset="tiny")
@@ -47,7 +47,7 @@ def test_a_pretrained_vision_tower_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["vision", "language"])
 def test_a_part_of_another_size_names_the_field(field: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
-    config = build_config(preset("tiny"), tokenizer)
+    config = build_config(get_preset("tiny"), tokenizer)
     config.vision_config.hidden_size = config.text_config.hidden_size = 64
     config.text_config.head_dim = 16
     from transformers import AutoModel, AutoModelForCausalLM

@@ -16,10 +16,10 @@ from sailvl_trainer.data.chat import encode_prompt
 from sailvl_trainer.data.samples import Message
 from sailvl_trainer.data.tiling import choose_grid, count_tiles, cut_tiles
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.model.build import build_config, build_model, count_parameters, straighten
+from sailvl_trainer.model.build import build_config, build_model, count_parameters, make_features_contiguous
 from sailvl_trainer.model.export import export_model
 from sailvl_trainer.model.freeze import set_trainable
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 
 TINY = ModelConfig(preset="tiny")
@@ -36,7 +36,7 @@ PUBLISHED = [
 @pytest.mark.parametrize(("name", "millions", "widths"), PUBLISHED)
 def test_parameters_are_as_published(name: str, millions: tuple[float, ...], widths: tuple[int, int]) -> None:
     with torch.device("meta"):
-        model = InternVLForConditionalGeneration(build_config(preset(name), load_tokenizer(TINY)))
+        model = InternVLForConditionalGeneration(build_config(get_preset(name), load_tokenizer(TINY)))
     connector = model.model.multi_modal_projector
     language = torch.nn.ModuleList([model.model.language_model, model.lm_head])
     counted = [count_parameters(part) / 1e6 for part in (model.model.vision_tower, connector, language)]
@@ -45,15 +45,15 @@ def test_parameters_are_as_published(name: str, millions: tuple[float, ...], wid
     shapes = {key: tuple(parameter.shape) for key, parameter in connector.named_parameters() if parameter.ndim > 1}
     assert shapes == {"linear_1.weight": (narrow, wide), "linear_2.weight": (narrow, narrow)}
     assert connector.layer_norm.normalized_shape == (wide,)
-    assert preset(name).tokens_per_tile == 256
+    assert get_preset(name).tokens_per_tile == 256
 
 
 @pytest.mark.parametrize("name", ["sail-vl-2b", "sail-vl2-2b"])
 def test_a_tile_fills_as_many_positions_as_the_preset_says(name: str) -> None:
-    small = replace(preset(name), vision=preset(name).vision | {"num_hidden_layers": 1})
+    small = replace(get_preset(name), vision=get_preset(name).vision | {"num_hidden_layers": 1})
     small = replace(small, text=small.text | {"num_hidden_layers": 1, "vocab_size": 700})
     with torch.device("meta"):
-        model = straighten(InternVLForConditionalGeneration(build_config(small, load_tokenizer(TINY))))
+        model = make_features_contiguous(InternVLForConditionalGeneration(build_config(small, load_tokenizer(TINY))))
         features = model.model.get_image_features(
             torch.zeros(2, 3, 448, 448),
             vision_feature_layer=-1,
@@ -64,7 +64,7 @@ def test_a_tile_fills_as_many_positions_as_the_preset_says(name: str) -> None:
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="sail-vl-2b, sail-vl-8b, sail-vl2-2b, tiny"):
-        preset("huge")
+        get_preset("huge")
 
 
 PARTS = [
@@ -95,7 +95,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 def test_an_export_loads_and_generates(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
     model = build_model(TINY, tokenizer, seed=1)
-    export_model(model, tokenizer, preset("tiny"), tmp_path / "export")
+    export_model(model, tokenizer, get_preset("tiny"), tmp_path / "export")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "export").eval()
     words = AutoTokenizer.from_pretrained(tmp_path / "export")
     text = f"<|im_start|>user\n<img>{'<IMG_CONTEXT>' * 16}</img>\nWhich shape?<|im_end|>\n<|im_start|>assistant\n"
@@ -109,7 +109,7 @@ def test_an_export_loads_and_generates(tmp_path: Path) -> None:
 
 def test_an_exports_chat_template_is_the_one_of_training(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
-    export_model(build_model(TINY, tokenizer), tokenizer, preset("tiny"), tmp_path / "export")
+    export_model(build_model(TINY, tokenizer), tokenizer, get_preset("tiny"), tmp_path / "export")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "export")
     turns = (Message(role="system", content="Be brief."), Message(role="user", content="Which shape is red?"))
     rendered = loaded.apply_chat_template([asdict(turn) for turn in turns], add_generation_prompt=True, tokenize=False)
@@ -120,7 +120,7 @@ def test_an_exports_chat_template_is_the_one_of_training(tmp_path: Path) -> None
 def test_an_exports_processor_prepares_as_training_does(tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="transformers' InternVLProcessor needs torchvision")
     tokenizer = load_tokenizer(TINY)
-    export_model(build_model(TINY, tokenizer), tokenizer, preset("tiny"), tmp_path / "export")
+    export_model(build_model(TINY, tokenizer), tokenizer, get_preset("tiny"), tmp_path / "export")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 230, 3), dtype=np.uint8))
     parts = [{"type": "image", "image": image}, {"type": "text", "text": "Which shape?"}]
     given = AutoProcessor.from_pretrained(tmp_path / "export").apply_chat_template(

@@ -61,7 +61,7 @@ def build_evaluation(root: Path) -> Stage:
 Build = Callable[[Path], Stage]
 MISTAKES = [
     pytest.param(build_curation, "writing a shard", "writer.write", id="curate"),
-    pytest.param(build_training, "step 1", "self._advance", id="train"),
+    pytest.param(build_training, "step 1", "self._record_step", id="train"),
     pytest.param(build_evaluation, "keeping answers", "kept.add", id="evaluate"),
 ]
 

@@ -24,7 +24,7 @@ from sailvl_trainer.storage.lineage import (
     non_finite_path,
     read_lineage,
 )
-from sailvl_trainer.train.prune import prune
+from sailvl_trainer.train.checkpoint import delete_old_checkpoints
 from tests.support.builders.worker import build_stage
 
 SKIP = Skip(first=15, last=18, step=17, failures=2)
@@ -106,8 +106,11 @@ def test_superseded_attempt_names_its_successor(files: StageFiles) -> None:
 LATE_WRITES: list[object] = [
     pytest.param(lambda files: write_checkpoint(files, 1, 50), id="a checkpoint"),
     pytest.param(lambda files: write_non_finite(files, 1, 55, SKIP), id="a non-finite record"),
-    pytest.param(lambda files: prune(files, 1, 1), id="nothing, but it prunes"),
-    pytest.param(lambda files: (write_checkpoint(files, 1, 50), prune(files, 1, 1)), id="a checkpoint, and it prunes"),
+    pytest.param(lambda files: delete_old_checkpoints(files, 1, 1), id="nothing, but it prunes"),
+    pytest.param(
+        lambda files: (write_checkpoint(files, 1, 50), delete_old_checkpoints(files, 1, 1)),
+        id="a checkpoint, and it prunes",
+    ),
 ]
 
 
@@ -122,7 +125,7 @@ def test_superseded_attempt_changes_nothing(write: Callable[[StageFiles], object
     assert list(iter_checkpoints(files, 2)) == [start], "its start still exists"
     assert begin_attempt(files, 3) == Lineage(attempt=3, start=start)
     own = write_checkpoint(files, 3, 20)
-    prune(files, 3, 2)
+    delete_old_checkpoints(files, 3, 2)
     assert list(iter_checkpoints(files, 3)) == [own, start]
     assert not files.checkpoint_dir(1, 50).exists(), "the next attempt that saves deletes it"
 
@@ -156,7 +159,7 @@ def test_attempt_claims_the_stage_before_it_chooses_a_checkpoint(
     def list_before_a_late_save(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
         found = list(iter_checkpoints(files, attempt))
         write_checkpoint(files, 1, 20)
-        prune(files, 1, 1)
+        delete_old_checkpoints(files, 1, 1)
         return iter(found)
 
     monkeypatch.setattr(lineage, "iter_checkpoints", list_before_a_late_save)

@@ -12,18 +12,23 @@ import torch
 import torch.distributed as dist
 
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage
-from sailvl_trainer.data.planner import PlanState
+from sailvl_trainer.data.planner import DataPosition
 from sailvl_trainer.errors import ConfigError, DataError, TrainerError
 from sailvl_trainer.rank.distributed import start_process_group
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.train.checkpoint import Position, load, read_manifest, save
-from sailvl_trainer.train.fragments import KEYS, Fragment
-from sailvl_trainer.train.prune import prune
+from sailvl_trainer.train.checkpoint import (
+    TrainingState,
+    delete_old_checkpoints,
+    load_checkpoint,
+    read_checkpoint_manifest,
+    save_checkpoint,
+)
+from sailvl_trainer.train.engines.base import STATE_KEYS, Fragment
 from tests.support.builders.training import build_stage
 
-POSITION = Position(step=7, tokens=70, samples=17, loss=1.5, data=PlanState(seed=1, fingerprint="f", cursor=3))
+STATE = TrainingState(step=7, tokens=70, samples=17, loss=1.5, data=DataPosition(seed=1, fingerprint="f", cursor=3))
 SHAPES = {"a.weight": (3, 4), "a.bias": (5,)}
 
 
@@ -40,7 +45,7 @@ def build_fragments(cuts: int, fill: float | None = None) -> list[Fragment]:
         numel = torch.Size(shape).numel()
         edges = sorted(random.Random(cuts).sample(range(1, numel), cuts - 1))
         for start, end in zip([0, *edges], [*edges, numel], strict=True):
-            whole = {key: torch.arange(numel, dtype=torch.float32) + 100 * i for i, key in enumerate(KEYS)}
+            whole = {key: torch.arange(numel, dtype=torch.float32) + 100 * i for i, key in enumerate(STATE_KEYS)}
             tensors = {
                 key: t[start:end].clone() if fill is None else torch.full((end - start,), fill)
                 for key, t in whole.items()
@@ -50,18 +55,18 @@ def build_fragments(cuts: int, fill: float | None = None) -> list[Fragment]:
 
 
 def write(folder: Path, fragments: list[Fragment]) -> None:
-    save(folder, fragments, digest="d", position=POSITION)
+    save_checkpoint(folder, fragments, digest="d", state=STATE)
 
 
 @pytest.mark.parametrize("cuts", [1, 2, 4])
 def test_any_partition_reads_it_back(cuts: int, tmp_path: Path) -> None:
     write(tmp_path / "c", build_fragments(1))
-    manifest = read_manifest(tmp_path / "c", "d")
+    manifest = read_checkpoint_manifest(tmp_path / "c", "d")
     fragments = build_fragments(cuts, fill=-1.0)
-    load(tmp_path / "c", manifest, fragments)
-    assert manifest.position == POSITION
+    load_checkpoint(tmp_path / "c", manifest, fragments)
+    assert manifest.state == STATE
     for found, expected in zip(fragments, build_fragments(cuts), strict=True):
-        assert all(torch.equal(found.tensors[key], expected.tensors[key]) for key in KEYS)
+        assert all(torch.equal(found.tensors[key], expected.tensors[key]) for key in STATE_KEYS)
 
 
 def test_a_gap_is_never_written(tmp_path: Path) -> None:
@@ -80,17 +85,17 @@ def test_what_a_killed_predecessor_left_is_cleared(tmp_path: Path) -> None:
 
 def test_frozen_and_learning_parameters_may_not_change(tmp_path: Path) -> None:
     write(tmp_path / "c", build_fragments(1))
-    manifest = read_manifest(tmp_path / "c", "d")
-    with pytest.raises(ConfigError, match=r"don't learn now: \['a\.bias'\]"):
-        load(tmp_path / "c", manifest, build_fragments(1)[:1])
+    manifest = read_checkpoint_manifest(tmp_path / "c", "d")
+    with pytest.raises(ConfigError, match=r"frozen in this stage: \['a\.bias'\]"):
+        load_checkpoint(tmp_path / "c", manifest, build_fragments(1)[:1])
     other = replace(build_fragments(1)[0], shape=(12,))
     with pytest.raises(ConfigError, match=r"no a\.weight of shape \(12,\)"):
-        load(tmp_path / "c", manifest, [other])
+        load_checkpoint(tmp_path / "c", manifest, [other])
 
 
 DAMAGES = [
-    pytest.param(lambda f: (f / MANIFEST_FILE).unlink(), DataError, "remove the folder", id="no manifest"),
-    pytest.param(lambda f: (f / MANIFEST_FILE).write_bytes(b"{"), DataError, "remove the folder", id="torn manifest"),
+    pytest.param(lambda f: (f / MANIFEST_FILE).unlink(), DataError, "delete the folder", id="no manifest"),
+    pytest.param(lambda f: (f / MANIFEST_FILE).write_bytes(b"{"), DataError, "delete the folder", id="torn manifest"),
     pytest.param(lambda f: (f / "rank-00000.safetensors").unlink(), DataError, "rank-00000", id="a file is gone"),
     pytest.param(lambda f: os.truncate(f / "rank-00000.safetensors", 99), DataError, "has 99 bytes", id="cut off"),
 ]
@@ -101,7 +106,7 @@ def test_a_damaged_checkpoint_is_refused(damage: object, error: type[TrainerErro
     write(tmp_path, build_fragments(1))
     damage(tmp_path)  # type: ignore[operator]
     with pytest.raises(error, match=words):
-        load(tmp_path, read_manifest(tmp_path, "d"), build_fragments(1))
+        load_checkpoint(tmp_path, read_checkpoint_manifest(tmp_path, "d"), build_fragments(1))
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -110,14 +115,14 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match="of hash"):
-        load(tmp_path, read_manifest(tmp_path, "d"), build_fragments(1))
+    with pytest.raises(DataError, match="with SHA-256"):
+        load_checkpoint(tmp_path, read_checkpoint_manifest(tmp_path, "d"), build_fragments(1))
 
 
 def test_another_stages_checkpoint_is_refused(tmp_path: Path) -> None:
     write(tmp_path, build_fragments(1))
-    with pytest.raises(DataError, match="not 1 and other"):
-        read_manifest(tmp_path, "other")
+    with pytest.raises(DataError, match="expected 1 and other"):
+        read_checkpoint_manifest(tmp_path, "other")
 
 
 # attempt → (step of its start, of attempt, its whole checkpoints, its torn ones)
@@ -151,6 +156,6 @@ def test_pruning(
             files.checkpoint_dir(number, step).mkdir(parents=True)
         for step in whole:
             (files.checkpoint_dir(number, step) / MANIFEST_FILE).touch()
-    prune(files, attempt, keep)
+    delete_old_checkpoints(files, attempt, keep)
     found = {(a, s) for a in history for s in range(20) if files.checkpoint_dir(a, s).exists()}
     assert found == left

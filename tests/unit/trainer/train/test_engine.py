@@ -10,15 +10,15 @@ import torch.distributed as dist
 
 from sailvl_trainer.contract import ModelConfig, Part, TrainConfig
 from sailvl_trainer.data.collate import Batch, collate
-from sailvl_trainer.data.dataset import Encoder, Index, build_index
+from sailvl_trainer.data.dataset import ShardDataset, build_dataset
+from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.freeze import set_trainable
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.distributed import start_process_group
-from sailvl_trainer.train.engines import build_engine
-from sailvl_trainer.train.forward import PackedModel, arguments
-from sailvl_trainer.train.frozen import require_frozen
+from sailvl_trainer.train.engines.base import build_engine, check_frozen
+from sailvl_trainer.train.forward import PackedModel
 from sailvl_trainer.train.optimizer import build_optimizer
 from tests.support.builders.training import build_set, build_stage
 
@@ -39,16 +39,16 @@ def group() -> None:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder(tokenizer=load_tokenizer(TINY), preset=preset("tiny"), max_tiles=1, pack_tokens=256)
+def encoder() -> SampleEncoder:
+    return SampleEncoder(tokenizer=load_tokenizer(TINY), preset=get_preset("tiny"), max_tiles=1, pack_tokens=256)
 
 
 @pytest.fixture(scope="module")
-def index(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return build_index([build_set(tmp_path_factory.mktemp("set"))], "shards", encoder)
+def dataset(encoder: SampleEncoder, tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    return build_dataset([build_set(tmp_path_factory.mktemp("set"))], "shards", encoder)
 
 
-def build(encoder: Encoder) -> PackedModel:
+def build(encoder: SampleEncoder) -> PackedModel:
     return PackedModel(build_model(TINY, encoder.tokenizer, seed=1))
 
 
@@ -62,51 +62,53 @@ PARTS = [
 
 @pytest.mark.parametrize(("parts", "clip"), PARTS)
 def test_the_engine_steps_as_plain_adamw_does(
-    parts: tuple[Part, ...], clip: float, index: Index, encoder: Encoder, tmp_path: Path
+    parts: tuple[Part, ...], clip: float, dataset: ShardDataset, encoder: SampleEncoder, tmp_path: Path
 ) -> None:
     config = build_stage(tmp_path, clip_norm=clip, train=parts).train
     assert config is not None
     ours, plain = build(encoder), build(encoder)
-    learning = set_trainable(ours.model, parts)
+    trainable_names = set_trainable(ours.model, parts)
     set_trainable(plain.model, parts)
-    steps = [[collate(index, encoder, pack) for pack in packs] for packs in (((0, 1), (2,)), ((3, 4), ()))]
+    steps = [[collate(dataset, encoder, pack) for pack in packs] for packs in (((0, 1), (2,)), ((3, 4), ()))]
     expected = _train_plainly(plain, config, steps)
     engine = build_engine(ours, build_stage(tmp_path).engine, config, device=CPU)
     norms = []
     for batches in steps:
-        labels = sum(batch.labels for batch in batches)
+        loss_tokens = sum(batch.loss_tokens for batch in batches)
         for batch in batches:
-            engine.backward(ours(**arguments(batch, CPU)), labels)
+            engine.backward(ours(**batch.to(CPU).model_inputs), loss_tokens)
         norms.append(engine.step(RATE))
-    require_frozen(engine, learning)
+    check_frozen(engine, trainable_names)
     assert norms == pytest.approx(expected, rel=1e-4)
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
         if not name.endswith(WITHOUT_GRADIENT):
             torch.testing.assert_close(p, q, atol=0.01 * 2 * RATE, rtol=0, msg=name)
 
 
-def test_what_learns_in_secret_is_found(encoder: Encoder, tmp_path: Path) -> None:
+def test_what_learns_in_secret_is_found(encoder: SampleEncoder, tmp_path: Path) -> None:
     config = build_stage(tmp_path).train
     assert config is not None
     model = build(encoder)
-    learning = set_trainable(model.model, ("connector",))
+    trainable_names = set_trainable(model.model, ("connector",))
     engine = build_engine(model, build_stage(tmp_path).engine, config, device=CPU)
-    with pytest.raises(AssertionError, match="with optimizer state but frozen"):
-        require_frozen(engine, learning[1:])
+    with pytest.raises(AssertionError, match="frozen parameters have optimizer state"):
+        check_frozen(engine, trainable_names[1:])
     frozen = model.model.lm_head.weight
     frozen.grad = torch.zeros_like(frozen)
-    with pytest.raises(AssertionError, match="with a gradient"):
-        require_frozen(engine, learning)
+    with pytest.raises(AssertionError, match="have a gradient"):
+        check_frozen(engine, trainable_names)
 
 
 def _train_plainly(model: PackedModel, config: TrainConfig, steps: list[list[Batch]]) -> list[float]:
     """The gradient norms; one loss over the whole step, no engine."""
     optimizer, norms = build_optimizer(model, config), []
     for batches in steps:
-        loss = sum(model(**arguments(batch, CPU)) for batch in batches) / sum(batch.labels for batch in batches)
+        loss = sum(model(**batch.to(CPU).model_inputs) for batch in batches) / sum(
+            batch.loss_tokens for batch in batches
+        )
         loss.backward()
-        learning = [p for p in model.parameters() if p.requires_grad]
-        norms.append(float(torch.nn.utils.clip_grad_norm_(learning, config.clip_norm)))
+        trainable_names = [p for p in model.parameters() if p.requires_grad]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trainable_names, config.clip_norm)))
         optimizer.step()
         optimizer.zero_grad()
     return norms

@@ -12,7 +12,7 @@ import pytest
 from sailvl_trainer.contract import Result, Stage
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import find_newest_attempt
-from sailvl_trainer.train.sample_log import read_ledger
+from sailvl_trainer.train.sample_log import read_trained_samples
 from tests.support.builders.training import SAMPLES, build_set, build_stage
 from tests.support.rank_faults import Fault, Ranks, ask_to_stop, at, die, do_nothing, next_attempt, pause
 
@@ -53,7 +53,7 @@ def require_same(stage: Stage, whole: Stage, attempt: int) -> None:
     """To the bit, and every sample of the two epochs used twice."""
     assert weights(stage) == weights(whole)
     assert outcome(stage) == outcome(whole)
-    used = Counter(s for samples in read_ledger(StageFiles(stage), attempt).values() for s in samples)
+    used = Counter(s for samples in read_trained_samples(StageFiles(stage), attempt).values() for s in samples)
     assert used == dict.fromkeys(range(SAMPLES), 2)
 
 

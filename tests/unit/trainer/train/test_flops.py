@@ -11,10 +11,10 @@ from sailvl_trainer.contract import ModelConfig, Part
 from sailvl_trainer.data.collate import Batch
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.freeze import set_trainable
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
-from sailvl_trainer.train.flops import PEAKS, build_arithmetic, find_peak
-from sailvl_trainer.train.forward import PackedModel, arguments
+from sailvl_trainer.train.flops import PEAK_FLOPS, build_flops_counter, get_peak_flops
+from sailvl_trainer.train.forward import PackedModel
 
 LENGTH = 256
 
@@ -30,9 +30,9 @@ def build_batch(image_token: int) -> Batch:
         pixels_N3HW=torch.zeros(2, 3, 112, 112),
         samples=(0,),
         tokens=LENGTH,
-        labels=LENGTH,
+        loss_tokens=LENGTH,
         tiles=2,
-        pairs=LENGTH**2,
+        attention_pairs=LENGTH**2,
     )
 
 
@@ -51,15 +51,15 @@ def test_it_is_what_torch_counts(learning: tuple[Part, ...]) -> None:
     set_trainable(model, learning)
     batch = build_batch(model.config.image_token_id)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        PackedModel(model)(**arguments(batch, torch.device("cpu"))).backward()
-    counted = build_arithmetic(model, preset("tiny"), learning).count([batch])
+        PackedModel(model)(**batch.model_inputs).backward()
+    counted = build_flops_counter(model, get_preset("tiny"), learning).count([batch])
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_a_known_device_has_its_data_sheets_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
-    assert find_peak(torch.device("cuda"), is_bf16=True) == PEAKS["H100 PCIe"]
+    assert get_peak_flops(torch.device("cuda"), is_bf16=True) == PEAK_FLOPS["H100 PCIe"]
 
 
 def test_an_unknown_device_is_measured() -> None:
-    assert find_peak(torch.device("cpu"), is_bf16=False) > 1e9
+    assert get_peak_flops(torch.device("cpu"), is_bf16=False) > 1e9

@@ -8,55 +8,62 @@ import torch
 from torch.nn import functional
 
 from sailvl_trainer.contract import ModelConfig
-from sailvl_trainer.data.chat import IGNORE
+from sailvl_trainer.data.chat import IGNORE_INDEX
 from sailvl_trainer.data.collate import Batch, collate
-from sailvl_trainer.data.dataset import Encoder, Index, build_index
+from sailvl_trainer.data.dataset import ShardDataset, build_dataset
+from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.freeze import set_trainable
-from sailvl_trainer.model.presets import preset
+from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
-from sailvl_trainer.train.forward import PackedModel, arguments
+from sailvl_trainer.train.forward import PackedModel
 from tests.support.builders.training import build_set
 
 TINY, CPU = ModelConfig(preset="tiny"), torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder(tokenizer=load_tokenizer(TINY), preset=preset("tiny"), max_tiles=1, pack_tokens=256)
+def encoder() -> SampleEncoder:
+    return SampleEncoder(tokenizer=load_tokenizer(TINY), preset=get_preset("tiny"), max_tiles=1, pack_tokens=256)
 
 
 @pytest.fixture(scope="module")
-def index(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return build_index([build_set(tmp_path_factory.mktemp("set"))], "shards", encoder)
+def dataset(encoder: SampleEncoder, tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    return build_dataset([build_set(tmp_path_factory.mktemp("set"))], "shards", encoder)
 
 
 @pytest.fixture
-def model(encoder: Encoder) -> PackedModel:
+def model(encoder: SampleEncoder) -> PackedModel:
     return PackedModel(build_model(TINY, encoder.tokenizer, seed=1))
 
 
-def test_packed_logits_are_those_of_the_samples_alone(model: PackedModel, index: Index, encoder: Encoder) -> None:
+def test_packed_logits_are_those_of_the_samples_alone(
+    model: PackedModel, dataset: ShardDataset, encoder: SampleEncoder
+) -> None:
     pack = (7, 2, 5, 11)
-    lengths, _ = index.lengths(np.array(pack))
-    packed, at = _logits(model, collate(index, encoder, pack)), 0
+    lengths, _ = dataset.lengths(np.array(pack))
+    packed, at = _logits(model, collate(dataset, encoder, pack)), 0
     for sample, length in zip(pack, lengths.tolist(), strict=True):
-        alone = _logits(model, collate(index, encoder, (sample,)))[:length]
+        alone = _logits(model, collate(dataset, encoder, (sample,)))[:length]
         torch.testing.assert_close(packed[at : at + length], alone, atol=1e-5, rtol=0)
         at += length
 
 
-def test_the_loss_is_that_of_all_logits_masked(model: PackedModel, index: Index, encoder: Encoder) -> None:
-    batch = collate(index, encoder, (0, 1, 2))
-    expected = functional.cross_entropy(_logits(model, batch), batch.labels_1T[0], ignore_index=IGNORE, reduction="sum")
-    torch.testing.assert_close(model(**arguments(batch, CPU)), expected)
-    assert batch.labels == int((batch.labels_1T != IGNORE).sum()) > 0
+def test_the_loss_is_that_of_all_logits_masked(
+    model: PackedModel, dataset: ShardDataset, encoder: SampleEncoder
+) -> None:
+    batch = collate(dataset, encoder, (0, 1, 2))
+    expected = functional.cross_entropy(
+        _logits(model, batch), batch.labels_1T[0], ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    torch.testing.assert_close(model(**batch.to(CPU).model_inputs), expected)
+    assert batch.loss_tokens == int((batch.labels_1T != IGNORE_INDEX).sum()) > 0
 
 
 def test_an_empty_pack_has_no_loss_but_reaches_all_that_learns(
-    model: PackedModel, index: Index, encoder: Encoder
+    model: PackedModel, dataset: ShardDataset, encoder: SampleEncoder
 ) -> None:
-    loss = model(**arguments(collate(index, encoder, ()), CPU))
+    loss = model(**collate(dataset, encoder, ()).model_inputs)
     loss.backward()
     assert loss == 0
     without = {name for name, p in model.named_parameters() if p.grad is None}
@@ -65,10 +72,12 @@ def test_an_empty_pack_has_no_loss_but_reaches_all_that_learns(
 
 
 @pytest.mark.parametrize("pack", [pytest.param((0, 1), id="pictures"), pytest.param((), id="none")])
-def test_the_vision_tower_runs_once(pack: tuple[int, ...], model: PackedModel, index: Index, encoder: Encoder) -> None:
+def test_the_vision_tower_runs_once(
+    pack: tuple[int, ...], model: PackedModel, dataset: ShardDataset, encoder: SampleEncoder
+) -> None:
     calls: list[int] = []
     model.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    model(**arguments(collate(index, encoder, pack), CPU))
+    model(**collate(dataset, encoder, pack).model_inputs)
     assert calls == [1]
 
 
@@ -82,7 +91,7 @@ def test_frozen_parts_stay_in_evaluation_mode(model: PackedModel) -> None:
 
 
 def _logits(model: PackedModel, batch: Batch) -> torch.Tensor:
-    given = arguments(batch, CPU)
+    given = batch.model_inputs
     del given["labels_1T"]
     with torch.no_grad():
         return model.model.lm_head(model.encode(**given))  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ import pytest
 from sailvl_trainer.contract import NonFinite, Skip, Stage
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import read_lineage, read_non_finite
-from sailvl_trainer.train.sample_log import read_ledger, read_skipped
+from sailvl_trainer.train.sample_log import read_skipped_samples, read_trained_samples
 from tests.support.builders.training import build_set, build_stage
 from tests.support.rank_faults import Ranks, at, both, die, explode, next_attempt, spoil
 
@@ -31,7 +31,7 @@ def whole(root: Path) -> dict[int, list[int]]:
     stage = build_stage(root, run="whole")
     ranks = Ranks(stage)
     assert ranks.end() == [0, 0], ranks.log()
-    return read_ledger(StageFiles(stage), 1)
+    return read_trained_samples(StageFiles(stage), 1)
 
 
 def weights(stage: Stage) -> bytes:
@@ -41,7 +41,7 @@ def weights(stage: Stage) -> bytes:
 def require_all_told(stage: Stage, attempt: int, whole: dict[int, list[int]]) -> None:
     """Every step has the samples that it always had, and they are trained or left out: none is missing."""
     files = StageFiles(stage)
-    trained, skipped = read_ledger(files, attempt), read_skipped(files, attempt)
+    trained, skipped = read_trained_samples(files, attempt), read_skipped_samples(files, attempt)
     assert trained | skipped == whole
     result = files.read_result()
     assert result.steps == len(whole)
@@ -57,8 +57,8 @@ def test_a_bad_batch_is_left_out_and_the_rest_is_as_it_was(root: Path, whole: di
     first = Ranks(stage, faults=[partial(spoil, bad)])
     assert first.end() == [NON_FINITE, NON_FINITE], first.log()
     assert first.said().message == (
-        "the loss is nan at step 4 of 8; the next attempt leaves out the data of steps 4 to 4; if it comes again, look "
-        "at that data, or lower learningRate"
+        "the loss is nan at step 4 of 8; the next attempt will skip the data of step 4; if it happens again, check "
+        "that data, or lower learningRate"
     )
     skips = (Skip(first=4, last=4, step=4, failures=1), Skip(first=again, last=again, step=again, failures=1))
     assert read_non_finite(files, 1) == NonFinite(
@@ -72,7 +72,7 @@ def test_a_bad_batch_is_left_out_and_the_rest_is_as_it_was(root: Path, whole: di
         assert (lineage.start and lineage.start.step, lineage.skips) == (step, left_out)
     assert codes == [0, 0]
     require_all_told(stage, 3, whole)
-    assert set(read_skipped(files, 3)) == {4, again}
+    assert set(read_skipped_samples(files, 3)) == {4, again}
 
 
 def test_a_kill_after_the_skip_changes_no_bit(root: Path, whole: dict[int, list[int]]) -> None:
@@ -88,7 +88,7 @@ def test_a_kill_after_the_skip_changes_no_bit(root: Path, whole: dict[int, list[
             assert StageFiles(stage).find_newest_checkpoint(2) is not None
             last = next_attempt(last)
         assert Ranks(last, 1, faults=[fault]).end() == [0]
-        assert set(read_skipped(StageFiles(stage), last.attempt)) == {2}
+        assert set(read_skipped_samples(StageFiles(stage), last.attempt)) == {2}
         ends[name] = weights(stage)
     assert ends["plain"] == ends["killed"]
 
@@ -112,7 +112,7 @@ def test_weights_that_went_bad_earlier_are_left_behind(root: Path, whole: dict[i
     assert lineage is not None
     assert (lineage.start and lineage.start.step, lineage.skips) == (3, (Skip(first=4, last=6, step=5, failures=2),))
     require_all_told(stage, 3, whole)
-    assert set(read_skipped(files, 3)) == {4, 5, 6}
+    assert set(read_skipped_samples(files, 3)) == {4, 5, 6}
 
 
 def test_a_model_that_is_broken_from_the_start_says_so(root: Path) -> None:

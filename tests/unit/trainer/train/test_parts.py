@@ -13,11 +13,17 @@ from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import claim_stage
-from sailvl_trainer.train.engines import build_engine
+from sailvl_trainer.train.engines.base import build_engine
 from sailvl_trainer.train.optimizer import build_optimizer
-from sailvl_trainer.train.sample_log import Ledger, count_lost, ledger_path, read_ledger, read_skipped
+from sailvl_trainer.train.sample_log import (
+    SampleLog,
+    count_lost_steps,
+    read_skipped_samples,
+    read_trained_samples,
+    sample_log_path,
+)
 from sailvl_trainer.train.schedule import build_schedule
-from sailvl_trainer.train.throughput import Meter
+from sailvl_trainer.train.throughput import StepTimer
 from tests.support.builders.training import build_stage
 
 RATES = [
@@ -46,8 +52,8 @@ def test_vectors_do_not_decay_and_what_is_frozen_is_not_there(tmp_path: Path) ->
 
 
 UNBUILT = [
-    pytest.param(EngineConfig(name="fsdp2"), "engine.name is fsdp2.*write deepspeed", id="fsdp2"),
-    pytest.param(EngineConfig(zero_stage=3), "engine.zeroStage is 3; write 1", id="ZeRO-3"),
+    pytest.param(EngineConfig(name="fsdp2"), "engine.name is fsdp2.*set deepspeed", id="fsdp2"),
+    pytest.param(EngineConfig(zero_stage=3), "engine.zeroStage is 3; set 1", id="ZeRO-3"),
 ]
 
 
@@ -60,15 +66,15 @@ def test_an_engine_that_is_not_built_yet_says_what_to_write(engine: EngineConfig
 
 
 def test_the_meter_tells_where_a_step_went() -> None:
-    meter = Meter(world_size=2, pack_tokens=100, peak=10.0, _before=10.0)
-    with meter.part("forward"):
+    timer = StepTimer(world_size=2, pack_tokens=100, peak_flops=10.0, _previous_end=10.0)
+    with timer.phase("forward"):
         pass
-    first = meter.end_step(tokens=300, microsteps=2, operations=8.0, now=12.0)
-    second = meter.end_step(tokens=400, microsteps=2, operations=8.0, now=13.0)
+    first = timer.end_step(tokens=300, microbatches=2, flops=8.0, now=12.0)
+    second = timer.end_step(tokens=400, microbatches=2, flops=8.0, now=13.0)
     assert first.keys() == {"forward_seconds", "tokens_per_second", "pack_fill", "mfu"}
     assert (first["tokens_per_second"], first["pack_fill"]) == (150.0, 0.75)
     assert second == {"tokens_per_second": 400.0, "pack_fill": 1.0, "mfu": 0.4}
-    assert meter.seconds_a_step == pytest.approx(1.9)
+    assert timer.mean_step_seconds == pytest.approx(1.9)
 
 
 def test_the_ledger_follows_the_lineage(tmp_path: Path) -> None:
@@ -76,20 +82,22 @@ def test_the_ledger_follows_the_lineage(tmp_path: Path) -> None:
     starts = {1: None, 2: Checkpoint(step=2, path="checkpoints/attempt-0001/step-00000002")}
     for attempt, start in starts.items():
         write_atomic(files.attempts / f"{attempt}.json", encode(Lineage(attempt=attempt, start=start)))
-    first = Ledger(files, 1)
+    first = SampleLog(files, 1)
     for step in (1, 2, 3):
         first.write(step, (step, 10 + step))
-    with ledger_path(files, 1).open("a") as torn:
+    with sample_log_path(files, 1).open("a") as torn:
         torn.write('{"step": 4, "sam')
-    Ledger(files, 1).write(3, (30,))
-    assert read_ledger(files, last_attempt=1) == {1: [1, 11], 2: [2, 12], 3: [30]}
-    assert count_lost(files, 2, start=2) == 2, "step 3, twice"
-    second = Ledger(files, 2)
+    SampleLog(files, 1).write(3, (30,))
+    assert read_trained_samples(files, last_attempt=1) == {1: [1, 11], 2: [2, 12], 3: [30]}
+    assert count_lost_steps(files, 2, start=2) == 2, "step 3, twice"
+    second = SampleLog(files, 2)
     second.write(3, (99,), is_skipped=True)
     second.write(4, (98,))
-    assert read_ledger(files, last_attempt=2) == {1: [1, 11], 2: [2, 12], 4: [98]}
-    assert read_skipped(files, last_attempt=2) == {3: [99]}
-    assert count_lost(files, 3, start=4) == 2
-    assert count_lost(files, 3, start=0) == 6
+    assert read_trained_samples(files, last_attempt=2) == {1: [1, 11], 2: [2, 12], 4: [98]}
+    assert read_skipped_samples(files, last_attempt=2) == {3: [99]}
+    assert count_lost_steps(files, 3, start=4) == 2
+    assert count_lost_steps(files, 3, start=0) == 6
     claim_stage(files, 3)
-    assert read_ledger(files, last_attempt=3).keys() == {1, 2, 4}, "an attempt that never began takes nothing back"
+    assert read_trained_samples(files, last_attempt=3).keys() == {1, 2, 4}, (
+        "an attempt that never began takes nothing back"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sailvl_trainer.contract import Skip
-from sailvl_trainer.train.skip_policy import count_steps, widen
+from sailvl_trainer.train.skip_policy import skip_length, widen_skip_window
 
 ONE = Skip(first=500, last=500, step=500, failures=1)
 TWO = Skip(first=450, last=549, step=500, failures=2)
@@ -53,7 +53,7 @@ CASES = [
 
 @pytest.mark.parametrize(("skips", "step", "steps", "expected"), CASES)
 def test_what_is_left_out(skips: tuple[Skip, ...], step: int, steps: int, expected: tuple[Skip, ...]) -> None:
-    assert widen(skips, step, steps) == expected
+    assert widen_skip_window(skips, step, steps) == expected
 
 
 LENGTHS = [
@@ -65,4 +65,4 @@ LENGTHS = [
 
 @pytest.mark.parametrize(("steps", "lengths"), LENGTHS)
 def test_ranges_double(steps: int, lengths: list[int]) -> None:
-    assert [count_steps(failures, steps) for failures in (1, 2, 3, 4)] == lengths
+    assert [skip_length(failures, steps) for failures in (1, 2, 3, 4)] == lengths

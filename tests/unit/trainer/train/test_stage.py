@@ -16,7 +16,7 @@ from sailvl_trainer.rank.context import build_single_process_context
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.train import trainer
 from sailvl_trainer.train.engines.deepspeed import DeepSpeedEngine
-from sailvl_trainer.train.sample_log import read_ledger
+from sailvl_trainer.train.sample_log import read_trained_samples
 from sailvl_trainer.train.stage import run
 from tests.support.builders.training import SAMPLES, build_set, build_stage
 
@@ -45,15 +45,15 @@ def weights(root: Path, name: str) -> bytes:
 def interrupt(stage: Stage, step: int, monkeypatch: pytest.MonkeyPatch) -> Preempted:
     """A stop that is asked for while a step runs."""
     context = build_single_process_context(stage, scratch=Path(stage.output) / f"scratch-{stage.attempt}")
-    advance = trainer.Loop._advance
+    advance = trainer.Trainer._record_step
 
-    def advance_and_ask(self: trainer.Loop, *args: Any) -> None:
+    def advance_and_ask(self: trainer.Trainer, *args: Any) -> None:
         advance(self, *args)
-        if self.position.step == step:
+        if self.state.step == step:
             (Path(stage.output) / f"scratch-{stage.attempt}" / "stop").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Loop, "_advance", advance_and_ask)
+        patch.setattr(trainer.Trainer, "_advance", advance_and_ask)
         with pytest.raises(Preempted) as stopped:
             run(context)
     return stopped.value
@@ -65,9 +65,9 @@ def test_a_stage_lowers_the_held_out_loss_and_says_so(root: Path, whole: Result)
     assert whole.metrics["skippedSamples"] == 0
     assert whole.metrics["heldOutLoss"] < whole.metrics["heldOutLossBefore"] - 0.5
     assert whole.samples == 2 * SAMPLES
-    ledger = read_ledger(StageFiles(build_stage(root, run="whole")), last_attempt=1)
-    assert Counter(s for samples in ledger.values() for s in samples) == dict.fromkeys(range(SAMPLES), 2)
-    assert sorted(ledger) == list(range(1, whole.steps + 1))
+    trained = read_trained_samples(StageFiles(build_stage(root, run="whole")), last_attempt=1)
+    assert Counter(s for samples in trained.values() for s in samples) == dict.fromkeys(range(SAMPLES), 2)
+    assert sorted(trained) == list(range(1, whole.steps + 1))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_stop_saves_and_going_on_changes_no_bit(
     resumed = carry_out(replace(stage, attempt=2))
     assert resumed.metrics == whole.metrics
     assert weights(root, stage.run) == weights(root, "whole")
-    used = Counter(s for samples in read_ledger(StageFiles(stage), last_attempt=2).values() for s in samples)
+    used = Counter(s for samples in read_trained_samples(StageFiles(stage), last_attempt=2).values() for s in samples)
     assert used == dict.fromkeys(range(SAMPLES), 2)
 
 

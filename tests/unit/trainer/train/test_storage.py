@@ -13,7 +13,7 @@ import pytest
 
 from sailvl_trainer.contract import ExitCode, Stage
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.train.sample_log import read_ledger
+from sailvl_trainer.train.sample_log import read_trained_samples
 from tests.support.builders.training import SAMPLES, build_set, build_stage
 from tests.support.rank_faults import (
     BALLAST,
@@ -67,7 +67,7 @@ def disk(tmp_path: Path) -> Iterator[Volume]:
 def require_whole(stage: Stage, attempt: int) -> None:
     """Nothing that is there by its name is half a thing, and every sample was used twice."""
     files = StageFiles(stage)
-    used = Counter(s for samples in read_ledger(files, attempt).values() for s in samples)
+    used = Counter(s for samples in read_trained_samples(files, attempt).values() for s in samples)
     assert used == dict.fromkeys(range(SAMPLES), 2)
     assert not [path for path in files.output.rglob("*") if ".tmp" in path.name or path.name.startswith(".")]
 

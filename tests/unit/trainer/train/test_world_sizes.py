@@ -13,7 +13,7 @@ import pytest
 
 from sailvl_trainer.contract import Stage
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.train.sample_log import read_ledger
+from sailvl_trainer.train.sample_log import read_trained_samples
 from tests.support.builders.training import SAMPLES, build_set, build_stage, start_ranks
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_kill_costs_time_and_nothing_else(root: Path, whole: list[float], monk
     kill(root, stage, 2, 5, monkeypatch)
     assert train(root, replace(stage, attempt=2), 2) == whole[3:], "equal to the bit from the checkpoint of step 3 on"
     assert weights(root, "killed") == weights(root, "whole")
-    used = Counter(s for samples in read_ledger(StageFiles(stage), last_attempt=2).values() for s in samples)
+    used = Counter(s for samples in read_trained_samples(StageFiles(stage), last_attempt=2).values() for s in samples)
     assert used == dict.fromkeys(range(SAMPLES), 2), "two epochs: every sample twice"
 
 

@@ -18,7 +18,7 @@ from sailvl_trainer.contract import Env, Stage, Termination
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.train.sample_log import read_ledger
+from sailvl_trainer.train.sample_log import read_trained_samples
 from tests.support.builders import training
 from tests.support.builders.worker import free_port
 
@@ -119,7 +119,7 @@ def test_a_killed_attempt_is_gone_on_with_bit_for_bit(root: Path) -> None:
     assert second[0].result.metrics == said[0].result.metrics
 
     assert weights(killed) == weights(whole)
-    ledger = read_ledger(StageFiles(killed), last_attempt=2)
+    ledger = read_trained_samples(StageFiles(killed), last_attempt=2)
     assert sorted(ledger) == list(range(1, steps + 1))
     used = Counter(sample for samples in ledger.values() for sample in samples)
     assert used == Counter(dict.fromkeys(range(120), 2)), "two epochs: every sample twice"

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1: whole weights on every rank, optimizer states and float32 weights in equal parts."""
+"""DeepSpeed ZeRO-1: whole weights on every rank; optimizer states and float32 weights sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import torch.distributed as dist
 from torch import nn
 
 from sailvl_trainer.contract import EngineConfig, TrainConfig
-from sailvl_trainer.train.fragments import Fragment
+from sailvl_trainer.train.engines.base import Fragment
 from sailvl_trainer.train.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
 
 
 class DeepSpeedEngine:
-    """The protocol of `Engine`. DeepSpeed averages gradients over the ranks; losses are scaled to undo that."""
+    """Implements `Engine`. DeepSpeed averages gradients over the ranks; losses are scaled by the world size to undo
+    it."""
 
     def __init__(self, module: nn.Module, engine: EngineConfig, config: TrainConfig, *, device: torch.device) -> None:
         import deepspeed
 
-        # All its kernels count as not to be had: none is used, and on the CPU it would compile one of inference's
+        # Mark all DeepSpeed kernels as unavailable: none is used, and on the CPU it would compile an inference kernel.
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.module = module
@@ -34,49 +35,49 @@ class DeepSpeedEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=build_optimizer(module, config),
-                config=_settings(engine, config, device),
+                config=_build_config(engine, config, device),
                 dist_init_required=False,
             )
-        self._set_clock(0)
+        self._set_optimizer_step(0)
 
-    def backward(self, loss_sum: torch.Tensor, labels: int) -> None:
-        """Add a microbatch's gradient."""
-        self._engine.backward(loss_sum * (self._world_size / max(1, labels)))
+    def backward(self, loss_sum: torch.Tensor, loss_tokens: int) -> None:
+        """Accumulate a microbatch's gradient; `loss_tokens` counts the whole step's targets over all ranks."""
+        self._engine.backward(loss_sum * (self._world_size / max(1, loss_tokens)))
 
     def step(self, learning_rate: float) -> float:
-        """Reduce, clip, update; the gradient's norm before clipping."""
+        """Reduce and clip the gradients, update the weights; return the gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def fragments(self) -> Iterator[Fragment]:
-        """Views into the flat buffers of ZeRO's groups."""
+        """Yield views into the flat buffers of ZeRO's parameter groups."""
         zero = self._engine.optimizer
         for name, parameter in self.module.named_parameters():
-            owned = getattr(parameter, "_hp_mapping", None)
-            if not parameter.requires_grad or owned is None:
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if not parameter.requires_grad or mapping is None:
                 continue
-            state = zero.optimizer.state[zero.single_partition_of_fp32_groups[owned.param_group_index]]
-            at = owned.hp_fragment_address
+            state = zero.optimizer.state[zero.single_partition_of_fp32_groups[mapping.param_group_index]]
+            address = mapping.hp_fragment_address
             yield Fragment(
                 name=name,
                 shape=tuple(parameter.shape),
-                start=owned.lp_fragment_address.start,
+                start=mapping.lp_fragment_address.start,
                 tensors={
-                    "weight": owned.hp_fragment.detach(),
-                    "exp_avg": state["exp_avg"].narrow(0, at.start, at.numel),
-                    "exp_avg_sq": state["exp_avg_sq"].narrow(0, at.start, at.numel),
+                    "weight": mapping.hp_fragment.detach(),
+                    "exp_avg": state["exp_avg"].narrow(0, address.start, address.numel),
+                    "exp_avg_sq": state["exp_avg_sq"].narrow(0, address.start, address.numel),
                 },
             )
 
-    def after_load(self, step: int) -> None:
-        """The weights of the forward are gathered from the float32 parts."""
-        self._set_clock(step)
+    def sync_after_load(self, step: int) -> None:
+        """Set the optimizer's step count, and gather the forward weights from the float32 shards."""
+        self._set_optimizer_step(step)
         self._engine.optimizer.update_lp_params()
 
-    def _set_clock(self, step: int) -> None:
-        """AdamW makes its state at its first step only; a checkpoint is read before it."""
+    def _set_optimizer_step(self, step: int) -> None:
+        """Set the step count and create AdamW's moments, which it would create only at its first step."""
         zero = self._engine.optimizer
         for flat in zero.single_partition_of_fp32_groups:
             state = zero.optimizer.state[flat]
@@ -85,10 +86,10 @@ class DeepSpeedEngine:
             state["step"] = torch.tensor(float(step))
 
 
-def _settings(engine: EngineConfig, config: TrainConfig, device: torch.device) -> dict[str, object]:
+def _build_config(engine: EngineConfig, config: TrainConfig, device: torch.device) -> dict[str, object]:
     is_bf16 = config.precision == "bf16" and device.type != "cpu"
     if config.precision == "bf16" and not is_bf16:
-        logger.warning("precision bf16 is for accelerators; this CPU trains in float32")
+        logger.warning("precision bf16 needs an accelerator; training in float32 on this CPU")
     return {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
