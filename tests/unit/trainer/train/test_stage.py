@@ -53,7 +53,7 @@ def interrupt(stage: Stage, step: int, monkeypatch: pytest.MonkeyPatch) -> Preem
             (Path(stage.output) / f"scratch-{stage.attempt}" / "stop").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_advance", advance_and_ask)
+        patch.setattr(trainer.Trainer, "_record_step", advance_and_ask)
         with pytest.raises(Preempted) as stopped:
             run(context)
     return stopped.value
