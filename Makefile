@@ -1,4 +1,4 @@
-# The one task runner, for people and for CI. `make help` lists the targets.
+# The task runner for people and CI. `make help` lists the targets.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -10,22 +10,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV := $(CACHE)/uv-$(shell sha256sum hack/uv.txt | cut -c1-8)/bin/uv
-# One thread a process: the tests start several on few cores.
+# One thread per process: the tests start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= cpu
 export HF_HUB_OFFLINE ?= 1
-# Compiled modules are kept, whatever the shell says: half of the fast tests' time would be compiling.
+# Keep compiled modules even if the shell disables them: compiling would take half of the fast tests' time.
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 .PHONY: help setup check test demo data cluster cluster-down images e2e faults chaos bench bench-operator bench-plot report generate lock format clean
 
-help:  ## this list
+help:  ## print this list
 	@grep -hE '^[a-z0-9][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(STAMP)  ## the virtual environment, from the locked requirements
+setup: $(STAMP)  ## create the virtual environment from the locked requirements
 
-# uv links packages from its cache; compiled once, every process of the tests starts in half the time.
+# uv links packages from its cache. Compiling them once halves the start-up time of every test process.
 $(STAMP): requirements.txt pyproject.toml $(UV)
 	@hack/require.sh git
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)
@@ -38,7 +38,7 @@ $(UV):
 	$(PYTHON) -m venv $(@D)/..
 	$(@D)/python -m pip install -q --require-hashes -r hack/uv.txt
 
-check: setup  ## format, lint, types, layers, generated files, unit and contract tests: the fast part
+check: setup  ## fast checks: format, lint, types, layers, generated files, unit and contract tests
 	@mkdir -p build
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
@@ -47,64 +47,64 @@ check: setup  ## format, lint, types, layers, generated files, unit and contract
 	$(BIN)/sailvl generate crd | diff -u crds/sailvlruns.yaml - || { echo "crds/ is stale: make generate"; exit 1; }
 	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not slow and not cluster and not e2e" tests/unit tests/contract
 
-test: check  ## everything this machine can; says what it skipped and why
+test: check  ## run every test that this machine can run, and say which were skipped and why
 	hack/test.sh "slow or cluster or e2e"
 
-demo: data  ## a whole tiny run on this machine, from raw pictures to an evaluated model
+demo: data  ## run the whole recipe at preset tiny on this machine, from raw images to an evaluated model
 	$(BIN)/sailvl run --local examples/01-demo/run.yaml --root build/demo
 
-data: setup  ## the demo's raw data in build/demo
+data: setup  ## build the demo's raw data in build/demo
 	@mkdir -p build
 	hack/demo_data.sh $(BIN)/python build/demo
 
-cluster:  ## a real Kubernetes of two nodes on this machine; `hack/cluster/cluster.sh env` says how to reach it
+cluster:  ## start a Kubernetes of two nodes on this machine, and print how to reach it
 	@hack/cluster/cluster.sh up
 	@hack/cluster/cluster.sh env
 
-cluster-down:  ## end it
+cluster-down:  ## stop it
 	hack/cluster/cluster.sh down
 
-images: cluster  ## both images, in the cluster's registry, tagged by content
+images: cluster  ## build both images into the cluster's registry, tagged by content
 	@mkdir -p build
 	hack/images/build.sh | tee build/images.env
 
-e2e: setup  ## whole runs on the cluster with the built images
+e2e: setup  ## test whole runs on the cluster with the built images
 	hack/test.sh e2e
 
-faults: setup  ## every fault in every kind of stage on the cluster, each for real: build/faults/faults.md; about eighty minutes
+faults: setup  ## inject every fault into every kind of stage on the cluster: build/faults/faults.md; about eighty minutes
 	hack/test.sh faults
 
-chaos: setup  ## SAILVL_CHAOS_MINUTES (30) of chaos on the cluster from SAILVL_CHAOS_SEED (1); ends in the same weights, bit for bit
+chaos: setup  ## inject random faults for SAILVL_CHAOS_MINUTES (30) from SAILVL_CHAOS_SEED (1); weights must not change
 	hack/test.sh chaos
 
-bench: setup  ## the trainer's benchmarks: a table each, figures appended to bench/history.jsonl
+bench: setup  ## run the trainer's benchmarks, and append their figures to bench/history.jsonl
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python -m bench.$$(basename $$file .py); done
 
-bench-operator: setup  ## the operator at a thousand runs on a control plane of its own, beside a naive one; ten minutes and more
+bench-operator: setup  ## benchmark the operator at a thousand runs, beside a naive one; at least ten minutes
 	@hack/require.sh openssl
 	$(BIN)/python -m bench.operator
 
-bench-plot: setup  ## all recorded figures over time: build/bench/history.png
+bench-plot: setup  ## plot all recorded figures over time: build/bench/history.png
 	$(BIN)/python -m bench.history
 
-report: setup  ## sizes and language of the sources, as a table and a JSON line
+report: setup  ## print sizes and language of the sources as a table and a line of JSON
 	$(BIN)/python -m hack.source_report
 
-generate: setup  ## crds/, the chart's copy and the reference from the types
+generate: setup  ## generate crds/, the chart's copy and the reference from the types
 	@mkdir -p build
 	$(BIN)/sailvl generate crd >build/sailvlruns.yaml && mv build/sailvlruns.yaml crds/sailvlruns.yaml
 	cp crds/sailvlruns.yaml helm/sailvl-operator/crds/
 	$(BIN)/sailvl generate reference >build/sailvlrun.md && mv build/sailvlrun.md docs/reference/sailvlrun.md
 
 LOCK = $(UV) pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
-lock: $(UV)  ## the locked requirements from pyproject.toml, with hashes and without the index's address
+lock: $(UV)  ## lock the requirements of pyproject.toml with hashes, without the address of the index
 	$(LOCK) --all-extras pyproject.toml -o requirements.txt
 	echo 'setuptools>=77' | $(LOCK) -c requirements.txt --extra operator pyproject.toml - -o images/operator/requirements.txt
 	echo 'setuptools>=77' | $(LOCK) -c requirements.txt --extra trainer --extra curate pyproject.toml - -o images/trainer/requirements.txt
 
-format:  ## format and mend what the linter can
+format:  ## format, and fix what the linter can fix
 	$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
-clean:  ## what was built here; the caches stay
+clean:  ## remove what was built here; caches stay
 	hack/cluster/cluster.sh down
 	rm -rf --one-file-system build $(VENV)

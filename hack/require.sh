@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Says which Debian package lacks for a command, and installs it where it may: require.sh COMMAND...
+# Install the Debian packages of missing commands if run as root, else name them: require.sh COMMAND...
 set -euo pipefail
 
 declare -A package=([git]=git [python3.11]="python3.11 python3.11-venv"
@@ -9,7 +9,7 @@ missing=()
 for command in "$@"; do
   command -v "$command" >/dev/null || missing+=("${package[$command]:-$command}")
 done
-# the plugins have no command of their own
+# these plugins have no command on PATH
 case " $* " in *" containerd "*) [ -x /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins) ;; esac
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tests beyond `make check`, against a real cluster with the built images where this machine can have them:
+# Run the tests beyond `make check`, on a real cluster with the built images if this machine can run one:
 #   test.sh MARKERS      e.g. "slow or cluster or e2e"
-# With KUBECONFIG set that cluster is used, with the images of SAILVL_OPERATOR_IMAGE and SAILVL_TRAINER_IMAGE.
+# If KUBECONFIG is set, that cluster is used, with the images of SAILVL_OPERATOR_IMAGE and SAILVL_TRAINER_IMAGE.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p build
@@ -12,7 +12,7 @@ local_cluster() {
   hack/cluster/cluster.sh up </dev/null || code=$?
   if [ "$code" -eq 3 ]; then return; fi # it said why; the tests that need one skip with the same words
   [ "$code" -eq 0 ] || exit "$code"
-  # on a build server nothing is left behind
+  # leave nothing behind on a CI machine
   if [ "${CI:-}" = true ] && [ -z "$was_up" ]; then trap 'hack/cluster/cluster.sh down' EXIT; fi
   eval "$(hack/cluster/cluster.sh env)"
   hack/images/build.sh >build/images.env 2>build/images.log || { tail -40 build/images.log >&2; exit 1; }

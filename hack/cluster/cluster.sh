@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A real Kubernetes on one machine without Docker: control plane, nodes (containerd and kubelet each), DNS, a registry.
-#   cluster.sh up [NODES]     two nodes unless told; returns at once where it is up; clears what a killed one left
-#   cluster.sh add-node I     another node, or one that was killed
-#   cluster.sh kill-node I    as if its power failed
-#   cluster.sh remove-node I  for good
-#   cluster.sh load IMAGE     from buildah to the registry at $REGISTRY, from which the nodes pull
-#   cluster.sh env            shell lines that set KUBECONFIG, REGISTRY and PATH
-#   cluster.sh down           ends it; images stay
-# State lies in $ROOT (default: build/cluster of this checkout); binaries come from build.sh. One cluster a machine.
-# Exit code 3: this machine can't have one (no root, no mounts, a tool is missing).
+# Run Kubernetes on one machine without Docker: control plane, nodes (containerd and kubelet each), DNS, a registry.
+#   cluster.sh up [NODES]     start it (default: two nodes); no effect if it is up; removes remains of a killed one
+#   cluster.sh add-node I     add a node, or start a killed one again
+#   cluster.sh kill-node I    end a node as a power loss would
+#   cluster.sh remove-node I  end a node and delete its state
+#   cluster.sh load IMAGE     push from buildah to the registry at $REGISTRY, from which the nodes pull
+#   cluster.sh env            print shell lines that set KUBECONFIG, REGISTRY and PATH
+#   cluster.sh down           stop it; images are kept
+# State is in $ROOT (default: build/cluster of this checkout); binaries come from build.sh. One cluster per machine.
+# Exit code 3: this machine can't run one (no root, no mounts, a tool is missing).
 set -euo pipefail
 HERE=$(dirname "$(realpath "$0")")
 ROOT=$(realpath -m "${ROOT:-$HERE/../../build/cluster}")

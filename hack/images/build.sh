@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds the images that are named and gives them to the registry, each tagged by its content: build.sh [operator] [trainer]
-# Prints NAME=IMAGE lines. $BASE is the base image (default: base.sh makes one), $REGISTRY where they go. As root.
+# Build images and push them to the registry, each tagged with a hash of its content: build.sh [operator] [trainer]
+# Prints NAME=IMAGE lines. $BASE is the base image (default: built by base.sh), $REGISTRY the target. Needs root.
 set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")/../.."
 export STORAGE_DRIVER=overlay
 registry=${REGISTRY:-localhost:5000}
 
-# The machine's certificates, pip's and uv's settings and uv's cache are lent to the build, never part of an image.
+# Mount the machine's certificates, the settings of pip and uv, and uv's cache into the build; no image contains them.
 lent=()
 lend() { # PATH [TARGET]
   [ ! -e "$1" ] || lent+=(-v "$1:${2:-$1}${3:-:ro}")
