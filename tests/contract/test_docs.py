@@ -215,6 +215,19 @@ def test_limits_list_every_unsupported_field() -> None:
         assert value in text
 
 
+RECORDS = sorted((ROOT / "docs/adr").glob("0*.md"))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
+def test_decision_record_is_complete(record: Path) -> None:
+    text = record.read_text()
+    number = int(record.stem[:4])
+    assert re.match(rf"# {number}\. \w", text)
+    assert re.search(r"^Status: (accepted|replaced).* · Date: \d{4}-\d\d-\d\d$", text, re.M)
+    assert re.findall(r"^## (.+)$", text, re.M) == ["Context", "Decision", "Alternatives", "Consequences"]
+    assert f"]({record.name})" in (ROOT / "docs/adr/README.md").read_text()
+
+
 ROOTS = (ROOT, ROOT / "operator/sailvl_operator", ROOT / "trainer/sailvl_trainer", ROOT / "trainer/sailvl_trainer/data")
 
 
