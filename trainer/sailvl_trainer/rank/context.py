@@ -1,4 +1,7 @@
-"""Everything that a stage is handed: its document, its files, its place among the ranks, and how to tell of itself."""
+"""The context of a stage on one rank: its config, files, process group, telemetry and stop requests.
+
+`rank/main.py` builds it and passes it to the stage's `run`.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,35 @@ from sailvl_trainer.storage.layout import StageFiles
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
+    """What a stage needs to run on one rank."""
+
     stage: Stage
+    """The stage config."""
     files: StageFiles
+    """The stage's directories on the shared storage."""
     rank: int
+    """Global rank."""
     world_size: int
+    """Number of ranks of the attempt."""
     local_rank: int
+    """Rank within the worker."""
     device: torch.device
+    """The rank's GPU, or the CPU."""
     telemetry: Telemetry
+    """Progress and metrics of this rank."""
     preemption: Preemption
+    """Whether the attempt was asked to stop."""
     store: Store
-    """Shared by all ranks; give every use a prefix of its own."""
+    """Key-value store shared by all ranks; each use needs its own key prefix."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank does what is done once."""
+        """Whether this is global rank 0, which does the work that is done once per attempt."""
         return self.rank == 0
 
 
 def build_context(stage: Stage, *, device: torch.device, rank: int, local_rank: int, scratch: Scratch) -> Context:
-    """Join the group and gather a rank's tools."""
+    """Join the process group and return this rank's context."""
     telemetry = Telemetry(stage, scratch.progress_path(local_rank), rank=rank)
     start_process_group(device)
     telemetry.update()
@@ -55,7 +68,7 @@ def build_context(stage: Stage, *, device: torch.device, rank: int, local_rank: 
 
 
 def build_single_process_context(stage: Stage, *, scratch: Path, device: torch.device | None = None) -> Context:
-    """A stage alone in this process, without a worker around it: for tests and tools. Joins a group of one, once."""
+    """Return a context without a worker, for tests and tools; joins a process group of one if there is none yet."""
     scratch.mkdir(parents=True, exist_ok=True)
     device = device or torch.device("cpu")
     if not dist.is_initialized():

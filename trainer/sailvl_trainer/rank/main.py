@@ -1,4 +1,8 @@
-"""The main of one rank, started by the worker's agent: carries the stage out and ends with a code that says why."""
+"""Main module of a rank: runs the stage and exits with a code that says how it ended.
+
+Started by `rank/bootstrap.py`, once per GPU of the worker, with RANK and LOCAL_RANK set by torch's elastic agent. It
+calls `run` of `sailvl_trainer.<kind>.stage` with the rank's context.
+"""
 
 from __future__ import annotations
 
@@ -27,70 +31,71 @@ from sailvl_trainer.storage.codec import encode, read_stage
 from sailvl_trainer.storage.errors import translate_storage_errors
 from sailvl_trainer.storage.lineage import check_not_superseded, claim_stage
 
-MODULES = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
+STAGE_PACKAGES = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
+"""Package that runs a stage, by its kind."""
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
-    """One rank from its environment to its exit code."""
+    """Run a rank, from its environment to its exit code."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         run_stage(read_settings(os.environ), rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
-    except BaseException as error:  # noqa: BLE001  # whatever it is, the worker has to say it
+    except BaseException as error:  # noqa: BLE001  # the worker reports every error
         traceback.print_exc()
         exit_rank(build_termination(error, rank))
     exit_rank(Termination(exit_code=ExitCode.OK, rank=rank))
 
 
 def run_stage(settings: Settings, *, rank: int, local_rank: int) -> Result:
-    """Carry the stage out on this rank, unless its result is there; the first rank writes it."""
+    """Run the stage on this rank and return its result, or return an existing result; rank 0 writes the result."""
     started = time.time()
     stage = read_stage(settings.stage_file)
     device = choose_device(settings, local_rank)
     seed_everything(stage.seed)
     context = build_context(stage, device=device, rank=rank, local_rank=local_rank, scratch=Scratch(settings.scratch))
-    found = broadcast_object([_open(context)] if context.is_first else None)[0]
+    found = broadcast_object([_claim_or_find_result(context)] if context.is_first else None)[0]
     if found is not None:
-        logger.info("the result is there already, in %s", found.output)
+        logger.info("found an existing result in %s", found.output)
         return found
-    module = importlib.import_module(f"sailvl_trainer.{MODULES[stage.kind]}.stage")
+    module = importlib.import_module(f"sailvl_trainer.{STAGE_PACKAGES[stage.kind]}.stage")
     with translate_storage_errors(context.files.output, root=context.files.output):
         result: Result = module.run(context)
         _finish(context, result)
-    logger.info("%s %s done in %.1f s", stage.kind, stage.stage, time.time() - started)
+    logger.info("finished stage %s (%s) in %.1f s", stage.stage, stage.kind, time.time() - started)
     return result
 
 
 def seed_everything(seed: int) -> None:
-    """The same on every rank: what has to differ by rank draws from a generator of its own."""
+    """Seed the global generators equally on all ranks; code that differs between ranks has its own generator."""
     random.seed(seed)
     np.random.seed(seed)  # libraries draw from the global generator
     torch.manual_seed(seed)
 
 
 def choose_device(settings: Settings, local_rank: int) -> torch.device:
-    """A GPU a rank, by its place on the machine. Raises ConfigError without one."""
+    """Return the CPU, or the GPU with the index of the local rank. Raises ConfigError if there is no such GPU."""
     if settings.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
-            f"rank {local_rank} of this worker has no GPU: torch sees {count} for {settings.processes_per_node} "
-            "processes; lower workers.gpusPerNode, or use nodes whose driver fits the image"
+            f"local rank {local_rank} has no GPU: torch found {count} for {settings.processes_per_node} ranks; "
+            "lower workers.gpusPerNode, or use nodes whose driver supports the image's CUDA version"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
 
-def _open(context: Context) -> Result | None:
-    """The stage's result, or None once the stage is this attempt's to carry out; by the first rank.
+def _claim_or_find_result(context: Context) -> Result | None:
+    """Return the stage's result if there is one; else claim the stage for this attempt and return None.
 
-    A restart in place finds what it had written before a neighbour failed.
+    After a restart in place the result may be this attempt's own, written before another rank failed.
     """
     found = context.files.find_result()
     if found is None:
@@ -100,6 +105,7 @@ def _open(context: Context) -> Result | None:
 
 
 def _finish(context: Context, result: Result) -> None:
+    """Write the result and wait until every rank has reached the end of the stage."""
     if context.is_first:
         check_not_superseded(context.files, context.stage.attempt)
         context.files.write_result(result)

@@ -1,4 +1,4 @@
-"""The worker's environment, read once into a frozen type; everything but the stage file has a default."""
+"""The settings of a worker, read once from its environment (`contract.Env`) by the worker and by each of its ranks."""
 
 from __future__ import annotations
 
@@ -15,68 +15,83 @@ TERMINATION_LOG = Path("/dev/termination-log")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """See contract.Env for the meaning of each field."""
+    """Settings of a worker; `contract.Env` documents the variable behind each field."""
 
     stage_file: Path
+    """Path of the stage config."""
     nodes: int = 1
+    """Number of workers of the attempt."""
     node_rank: int = 0
+    """Index of this worker, less than `nodes`."""
     node_name: str = ""
+    """Name of the machine."""
     processes_per_node: int = 1
+    """Number of ranks per worker."""
     device: Literal["cuda", "cpu"] = "cpu"
+    """Device that ranks use."""
     rendezvous_host: str = "localhost"
+    """Host name or address of the worker of index 0."""
     rendezvous_port: int = RENDEZVOUS_PORT
+    """Port of the rendezvous store."""
     metrics_port: int = METRICS_PORT
-    """The offset is added already."""
+    """Port of this worker's HTTP server; it includes the offset."""
     in_place_restarts: int = 0
+    """How often the ranks may be restarted within the attempt."""
     grace_seconds: int = 30
+    """Seconds between SIGTERM and the worker's exit."""
     stall_timeout_seconds: int = 0
+    """Seconds without a heartbeat after which the worker exits; 0: never."""
     termination_log: Path = TERMINATION_LOG
-    scratch: Path = Path("/tmp/sailvl")  # lost with the container, as it should be
+    """Path of the termination message."""
+    scratch: Path = Path("/tmp/sailvl")  # in the container's own file system, lost with it
+    """Directory of this worker alone, lost with it."""
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
-    """Raises ConfigError that names the variable, what it held and what to set instead."""
+    """Parse the environment. Raises ConfigError with the variable, its value and what to set instead."""
     if not environment.get(Env.STAGE_FILE):
         raise ConfigError(f"{Env.STAGE_FILE} is not set; set it to the path of the stage document")
     base = Settings(stage_file=Path(environment[Env.STAGE_FILE]))
-    nodes = _number(environment, Env.NODES, base.nodes, least=1)
-    offset = _number(environment, Env.METRICS_PORT_OFFSET, 0)
+    nodes = _parse_number(environment, Env.NODES, base.nodes, minimum=1)
+    offset = _parse_number(environment, Env.METRICS_PORT_OFFSET, 0)
     return Settings(
         stage_file=base.stage_file,
         nodes=nodes,
-        node_rank=_number(environment, Env.NODE_RANK, base.node_rank, most=nodes - 1),
+        node_rank=_parse_number(environment, Env.NODE_RANK, base.node_rank, maximum=nodes - 1),
         node_name=environment.get(Env.NODE_NAME, base.node_name),
-        processes_per_node=_number(environment, Env.PROCESSES_PER_NODE, base.processes_per_node, least=1),
-        device=_device(environment),
+        processes_per_node=_parse_number(environment, Env.PROCESSES_PER_NODE, base.processes_per_node, minimum=1),
+        device=_parse_device(environment),
         rendezvous_host=environment.get(Env.RENDEZVOUS_HOST, base.rendezvous_host),
-        rendezvous_port=_number(environment, Env.RENDEZVOUS_PORT, base.rendezvous_port, least=1, most=65535),
-        metrics_port=_number(environment, Env.METRICS_PORT, base.metrics_port, most=65535) + offset,
-        in_place_restarts=_number(environment, Env.IN_PLACE_RESTARTS, base.in_place_restarts),
-        grace_seconds=_number(environment, Env.GRACE_SECONDS, base.grace_seconds),
-        stall_timeout_seconds=_number(environment, Env.STALL_TIMEOUT_SECONDS, base.stall_timeout_seconds),
+        rendezvous_port=_parse_number(environment, Env.RENDEZVOUS_PORT, base.rendezvous_port, minimum=1, maximum=65535),
+        metrics_port=_parse_number(environment, Env.METRICS_PORT, base.metrics_port, maximum=65535) + offset,
+        in_place_restarts=_parse_number(environment, Env.IN_PLACE_RESTARTS, base.in_place_restarts),
+        grace_seconds=_parse_number(environment, Env.GRACE_SECONDS, base.grace_seconds),
+        stall_timeout_seconds=_parse_number(environment, Env.STALL_TIMEOUT_SECONDS, base.stall_timeout_seconds),
         termination_log=read_termination_log(environment),
         scratch=Path(environment.get(Env.SCRATCH, base.scratch)),
     )
 
 
 def read_termination_log(environment: Mapping[str, str]) -> Path:
-    """Apart from the rest, since it is needed to say what is wrong with the rest."""
+    """Return the path of the termination message, which is needed to report that other variables are invalid."""
     return Path(environment.get(Env.TERMINATION_LOG, TERMINATION_LOG))
 
 
-def _number(environment: Mapping[str, str], name: Env, default: int, *, least: int = 0, most: int | None = None) -> int:
+def _parse_number(
+    environment: Mapping[str, str], name: Env, default: int, *, minimum: int = 0, maximum: int | None = None
+) -> int:
     text = environment.get(name, "")
     try:
         number = int(text) if text else default
     except ValueError:
         raise ConfigError(f"{name} is {text!r}; set a whole number") from None
-    if number < least or (most is not None and number > most):
-        wanted = f"at least {least}" if most is None else f"a number from {least} to {most}"
+    if number < minimum or (maximum is not None and number > maximum):
+        wanted = f"at least {minimum}" if maximum is None else f"a number from {minimum} to {maximum}"
         raise ConfigError(f"{name} is {number}; set {wanted}")
     return number
 
 
-def _device(environment: Mapping[str, str]) -> Literal["cuda", "cpu"]:
+def _parse_device(environment: Mapping[str, str]) -> Literal["cuda", "cpu"]:
     device = environment.get(Env.DEVICE) or "cpu"
     if device == "cuda":
         return "cuda"

@@ -1,4 +1,7 @@
-"""What a rank says of itself: a progress document (also the heartbeat) in the worker's scratch folder, and metrics."""
+"""A rank's telemetry: its progress document, which is also its heartbeat, and its Prometheus metrics.
+
+The document is written to the worker's scratch directory; the worker serves rank 0's and watches all of them.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,23 @@ from sailvl_trainer.storage.codec import decode, encode, keep_finite
 from sailvl_trainer.storage.errors import translate_storage_errors
 
 RESTARTS_VARIABLE = "SAILVL_RESTARTS_SO_FAR"
-"""Set for ranks by their agent."""
-WRITE_SECONDS = 0.5
-"""Between two writes of the progress document, at least, unless the phase changes."""
+"""Variable in which the worker's agent passes its ranks the number of restarts in place so far."""
+WRITE_INTERVAL_SECONDS = 0.5
+"""Shortest time between two writes of the progress document, unless the phase changes."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Telemetry:
-    """One rank's progress.
-
-    `path`: where the document goes; None: nowhere. `rank`: 0 tells of the whole run.
-    """
+    """Progress and metrics of one rank."""
 
     def __init__(self, stage: Stage, path: Path | None, *, rank: int = 0) -> None:
+        """`path` is where the progress document is written, if anywhere; rank 0 also sets the run's metrics."""
         self.registry = CollectorRegistry()
         self.metrics = TrainerMetrics(self.registry)
         self._labels = {"namespace": stage.namespace, "run": stage.run, "stage": stage.stage}
         self._path, self._rank, self._written = path, rank, 0.0
-        self.progress = _take_over(stage.attempt, path)
-        self._starting = self.progress.time
+        self.progress = _load_progress(stage.attempt, path)
+        self._starting_since = self.progress.time
         self.update()
         self.write()
 
@@ -55,10 +56,10 @@ class Telemetry:
         metrics: Mapping[str, float] | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Change what is given; also the heartbeat. Numbers that are not finite are left out."""
+        """Set the given fields and the time of the heartbeat; metrics that are not finite are dropped."""
         if self.progress.phase == "starting":
-            self._count_starting()
-        numbers = keep_finite(metrics or {})
+            self._add_starting_seconds()
+        values = keep_finite(metrics or {})
         changes: dict[str, Any] = {
             "phase": phase,
             "step": step,
@@ -69,18 +70,18 @@ class Telemetry:
             "lost_steps": lost_steps,
             "eta_seconds": eta_seconds,
             "checkpoint": checkpoint,
-            "metrics": self.progress.metrics | numbers,
+            "metrics": self.progress.metrics | values,
             "time": time.time(),
         }
         self.progress = replace(self.progress, **{k: v for k, v in changes.items() if v is not None})
         if self._rank == 0:
-            self._publish(numbers)
-        if phase is not None or time.monotonic() - self._written >= WRITE_SECONDS:
+            self._publish_values(values)
+        if phase is not None or time.monotonic() - self._written >= WRITE_INTERVAL_SECONDS:
             self.write()
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
-        """Add a block's wall seconds to an activity: training, dataWait, checkpoint, evaluating."""
+        """Add the wall-clock seconds of a block to an activity: training, dataWait, checkpoint or evaluating."""
         start = time.monotonic()
         try:
             yield
@@ -92,7 +93,7 @@ class Telemetry:
         self.metrics.samples.labels(**self._labels, outcome=outcome).inc(number)
 
     def write(self) -> None:
-        """The document as it stands; readers see it whole."""
+        """Write the progress document through a rename, so that readers never see a part of it."""
         self._written = time.monotonic()
         self._publish_memory()
         if self._path is None:
@@ -102,25 +103,25 @@ class Telemetry:
             temporary.write_bytes(encode(self.progress))
             temporary.replace(self._path)
 
-    def _count_starting(self) -> None:
+    def _add_starting_seconds(self) -> None:
         now = time.time()
-        self._add_seconds("starting", max(0.0, now - self._starting))
-        self._starting = now
+        self._add_seconds("starting", max(0.0, now - self._starting_since))
+        self._starting_since = now
 
     def _add_seconds(self, name: str, spent: float) -> None:
         seconds = self.progress.seconds
         self.progress = replace(self.progress, seconds=seconds | {name: seconds.get(name, 0.0) + spent})
         self.metrics.seconds.labels(**self._labels, activity=name).inc(spent)
 
-    def _publish(self, numbers: Mapping[str, float]) -> None:
+    def _publish_values(self, values: Mapping[str, float]) -> None:
         progress, metrics = self.progress, self.metrics
         metrics.step.labels(**self._labels).set(progress.step)
         metrics.steps.labels(**self._labels).set(progress.steps)
         metrics.tokens.labels(**self._labels).set(progress.tokens)
         if progress.checkpoint is not None:
             metrics.checkpoint_step.labels(**self._labels).set(progress.checkpoint.step)
-        for name, value in numbers.items():
-            gauge, labels = metrics.by_name(name, is_benchmark=progress.unit == "questions")
+        for name, value in values.items():
+            gauge, labels = metrics.find_gauge(name, is_benchmark=progress.unit == "questions")
             gauge.labels(**self._labels, **labels).set(value)
 
     def _publish_memory(self) -> None:
@@ -128,8 +129,8 @@ class Telemetry:
             self.metrics.memory.labels(**self._labels, kind=kind).set(size)
 
 
-def _take_over(attempt: int, path: Path | None) -> Progress:
-    """The document of this attempt so far: its entry began one, and ranks are started again in place."""
+def _load_progress(attempt: int, path: Path | None) -> Progress:
+    """Return the progress of this attempt so far: the worker or an earlier start of this rank wrote it."""
     restarts = int(os.environ.get(RESTARTS_VARIABLE, "0"))
     if path is not None and path.exists():
         before = decode(Progress, path.read_bytes())
@@ -140,7 +141,7 @@ def _take_over(attempt: int, path: Path | None) -> Progress:
 
 def _measure_memory() -> dict[str, int]:
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
-    torch = sys.modules.get("torch")  # not imported for this alone
+    torch = sys.modules.get("torch")  # importing it only for this would take seconds
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return {"resident": resident}
     return {"resident": resident, "accelerator_peak": torch.cuda.max_memory_allocated()}

@@ -40,7 +40,7 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, ranks: Ranks, scratch: Scratch, on_lost: Callable[[], None]) -> None:
         super().__init__(
             spec,
-            DefaultLogsSpecs(log_dir=str(scratch.elastic)),
+            DefaultLogsSpecs(log_dir=str(scratch.elastic_dir)),
             shutdown_timeout=CLOSE_SECONDS,
             exit_barrier_timeout=60,
         )
@@ -68,12 +68,12 @@ class Agent(LocalElasticAgent):
         """Also after a failure, when all have ended already."""
         super()._stop_workers(worker_group)
         for pid in self._ranks.end():
-            mark_process_dead(pid, str(self._scratch.metrics))  # type: ignore[no-untyped-call]
+            mark_process_dead(pid, str(self._scratch.metrics_dir))  # type: ignore[no-untyped-call]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         for rank, failure in result.failures.items():
-            if stack := read_stack(self._scratch.stacks, failure.pid):
+            if stack := read_stack(self._scratch.stacks_dir, failure.pid):
                 print(f"rank {rank} died here:\n{stack}", file=sys.stderr, flush=True)  # noqa: T201
         is_final = any(failure.exitcode in NON_RETRYABLE_EXIT_CODES for failure in result.failures.values())
         if is_final or self._scratch.stop_file.exists():
@@ -107,7 +107,7 @@ def _build_spec(settings: Settings, rendezvous: RendezvousHandler, rank_module: 
         local_world_size=settings.processes_per_node,
         rdzv_handler=rendezvous,
         entrypoint=sys.executable,
-        args=("-u", "-m", bootstrap.__name__, str(os.getpid()), str(Scratch(settings.scratch).stacks), rank_module),
+        args=("-u", "-m", bootstrap.__name__, str(os.getpid()), str(Scratch(settings.scratch).stacks_dir), rank_module),
         max_restarts=settings.in_place_restarts,
         monitor_interval=MONITOR_SECONDS,
     )
@@ -127,6 +127,6 @@ def _run(agent: Agent, rendezvous: RendezvousHandler, scratch: Scratch) -> Termi
     if result.failures:
         after = read_memory()
         return find_root_cause(
-            result.failures, stacks=scratch.stacks, oom=after if after.kills > before.kills else None
+            result.failures, stacks=scratch.stacks_dir, oom=after if after.oom_kills > before.oom_kills else None
         )
     return Termination(exit_code=1, message=f"the ranks are {result.state.value}, and none has failed; see the log")

@@ -77,7 +77,7 @@ def _serve(settings: Settings, stage: Stage, scratch: Scratch) -> None:
     """Before the ranks are there: a document that says so, and the folder where they will count."""
     progress = Progress(attempt=stage.attempt, phase="starting", time=time.time())
     write_atomic(scratch.progress_file, encode(progress))
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(scratch.metrics)  # read by prometheus_client when it is imported
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(scratch.metrics_dir)  # read by prometheus_client when it is imported
     from sailvl_trainer.worker.server import start_server
 
     start_server(settings.metrics_port, scratch)

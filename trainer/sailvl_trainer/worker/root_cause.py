@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from sailvl_trainer.contract import NON_RETRYABLE_EXIT_CODES, ExitCode, Termination
-from sailvl_trainer.rank.cgroup import Memory
+from sailvl_trainer.rank.cgroup import MemoryUsage
 from sailvl_trainer.storage.codec import decode
 
 HINTS = {
@@ -20,7 +20,7 @@ HINTS = {
 
 
 def find_root_cause(
-    failures: Mapping[int, ProcessFailure], *, stacks: Path | None = None, oom: Memory | None = None
+    failures: Mapping[int, ProcessFailure], *, stacks: Path | None = None, oom: MemoryUsage | None = None
 ) -> Termination:
     """`failures`: by global rank, at least one. The rank's own words, if it left any.
 

@@ -58,7 +58,7 @@ def start_server(port: int, scratch: Scratch) -> Server:
 def _answer(path: str, scratch: Scratch) -> tuple[bytes | None, str]:
     match path.partition("?")[0]:
         case "/metrics":
-            return _collect(scratch.metrics), CONTENT_TYPE_LATEST
+            return _collect(scratch.metrics_dir), CONTENT_TYPE_LATEST
         case "/progress":
             file = scratch.progress_file
             return (file.read_bytes() if file.exists() else None), "application/json"

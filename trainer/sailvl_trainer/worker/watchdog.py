@@ -56,7 +56,7 @@ def start_watchdog(ranks: Ranks, scratch: Scratch, *, limits: Limits, nodes: int
                 break
         end.has_stalled.set()
         own = format_main_thread_stack()
-        stacks = collect_stacks(ranks, scratch.stacks) or [f"worker:\n{own}"]
+        stacks = collect_stacks(ranks, scratch.stacks_dir) or [f"worker:\n{own}"]
         print("\n".join(stacks), file=sys.stderr, flush=True)  # noqa: T201
         if nodes > 1:  # else the others' ranks, which lose a peer, end before their workers have looked
             time.sleep(pause + STACK_SECONDS + 1)

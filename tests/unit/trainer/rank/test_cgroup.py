@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sailvl_trainer.rank.cgroup import Memory, count_cores, read_memory
+from sailvl_trainer.rank.cgroup import MemoryUsage, count_cores, read_memory
 
 V1 = {"memory.limit_in_bytes": "50000000", "memory.max_usage_in_bytes": "49999872"}
 V2 = {"memory.max": "50000000", "memory.events": "low 0\noom 3\noom_kill 2\noom_group_kill 0\n"}
@@ -17,37 +17,37 @@ GROUPS = [
         "0::/kubepods/pod1\n",
         {"memory.peak": "49000000", **V2},
         "kubepods/pod1",
-        Memory(peak=49_000_000, limit=50_000_000, kills=2),
+        MemoryUsage(peak_bytes=49_000_000, limit_bytes=50_000_000, oom_kills=2),
         id="version 2",
     ),
     pytest.param(
         "0::/kubepods/pod1\n",
         {"memory.current": "9", **V2, "memory.max": "max"},
         "",
-        Memory(peak=9, limit=None, kills=2),
+        MemoryUsage(peak_bytes=9, limit_bytes=None, oom_kills=2),
         id="version 2 without memory.peak, in a container",
     ),
     pytest.param(
         "9:name=systemd:/\n4:cpu,memory:/job/7\n0::/\n",
         {**V1, "memory.oom_control": OOM_CONTROL},
         "memory/job/7",
-        Memory(peak=49_999_872, limit=50_000_000, kills=1),
+        MemoryUsage(peak_bytes=49_999_872, limit_bytes=50_000_000, oom_kills=1),
         id="version 1",
     ),
     pytest.param(
         "4:memory:/job/7\n",
         {**V1, "memory.limit_in_bytes": "9223372036854771712", "memory.oom_control": OOM_CONTROL},
         "memory",
-        Memory(peak=49_999_872, limit=None, kills=1),
+        MemoryUsage(peak_bytes=49_999_872, limit_bytes=None, oom_kills=1),
         id="version 1 without a limit, in a container",
     ),
-    pytest.param("0::/\n", {}, "", Memory(), id="no memory controller"),
+    pytest.param("0::/\n", {}, "", MemoryUsage(), id="no memory controller"),
 ]
 
 
 @pytest.mark.parametrize(("own", "group", "folder", "expected"), GROUPS)
 def test_memory_is_read_from_the_cgroup(
-    own: str, group: dict[str, str], folder: str, expected: Memory, tmp_path: Path
+    own: str, group: dict[str, str], folder: str, expected: MemoryUsage, tmp_path: Path
 ) -> None:
     (tmp_path / "own").write_text(own)
     (tmp_path / "mount" / folder).mkdir(parents=True)
@@ -57,7 +57,7 @@ def test_memory_is_read_from_the_cgroup(
 
 
 def test_memory_of_this_machine_is_read() -> None:
-    assert read_memory().kills >= 0
+    assert read_memory().oom_kills >= 0
     assert os.path.exists("/proc/self/cgroup")
 
 

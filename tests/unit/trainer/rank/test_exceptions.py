@@ -20,9 +20,16 @@ GLOO = "[gloo/transport/tcp/pair.cc:543] Connection closed by peer [10.0.0.3]:42
 ERRORS = [
     pytest.param(ConfigError("set less"), 64, "set less", id="error of the trainer"),
     pytest.param(ValueError("odd"), 1, "ValueError: odd", id="any other error"),
-    pytest.param(RuntimeError(GLOO), 76, "another rank is gone", id="gloo: peer closed the connection"),
-    pytest.param(raised_from(KeyError("x"), RuntimeError(GLOO)), 76, "another rank is gone", id="gloo, as the cause"),
-    pytest.param(dist.DistBackendError("ncclRemoteError"), 76, "another rank is gone", id="nccl: remote error"),
+    pytest.param(RuntimeError(GLOO), 76, "lost the connection to another rank", id="gloo: peer closed the connection"),
+    pytest.param(
+        raised_from(KeyError("x"), RuntimeError(GLOO)),
+        76,
+        "lost the connection to another rank",
+        id="gloo, as the cause",
+    ),
+    pytest.param(
+        dist.DistBackendError("ncclRemoteError"), 76, "lost the connection to another rank", id="nccl: remote error"
+    ),
     pytest.param(dist.DistBackendError("ncclInvalidUsage: Duplicate GPU"), 1, "Duplicate GPU", id="nccl: own error"),
     pytest.param(ConnectionResetError("Connection reset by peer"), 1, "ConnectionResetError", id="another server"),
     pytest.param(torch.OutOfMemoryError("tried 2 GiB"), 67, "lower packTokens", id="GPU memory"),

@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from sailvl_trainer.contract import (
     Termination,
 )
-from sailvl_trainer.rank.cgroup import Memory
+from sailvl_trainer.rank.cgroup import MemoryUsage
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.worker.root_cause import find_root_cause
 
@@ -52,7 +52,7 @@ def test_the_rank_to_blame(failures: dict[int, ProcessFailure], expected: Termin
 
 def test_a_kill_by_the_kernel_names_the_memory() -> None:
     failures = {1: fail(-9)}
-    said = find_root_cause(failures, oom=Memory(peak=4 << 30, limit=4 << 30, kills=1))
+    said = find_root_cause(failures, oom=MemoryUsage(peak_bytes=4 << 30, limit_bytes=4 << 30, oom_kills=1))
     assert (said.exit_code, said.rank) == (67, 1)
     assert said.message == (
         "rank 1 was killed by the kernel for want of memory: peak 4.0 GiB of 4.0 GiB; raise the workers' memory"
