@@ -240,6 +240,17 @@ def test_named_modules_exist(page: Path) -> None:
         assert all((ROOT / path).exists() for path in name.split()), name
 
 
+@pytest.mark.parametrize("picture", ["operator", "trainer"])
+def test_modules_in_pictures_exist(picture: str) -> None:
+    """Every text in monospace is a module or a package, in full or below the folder of its neighbour."""
+    svg = (ROOT / f"docs/pictures/{picture}.svg").read_text()
+    texts = re.findall(r'class="mono[^"]*"[^>]*>([^<]+)<', svg)
+    assert texts
+    folders = [*ROOTS, ROOT / "operator/sailvl_operator/cluster", ROOT / "trainer/sailvl_trainer/train"]
+    for name in ", ".join(texts).split(", "):
+        assert any((folder / name).is_dir() or (folder / f"{name}.py").is_file() for folder in folders), name
+
+
 @each_page
 def test_pages_have_no_path_of_a_machine(page: Path) -> None:
     assert not re.search(r"(?<![\w.])/(work|home|root)/", page.read_text())
