@@ -134,7 +134,7 @@ def count_answered_twice(output: Path) -> int:
 
 def read_answers(output: Path) -> Iterator[tuple[str, str, list[str]]]:
     """Benchmark, batch and answers of every whole line."""
-    for path in sorted((output / "parts").glob("answers-*.jsonl")):
+    for path in sorted((output / "artifacts").glob("answers-*.jsonl")):
         for line in path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
@@ -145,7 +145,7 @@ def read_answers(output: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 def read_units(output: Path) -> dict[str, int]:
     """Curation's verified units, and when each was written."""
-    return {path.name: path.stat().st_mtime_ns for path in (output / "parts/rows").glob("*.parquet")}
+    return {path.name: path.stat().st_mtime_ns for path in (output / "artifacts/rows").glob("*.parquet")}
 
 
 def count_samples(folder: Path) -> int:

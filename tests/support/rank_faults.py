@@ -30,7 +30,7 @@ from sailvl_trainer.curate import stage as curate
 from sailvl_trainer.data.collate import Batch
 from sailvl_trainer.data.shards import ShardWriter
 from sailvl_trainer.evaluate import stage as evaluate
-from sailvl_trainer.evaluate.answer_cache import KeptAnswers
+from sailvl_trainer.evaluate.answer_cache import AnswerCache
 from sailvl_trainer.model import export
 from sailvl_trainer.rank.main import main as rank_main
 from sailvl_trainer.rank.scratch import Scratch
@@ -255,7 +255,7 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "evaluating after": (stage.validation, "measure_validation_loss", 2, True),
     "writing a shard": (ShardWriter, "write", 2, True),
     "writing the report of curation": (curate, "write_report", 1, True),
-    "keeping answers": (KeptAnswers, "add", 1, True),
+    "keeping answers": (AnswerCache, "add", 1, True),
     "writing the report of evaluation": (evaluate, "write_report", 1, True),
     "export begun": (stage, "_export", 1, True),
     "exporting": (export, "write_processor", 1, True),

@@ -1,4 +1,4 @@
-"""A rank that evaluates, for tests: the stage document at $STAGE. No test itself."""
+"""Main program of a rank that runs an evaluate stage; the stage document is at $STAGE."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ SCRATCH = Path(os.environ["SCRATCH"])
 
 
 def main() -> None:
+    """Run the stage; the first rank writes the result to $SCRATCH."""
     context = join_ranks()
     result = stage.run(context)
     if context.is_first:

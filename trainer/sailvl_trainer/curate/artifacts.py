@@ -1,4 +1,7 @@
-"""The parts that curation leaves between its passes, under <output>/parts: what is there under its name is whole."""
+"""The artifacts of curation: files below <output>/artifacts by which its steps pass on results and resume.
+
+Every file is written atomically, so that one that exists is complete. Used by all steps of curation.
+"""
 
 from __future__ import annotations
 
@@ -12,122 +15,137 @@ from typing import Any, Literal, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sailvl_trainer.curate.items import Container, Item
+from sailvl_trainer.curate.items import Item, SourcePartition
 from sailvl_trainer.curate.verify import Verified
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import decode
 
-ROW_GROUP = 128
-"""Items a row group of a listing: units of verification are whole row groups."""
-MAX_UNIT = 4096
-_TYPES = {str: pa.string(), str | None: pa.string(), bytes: pa.binary(), int: pa.int64(), int | None: pa.int64()}
+ROW_GROUP_SIZE = 128
+"""Items per row group of an item list. Work units consist of whole row groups."""
+MAX_UNIT_SIZE = 4096
+TARGET_UNITS = 2000
+"""Number of work units beyond which their size grows."""
+_ARROW_TYPES = {str: pa.string(), str | None: pa.string(), bytes: pa.binary(), int: pa.int64(), int | None: pa.int64()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedShard:
+    """A shard that is to be written; its samples are in the plan."""
+
     split: Literal["shards", "held-out"]
     number: int
     samples: int
 
     @property
     def name(self) -> str:
-        """Of the tar, without suffix."""
+        """File name of the shard without its suffix."""
         return f"{self.number:05d}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """Some neighbouring items of one container."""
+class WorkUnit:
+    """Consecutive items of one partition that one rank verifies together."""
 
-    container: int
+    partition: int
     first: int
-    """Within the container."""
+    """Index of the first item within the partition; a multiple of ROW_GROUP_SIZE."""
     count: int
-    item: int
-    """Number of the first one, over all sources."""
+    first_item: int
+    """Number of the first item over all sources."""
 
 
-class Parts:
-    """Where everything is. `folder`: <output>/parts."""
+class CurationArtifacts:
+    """Paths of the artifacts below `folder`, and the work units that follow from them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.containers = folder / "containers.json"
-        self.rows = folder / "rows"
+        self.partitions_file = folder / "partitions.json"
+        self.rows_folder = folder / "rows"
         self.decisions = folder / "decisions.parquet"
         self.plan = folder / "plan.parquet"
         self.shards = folder / "shards.json"
 
-    def listing(self, container: int) -> Path:
-        return self.folder / "items" / f"{container:06d}.parquet"
+    def items_file(self, partition: int) -> Path:
+        """Return the path of a partition's item list."""
+        return self.folder / "items" / f"{partition:06d}.parquet"
 
-    def unit(self, number: int) -> Path:
-        return self.rows / f"{number:06d}.parquet"
+    def rows_file(self, unit: int) -> Path:
+        """Return the path of a work unit's verified items."""
+        return self.rows_folder / f"{unit:06d}.parquet"
 
-    def shard_info(self, shard: PlannedShard) -> Path:
-        """Written once the shard is whole."""
+    def shard_info_file(self, shard: PlannedShard) -> Path:
+        """Return the path of a shard's ShardInfo, which exists when the shard is complete."""
         return self.folder / shard.split / f"{shard.name}.json"
 
     @cached_property
-    def listed(self) -> tuple[Container, ...]:
-        """All containers, once they are written down."""
-        return decode(tuple[Container, ...], self.containers.read_bytes())
+    def partitions(self) -> tuple[SourcePartition, ...]:
+        """All partitions; available after step 1."""
+        return decode(tuple[SourcePartition, ...], self.partitions_file.read_bytes())
 
     @cached_property
-    def units(self) -> tuple[Unit, ...]:
-        """All units of verification, from the listings alone: the same on every rank and in every attempt."""
-        return plan_units(self.listed, [pq.read_metadata(self.listing(c)).num_rows for c in range(len(self.listed))])
+    def units(self) -> tuple[WorkUnit, ...]:
+        """All work units; available after step 2. They are the same on every rank and in every attempt."""
+        sizes = [pq.read_metadata(self.items_file(number)).num_rows for number in range(len(self.partitions))]
+        return plan_units(self.partitions, sizes)
 
 
-def plan_units(containers: tuple[Container, ...], sizes: list[int]) -> tuple[Unit, ...]:
-    """Cut containers of so many items into units; a source's limit cuts off its later containers."""
-    used: dict[str, int] = {}
-    counts = []
-    for container, size in zip(containers, sizes, strict=True):
-        before = used.get(container.source, 0)
-        counts.append(min(size, container.samples - before) if container.samples else size)
-        used[container.source] = before + counts[-1]
-    step = min(MAX_UNIT, max(ROW_GROUP, sum(counts) // 2000 // ROW_GROUP * ROW_GROUP))
-    units: list[Unit] = []
+def plan_units(partitions: tuple[SourcePartition, ...], sizes: list[int]) -> tuple[WorkUnit, ...]:
+    """Divide partitions with the given numbers of items into work units, within each source's limit of samples."""
+    counts = _limit_counts(partitions, sizes)
+    unit_size = min(MAX_UNIT_SIZE, max(ROW_GROUP_SIZE, sum(counts) // TARGET_UNITS // ROW_GROUP_SIZE * ROW_GROUP_SIZE))
+    units: list[WorkUnit] = []
     item = 0
     for number, count in enumerate(counts):
-        for first in range(0, count, step):
-            units.append(Unit(container=number, first=first, count=min(step, count - first), item=item + first))
+        for first in range(0, count, unit_size):
+            size = min(unit_size, count - first)
+            units.append(WorkUnit(partition=number, first=first, count=size, first_item=item + first))
         item += count
     return tuple(units)
 
 
+def _limit_counts(partitions: tuple[SourcePartition, ...], sizes: list[int]) -> list[int]:
+    """Return how many items of each partition are used; the limit of a source cuts its later partitions."""
+    used: dict[str, int] = {}
+    counts = []
+    for partition, size in zip(partitions, sizes, strict=True):
+        before = used.get(partition.source, 0)
+        counts.append(min(size, partition.samples - before) if partition.samples else size)
+        used[partition.source] = before + counts[-1]
+    return counts
+
+
 def write_items(path: Path, items: Iterable[Item]) -> None:
-    """A container's listing."""
-    _write(path, _columns(Item, list(items)))
+    """Write the item list of a partition."""
+    _write_parquet(path, _build_columns(Item, list(items)))
 
 
 def read_items(path: Path, first: int, count: int) -> list[Item]:
-    """Some items of a listing; `first` is a multiple of ROW_GROUP."""
+    """Read `count` items of an item list; `first` is a multiple of ROW_GROUP_SIZE."""
     file = pq.ParquetFile(path)
-    groups = range(first // ROW_GROUP, -(-(first + count) // ROW_GROUP))
-    return to_items(file.read_row_groups(list(groups)).slice(0, count))
+    groups = range(first // ROW_GROUP_SIZE, -(-(first + count) // ROW_GROUP_SIZE))
+    return parse_items(file.read_row_groups(list(groups)).slice(0, count))
 
 
-def to_items(table: pa.Table) -> list[Item]:
-    """Rows of a listing, of verified rows, or of the plan."""
+def parse_items(table: pa.Table) -> list[Item]:
+    """Return the items of a table that has their columns: an item list, verified items, or the plan."""
     return [Item(**row) for row in table.select([f.name for f in fields(Item)]).to_pylist()]
 
 
-def write_rows(path: Path, first: int, items: list[Item], verified: list[Verified]) -> None:
-    """A unit's items with what was found of them; `item` numbers them over all sources."""
-    found = _columns(Verified, verified)
-    kept = {name: column for name, column in _columns(Item, items).items() if name not in found}
-    _write(path, {"item": pa.array(range(first, first + len(items)), pa.int64()), **kept, **found})
+def write_verified(path: Path, first_item: int, items: list[Item], verified: list[Verified]) -> None:
+    """Write the items of a work unit with the results of verification; column `item` numbers them over all sources."""
+    result_columns = _build_columns(Verified, verified)
+    item_columns = {name: c for name, c in _build_columns(Item, items).items() if name not in result_columns}
+    numbers = pa.array(range(first_item, first_item + len(items)), pa.int64())
+    _write_parquet(path, {"item": numbers, **item_columns, **result_columns})
 
 
-def _columns(type_: type, records: list[Any]) -> dict[str, pa.Array]:
+def _build_columns(type_: type, records: list[Any]) -> dict[str, pa.Array]:
     hints = get_type_hints(type_)
     columns = zip(*map(astuple, records), strict=True) if records else ([] for _ in fields(type_))
-    return {f.name: pa.array(c, _TYPES[hints[f.name]]) for f, c in zip(fields(type_), columns, strict=True)}
+    return {f.name: pa.array(c, _ARROW_TYPES[hints[f.name]]) for f, c in zip(fields(type_), columns, strict=True)}
 
 
-def _write(path: Path, columns: dict[str, pa.Array]) -> None:
+def _write_parquet(path: Path, columns: dict[str, pa.Array]) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, row_group_size=ROW_GROUP, compression="zstd")
+    pq.write_table(pa.table(columns), sink, row_group_size=ROW_GROUP_SIZE, compression="zstd")
     write_atomic(path, sink.getvalue())

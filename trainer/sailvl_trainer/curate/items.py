@@ -1,4 +1,7 @@
-"""What curation works on: one raw picture and where its bytes are. Made by the listers, kept in Parquet."""
+"""The unit of curation: one raw image, where its bytes are, and its caption.
+
+Items are created by image_folder.py and webdataset.py, stored in Parquet files, and read by verify.py and pipeline.py.
+"""
 
 from __future__ import annotations
 
@@ -9,84 +12,84 @@ from typing import Literal
 
 from sailvl_trainer.data.synthetic import draw_caption
 
-SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
-MAX_TEXT = 1 << 20
-"""Bytes of a caption's file that are read."""
-KEY_LENGTH = 64
-"""Characters; a plain tar's names have at most 100, our number and a suffix among them."""
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
+MAX_TEXT_BYTES = 1 << 20
+"""Number of bytes that are read of a caption file."""
+MAX_KEY_LENGTH = 64
+"""Characters of a key. A name in a plain tar has at most 100, which include the item's number and a suffix."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Container:
-    """A part of a source that is listed by one rank: an image folder, a tar, a procedural source."""
+class SourcePartition:
+    """A part of a source that one rank lists: an image folder, a tar, or a set of synthetic images."""
 
     source: str
     format: Literal["imagefolder", "webdataset", "procedural"]
     path: str
     samples: int = 0
-    """At most so many items of the source; 0: all."""
+    """Maximum number of items of the whole source; 0: no limit."""
     seed: int = 0
     level: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One raw picture; the fields are columns of Parquet files, so they are plain."""
+    """One raw image. The fields are columns of Parquet files, so their types are plain."""
 
     source: str
     key: str
     suffix: str = ""
     caption: str | None = None
     caption_file: bytes = b""
-    """Where the caption is, if it isn't here: read with the picture, by the rank that verifies it."""
+    """Path of the file with the caption, if `caption` is None; it is read together with the image."""
     path: bytes = b""
-    """Of the file; as bytes, because a file's name need not be UTF-8."""
+    """Path of the image file or of its tar, as bytes, because a file name need not be valid UTF-8."""
     offset: int = 0
     size: int = -1
-    """Bytes from offset; -1: the whole file."""
+    """Number of bytes of the image from `offset`; -1: to the end of the file."""
     index: int = -1
-    """procedural: number of the sample, which is drawn from seed and level."""
+    """Number of a synthetic sample, which is drawn from `seed` and `level`; -1: the image is in a file."""
     seed: int = 0
     level: int = 1
     problem: str = ""
-    """Outcome of an item that can't be read at all: missing, bad_record, broken_tar."""
+    """Outcome of an item that can't be read: missing, bad_record or broken_tar; empty for a readable one."""
     detail: str = ""
-    """The problem in words."""
+    """Description of the problem."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Raw:
-    """An item's bytes and caption."""
+class ItemContent:
+    """The encoded image and the raw caption of an item."""
 
-    data: bytes
+    image: bytes
     caption: str
 
 
-def read_item(item: Item) -> Raw:
-    """Raises OSError."""
+def read_item(item: Item) -> ItemContent:
+    """Read an item from its files, or draw it if it is synthetic. Raises OSError."""
     if item.index >= 0:
         sample = draw_caption(item.seed, item.index, item.level)
-        assert sample.image is not None, "every drawn sample has a picture"
-        return Raw(data=sample.image, caption=str(sample.meta["caption"]))
+        assert sample.image is not None, "every synthetic sample has an image"
+        return ItemContent(image=sample.image, caption=str(sample.meta["caption"]))
     with open(item.path, "rb") as file:
         file.seek(item.offset)
-        data = file.read(item.size)
+        image = file.read(item.size)
     if item.caption is None and item.caption_file:
         with open(item.caption_file, "rb") as file:
-            return Raw(data=data, caption=file.read(MAX_TEXT).decode("utf-8", "replace"))
-    return Raw(data=data, caption=item.caption or "")
+            return ItemContent(image=image, caption=file.read(MAX_TEXT_BYTES).decode("utf-8", "replace"))
+    return ItemContent(image=image, caption=item.caption or "")
 
 
 def clean_key(name: str) -> str:
-    """WebDataset splits keys at dots and folders at slashes."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[-KEY_LENGTH:]
+    """Replace dots, at which WebDataset splits names, slashes and other special characters by dashes."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[-MAX_KEY_LENGTH:]
 
 
-def suffix_of(name: str) -> str:
-    """The last suffix, in small letters, without its dot."""
+def get_suffix(name: str) -> str:
+    """Return the last suffix of a file name in lower case, without its dot."""
     return Path(name).suffix.lower().removeprefix(".")
 
 
 def clean_text(text: str) -> str:
-    """Text that UTF-8 can hold: lone surrogates (from JSON escapes, odd file names) become question marks."""
+    """Make text encodable as UTF-8: lone surrogates (from JSON escapes or file names) become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The parallel passes of curation, in their order: list, verify, write. Called by stage.py on every rank."""
+"""The steps of curation that write artifacts and shards, in the order in which stage.py calls them on every rank."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ import pyarrow.parquet as pq
 import torch
 
 from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig
-from sailvl_trainer.curate.artifacts import Parts, PlannedShard, read_items, to_items, write_items, write_rows
-from sailvl_trainer.curate.ingest import list_items
-from sailvl_trainer.curate.items import Container, Item, read_item
-from sailvl_trainer.curate.verify import Verified, verify
+from sailvl_trainer.curate import sources
+from sailvl_trainer.curate.artifacts import (
+    CurationArtifacts,
+    PlannedShard,
+    parse_items,
+    read_items,
+    write_items,
+    write_verified,
+)
+from sailvl_trainer.curate.items import Item, SourcePartition, read_item
+from sailvl_trainer.curate.verify import Verified, verify_item
 from sailvl_trainer.data.encoder import TokenCounter
 from sailvl_trainer.data.samples import Sample, build_caption_sample
 from sailvl_trainer.data.shards import ShardInfo, ShardWriter, write_shard_manifest
@@ -24,123 +31,139 @@ from sailvl_trainer.errors import DataError, StorageError
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.distributed_tasks import Crew
+from sailvl_trainer.rank.distributed_tasks import TaskPool
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import decode, encode
 
 READ_AHEAD = 64
-"""Pictures in memory while a shard is written."""
+"""Images in memory while a shard is written."""
 T = TypeVar("T")
 
 
-def list_all(context: Context, crew: Crew, parts: Parts) -> None:
-    """Every container's items, written down: later passes and attempts see the same ones in the same order."""
-    containers = parts.listed
-
-    def do(number: int) -> None:
-        write_items(parts.listing(number), _beat(context, list_items(containers[number])))
-
-    crew.share("listing", len(containers), lambda number: parts.listing(number).exists(), do)
+def list_partitions(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:
+    """Write the list of partitions of all sources, unless an earlier attempt has. Called on the first rank."""
+    if not artifacts.partitions_file.exists():
+        partitions = sources.list_partitions(config.sources, context.stage.seed)
+        write_atomic(artifacts.partitions_file, encode(partitions))
 
 
-def verify_all(context: Context, crew: Crew, parts: Parts, config: CurateConfig) -> None:
-    """Every item decoded, measured and hashed, unit by unit."""
-    units, tile_size = parts.units, get_preset(context.stage.model.preset).image_size
+def list_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts) -> None:
+    """Write the item list of each partition, so that later steps and attempts see the same items in the same order."""
+    partitions = artifacts.partitions
+
+    def run_task(number: int) -> None:
+        items = sources.list_items(partitions[number])
+        write_items(artifacts.items_file(number), _report_each(context, items))
+
+    pool.run("listing", len(partitions), lambda number: artifacts.items_file(number).exists(), run_task)
+
+
+def verify_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts, config: CurateConfig) -> None:
+    """Decode, measure and hash every item, and write one file of rows per work unit."""
+    units, tile_size = artifacts.units, get_preset(context.stage.model.preset).image_size
     context.telemetry.update(steps=sum(unit.count for unit in units))
 
-    def do(number: int) -> None:
+    def run_task(number: int) -> None:
         unit = units[number]
-        items = read_items(parts.listing(unit.container), unit.first, unit.count)
-        found = list(_beat(context, pool.map(lambda item: verify(item, config, tile_size), items)))
-        _require_source(parts.listed[unit.container], found)
-        write_rows(parts.unit(number), unit.item, items, found)
+        items = read_items(artifacts.items_file(unit.partition), unit.first, unit.count)
+        verified = list(_report_each(context, threads.map(lambda item: verify_item(item, config, tile_size), items)))
+        _check_source_exists(artifacts.partitions[unit.partition], verified)
+        write_verified(artifacts.rows_file(number), unit.first_item, items, verified)
 
-    with _quiet(), _threads() as pool:
-        crew.share(
-            "verifying", len(units), lambda number: parts.unit(number).exists(), do, lambda number: units[number].count
+    with _suppress_warnings(), _start_threads() as threads:
+        pool.run(
+            "verifying",
+            len(units),
+            lambda number: artifacts.rows_file(number).exists(),
+            run_task,
+            count_samples=lambda number: units[number].count,
         )
 
 
-def write_all(context: Context, crew: Crew, parts: Parts) -> None:
-    """Every planned shard. Its information is written last, and a later attempt passes it over by that."""
-    shards = decode(list[PlannedShard], parts.shards.read_bytes())
-    counter = _counter(context)
+def write_shards(context: Context, pool: TaskPool, artifacts: CurationArtifacts) -> None:
+    """Write every planned shard, and then its ShardInfo, by which a later attempt recognises a complete shard."""
+    shards = decode(list[PlannedShard], artifacts.shards.read_bytes())
+    counter = _build_token_counter(context)
 
-    def do(number: int) -> None:
+    def run_task(number: int) -> None:
         shard = shards[number]
         with ShardWriter(context.files.output / shard.split, shard.name, counter) as writer:
-            for sample, size in _beat(context, _read_samples(parts.plan, shard)):
+            for sample, size in _report_each(context, _read_samples(artifacts.plan, shard)):
                 writer.write(sample, size)
-        write_atomic(parts.shard_info(shard), encode(writer.info))
+        write_atomic(artifacts.shard_info_file(shard), encode(writer.info))
 
-    crew.share("writing", len(shards), lambda number: parts.shard_info(shards[number]).exists(), do)
+    pool.run("writing", len(shards), lambda number: artifacts.shard_info_file(shards[number]).exists(), run_task)
 
 
-def write_manifests(context: Context, parts: Parts) -> None:
-    """Of both splits, once all their shards are there; leftovers of killed attempts go."""
-    shards = decode(list[PlannedShard], parts.shards.read_bytes())
+def write_manifests(context: Context, artifacts: CurationArtifacts) -> None:
+    """Write the manifests of both splits and remove temporary files of killed attempts. Called on the first rank."""
+    shards = decode(list[PlannedShard], artifacts.shards.read_bytes())
     for split in (SHARDS_DIR, HELD_OUT_DIR):
-        infos = [decode(ShardInfo, parts.shard_info(s).read_bytes()) for s in shards if s.split == split]
+        infos = [decode(ShardInfo, artifacts.shard_info_file(s).read_bytes()) for s in shards if s.split == split]
         write_shard_manifest(context.files.output / split, infos)
-        for leftover in (context.files.output / split).glob(".*.tar.*"):
-            leftover.unlink(missing_ok=True)
+        for temporary in (context.files.output / split).glob(".*.tar.*"):
+            temporary.unlink(missing_ok=True)
 
 
-def _require_source(container: Container, found: list[Verified]) -> None:
-    """Files may be missing; a whole source, which was there when it was listed, is the storage's failure."""
-    is_missing = any(verified.outcome == "missing" for verified in found)
-    if is_missing and container.path and not Path(container.path).exists():
+def _check_source_exists(partition: SourcePartition, verified: list[Verified]) -> None:
+    """Raise StorageError if the whole source is gone since it was listed; single missing files are only counted."""
+    has_missing = any(result.outcome == "missing" for result in verified)
+    if has_missing and partition.path and not Path(partition.path).exists():
         raise StorageError(
-            f"source {container.source}: {container.path} was listed and is gone; see that its volume is mounted; "
-            "what was verified before is kept"
+            f"source {partition.source}: {partition.path} was listed but does not exist any more; check that its "
+            "volume is mounted. Results of verified items are kept"
         )
 
 
-def _counter(context: Context) -> TokenCounter | None:
-    """Counts positions for the training stages, where the run's vocabulary is known by now."""
+def _build_token_counter(context: Context) -> TokenCounter | None:
+    """Return a counter of text tokens for the shards' index, or None if the run's tokenizer is not known yet."""
     model = context.stage.model
     has_tokenizer = model.preset == "tiny" or model.language is not None
     return TokenCounter(tokenizer=load_tokenizer(model)) if has_tokenizer else None
 
 
 def _read_samples(plan: Path, shard: PlannedShard) -> Iterator[tuple[Sample, tuple[int, int]]]:
-    """A shard's samples, and their pictures' sizes, in the plan's order."""
-    table = pq.read_table(plan, filters=[("split", "=", shard.split), ("shard", "=", shard.number)]).sort_by("place")
-    with _threads() as pool:
+    """Yield the samples of a shard in the plan's order, each with the width and height of its image."""
+    filters = [("split", "=", shard.split), ("shard", "=", shard.number)]
+    table = pq.read_table(plan, filters=filters).sort_by("position")
+    with _start_threads() as threads:
         for first in range(0, table.num_rows, READ_AHEAD):
-            some = table.slice(first, READ_AHEAD)
-            for row, item, data in zip(some.to_pylist(), items := to_items(some), pool.map(_read, items), strict=True):
+            chunk = table.slice(first, READ_AHEAD)
+            items = parse_items(chunk)
+            for row, item, data in zip(chunk.to_pylist(), items, threads.map(_read_image, items), strict=True):
                 key = f"{row['item']:09d}-{item.key}"
                 sample = build_caption_sample(key, data, row["format"], row["text"], {"source": item.source})
                 yield sample, (row["width"], row["height"])
 
 
-def _read(item: Item) -> bytes:
-    """The bytes of a verified item, which has to be there still."""
+def _read_image(item: Item) -> bytes:
+    """Return the encoded image of a verified item. Raises DataError if it is gone or truncated since."""
     try:
-        data = read_item(item).data
+        data = read_item(item).image
     except OSError as error:
-        raise DataError(f"{item.source}: {item.key} was verified and is gone: {error}; put it back") from error
+        raise DataError(
+            f"{item.source}: {item.key} was verified but can't be read any more: {error}; restore the file"
+        ) from error
     if item.size >= 0 and len(data) != item.size:
-        raise DataError(f"{item.source}: {item.key} was verified and is cut off now; put its tar back")
+        raise DataError(f"{item.source}: {item.key} was verified but its tar is truncated now; restore the tar")
     return data
 
 
-def _beat(context: Context, things: Iterable[T]) -> Iterator[T]:
-    """A heartbeat a thing."""
-    for thing in things:
-        yield thing
+def _report_each(context: Context, values: Iterable[T]) -> Iterator[T]:
+    """Yield the values and send a heartbeat after each."""
+    for value in values:
+        yield value
         context.telemetry.update()
 
 
-def _threads() -> ThreadPoolExecutor:
-    """As many threads as this rank has cores: decoding, resizing and hashing run outside of Python's lock."""
+def _start_threads() -> ThreadPoolExecutor:
+    """Start one thread per core of this rank; decoding, resizing and hashing release the GIL."""
     return ThreadPoolExecutor(torch.get_num_threads())
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Pillow warns of odd metadata in pictures that it reads well: one line a picture helps nobody."""
+def _suppress_warnings() -> Iterator[None]:
+    """Suppress Pillow's warnings about unusual metadata of readable images: one line per image would flood the log."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,90 +1,113 @@
-"""One raw item to one row: decoded or rejected with the reason, measured and hashed. Nothing in a file is fatal."""
+"""Verify one raw item: decode, measure and hash it, or return why it is dropped. Called by pipeline.py.
+
+Nothing in an item's bytes is fatal. Only a failing storage raises an error.
+"""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import os
+import re
+import unicodedata
 from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
 from sailvl_trainer.contract import CurateConfig
-from sailvl_trainer.curate.captions import clean_caption, judge_caption
-from sailvl_trainer.curate.items import Item, Raw, clean_text, read_item
-from sailvl_trainer.curate.phash import perceptual_hash
+from sailvl_trainer.curate.dedup import hash_perceptually, hash_pixels
+from sailvl_trainer.curate.items import Item, ItemContent, clean_text, read_item
 from sailvl_trainer.data.images import UnreadableImage, open_image, read_size
 from sailvl_trainer.data.tiling import choose_grid, count_tiles
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats that are read. No others: Pillow would run Ghostscript for EPS."""
-SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}
-"""Format to its suffix in a shard, where that is not its name; MPO is a JPEG with more after it, from phones."""
-MAX_BYTES = 256 << 20
-"""Of an encoded picture."""
-ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
-"""A file that isn't there or isn't ours is counted. Any other failure to read is the storage's, and ends the rank:
-else an outage would quietly thin the data."""
+"""Formats that are accepted. No others, because Pillow would run Ghostscript for EPS."""
+FORMAT_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}
+"""File name suffix in a shard of the formats that differ from it. MPO, from phones, is a JPEG with further frames."""
+MAX_FILE_BYTES = 256 << 20
+"""Larger encoded images are dropped unread."""
+MAX_CAPTION_LENGTH = 4000
+"""Characters, about a thousand tokens; longer web text is a page rather than a caption."""
+FILE_ERRORS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
+"""Errors of a single file, which is counted as missing. Any other read error is a failure of the storage and ends the
+rank, because an outage would silently reduce the data."""
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\ufeff]")
+_SPACES = re.compile(r"[^\S\n]+")
+_LINE_BREAKS = re.compile(r" ?\n[ \n]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verified:
-    """What verification found; `outcome` is ok, or why the item is dropped."""
+    """Result of verification; the fields are columns of Parquet files."""
 
     outcome: str
+    """ok, or the reason for which the item is dropped."""
     detail: str = ""
-    """The reason in words."""
+    """Description of the reason."""
     text: str = ""
-    """The clean caption."""
+    """Cleaned caption."""
     format: str = ""
-    """Suffix of the picture's true format, whatever its file is called."""
+    """File name suffix of the image's actual format, whatever its file is called."""
     width: int = 0
     height: int = 0
-    """As shown: turned by EXIF."""
+    """Size in pixels as displayed, with the EXIF orientation applied."""
     tiles: int = 0
+    """Number of tiles in training, the thumbnail included."""
     pixels_sha256: str = ""
-    """Of the decoded RGB pixels and the size."""
+    """Hash of the size and of the decoded RGB pixels."""
     phash: int | None = None
-    """64 bits as a signed integer; None: no structure to compare."""
+    """Perceptual hash as a signed 64-bit integer; None for an image without structure."""
 
 
-def verify(item: Item, config: CurateConfig, tile_size: int) -> Verified:
-    """Check one item. Raises OSError when the storage fails."""
+def verify_item(item: Item, config: CurateConfig, tile_size: int) -> Verified:
+    """Verify one item. `tile_size`: side of a tile in pixels. Raises OSError if the storage fails."""
     if item.problem:
         return Verified(outcome=item.problem, detail=item.detail)
     try:
-        if item.index < 0 and _stored_bytes(item) > MAX_BYTES:
-            return Verified(outcome="too_large", detail=f"more than {MAX_BYTES >> 20} MiB")
-        raw = read_item(item)
+        if item.index < 0 and _get_stored_bytes(item) > MAX_FILE_BYTES:
+            return Verified(outcome="too_large", detail=f"more than {MAX_FILE_BYTES >> 20} MiB")
+        content = read_item(item)
     except OSError as error:
-        if error.errno not in ABSENT:
+        if error.errno not in FILE_ERRORS:
             raise
         return Verified(outcome="missing", detail=os.strerror(error.errno or 0))
-    caption = clean_caption(raw.caption)
-    outcome = judge_caption(caption)
+    caption = clean_caption(content.caption)
+    outcome = classify_caption(caption)
     if outcome != "ok":
         return Verified(outcome=outcome, text=caption, detail=f"{len(caption)} characters")
-    return _verify_picture(raw, caption, config, tile_size)
+    return _verify_image(content, caption, config, tile_size)
 
 
-def _stored_bytes(item: Item) -> int:
+def clean_caption(text: str) -> str:
+    """Normalise a caption: NFC, no control characters, single spaces, no empty lines."""
+    text = unicodedata.normalize("NFC", clean_text(text).replace("\r\n", "\n").replace("\r", "\n"))
+    return _LINE_BREAKS.sub("\n", _SPACES.sub(" ", _CONTROL_CHARACTERS.sub("", text))).strip()
+
+
+def classify_caption(caption: str) -> str:
+    """Return the outcome of a cleaned caption: ok, no_caption or long_caption."""
+    if not any(character.isalnum() for character in caption):
+        return "no_caption"
+    return "long_caption" if len(caption) > MAX_CAPTION_LENGTH else "ok"
+
+
+def _get_stored_bytes(item: Item) -> int:
     return item.size if item.size >= 0 else os.stat(item.path).st_size
 
 
-def _verify_picture(raw: Raw, caption: str, config: CurateConfig, tile_size: int) -> Verified:
-    """The size comes from the header, so that a decompression bomb is never decoded."""
+def _verify_image(content: ItemContent, caption: str, config: CurateConfig, tile_size: int) -> Verified:
+    """Verify the image; its size is read from the header first, so that a decompression bomb is never decoded."""
     width = height = 0
     try:
-        suffix = _read_format(raw.data)
-        width, height = read_size(raw.data)
-        outcome = _judge_size(width, height, config)
+        suffix = _read_format(content.image)
+        width, height = read_size(content.image)
+        outcome = _classify_size(width, height, config)
         if outcome != "ok":
-            words = f"{width} × {height} pixels"
-            return Verified(outcome=outcome, text=caption, width=width, height=height, detail=words)
-        image = open_image(raw.data, max_pixels=config.max_pixels)
+            detail = f"{width} × {height} pixels"
+            return Verified(outcome=outcome, text=caption, width=width, height=height, detail=detail)
+        image = open_image(content.image, max_pixels=config.max_pixels)
     except UnreadableImage as error:
-        return Verified(outcome="unreadable", text=caption, width=width, height=height, detail=_explain(error))
+        return Verified(outcome="unreadable", text=caption, width=width, height=height, detail=_describe(error))
     return Verified(
         outcome="ok",
         text=caption,
@@ -93,34 +116,30 @@ def _verify_picture(raw: Raw, caption: str, config: CurateConfig, tile_size: int
         height=image.height,
         tiles=count_tiles(choose_grid(image.width, image.height, config.max_tiles, tile_size)),
         pixels_sha256=hash_pixels(image),
-        phash=perceptual_hash(image),
+        phash=hash_perceptually(image),
     )
 
 
 def _read_format(data: bytes) -> str:
+    """Return the suffix of the image's format. Raises UnreadableImage for other formats and for broken checksums."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             name = str(image.format)
-            image.verify()  # the checksums of a PNG, which decoding passes over: a flipped bit would become noise
+            image.verify()  # checks the checksums of a PNG; decoding ignores them and turns a flipped bit into noise
     except UnidentifiedImageError:
-        raise UnreadableImage("no picture of a known format") from None
-    except Exception as error:  # decoders raise anything on broken bytes; all of it means the same
+        raise UnreadableImage("not an image of a supported format") from None
+    except Exception as error:  # decoders raise many types of errors for broken bytes
         raise UnreadableImage(str(error)) from error
-    return SUFFIXES.get(name, name.lower())
+    return FORMAT_SUFFIXES.get(name, name.lower())
 
 
-def _judge_size(width: int, height: int, config: CurateConfig) -> str:
+def _classify_size(width: int, height: int, config: CurateConfig) -> str:
     if width * height > config.max_pixels:
         return "too_large"
     return "too_small" if min(width, height) < config.min_side else "ok"
 
 
-def hash_pixels(image: Image.Image) -> str:
-    """SHA-256 of size and pixels: equal for the same picture in another format, key or folder."""
-    return hashlib.sha256(f"{image.width}x{image.height}".encode() + image.tobytes()).hexdigest()
-
-
-def _explain(error: UnreadableImage) -> str:
-    """A decoder's words, without the address of an object that some hold."""
-    words = clean_text(str(error.__cause__ or error)).partition("<_io")[0].strip()[:200]
-    return words or type(error.__cause__).__name__
+def _describe(error: UnreadableImage) -> str:
+    """Return the decoder's message, without the object's address that some messages contain."""
+    message = clean_text(str(error.__cause__ or error)).partition("<_io")[0].strip()[:200]
+    return message or type(error.__cause__).__name__

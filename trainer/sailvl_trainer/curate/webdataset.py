@@ -1,4 +1,4 @@
-"""WebDataset tars: files of one key stand together; the caption is KEY.txt, or "caption" in KEY.json."""
+"""List WebDataset tars: adjacent files of one key are a sample; the caption is KEY.txt, or "caption" in KEY.json."""
 
 from __future__ import annotations
 
@@ -8,37 +8,40 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from sailvl_trainer.curate.items import MAX_TEXT, SUFFIXES, Item, clean_key, clean_text
+from sailvl_trainer.curate.items import IMAGE_SUFFIXES, MAX_TEXT_BYTES, Item, clean_key, clean_text
 
-Group = dict[str, tarfile.TarInfo]
+TarGroup = dict[str, tarfile.TarInfo]
+"""Members of one key by suffix, which may contain dots."""
 
 
 def list_tar(path: Path, source: str) -> Iterator[Item]:
-    """One item a key with a picture; a tar that breaks off gives what is whole, then an item that says so."""
+    """Yield one item per key with an image; a broken tar yields its complete items, then an item with the problem."""
     try:
         with tarfile.open(path, mode="r:") as tar:
-            for key, group in _groups(tar):
+            for key, group in _iter_groups(tar):
                 item = _build_item(path, source, key, group, tar)
                 if item is not None:
                     yield item
-            _require_end(tar)
+            _check_end_marker(tar)
     except (tarfile.TarError, EOFError) as error:
-        words = f"{path.name} breaks off or is no plain tar: {clean_text(str(error))}"
-        yield Item(source=source, key=clean_key(path.stem), problem="broken_tar", detail=words)
+        detail = f"{path.name} is truncated or not an uncompressed tar: {clean_text(str(error))}"
+        yield Item(source=source, key=clean_key(path.stem), problem="broken_tar", detail=detail)
 
 
-def _require_end(tar: tarfile.TarFile) -> None:
-    """Raises ReadError unless the mark of the end, a block of zeros, is where reading stopped: after the first header
-    tarfile takes a damaged one, or a file cut off between two, for the end."""
+def _check_end_marker(tar: tarfile.TarFile) -> None:
+    """Raise ReadError unless reading stopped at the end marker, a block of zeros.
+
+    After the first header, tarfile also treats a damaged header, or a file truncated between two members, as the end.
+    """
     assert tar.fileobj is not None, "the tar is open"
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+        raise tarfile.ReadError(f"neither a header nor the end marker at byte {tar.offset}")
 
 
-def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, Group]]:
-    """Neighbours of one key, by suffix. As WebDataset does, a key ends at the first dot of the file's name."""
-    key, group = "", Group()
+def _iter_groups(tar: tarfile.TarFile) -> Iterator[tuple[str, TarGroup]]:
+    """Yield key and members of adjacent files with one key. As in WebDataset, a key ends at a file name's first dot."""
+    key, group = "", TarGroup()
     for member in tar:
         if not member.isfile():
             continue
@@ -53,8 +56,9 @@ def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, Group]]:
         yield key, group
 
 
-def _build_item(path: Path, source: str, key: str, group: Group, tar: tarfile.TarFile) -> Item | None:
-    suffix = next((s for s in group if s.rpartition(".")[2] in SUFFIXES), None)
+def _build_item(path: Path, source: str, key: str, group: TarGroup, tar: tarfile.TarFile) -> Item | None:
+    """Return the group's item, or None if it holds no image."""
+    suffix = next((s for s in group if s.rpartition(".")[2] in IMAGE_SUFFIXES), None)
     if suffix is None:
         return None
     member = group[suffix]
@@ -62,23 +66,23 @@ def _build_item(path: Path, source: str, key: str, group: Group, tar: tarfile.Ta
         source=source,
         key=clean_key(f"{path.stem}-{key.removeprefix('./')}"),
         suffix=suffix.rpartition(".")[2],
-        caption=_caption(group, tar),
+        caption=_read_caption(group, tar),
         path=os.fsencode(path),
         offset=member.offset_data,
         size=member.size,
     )
 
 
-def _caption(group: Group, tar: tarfile.TarFile) -> str | None:
+def _read_caption(group: TarGroup, tar: tarfile.TarFile) -> str | None:
     for suffix in ("txt", "json"):
         file = tar.extractfile(group[suffix]) if suffix in group else None
         if file is not None:
-            text = file.read(MAX_TEXT).decode("utf-8", "replace")
-            return text if suffix == "txt" else _caption_of(text)
+            text = file.read(MAX_TEXT_BYTES).decode("utf-8", "replace")
+            return text if suffix == "txt" else _parse_caption(text)
     return None
 
 
-def _caption_of(text: str) -> str | None:
+def _parse_caption(text: str) -> str | None:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""Answers that an attempt leaves for the next one: lines below <output>/parts, a file a rank and attempt.
+"""Answers of earlier attempts: JSON lines below <output>/artifacts, one file per rank and attempt.
 
-A batch is known by what is asked in it, so its answers are used wherever it was answered, and never for another file's
-questions. A line that breaks off was being written when the rank died, and is passed over.
+Answers are keyed by benchmark and by a hash of the batch's questions, so that they are reused on any rank but never for
+changed questions. A truncated line, which a rank was writing when it died, is ignored. Used by benchmark.py.
 """
 
 from __future__ import annotations
@@ -20,44 +20,51 @@ from sailvl_trainer.storage.errors import translate_storage_errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Line:
+class _CachedBatch:
+    """One line of a file."""
+
     benchmark: str
     batch: str
+    """Hash of the batch's questions."""
     answers: list[str]
 
 
-class KeptAnswers:
-    """Of one evaluate stage. Every rank makes one; all see the same."""
+class AnswerCache:
+    """The answers of one evaluate stage. COLLECTIVE: every rank creates one, and all see the same earlier answers."""
 
     def __init__(self, context: Context) -> None:
-        folder = context.files.output / "parts"
+        folder = context.files.output / "artifacts"
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"answers-{context.stage.attempt:04d}-{context.rank:05d}.jsonl"
-        self._found: dict[tuple[str, str], list[str]] = broadcast_object(_read(folder) if context.is_first else None)
+        self._answers: dict[tuple[str, str], list[str]] = broadcast_object(
+            _read_answers(folder) if context.is_first else None
+        )
 
     def find(self, benchmark: str, batch: Sequence[Question]) -> list[str] | None:
-        """What an earlier attempt has answered to these questions."""
-        return self._found.get((benchmark, _fingerprint(batch)))
+        """Return the answers of an earlier attempt to these questions, or None."""
+        return self._answers.get((benchmark, _hash_batch(batch)))
 
     def add(self, benchmark: str, batch: Sequence[Question], answers: list[str]) -> None:
-        """On the disk when it returns."""
+        """Append a batch's answers to this rank's file; they are on the disk on return. Raises StorageError."""
+        line = _CachedBatch(benchmark=benchmark, batch=_hash_batch(batch), answers=answers)
         with translate_storage_errors(self._path), self._path.open("ab") as file:
-            file.write(encode(_Line(benchmark=benchmark, batch=_fingerprint(batch), answers=answers)) + b"\n")
+            file.write(encode(line) + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def _fingerprint(batch: Sequence[Question]) -> str:
+def _hash_batch(batch: Sequence[Question]) -> str:
     return hashlib.sha256(encode(batch)).hexdigest()
 
 
-def _read(folder: Path) -> dict[tuple[str, str], list[str]]:
-    found: dict[tuple[str, str], list[str]] = {}
+def _read_answers(folder: Path) -> dict[tuple[str, str], list[str]]:
+    """Return the answers by benchmark and hash of the batch."""
+    answers: dict[tuple[str, str], list[str]] = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for data in path.read_bytes().splitlines():
             try:
-                line = decode(_Line, data)
+                line = decode(_CachedBatch, data)
             except ValueError:
                 continue
-            found[line.benchmark, line.batch] = line.answers
-    return found
+            answers[line.benchmark, line.batch] = line.answers
+    return answers

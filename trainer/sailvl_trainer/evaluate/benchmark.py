@@ -1,4 +1,7 @@
-"""One benchmark: its questions checked, answered over all ranks, and scored; or the loss on its held-out samples."""
+"""Evaluate one benchmark: check its questions, generate answers on all ranks, and score them.
+
+A benchmark with metric caption_loss has no questions; its result is the loss on held-out samples. Called by stage.py.
+"""
 
 from __future__ import annotations
 
@@ -10,49 +13,54 @@ from sailvl_trainer.contract import HELD_OUT_DIR, MANIFEST_FILE, BenchmarkConfig
 from sailvl_trainer.data.dataset import build_dataset
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.errors import DataError, Preempted
-from sailvl_trainer.evaluate.answer_cache import KeptAnswers
+from sailvl_trainer.evaluate.answer_cache import AnswerCache
 from sailvl_trainer.evaluate.generate import Generator
-from sailvl_trainer.evaluate.scoring import answers_of, is_yes, score_answers
+from sailvl_trainer.evaluate.scoring import is_yes, parse_accepted_answers, score_answers
 from sailvl_trainer.evaluate.tsv import Question, read_tsv
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import all_gather_object
 from sailvl_trainer.train.forward import PackedModel
 from sailvl_trainer.train.validation import measure_validation_loss
 
-WORDS = 2048
-"""Positions of a pack of the caption loss beside those of a picture with all its tiles."""
+TEXT_TOKENS = 2048
+"""Text tokens that a pack of the caption loss has room for beside an image with the maximum number of tiles."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One question, answered and scored."""
+    """One question with the model's answer and its score."""
 
     index: str
     question: str
     answer: str
+    """Reference answer."""
     prediction: str
+    """Answer of the model."""
     score: float
-    """0..1."""
+    """Between 0 and 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
-    """One benchmark's outcome."""
+class BenchmarkResult:
+    """Score of one benchmark."""
 
     benchmark: BenchmarkConfig
     score: float
-    """0..100; of caption_loss nats a token, where less is better."""
+    """Between 0 and 100, higher is better. For caption_loss in nats per loss token, lower is better."""
     answers: list[Answer]
-    """Of the questions in order; none of caption_loss."""
+    """Answers in the order of questions; empty for caption_loss."""
 
     @property
     def is_loss(self) -> bool:
-        """Whether the score is a loss, which no mean of scores takes part in."""
+        """Whether the score is a loss, which is excluded from means of scores."""
         return self.benchmark.metric == "caption_loss"
 
 
-def check(benchmark: BenchmarkConfig, limit: int) -> int:
-    """Number of its questions. Raises DataError for a question that its metric can't score."""
+def check_benchmark(benchmark: BenchmarkConfig, limit: int) -> int:
+    """Return the number of questions. Raises DataError if the metric can't score one of them.
+
+    `limit`: number of questions to use; 0: all.
+    """
     if benchmark.metric == "caption_loss":
         _find_shards(benchmark)
         return 0
@@ -63,80 +71,88 @@ def check(benchmark: BenchmarkConfig, limit: int) -> int:
     return len(questions)
 
 
-def evaluate(
+def evaluate_benchmark(
     context: Context,
     generator: Generator,
     benchmark: BenchmarkConfig,
-    kept: KeptAnswers,
+    cache: AnswerCache,
     *,
     limit: int,
     batch_size: int,
-) -> Scored:
-    """The same on any number of ranks. Raises Preempted when a stop is asked for; what was answered is kept."""
+) -> BenchmarkResult:
+    """Generate and score all answers. COLLECTIVE; the result is the same for any number of ranks.
+
+    Raises Preempted if a stop is requested; the answers so far stay in the cache.
+    """
     if benchmark.metric == "caption_loss":
-        return Scored(benchmark=benchmark, score=_measure_loss(context, generator, benchmark, limit), answers=[])
+        loss = _measure_caption_loss(context, generator, benchmark, limit)
+        return BenchmarkResult(benchmark=benchmark, score=loss, answers=[])
     questions = read_tsv(Path(benchmark.path), limit)
     batches = [questions[i : i + batch_size] for i in range(0, len(questions), batch_size)]
-    predictions = _answer(context, generator, benchmark, kept, batches)
-    score, own = score_answers(benchmark.metric, predictions, questions)
+    predictions = _generate_answers(context, generator, benchmark, cache, batches)
+    score, answer_scores = score_answers(benchmark.metric, predictions, questions)
     answers = [
         Answer(index=q.index, question=q.question, answer=q.answer, prediction=p, score=s)
-        for q, p, s in zip(questions, predictions, own, strict=True)
+        for q, p, s in zip(questions, predictions, answer_scores, strict=True)
     ]
-    return Scored(benchmark=benchmark, score=score * benchmark.scale, answers=answers)
+    return BenchmarkResult(benchmark=benchmark, score=score * benchmark.scale, answers=answers)
 
 
 def _find_problem(benchmark: BenchmarkConfig, question: Question) -> str:
+    """Return why the metric can't score the question; empty if it can."""
     answer, letters = question.answer.strip(), ", ".join(question.choices)
-    if not answers_of(question):
-        return "answer is an empty list; write at least one accepted answer"
+    if not parse_accepted_answers(question):
+        return "answer is an empty list; give at least one accepted answer"
     if benchmark.metric == "multiple_choice" and answer.upper() not in question.choices:
-        return f"answer is {answer!r}, its choices are {letters or 'none'}; write one of their letters"
+        return f"answer is {answer!r}, but its choices are {letters or 'none'}; use one of their letters"
     if benchmark.metric == "yes_no_f1" and not is_yes(answer) and not answer.lower().startswith("no"):
-        return f"answer is {answer!r}; yes_no_f1 needs yes or no"
+        return f"answer is {answer!r}; metric yes_no_f1 needs yes or no"
     return ""
 
 
-def _answer(
+def _generate_answers(
     context: Context,
     generator: Generator,
     benchmark: BenchmarkConfig,
-    kept: KeptAnswers,
+    cache: AnswerCache,
     batches: Sequence[Sequence[Question]],
 ) -> list[str]:
-    """Rounds of a batch a rank, so that all ranks hear of a stop in the same one."""
-    found = [kept.find(benchmark.name, batch) for batch in batches]
-    before = {number: answers for number, answers in enumerate(found) if answers is not None}
-    mine: dict[int, list[str]] = {}
-    todo = [number for number in range(len(batches)) if number not in before]
-    step = context.telemetry.progress.step + sum(len(batches[number]) for number in before)
-    for at in range(0, len(todo), context.world_size):
-        now = todo[at : at + context.world_size]
-        for number in now[context.rank : context.rank + 1]:
+    """Return the answers of all batches. COLLECTIVE.
+
+    In each round every rank answers one batch; after each round all ranks agree on whether to stop.
+    """
+    found = [cache.find(benchmark.name, batch) for batch in batches]
+    cached = {number: answers for number, answers in enumerate(found) if answers is not None}
+    generated: dict[int, list[str]] = {}
+    open_batches = [number for number in range(len(batches)) if number not in cached]
+    step = context.telemetry.progress.step + sum(len(batches[number]) for number in cached)
+    for first in range(0, len(open_batches), context.world_size):
+        round_batches = open_batches[first : first + context.world_size]
+        for number in round_batches[context.rank : context.rank + 1]:
             with context.telemetry.activity("evaluating"):
-                mine[number] = generator.answer(batches[number], benchmark.max_tiles)
-            kept.add(benchmark.name, batches[number], mine[number])
-        step += sum(len(batches[number]) for number in now)
+                generated[number] = generator.answer(batches[number], benchmark.max_tiles)
+            cache.add(benchmark.name, batches[number], generated[number])
+        step += sum(len(batches[number]) for number in round_batches)
         context.telemetry.update(step=step)
         if context.preemption.should_stop():
-            raise Preempted(f"stopped on request in {benchmark.name}; the answers so far are kept")
-    answered = before | {number: answers for rank in all_gather_object(mine) for number, answers in rank.items()}
+            raise Preempted(f"stopped on request during benchmark {benchmark.name}; its answers so far are kept")
+    answered = cached | {number: answers for rank in all_gather_object(generated) for number, answers in rank.items()}
     return [answer for number in range(len(batches)) for answer in answered[number]]
 
 
-def _measure_loss(context: Context, generator: Generator, benchmark: BenchmarkConfig, limit: int) -> float:
-    """Nats a labelled token of the samples' captions, given their pictures."""
+def _measure_caption_loss(context: Context, generator: Generator, benchmark: BenchmarkConfig, limit: int) -> float:
+    """Return the mean loss of the caption tokens given the images, in nats per token. COLLECTIVE."""
     folder = _find_shards(benchmark)
-    most = benchmark.max_tiles + 1
+    max_tiles = benchmark.max_tiles + 1  # with the thumbnail
     encoder = SampleEncoder(
         tokenizer=generator.tokenizer,
         preset=generator.preset,
         max_tiles=benchmark.max_tiles,
-        pack_tokens=WORDS + most * generator.preset.tokens_per_tile,
+        pack_tokens=TEXT_TOKENS + max_tiles * generator.preset.tokens_per_tile,
     )
     dataset = build_dataset([folder.parent], folder.name, encoder)
     if not len(dataset):
-        raise DataError(f"benchmark {folder}: it holds no sample, so it has no loss")
+        raise DataError(f"benchmark {folder} contains no samples, so its loss is undefined")
     with context.telemetry.activity("evaluating"):
         return measure_validation_loss(
             context,
@@ -144,14 +160,16 @@ def _measure_loss(context: Context, generator: Generator, benchmark: BenchmarkCo
             dataset,
             encoder,
             samples=limit or len(dataset),
-            pack_tiles=4 * most,
+            pack_tiles=4 * max_tiles,
         )
 
 
 def _find_shards(benchmark: BenchmarkConfig) -> Path:
-    """The directory itself, or the held-out part of the prepared set that it is."""
+    """Return the directory with the manifest: the benchmark's path or the held-out split below it. Raises DataError."""
     folder = Path(benchmark.path)
-    for place in (folder, folder / HELD_OUT_DIR):
-        if (place / MANIFEST_FILE).exists():
-            return place
-    raise DataError(f"benchmark {folder}: neither it nor its {HELD_OUT_DIR}/ has {MANIFEST_FILE}; give a prepared set")
+    for candidate in (folder, folder / HELD_OUT_DIR):
+        if (candidate / MANIFEST_FILE).exists():
+            return candidate
+    raise DataError(
+        f"benchmark {folder}: found no {MANIFEST_FILE} there or in {HELD_OUT_DIR}/; set path to a directory of shards"
+    )

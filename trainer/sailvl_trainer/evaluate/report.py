@@ -1,4 +1,7 @@
-"""The report of an evaluate stage: scores.json and predictions.jsonl for programs, index.html for people."""
+"""The report of an evaluate stage: scores.json and predictions.jsonl for programs, index.html for people.
+
+Called by stage.py on the first rank.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +9,79 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sailvl_trainer.evaluate.benchmark import Answer, Scored
+from sailvl_trainer.evaluate.benchmark import Answer, BenchmarkResult
 from sailvl_trainer.evaluate.tsv import read_tsv
-from sailvl_trainer.reporting.render import render
-from sailvl_trainer.reporting.thumbnails import draw_thumbnail
+from sailvl_trainer.reporting.page import encode_thumbnail, render_page
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
 
-SHOWN = 6
-"""Wrong answers, and right ones, of a benchmark."""
-METRICS = {
+MAX_CARDS = 6
+"""Maximum number of correct and of incorrect answers shown per benchmark."""
+METRIC_LABELS = {
     "multiple_choice": "multiple choice",
     "exact_match": "exact match",
     "vqa_accuracy": "VQA accuracy",
     "relaxed_accuracy": "relaxed accuracy",
     "anls": "ANLS",
     "yes_no_f1": "F1 of yes",
-    "caption_loss": "nats a token; less is better",
+    "caption_loss": "nats per token, lower is better",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
-    """An answer with its picture, which is empty where there is none or it can't be shown."""
+class AnswerCard:
+    """An answer as the report shows it."""
 
     answer: Answer
-    data: str
+    thumbnail: str
+    """JPEG in base64; empty if the question has no image or it can't be displayed."""
 
     @property
-    def is_right(self) -> bool:
-        return self.answer.score >= 0.5
+    def is_correct(self) -> bool:
+        """Whether the answer's score is at least one half."""
+        return _is_correct(self.answer)
 
 
-def write_report(folder: Path, scored: list[Scored], metrics: dict[str, float], *, model: str) -> None:
-    """All three files; `model`: where it came from."""
-    lines = (encode({"benchmark": s.benchmark.name} | asdict(answer)) for s in scored for answer in s.answers)
+def write_report(folder: Path, results: list[BenchmarkResult], metrics: dict[str, float], *, model: str) -> None:
+    """Write all three files. `model`: path of the evaluated model."""
+    lines = (
+        encode({"benchmark": result.benchmark.name} | asdict(answer)) for result in results for answer in result.answers
+    )
     write_atomic(folder / "predictions.jsonl", b"\n".join([*lines, b""]))
-    groups: dict[str, list[Scored]] = {}
-    for entry in scored:
-        if not entry.is_loss:
-            groups.setdefault(entry.benchmark.group, []).append(entry)
-    page = render(
+    groups: dict[str, list[BenchmarkResult]] = {}
+    for result in results:
+        if not result.is_loss:
+            groups.setdefault(result.benchmark.group, []).append(result)
+    page = render_page(
         "evaluate/report.html.jinja",
         metrics=metrics,
         groups=groups,
-        losses=[entry for entry in scored if entry.is_loss],
-        galleries={entry.benchmark.name: choose_tiles(entry) for entry in scored if entry.answers},
-        names=METRICS,
+        losses=[result for result in results if result.is_loss],
+        galleries={result.benchmark.name: build_cards(result) for result in results if result.answers},
+        labels=METRIC_LABELS,
         model=model,
     )
     write_atomic(folder / "index.html", page)
     write_atomic(folder / "scores.json", encode(metrics))
 
 
-def choose_tiles(scored: Scored) -> list[Tile]:
-    """Some wrong answers and some right ones, spread over the benchmark; only their pictures are read."""
-    wrong = [a for a in scored.answers if a.score < 0.5]
-    right = [a for a in scored.answers if a.score >= 0.5]
-    chosen = [*_spread(wrong), *_spread(right)]
-    images = {q.index: q.images for q in read_tsv(Path(scored.benchmark.path)) if q.images}
-    return [Tile(answer=a, data=draw_thumbnail(images[a.index][0]) if a.index in images else "") for a in chosen]
+def build_cards(result: BenchmarkResult) -> list[AnswerCard]:
+    """Build cards of some incorrect and some correct answers, spread over the benchmark."""
+    incorrect = [answer for answer in result.answers if not _is_correct(answer)]
+    correct = [answer for answer in result.answers if _is_correct(answer)]
+    chosen = [*_choose_evenly(incorrect), *_choose_evenly(correct)]
+    images = {q.index: q.images for q in read_tsv(Path(result.benchmark.path)) if q.images}
+    return [
+        AnswerCard(answer=a, thumbnail=encode_thumbnail(images[a.index][0]) if a.index in images else "")
+        for a in chosen
+    ]
 
 
-def _spread(answers: list[Answer]) -> Iterable[Answer]:
-    """At most SHOWN, evenly."""
-    number = min(SHOWN, len(answers))
-    return [answers[i * len(answers) // number] for i in range(number)]
+def _is_correct(answer: Answer) -> bool:
+    return answer.score >= 0.5
+
+
+def _choose_evenly(answers: list[Answer]) -> Iterable[Answer]:
+    """Choose at most MAX_CARDS answers at equal distances."""
+    count = min(MAX_CARDS, len(answers))
+    return [answers[i * len(answers) // count] for i in range(count)]

@@ -1,4 +1,8 @@
-"""The evaluate stage: a training stage's model scored on benchmarks, greedily; what was answered survives a stop."""
+"""The evaluate stage: score the model of a training stage on benchmarks by greedy decoding.
+
+Answers are saved as they are generated, so that a later attempt continues with the open questions. Called by
+rank/main.py on every rank.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,8 @@ from pathlib import Path
 
 from sailvl_trainer.contract import EXPORT_DIR, EvaluateConfig, Result
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.evaluate import benchmark as benchmarks
-from sailvl_trainer.evaluate.answer_cache import KeptAnswers
-from sailvl_trainer.evaluate.benchmark import Scored
+from sailvl_trainer.evaluate.answer_cache import AnswerCache
+from sailvl_trainer.evaluate.benchmark import BenchmarkResult, check_benchmark, evaluate_benchmark
 from sailvl_trainer.evaluate.generate import Generator
 from sailvl_trainer.evaluate.report import write_report
 from sailvl_trainer.model.build import build_model
@@ -20,59 +23,68 @@ from sailvl_trainer.rank.context import Context
 
 
 def run(context: Context) -> Result:
-    """Carry the stage out; the same scores on any number of ranks."""
+    """Run the stage. COLLECTIVE; the scores are the same for any number of ranks.
+
+    Raises ConfigError or DataError, before the model is loaded, if a benchmark can't be scored.
+    """
     started, config = time.time(), context.stage.evaluate
     assert config is not None, "read_stage has checked the kind"
-    _require_names([entry.name for entry in config.benchmarks], {entry.group for entry in config.benchmarks})
-    total = sum(benchmarks.check(entry, config.limit) for entry in config.benchmarks)
-    generator, kept = _load(context, config), KeptAnswers(context)
-    context.telemetry.update(phase="running", unit="questions", step=0, steps=total)
-    scored: list[Scored] = []
-    for entry in config.benchmarks:
-        found = benchmarks.evaluate(context, generator, entry, kept, limit=config.limit, batch_size=config.batch_size)
-        scored.append(found)
-        context.telemetry.update(metrics={entry.name: found.score})
-    metrics = summarise(scored)
+    _check_names([b.name for b in config.benchmarks], {b.group for b in config.benchmarks})
+    question_count = sum(check_benchmark(b, config.limit) for b in config.benchmarks)
+    generator, cache = _load_generator(context, config), AnswerCache(context)
+    context.telemetry.update(phase="running", unit="questions", step=0, steps=question_count)
+    results: list[BenchmarkResult] = []
+    for benchmark in config.benchmarks:
+        result = evaluate_benchmark(
+            context, generator, benchmark, cache, limit=config.limit, batch_size=config.batch_size
+        )
+        results.append(result)
+        context.telemetry.update(metrics={benchmark.name: result.score})
+    metrics = build_metrics(results)
     if context.is_first:
-        write_report(context.files.report, scored, metrics, model=context.stage.init_from or "")
+        write_report(context.files.report, results, metrics, model=context.stage.init_from or "")
     return Result(
         stage=context.stage.stage,
         kind="evaluate",
         digest=context.stage.digest,
         attempt=context.stage.attempt,
         output=context.files.relative_path(context.files.output),
-        steps=total,
-        samples=total,
+        steps=question_count,
+        samples=question_count,
         seconds=time.time() - started,
         metrics=metrics,
     )
 
 
-def summarise(scored: list[Scored]) -> dict[str, float]:
-    """Plain means, as the paper's: over all benchmarks, and over those of each group; losses stand beside them."""
+def build_metrics(results: list[BenchmarkResult]) -> dict[str, float]:
+    """Return the score of every benchmark and, as in the SAIL-VL paper, unweighted means over all and over each group.
+
+    Losses have no part in the means.
+    """
     groups: dict[str, list[float]] = defaultdict(list)
-    for entry in scored:
-        if not entry.is_loss:
-            groups[entry.benchmark.group].append(entry.score)
+    for result in results:
+        if not result.is_loss:
+            groups[result.benchmark.group].append(result.score)
     scores = [score for group in groups.values() for score in group]
     metrics = {"score": _mean(scores)} if scores else {}
-    metrics |= {f"score{group}": _mean(of_group) for group, of_group in groups.items()}
-    return metrics | {entry.benchmark.name: entry.score for entry in scored}
+    metrics |= {f"score{group}": _mean(group_scores) for group, group_scores in groups.items()}
+    return metrics | {result.benchmark.name: result.score for result in results}
 
 
-def _require_names(names: list[str], groups: set[str]) -> None:
-    """Each has a place of its own among the metrics."""
-    taken = {"score", *(f"score{group}" for group in groups)}
-    for name, number in Counter(names).items():
-        if number > 1 or name in taken:
-            problem = "stands twice" if number > 1 else "is the name of a mean"
-            raise ConfigError(f"benchmark {name} {problem}; give it a name of its own")
+def _check_names(names: list[str], groups: set[str]) -> None:
+    """Raise ConfigError unless the metrics of all benchmarks and means have different names."""
+    reserved = {"score", *(f"score{group}" for group in groups)}
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ConfigError(f"duplicate benchmark name {name}; give each benchmark a unique name")
+        if name in reserved:
+            raise ConfigError(f"benchmark name {name} is reserved for a mean score; choose another name")
 
 
-def _load(context: Context, config: EvaluateConfig) -> Generator:
+def _load_generator(context: Context, config: EvaluateConfig) -> Generator:
     stage = context.stage
     if stage.init_from is None:
-        raise ConfigError("an evaluate stage needs a training stage before it, or initFrom")
+        raise ConfigError("an evaluate stage needs a model; put a training stage before it or set initFrom")
     export = Path(stage.init_from) / EXPORT_DIR
     tokenizer = load_tokenizer(stage.model, export)
     model = build_model(stage.model, tokenizer, init_from=export).to(context.device).eval()

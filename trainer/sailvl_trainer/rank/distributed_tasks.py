@@ -1,6 +1,7 @@
-"""Units of work dealt to the ranks as they come for more, and waiting for each other; used by all passes of curation.
+"""A pool of tasks that the ranks of a stage process together; used by curation.
 
-A unit's output appears whole or not at all, so a run that is killed does only those units again that were open.
+Ranks claim the tasks one by one from a counter in the process group's store, so that faster ranks process more.
+The output of a task must be atomic: after an interruption, a new attempt repeats the tasks without output only.
 """
 
 from __future__ import annotations
@@ -16,102 +17,99 @@ import torch.distributed as dist
 from sailvl_trainer.errors import Preempted
 from sailvl_trainer.rank.context import Context
 
-PATIENCE = timedelta(days=30)
-"""Of a rank that waits for the others: the first may look for duplicates for hours. A rank that dies breaks its
-connections at once, whatever the patience."""
-POLL_SECONDS = 0.2
-BEAT_SECONDS = 2.0
-STOP_KEY = "curate/stop"
+BARRIER_TIMEOUT = timedelta(days=30)
+"""Time for which a rank waits for the others. It is long because the first rank may search duplicates for hours; the
+connections of a rank that dies break at once, whatever the timeout."""
+MAX_POLL_SECONDS = 0.2
+HEARTBEAT_SECONDS = 2.0
+STOP_KEY = "tasks/stop"
 
 
-class Crew:
-    """All ranks of the stage at work together. COLLECTIVE: every rank makes one and makes the same calls."""
+class TaskPool:
+    """All ranks of the stage. COLLECTIVE: every rank creates the pool and calls its methods in the same order."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+        group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup), "every rank is a member"
         self._group = group
 
-    def share(
+    def run(
         self,
         name: str,
-        units: int,
+        count: int,
         is_done: Callable[[int], bool],
-        do: Callable[[int], None],
-        samples: Callable[[int], int] | None = None,
+        run_task: Callable[[int], None],
+        count_samples: Callable[[int], int] | None = None,
     ) -> None:
-        """Carry out units 0 … units - 1 over all ranks, each by one, and wait for the last.
+        """Run the tasks 0 … count - 1 that are not done, each on one rank, and wait until all ranks have finished.
 
-        `samples`: how many a unit holds; they are told as progress, summed over all ranks. Raises Preempted when a stop
-        is asked for, once the units in hand are done.
+        `name`: activity in the telemetry. `count_samples`: number of samples in a task; if given, their sum over all
+        ranks is reported as progress. Raises Preempted if a stop is requested, once the tasks in progress are finished.
         """
         telemetry, store = self._context.telemetry, self._context.store
         with telemetry.activity(name):
-            while not self._is_stopping() and (unit := store.add(f"curate/{name}", 1) - 1) < units:
-                if not is_done(unit):
-                    do(unit)
-                if samples is not None:
-                    store.add(f"curate/{name}/samples", samples(unit))
-                self._tell(name, samples is not None)
+            while not self._is_stopping() and (task := store.add(f"tasks/{name}", 1) - 1) < count:
+                if not is_done(task):
+                    run_task(task)
+                if count_samples is not None:
+                    store.add(f"tasks/{name}/samples", count_samples(task))
+                self._report_progress(name, has_samples=count_samples is not None)
         self.wait()
-        self._tell(name, samples is not None)
-        self._stop_if_asked()
+        self._report_progress(name, has_samples=count_samples is not None)
+        self._raise_if_stop_requested()
 
-    @contextmanager
-    def first_alone(self, name: str) -> Iterator[bool]:
-        """A block whose work the first rank does; the others wait at its end. Yields whether this rank is the one.
+    def run_on_first_rank(self, name: str, task: Callable[[], None]) -> None:
+        """Run a task on the first rank while the others wait for its end.
 
-        Raises Preempted, before the block, when a stop is asked for.
+        `name`: activity in the telemetry. Raises Preempted if a stop was requested before the task.
         """
-        self._stop_if_asked()
+        self._raise_if_stop_requested()
         if self._context.is_first:
-            with self._context.telemetry.activity(name), self._beating():
-                yield True
-        else:
-            yield False
+            with self._context.telemetry.activity(name), self._send_heartbeats():
+                task()
         self.wait()
 
     def wait(self) -> None:
-        """Until every rank is here; the heartbeat goes on, as waiting is no stall of this rank's."""
+        """Wait until all ranks call this; the heartbeat continues, because a rank that waits is not stalled."""
         with self._context.telemetry.activity("waiting"):
             barrier = dist.barrier(group=self._group, async_op=True)
-            assert barrier is not None, "every rank is in the group"
+            assert barrier is not None, "every rank is a member of the group"
             pause = 0.001
             while not barrier.is_completed():
                 self._context.telemetry.update()
                 time.sleep(pause)
-                pause = min(POLL_SECONDS, 2 * pause)
+                pause = min(MAX_POLL_SECONDS, 2 * pause)
             barrier.wait()
 
     def _is_stopping(self) -> bool:
-        """Whether any rank was asked to stop, as far as this one knows; the others hear of it by the store."""
+        """Whether a stop of any rank is known to this one; ranks announce a stop in the store."""
         if self._context.preemption.is_requested_locally:
             self._context.store.add(STOP_KEY, 1)
         return self._context.store.add(STOP_KEY, 0) > 0
 
-    def _stop_if_asked(self) -> None:
+    def _raise_if_stop_requested(self) -> None:
         if self._context.preemption.should_stop():
-            raise Preempted("stopped on request while curating; what is done stays done")
+            raise Preempted("stopped on request; completed tasks are kept")
 
-    def _tell(self, name: str, is_counted: bool) -> None:
-        """The heartbeat, with the progress of all ranks."""
-        if not is_counted:
+    def _report_progress(self, name: str, *, has_samples: bool) -> None:
+        """Send a heartbeat, with the samples of all ranks if they are counted."""
+        if not has_samples:
             self._context.telemetry.update()
             return
-        done = self._context.store.add(f"curate/{name}/samples", 0)
-        self._context.telemetry.update(step=done, samples=done)
+        samples = self._context.store.add(f"tasks/{name}/samples", 0)
+        self._context.telemetry.update(step=samples, samples=samples)
 
     @contextmanager
-    def _beating(self) -> Iterator[None]:
-        """A heartbeat from a thread: a query over all rows is one call that may take long."""
+    def _send_heartbeats(self) -> Iterator[None]:
+        """Send heartbeats from a thread, because a query over all rows is a single call that may take long."""
         stop = threading.Event()
 
-        def beat() -> None:
-            while not stop.wait(BEAT_SECONDS):
+        def send() -> None:
+            while not stop.wait(HEARTBEAT_SECONDS):
                 self._context.telemetry.update()
 
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread = threading.Thread(target=send, name="heartbeat", daemon=True)
         thread.start()
         try:
             yield

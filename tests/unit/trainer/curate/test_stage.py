@@ -1,4 +1,4 @@
-"""The whole stage: what it keeps, what it says, the same bytes on one worker and two, and after any kill."""
+"""Tests of the whole curate stage: its outputs, equal bytes for any number of ranks, resuming and stopping."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from sailvl_trainer.storage.codec import encode
 
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
-    """A process group of its own for every test."""
+    """Destroy the process group after every test."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def build_raw(folder: Path, number: int = 40) -> Path:
-    """Drawn pictures with captions, and among them every sort that is dropped."""
+    """Write an image folder of synthetic images with captions, with images that are dropped for various reasons."""
     folder.mkdir(parents=True)
     for index in range(number):
         sample = draw_caption(0, index, 3)
@@ -78,13 +78,13 @@ def build_stage(root: Path, *, name: str = "curate", **changes: Any) -> Stage:
     )
 
 
-def curate(stage: Stage) -> tuple[Result, Context]:
+def run_stage(stage: Stage) -> tuple[Result, Context]:
     context = build_single_process_context(stage, scratch=Path(stage.output) / "scratch")
     return subject.run(context), context
 
 
-def digests(stage: Stage) -> dict[str, str]:
-    """File to digest, of all that training reads."""
+def hash_shards(stage: Stage) -> dict[str, str]:
+    """Return the SHA-256 of every file that training reads, by path."""
     output = Path(stage.output)
     files = [p for split in ("shards", "held-out") for p in (output / split).rglob("*")]
     return {str(p.relative_to(output)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
@@ -100,12 +100,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(root: Path) -> tuple[Stage, Result, Context]:
     stage = build_stage(root, name="whole")
-    found = curate(stage)
+    found = run_stage(stage)
     dist.destroy_process_group()
     return (stage, *found)
 
 
-def test_the_result_counts_everything(whole: tuple[Stage, Result, Context]) -> None:
+def test_result_counts_all_items(whole: tuple[Stage, Result, Context]) -> None:
     _, result, context = whole
     metrics = dict(result.metrics)
     assert metrics.pop("heldOut") > 0
@@ -120,7 +120,7 @@ def test_the_result_counts_everything(whole: tuple[Stage, Result, Context]) -> N
     assert {"listing", "verifying", "deciding", "writing", "reporting"} <= set(progress.seconds)
 
 
-def test_shards_hold_what_was_kept(root: Path, whole: tuple[Stage, Result, Context]) -> None:
+def test_shards_hold_the_kept_samples(root: Path, whole: tuple[Stage, Result, Context]) -> None:
     stage, result, _ = whole
     splits: dict[str, list[str]] = {}
     for split in ("shards", "held-out"):
@@ -144,47 +144,49 @@ def test_shards_hold_what_was_kept(root: Path, whole: tuple[Stage, Result, Conte
     assert len(splits["shards"]) + len(splits["held-out"]) == result.samples
 
 
-def test_held_out_pictures_stay_held_out_when_data_comes_to_them(
+def test_held_out_images_do_not_depend_on_the_order_of_sources(
     root: Path, whole: tuple[Stage, Result, Context]
 ) -> None:
-    def held_out(stage: Stage) -> set[str]:
+    def hash_held_out(stage: Stage) -> set[str]:
         reader = ShardReader(Path(stage.output) / "held-out", "00000")
         return {hashlib.sha256(reader.image(row) or b"").hexdigest() for row in range(len(reader))}
 
     stage = whole[0]
     assert stage.curate is not None
-    turned = replace(build_stage(root, name="turned"), curate=replace(stage.curate, sources=stage.curate.sources[::-1]))
-    curate(turned)
-    assert held_out(turned) == held_out(stage)
+    reversed_ = replace(
+        build_stage(root, name="reversed"), curate=replace(stage.curate, sources=stage.curate.sources[::-1])
+    )
+    run_stage(reversed_)
+    assert hash_held_out(reversed_) == hash_held_out(stage)
 
 
-def test_the_report_stands_alone(whole: tuple[Stage, Result, Context]) -> None:
+def test_report_is_self_contained_and_complete(whole: tuple[Stage, Result, Context]) -> None:
     stage, result, _ = whole
     report = Path(stage.output) / "report"
     page = (report / "index.html").read_text()
     assert not re.search(r"https?://|src=\"(?!data:)|<script|@import|url\(", page)
-    for words in ("picture broken", "no caption", "the same pixels as an earlier one", "looks like an earlier one"):
-        assert words in page
+    for label in ("image unreadable", "no caption", "identical pixels", "near duplicate"):
+        assert label in page
     assert page.count("data:image/png") == 4
     facts = json.loads((report / "report.json").read_bytes())
     assert facts["items"] == 65
     assert sum(facts["outcomes"].values()) == 65
     assert [source["name"] for source in facts["sources"]] == ["raw", "drawn"]
     assert sum(source["items"] for source in facts["sources"]) == 65
-    for histogram in ("caption_words", "longer_side", "aspect_ratio", "tiles"):
+    for histogram in ("word_count", "longer_side", "aspect_ratio", "tiles"):
         assert sum(number for _, number in facts[histogram]) == result.samples
     assert facts["unigrams"]["total"] - facts["bigrams"]["total"] == result.samples
     assert facts["tiles"] == [[1.0, result.samples]]
 
 
-def test_the_same_bytes_again(root: Path, whole: tuple[Stage, Result, Context]) -> None:
+def test_second_run_writes_the_same_bytes(root: Path, whole: tuple[Stage, Result, Context]) -> None:
     again = build_stage(root, name="again")
-    curate(again)
-    assert digests(again) == digests(whole[0])
+    run_stage(again)
+    assert hash_shards(again) == hash_shards(whole[0])
 
 
-@pytest.mark.parametrize("after", ["list_all", "verify_all", "decide", "write_all", "write_manifests"])
-def test_a_killed_run_goes_on_where_it_was(
+@pytest.mark.parametrize("after", ["list_items", "verify_items", "select_samples", "write_shards", "write_manifests"])
+def test_killed_attempt_is_resumed_after_each_step(
     root: Path,
     whole: tuple[Stage, Result, Context],
     tmp_path: Path,
@@ -192,47 +194,47 @@ def test_a_killed_run_goes_on_where_it_was(
     after: str,
 ) -> None:
     killed = replace(build_stage(root, name="killed"), output=str(root / "demo" / f"killed-{after}"))
-    module = subject if after == "decide" else pipeline
+    module = subject if after == "select_samples" else pipeline
     original = getattr(module, after)
 
-    def end(*args: Any) -> None:
+    def run_and_end(*args: Any) -> None:
         original(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, after, end)
+        patch.setattr(module, after, run_and_end)
         with pytest.raises(KeyboardInterrupt):
-            curate(killed)
+            run_stage(killed)
     dist.destroy_process_group()
-    before = {p: p.stat().st_mtime_ns for p in (Path(killed.output) / "parts").rglob("*.parquet")}
-    result, _ = curate(replace(killed, attempt=2))
-    assert digests(killed) == digests(whole[0])
+    before = {p: p.stat().st_mtime_ns for p in (Path(killed.output) / "artifacts").rglob("*.parquet")}
+    result, _ = run_stage(replace(killed, attempt=2))
+    assert hash_shards(killed) == hash_shards(whole[0])
     assert result.metrics == whole[1].metrics
-    assert {p: p.stat().st_mtime_ns for p in before} == before, "what was done is not done again"
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "completed work is not repeated"
 
 
-def test_only_what_is_missing_is_done_again(root: Path, whole: tuple[Stage, Result, Context]) -> None:
+def test_only_missing_artifacts_are_written_again(root: Path, whole: tuple[Stage, Result, Context]) -> None:
     stage = replace(build_stage(root, name="holes"), digest="holes")
     shutil.copytree(whole[0].output, stage.output)
-    parts = Path(stage.output) / "parts"
-    for path in (parts / "rows" / "000001.parquet", parts / "shards" / "00001.json"):
+    artifacts = Path(stage.output) / "artifacts"
+    for path in (artifacts / "rows" / "000001.parquet", artifacts / "shards" / "00001.json"):
         path.unlink()
     (Path(stage.output) / "shards" / ".00001.tar.77").write_bytes(b"half")
-    kept = {p: p.stat().st_mtime_ns for p in parts.rglob("*") if p.is_file()}
-    curate(stage)
-    assert digests(stage) == digests(whole[0])
-    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    times = {p: p.stat().st_mtime_ns for p in artifacts.rglob("*") if p.is_file()}
+    run_stage(stage)
+    assert hash_shards(stage) == hash_shards(whole[0])
+    assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
-POINTS = [
-    pytest.param(pipeline, "write_rows", 1, id="verifying"),
-    pytest.param(subject, "decide", 2, id="deciding"),
-    pytest.param(pipeline, "encode", 2, id="writing"),
+STOP_POINTS = [
+    pytest.param(pipeline, "write_verified", 1, id="verifying"),
+    pytest.param(subject, "select_samples", 2, id="deciding"),
+    pytest.param(pipeline, "build_caption_sample", 2, id="writing"),
 ]
 
 
-@pytest.mark.parametrize(("owner", "name", "rows"), POINTS)
-def test_a_stop_waits_for_the_unit_in_hand_and_keeps_it(
+@pytest.mark.parametrize(("owner", "name", "rows"), STOP_POINTS)
+def test_stop_finishes_the_current_task_and_keeps_its_result(
     owner: Any,
     name: str,
     rows: int,
@@ -244,37 +246,37 @@ def test_a_stop_waits_for_the_unit_in_hand_and_keeps_it(
     stage = build_stage(root, name=f"stop-{name}")
     stop, original = Path(stage.output) / "scratch" / "stop", getattr(owner, name)
 
-    def ask(*args: Any) -> Any:
+    def stop_and_run(*args: Any) -> Any:
         stop.touch()
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, ask)
-        with pytest.raises(Preempted, match="what is done stays done"):
-            curate(stage)
-    assert len(list((Path(stage.output) / "parts" / "rows").glob("*.parquet"))) == rows
+        patch.setattr(owner, name, stop_and_run)
+        with pytest.raises(Preempted, match="completed tasks are kept"):
+            run_stage(stage)
+    assert len(list((Path(stage.output) / "artifacts" / "rows").glob("*.parquet"))) == rows
     dist.destroy_process_group()
     stop.unlink()
-    curate(replace(stage, attempt=2))
-    assert digests(stage) == digests(whole[0])
+    run_stage(replace(stage, attempt=2))
+    assert hash_shards(stage) == hash_shards(whole[0])
 
 
-def test_nothing_kept_says_why(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no picture was kept.*too_small"):
-        curate(build_stage(root, name="none", min_side=5000))
+def test_error_counts_outcomes_if_all_images_were_dropped(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"all images were dropped.*too_small"):
+        run_stage(build_stage(root, name="none", min_side=5000))
 
 
-def test_a_picture_that_went_after_it_was_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_deleted_after_verification_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_raw(tmp_path / "raw", number=4)
-    original = selection.decide
+    original = selection.select_samples
 
-    def lose(*args: Any) -> dict[str, int]:
+    def delete_and_select(*args: Any) -> dict[str, int]:
         (tmp_path / "raw" / "002.png").unlink()
         return original(*args)
 
-    monkeypatch.setattr(subject, "decide", lose)
-    with pytest.raises(DataError, match="raw: 002 was verified and is gone"):
-        curate(build_stage(tmp_path))
+    monkeypatch.setattr(subject, "select_samples", delete_and_select)
+    with pytest.raises(DataError, match="raw: 002 was verified but can't be read any more"):
+        run_stage(build_stage(tmp_path))
 
 
 WORKER = """
@@ -297,7 +299,7 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_two_workers_write_the_same_bytes(
+def test_two_ranks_write_the_same_bytes(
     root: Path, whole: tuple[Stage, Result, Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = build_stage(root, name="two")
@@ -316,6 +318,6 @@ def test_two_workers_write_the_same_bytes(
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120)[0] for process in ranks]
-    assert said == [f"samples {whole[1].samples}\n"] * 2
-    assert digests(stage) == digests(whole[0])
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert outputs == [f"samples {whole[1].samples}\n"] * 2
+    assert hash_shards(stage) == hash_shards(whole[0])

@@ -1,4 +1,4 @@
-"""A whole evaluate stage with an untrained model: its files, its stops, and what must not change its answers."""
+"""Tests of the whole evaluate stage with an untrained model: outputs, stopping, and answers that never change."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sailvl_trainer.contract import BenchmarkConfig, Result, Stage
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.errors import ConfigError, DataError, Preempted
 from sailvl_trainer.evaluate import generate
-from sailvl_trainer.evaluate.benchmark import Scored
-from sailvl_trainer.evaluate.stage import run, summarise
+from sailvl_trainer.evaluate.benchmark import BenchmarkResult
+from sailvl_trainer.evaluate.stage import build_metrics, run
 from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import build_single_process_context
-from tests.support.builders.evaluation import build_benchmark, build_questions, build_stage, export_untrained
+from tests.support.builders.evaluation import build_benchmark, build_stage, export_untrained, write_questions
 from tests.support.builders.training import start_ranks
 
 RANK = Path(__file__).parents[3] / "support/ranks/evaluate.py"
@@ -32,8 +32,8 @@ RANK = Path(__file__).parents[3] / "support/ranks/evaluate.py"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = export_untrained(tmp_path_factory.mktemp("storage"))
-    build_questions(root / "benchmarks/colours.tsv")
-    build_questions(root / "benchmarks/more.tsv", 3)
+    write_questions(root / "benchmarks/colours.tsv")
+    write_questions(root / "benchmarks/more.tsv", 3)
     return root
 
 
@@ -42,11 +42,11 @@ def benchmarks(root: Path) -> tuple[BenchmarkConfig, ...]:
     return tuple(build_benchmark(root / f"benchmarks/{name}.tsv") for name in ("colours", "more"))
 
 
-def carry_out(stage: Stage) -> Result:
+def run_stage(stage: Stage) -> Result:
     return run(build_single_process_context(stage, scratch=Path(stage.output) / f"scratch-{stage.attempt}"))
 
 
-def predictions(stage: Stage) -> list[dict[str, Any]]:
+def read_predictions(stage: Stage) -> list[dict[str, Any]]:
     lines = (Path(stage.output) / "report/predictions.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -54,76 +54,76 @@ def predictions(stage: Stage) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(root: Path, benchmarks: tuple[BenchmarkConfig, ...]) -> tuple[Stage, Result]:
     stage = build_stage(root, *benchmarks, run="whole")
-    return stage, carry_out(stage)
+    return stage, run_stage(stage)
 
 
-def test_the_result_and_its_files(whole: tuple[Stage, Result]) -> None:
+def test_result_and_files_hold_all_scores_and_predictions(whole: tuple[Stage, Result]) -> None:
     stage, result = whole
     assert result.metrics.keys() == {"score", "scoreCustom", "colours", "more"}
     assert (result.steps, result.samples) == (10, 10)
-    assert [p["index"] for p in predictions(stage)] == [*map(str, range(7)), *map(str, range(3))]
+    assert [p["index"] for p in read_predictions(stage)] == [*map(str, range(7)), *map(str, range(3))]
     assert json.loads((Path(stage.output) / "report/scores.json").read_bytes()) == result.metrics
 
 
-def test_the_report_stands_alone(whole: tuple[Stage, Result]) -> None:
+def test_report_is_self_contained(whole: tuple[Stage, Result]) -> None:
     stage, _ = whole
     page = (Path(stage.output) / "report/index.html").read_text()
     assert "http" not in page
-    assert page.count("data:image/jpeg;base64,") == 8, "of ten questions two have no picture"
-    assert "Wrong answers" in page
+    assert page.count("data:image/jpeg;base64,") == 8, "two of ten questions have no image"
+    assert "Incorrect answers" in page
     assert "expected: yellow" in page
 
 
-def test_the_size_of_a_batch_changes_no_answer(root: Path, whole: tuple[Stage, Result]) -> None:
+def test_answers_do_not_depend_on_the_batch_size(root: Path, whole: tuple[Stage, Result]) -> None:
     config = whole[0].evaluate
     assert config is not None
     stage = build_stage(root, *config.benchmarks, run="alone", batch_size=1)
-    carry_out(stage)
-    assert predictions(stage) == predictions(whole[0])
+    run_stage(stage)
+    assert read_predictions(stage) == read_predictions(whole[0])
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_same_answers(root: Path, whole: tuple[Stage, Result]) -> None:
+def test_two_ranks_give_the_same_answers_as_one(root: Path, whole: tuple[Stage, Result]) -> None:
     stage = replace(whole[0], run="pair", output=str(root / "pair/evaluate"))
     ranks = start_ranks(RANK, stage, 2, root / "scratch-pair")
     assert [rank.wait(120) for rank in ranks] == [0, 0], (root / "scratch-pair/log-0").read_text()[-2000:]
-    assert predictions(stage) == predictions(whole[0])
+    assert read_predictions(stage) == read_predictions(whole[0])
     assert json.loads((root / "scratch-pair/result.json").read_bytes())["metrics"] == whole[1].metrics
 
 
-def test_a_stop_keeps_what_was_answered(
+def test_answers_before_a_stop_are_reused(
     root: Path, whole: tuple[Stage, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = replace(whole[0], run="stopped", output=str(root / "stopped/evaluate"))
-    answer, asked = generate.Generator.answer, list[str]()
+    answer, answered = generate.Generator.answer, list[str]()
 
     def answer_and_stop(self: generate.Generator, questions: Any, max_tiles: int) -> list[str]:
-        asked.extend(question.index for question in questions)
+        answered.extend(question.index for question in questions)
         (Path(stage.output) / "scratch-1/stop").touch()
         return answer(self, questions, max_tiles)
 
     monkeypatch.setattr(generate.Generator, "answer", answer_and_stop)
-    with pytest.raises(Preempted, match="in colours"):
-        carry_out(stage)
-    (parts,) = (Path(stage.output) / "parts").iterdir()
-    parts.write_bytes(parts.read_bytes() + b'{"benchmark": "colours", "bat')
-    assert asked == ["0", "1"]
-    assert carry_out(replace(stage, attempt=2)).metrics == whole[1].metrics
-    assert asked == [*map(str, range(7)), *map(str, range(3))], "each question once"
-    assert predictions(stage) == predictions(whole[0])
+    with pytest.raises(Preempted, match="during benchmark colours"):
+        run_stage(stage)
+    (cache,) = (Path(stage.output) / "artifacts").iterdir()
+    cache.write_bytes(cache.read_bytes() + b'{"benchmark": "colours", "bat')
+    assert answered == ["0", "1"]
+    assert run_stage(replace(stage, attempt=2)).metrics == whole[1].metrics
+    assert answered == [*map(str, range(7)), *map(str, range(3))], "each question is answered once"
+    assert read_predictions(stage) == read_predictions(whole[0])
 
 
-def test_the_caption_loss_is_the_models_own(root: Path) -> None:
+def test_caption_loss_is_reported_beside_the_scores(root: Path) -> None:
     make_questions(root / "set", level=1, number=30)
     stage = build_stage(root, build_benchmark(root / "set", "caption_loss", scale=1.0, name="captions"), run="loss")
-    result = carry_out(stage)
-    assert result.metrics.keys() == {"captions"}, "no mean of scores has it"
+    result = run_stage(stage)
+    assert result.metrics.keys() == {"captions"}, "a loss is in no mean of scores"
     vocabulary = len(load_tokenizer(stage.model))
-    assert abs(result.metrics["captions"] - math.log(vocabulary)) < 1, "an untrained model guesses"
-    assert "a loss" in (Path(stage.output) / "report/index.html").read_text()
+    assert abs(result.metrics["captions"] - math.log(vocabulary)) < 1, "an untrained model predicts all tokens alike"
+    assert "captions, loss" in (Path(stage.output) / "report/index.html").read_text()
 
 
-def test_an_answer_is_the_greedy_one(root: Path) -> None:
+def test_batched_answer_equals_step_by_step_greedy_decoding(root: Path) -> None:
     stage = build_stage(root)
     tokenizer = load_tokenizer(stage.model, root / "model/export")
     model = build_model(stage.model, tokenizer, init_from=root / "model/export").eval()
@@ -132,52 +132,50 @@ def test_an_answer_is_the_greedy_one(root: Path) -> None:
     )
     question = read_tsv(root / "benchmarks/colours.tsv")[0]
     ids, pixels = generator._encode(question, 1)
-    said = list(ids)
+    sequence = list(ids)
     with torch.inference_mode():
         for _ in range(3):
             logits_V = model(
-                input_ids=torch.tensor([said]), pixel_values=torch.from_numpy(pixels), vision_feature_layer=-1
+                input_ids=torch.tensor([sequence]), pixel_values=torch.from_numpy(pixels), vision_feature_layer=-1
             ).logits[0, -1]
-            said.append(int(functional.softmax(logits_V, dim=-1).argmax()))
-    assert generator.answer([question], 1) == [tokenizer.decode(said[len(ids) :], skip_special_tokens=True).strip()]
+            sequence.append(int(functional.softmax(logits_V, dim=-1).argmax()))
+    assert generator.answer([question], 1) == [tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True).strip()]
 
 
-MISTAKES = [
-    pytest.param("gone.tsv", "exact_match", DataError, "gone.tsv", id="no file"),
-    pytest.param("", "caption_loss", DataError, "give a prepared set", id="no shards"),
-]
-
-
-@pytest.mark.parametrize(("name", "metric", "error", "words"), MISTAKES)
-def test_mistakes_come_before_the_first_answer(name: str, metric: Any, error: Any, words: str, root: Path) -> None:
-    stage = build_stage(root, build_benchmark(root / "benchmarks" / name, metric, name="b"), run="mistake")
-    with pytest.raises(error, match=words):
-        carry_out(stage)
+def test_broken_benchmark_fails_before_the_first_answer(
+    root: Path, benchmarks: tuple[BenchmarkConfig, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[Any] = []
+    monkeypatch.setattr(generate.Generator, "answer", lambda *_: answered.append(1))
+    broken = build_benchmark(root / "benchmarks/gone.tsv")
+    with pytest.raises(DataError, match=r"gone\.tsv"):
+        run_stage(build_stage(root, *benchmarks, broken, run="mistake"))
+    assert not answered
 
 
 @pytest.mark.parametrize(
-    ("names", "words"),
+    ("names", "message"),
     [
-        pytest.param(["a", "a"], "a stands twice", id="twice"),
-        pytest.param(["a", "scoreCustom"], "scoreCustom is the name of a mean", id="a mean"),
+        pytest.param(["a", "a"], "duplicate benchmark name a", id="duplicate"),
+        pytest.param(["a", "scoreCustom"], "scoreCustom is reserved for a mean score", id="name of a mean"),
     ],
 )
-def test_every_benchmark_has_a_name_of_its_own(names: list[str], words: str, root: Path) -> None:
+def test_benchmark_names_must_be_unique_and_not_reserved(names: list[str], message: str, root: Path) -> None:
     same = [build_benchmark(root / "benchmarks/more.tsv", name=name) for name in names]
-    with pytest.raises(ConfigError, match=words):
-        carry_out(build_stage(root, *same, run="names"))
+    with pytest.raises(ConfigError, match=message):
+        run_stage(build_stage(root, *same, run="names"))
 
 
-def test_a_stage_without_a_model(root: Path, benchmarks: tuple[BenchmarkConfig, ...]) -> None:
+def test_stage_without_a_model_is_a_config_error(root: Path, benchmarks: tuple[BenchmarkConfig, ...]) -> None:
     with pytest.raises(ConfigError, match="initFrom"):
-        carry_out(replace(build_stage(root, *benchmarks, run="none"), init_from=None))
+        run_stage(replace(build_stage(root, *benchmarks, run="none"), init_from=None))
 
 
-def test_means_are_plain_and_by_group() -> None:
-    def scored(name: str, group: str, score: float, metric: Any = "anls") -> Scored:
+def test_metrics_are_unweighted_means_over_all_and_by_group() -> None:
+    def build_result(name: str, group: str, score: float, metric: Any = "anls") -> BenchmarkResult:
         benchmark = BenchmarkConfig(name=name, path="", metric=metric, group=group)
-        return Scored(benchmark=benchmark, score=score, answers=[])
+        return BenchmarkResult(benchmark=benchmark, score=score, answers=[])
 
-    entries = [scored("a", "OCR", 10), scored("b", "OCR", 20), scored("c", "General", 60)]
-    found = summarise([*entries, scored("d", "General", 2.5, "caption_loss")])
-    assert found == {"score": 30, "scoreOCR": 15, "scoreGeneral": 60, "a": 10, "b": 20, "c": 60, "d": 2.5}
+    results = [build_result("a", "OCR", 10), build_result("b", "OCR", 20), build_result("c", "General", 60)]
+    metrics = build_metrics([*results, build_result("d", "General", 2.5, "caption_loss")])
+    assert metrics == {"score": 30, "scoreOCR": 15, "scoreGeneral": 60, "a": 10, "b": 20, "c": 60, "d": 2.5}

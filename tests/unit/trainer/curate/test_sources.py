@@ -1,4 +1,4 @@
-"""Raw data sets as people have them: what is listed, in which order, and what is counted as broken."""
+"""Tests of listing raw data sets: items, their order, their captions and broken entries."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from sailvl_trainer.contract import SourceConfig
-from sailvl_trainer.curate.artifacts import plan_units, read_items, write_items
-from sailvl_trainer.curate.ingest import list_containers, list_items, name_sources
-from sailvl_trainer.curate.items import Container, Item, clean_key, read_item
+from sailvl_trainer.curate.artifacts import read_items, write_items
+from sailvl_trainer.curate.items import Item, clean_key, read_item
+from sailvl_trainer.curate.sources import list_items, list_partitions, name_sources
 from sailvl_trainer.errors import ConfigError
 
 
@@ -27,17 +27,17 @@ def build_tar(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def list_all(path: Path, form: str, samples: int = 0) -> list[Item]:
+def list_source(path: Path, form: str, samples: int = 0) -> list[Item]:
     sources = (SourceConfig(path=str(path), format=form, samples=samples),)  # type: ignore[arg-type]
-    return [item for container in list_containers(sources, seed=0) for item in list_items(container)]
+    return [item for partition in list_partitions(sources, seed=0) for item in list_items(partition)]
 
 
-def told(items: list[Item]) -> list[tuple[str, str | None, str]]:
-    """Key, caption as it will be read, and problem."""
+def summarise(items: list[Item]) -> list[tuple[str, str | None, str]]:
+    """Return key, caption and problem of each item; the caption as verification reads it."""
     return [(i.key, None if i.problem else read_item(i).caption, i.problem) for i in items]
 
 
-def test_an_image_folder(tmp_path: Path) -> None:
+def test_image_folder_lists_images_captions_and_problems(tmp_path: Path) -> None:
     (tmp_path / "cats" / "old").mkdir(parents=True)
     for name in ("b.JPG", "a.png", "cats/x.y.webp", "cats/old/tom.jpeg", "notes.md", ".hidden.png", "both.png"):
         (tmp_path / name).write_bytes(name.encode())
@@ -51,7 +51,7 @@ def test_an_image_folder(tmp_path: Path) -> None:
         '["a", "list"]\n'
         '{"file_name": "x.y.webp", "text": 5}\n'
     )
-    assert told(list_all(tmp_path, "imagefolder")) == [
+    assert summarise(list_source(tmp_path, "imagefolder")) == [
         ("a", "a picture\n", ""),
         ("b", "", ""),
         ("both", "from the record", ""),
@@ -64,91 +64,72 @@ def test_an_image_folder(tmp_path: Path) -> None:
     ]
 
 
-def test_names_and_captions_that_are_no_unicode(tmp_path: Path) -> None:
+def test_image_folder_accepts_names_and_captions_that_are_not_utf8(tmp_path: Path) -> None:
     with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb") as file:
         file.write(b"bytes")
     (tmp_path / "captions.jsonl").write_text('{"image": "\\ud800.jpg", "caption": "half"}\n')
     (tmp_path / "b.png").write_bytes(b"b")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
-    items = list_all(tmp_path, "imagefolder")
-    assert told(items) == [("b", "caf\ufffd", ""), ("caf", "", ""), ("jpg", None, "missing")]
+    items = list_source(tmp_path, "imagefolder")
+    assert summarise(items) == [("b", "caf\ufffd", ""), ("caf", "", ""), ("jpg", None, "missing")]
     listing = tmp_path / "listing.parquet"
     write_items(listing, items)
     assert read_items(listing, 0, len(items)) == items
-    assert read_item(items[1]).data == b"bytes"
+    assert read_item(items[1]).image == b"bytes"
 
 
-def test_tars(tmp_path: Path) -> None:
+def test_webdataset_lists_one_item_per_key_with_an_image(tmp_path: Path) -> None:
     record = json.dumps({"caption": "in json", "width": 3}).encode()
     build_tar(
         tmp_path / "b.tar",
         {"./0001.jpg": b"one", "./0001.txt": b"first", "./0002.JPG": b"two", "./0002.json": record, "./0003.txt": b"x"},
     )
     build_tar(tmp_path / "deep" / "a.tar", {"v1.0/k.png": b"p", "v1.0/k.json": b"[1]", "v1.0/k2.seg.png": b"s"})
-    items = list_all(tmp_path, "webdataset")
-    assert told(items) == [
+    items = list_source(tmp_path, "webdataset")
+    assert summarise(items) == [
         ("b-0001", "first", ""),
         ("b-0002", "in json", ""),
         ("a-v1-0-k", "", ""),
         ("a-v1-0-k2", "", ""),
     ]
-    assert [read_item(item).data for item in items] == [b"one", b"two", b"p", b"s"]
+    assert [read_item(item).image for item in items] == [b"one", b"two", b"p", b"s"]
 
 
 @pytest.mark.parametrize("cut", [100, 700, 1600, 2048, 2100])
-def test_a_tar_that_breaks_off_gives_what_is_whole(tmp_path: Path, cut: int) -> None:
+def test_truncated_tar_yields_complete_items_and_a_problem(tmp_path: Path, cut: int) -> None:
     path = build_tar(tmp_path / "t.tar", {f"{i}.jpg": b"x" * 400 for i in range(4)})
     whole = path.read_bytes()
     path.write_bytes(whole[:cut])
-    items = list_all(path, "webdataset")
+    items = list_source(path, "webdataset")
     assert [item.problem for item in items][-1] == "broken_tar"
-    assert all(read_item(item).data == b"x" * 400 for item in items[:-1])
+    assert all(read_item(item).image == b"x" * 400 for item in items[:-1])
     assert len(items) - 1 <= cut // 1024
 
 
-def test_a_damaged_header_ends_a_tar(tmp_path: Path) -> None:
+def test_damaged_header_ends_the_tar_with_a_problem(tmp_path: Path) -> None:
     path = build_tar(tmp_path / "t.tar", {f"{i}.jpg": b"x" * 400 for i in range(4)})
     data = bytearray(path.read_bytes())
     data[2 * 1024 + 10] ^= 1
     path.write_bytes(data)
-    assert [item.problem for item in list_all(path, "webdataset")] == ["", "", "broken_tar"]
+    assert [item.problem for item in list_source(path, "webdataset")] == ["", "", "broken_tar"]
 
 
-@pytest.mark.parametrize("data", [b"", b"no tar at all", b"\x1f\x8b" + bytes(600)], ids=["empty", "text", "zipped"])
-def test_what_is_no_tar_is_counted(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"no tar at all", b"\x1f\x8b" + bytes(600)], ids=["empty", "text", "gzip"])
+def test_file_that_is_not_a_tar_is_a_problem(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "t.tar"
     path.write_bytes(data)
-    assert [item.problem for item in list_all(path, "webdataset")] == ["broken_tar"]
+    assert [item.problem for item in list_source(path, "webdataset")] == ["broken_tar"]
 
 
-def test_a_limit_stops_the_listing(tmp_path: Path) -> None:
+def test_each_partition_is_listed_up_to_the_limit(tmp_path: Path) -> None:
     for name in "abc":
         build_tar(tmp_path / f"{name}.tar", {f"{i}.jpg": b"x" for i in range(5)})
-    containers = list_containers((SourceConfig(path=str(tmp_path), format="webdataset", samples=7),), seed=0)
-    sizes = [len(list(list_items(container))) for container in containers]
-    assert sizes == [5, 5, 5]
-    assert [(u.container, u.first, u.count, u.item) for u in plan_units(tuple(containers), sizes)] == [
-        (0, 0, 5, 0),
-        (1, 0, 2, 5),
-    ]
+    for samples, count in ((7, 5), (3, 3)):
+        source = SourceConfig(path=str(tmp_path), format="webdataset", samples=samples)
+        assert [len(list(list_items(p))) for p in list_partitions((source,), seed=0)] == [count] * 3
 
 
-def test_units_cover_every_item_once() -> None:
-    containers = tuple(Container(source=str(i), format="imagefolder", path="") for i in range(4))
-    units = plan_units(containers, [300, 0, 1, 128])
-    assert [(u.container, u.first, u.count, u.item) for u in units] == [
-        (0, 0, 128, 0),
-        (0, 128, 128, 128),
-        (0, 256, 44, 256),
-        (2, 0, 1, 300),
-        (3, 0, 128, 301),
-    ]
-    large = plan_units(containers[:1], [10**7])
-    assert len(large) < 3000
-    assert sum(u.count for u in large) == 10**7
-
-
-def test_sources_get_names_of_their_own() -> None:
+def test_sources_get_unique_names() -> None:
     paths = ("/d/cats", "/e/cats", "", "/f/dogs.tar")
     given = tuple(SourceConfig(path=p, format="imagefolder" if p else "procedural") for p in paths)
     assert [s.name for s in name_sources(given)] == ["cats", "cats-2", "procedural", "dogs.tar"]
@@ -156,15 +137,15 @@ def test_sources_get_names_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "words"),
-    [("imagefolder", "does not exist; put the data there"), ("webdataset", "holds no .tar")],
+    ("form", "message"),
+    [("imagefolder", "does not exist; put the data there"), ("webdataset", "contains no .tar files")],
 )
-def test_a_source_that_is_not_there(tmp_path: Path, form: str, words: str) -> None:
+def test_missing_source_is_a_config_error(tmp_path: Path, form: str, message: str) -> None:
     path = tmp_path if form == "webdataset" else tmp_path / "nowhere"
-    with pytest.raises(ConfigError, match=words):
-        list_all(path, form)
+    with pytest.raises(ConfigError, match=message):
+        list_source(path, form)
 
 
-def test_keys_fit_into_a_tar() -> None:
+def test_clean_key_fits_into_a_tar_and_holds_no_special_characters() -> None:
     assert clean_key("a/b c.d/é") == "a-b-c-d"
     assert clean_key("x" * 300) == "x" * 64
