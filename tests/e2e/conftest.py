@@ -16,7 +16,16 @@ import yaml
 from tests.support.live.cluster import Cluster, Kubectl
 from tests.support.live.prometheus import Prometheus, render_monitors, start_prometheus
 from tests.support.live.run_plot import draw_run
-from tests.support.live.whole_run import RUN, Fault, Story, align, follow, kill_operators, kill_second_rank, must
+from tests.support.live.whole_run import (
+    RUN,
+    Fault,
+    Story,
+    align,
+    follow,
+    kill_operators,
+    kill_second_rank,
+    require_success,
+)
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm/sailvl-operator"
@@ -62,10 +71,10 @@ def release(kubectl: Kubectl, kubeconfig: str, images: dict[str, str], storage: 
     """The chart, installed; the namespaces of operator and run enforce the restricted Pod Security Standard."""
     remove(kubectl, kubeconfig)
     for name in (SYSTEM, NAMESPACE):
-        must(kubectl("create", "namespace", name))
-        must(kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted"))
-    must(kubectl("apply", "-f", "-", stdin=json.dumps(build_volume(storage))))
-    must(kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/sailvlruns.yaml")))
+        require_success(kubectl("create", "namespace", name))
+        require_success(kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted"))
+    require_success(kubectl("apply", "-f", "-", stdin=json.dumps(build_volume(storage))))
+    require_success(kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/sailvlruns.yaml")))
     repository, _, tag = images["SAILVL_OPERATOR_IMAGE"].rpartition(":")
     values = {
         "image": {"repository": repository, "tag": tag},
@@ -92,7 +101,7 @@ def prometheus(kubectl: Kubectl, kubeconfig: str, release: str) -> Iterator[Prom
 @pytest.fixture(scope="session")
 def story(kubectl: Kubectl, prometheus: Prometheus, storage: Path) -> Story:
     """The whole run to its end, killed at on its way; told in build/e2e."""
-    must(kubectl("-n", NAMESPACE, "apply", "-f", "-", stdin=json.dumps(build_demo())))
+    require_success(kubectl("-n", NAMESPACE, "apply", "-f", "-", stdin=json.dumps(build_demo())))
     story = Story(storage=storage, namespace=NAMESPACE)
     try:
         follow(kubectl, story, FAULTS, LIMIT)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.live.cluster import Kubectl
-from tests.support.live.whole_run import Story, must
+from tests.support.live.whole_run import Story, require_success
 
 pytestmark = pytest.mark.e2e
 
@@ -21,7 +21,7 @@ LIMIT = "600s"
 def second(kubectl: Kubectl, story: Story) -> dict[str, Any]:
     """Status of the first run's spec with one stage changed, under another name, at its end."""
     in_namespace = ("-n", story.namespace)
-    spec = json.loads(must(kubectl(*in_namespace, "get", "svr", "demo", "-o", "json")))["spec"]
+    spec = json.loads(require_success(kubectl(*in_namespace, "get", "svr", "demo", "-o", "json")))["spec"]
     [stage] = [s for s in spec["stages"] if s["name"] == CHANGED]
     stage["sft"]["epochs"] = "1"
     document = {
@@ -30,10 +30,12 @@ def second(kubectl: Kubectl, story: Story) -> dict[str, Any]:
         "metadata": {"name": RUN, "namespace": story.namespace},
         "spec": spec,
     }
-    must(kubectl("apply", "-f", "-", stdin=json.dumps(document)))
-    must(kubectl(*in_namespace, "wait", "--for=condition=Succeeded", f"svr/{RUN}", f"--timeout={LIMIT}"))
-    status: dict[str, Any] = json.loads(must(kubectl(*in_namespace, "get", "svr", RUN, "-o", "json")))["status"]
-    must(kubectl(*in_namespace, "delete", "svr", RUN, "--timeout=60s"))
+    require_success(kubectl("apply", "-f", "-", stdin=json.dumps(document)))
+    require_success(kubectl(*in_namespace, "wait", "--for=condition=Succeeded", f"svr/{RUN}", f"--timeout={LIMIT}"))
+    status: dict[str, Any] = json.loads(require_success(kubectl(*in_namespace, "get", "svr", RUN, "-o", "json")))[
+        "status"
+    ]
+    require_success(kubectl(*in_namespace, "delete", "svr", RUN, "--timeout=60s"))
     return status
 
 

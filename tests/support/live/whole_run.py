@@ -100,11 +100,11 @@ def look(kubectl: Kubectl, story: Story) -> None:
     """Add what is new."""
     answer = kubectl("-n", story.namespace, "get", "svr", RUN, "-o", "json")
     story.status = json.loads(answer.stdout).get("status", {}) if answer.returncode == 0 else story.status
-    for job in json.loads(must(kubectl("-n", story.namespace, "get", "jobs", "-o", "json")))["items"]:
+    for job in json.loads(require_success(kubectl("-n", story.namespace, "get", "jobs", "-o", "json")))["items"]:
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
         if story.jobs.setdefault(name, uid) != uid:
             story.doubled.append(name)
-    for pod in json.loads(must(kubectl("-n", story.namespace, "get", "pods", "-o", "json")))["items"]:
+    for pod in json.loads(require_success(kubectl("-n", story.namespace, "get", "pods", "-o", "json")))["items"]:
         if pod["spec"].get("nodeName"):
             job = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
             story.nodes.setdefault(job, set()).add(pod["spec"]["nodeName"])
@@ -130,8 +130,8 @@ def kill_second_rank(kubectl: Kubectl, story: Story) -> None:
     """kill -9 of the rank in the second worker of what runs."""
     selector = f"sailvl.dev/run={RUN},batch.kubernetes.io/job-completion-index=1"
     running = "--field-selector=status.phase=Running"
-    pod = must(kubectl("-n", story.namespace, "get", "pod", "-l", selector, running, "-o", "name")).strip()
-    must(kubectl("-n", story.namespace, "exec", pod, "--", "python", "-c", KILL_RANK))
+    pod = require_success(kubectl("-n", story.namespace, "get", "pod", "-l", selector, running, "-o", "name")).strip()
+    require_success(kubectl("-n", story.namespace, "exec", pod, "--", "python", "-c", KILL_RANK))
 
 
 def kill_operators(kubectl: Kubectl, story: Story) -> None:
@@ -150,7 +150,7 @@ def kill_operators(kubectl: Kubectl, story: Story) -> None:
     assert killed, "no operator's process was found"
 
 
-def must(done: subprocess.CompletedProcess[str]) -> str:
+def require_success(done: subprocess.CompletedProcess[str]) -> str:
     """Its output; what it said when it failed."""
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,4 +1,4 @@
-"""The API server as the fault tests read it: plain JSON several times a second, and the table that kubectl prints."""
+"""Reads of the API server for the fault tests: plain JSON several times a second, and the table that kubectl prints."""
 
 from __future__ import annotations
 
@@ -13,45 +13,47 @@ RUNS = "/apis/sailvl.dev/v1alpha1/namespaces/{namespace}/sailvlruns/{name}"
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 
 
-class Api:
-    """Reads alone; what is written goes through kubectl, as people would."""
+class ClusterReader:
+    """Reads objects only; the tests write through kubectl, as users do."""
 
     ERRORS = (ApiException, HTTPError)
-    """When the API server is busy or away."""
+    """Raised while the API server is busy or not reachable."""
 
     def __init__(self, kubeconfig: str, namespace: str) -> None:
         self._client: client.ApiClient = config.new_client_from_config(kubeconfig)
         self._namespace = namespace
 
-    def run(self, name: str) -> dict[str, Any]:
-        """A SailVLRun as it is stored."""
+    def get_run(self, name: str) -> dict[str, Any]:
+        """Return a SailVLRun as it is stored."""
         return self._get(RUNS.format(namespace=self._namespace, name=name))
 
-    def line(self, name: str) -> dict[str, str]:
-        """What `kubectl get svr NAME` says: cell by column."""
+    def get_printed_row(self, name: str) -> dict[str, str]:
+        """Return the row that `kubectl get svr NAME` prints: effect by column."""
         table = self._get(RUNS.format(namespace=self._namespace, name=name), accept=TABLE)
         shown = [(i, c["name"].upper()) for i, c in enumerate(table["columnDefinitions"]) if not c["priority"]]
         cells = table["rows"][0]["cells"]
         return {column: "" if cells[i] is None else str(cells[i]) for i, column in shown}
 
-    def pods(self, selector: str = "") -> list[dict[str, Any]]:
-        """Of the namespace."""
+    def list_pods(self, selector: str = "") -> list[dict[str, Any]]:
+        """Return the pods of the run's namespace."""
         query = f"?labelSelector={selector}" if selector else ""
         found: list[dict[str, Any]] = self._get(f"/api/v1/namespaces/{self._namespace}/pods{query}")["items"]
         return found
 
-    def pods_of(self, namespace: str) -> list[dict[str, Any]]:
-        """Of another namespace."""
+    def list_pods_in(self, namespace: str) -> list[dict[str, Any]]:
+        """Return the pods of another namespace."""
         found: list[dict[str, Any]] = self._get(f"/api/v1/namespaces/{namespace}/pods")["items"]
         return found
 
-    def free_millis(self, node: str) -> int:
-        """Thousandths of a core that no pod of a node has asked for."""
-        whole = parse_cpu(self._get(f"/api/v1/nodes/{node}")["status"]["allocatable"]["cpu"])
+    def get_free_cpu_millis(self, node: str) -> int:
+        """Return the millicores of a node that no pod requests."""
+        allocatable = parse_cpu(self._get(f"/api/v1/nodes/{node}")["status"]["allocatable"]["cpu"])
         pods = self._get(f"/api/v1/pods?fieldSelector=spec.nodeName%3D{node}")["items"]
-        alive = [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
-        containers = [container for pod in alive for container in pod["spec"]["containers"]]
-        return whole - sum(parse_cpu(c.get("resources", {}).get("requests", {}).get("cpu", "0")) for c in containers)
+        active = [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
+        containers = [container for pod in active for container in pod["spec"]["containers"]]
+        return allocatable - sum(
+            parse_cpu(c.get("resources", {}).get("requests", {}).get("cpu", "0")) for c in containers
+        )
 
     def _get(self, path: str, accept: str = "application/json") -> dict[str, Any]:
         answer = self._client.call_api(
@@ -63,5 +65,5 @@ class Api:
 
 
 def parse_cpu(quantity: str) -> int:
-    """Thousandths of a core."""
+    """Return a CPU quantity in millicores."""
     return int(quantity[:-1]) if quantity.endswith("m") else int(float(quantity) * 1000)

@@ -1,4 +1,4 @@
-"""Workers as the machine below their nodes sees them: processes and control groups, found by the container's id.
+"""The processes of workers and of the cluster on the host; workers are found by their container's control group.
 
 Only for the cluster of `make cluster`, whose nodes are processes of this machine.
 """
@@ -17,12 +17,12 @@ from tests.support.live.cluster import ROOT, SCRIPT
 
 STATE = ROOT / "build/cluster"
 RANK = b"sailvl_trainer.rank.main"
-TREES = Path("/sys/fs/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Worker:
-    """One pod of a run, whose container runs."""
+class WorkerContainer:
+    """A pod of a run whose worker container runs."""
 
     name: str
     uid: str
@@ -35,22 +35,23 @@ class Worker:
 
     @property
     def agent(self) -> int:
-        """The container's PID 1."""
+        """The host's PID of the container's PID 1."""
         return next(pid for pid in list_pids(self.container) if _inner_pid(pid) == 1)
 
     @property
     def ranks(self) -> list[int]:
+        """The host's PIDs of the ranks."""
         return [pid for pid in list_pids(self.container) if RANK in _command(pid)]
 
 
-def list_workers(pods: list[dict[str, Any]]) -> list[Worker]:
-    """Those whose container runs, by index."""
+def list_workers(pods: list[dict[str, Any]]) -> list[WorkerContainer]:
+    """Return the running workers among some pods, in order of stage, attempt and index."""
     found = [worker for pod in pods if (worker := _parse(pod)) is not None]
     return sorted(found, key=lambda worker: (worker.stage, worker.attempt, worker.index))
 
 
 def kill(pids: list[int]) -> None:
-    """SIGKILL; who has gone meanwhile has gone."""
+    """Send SIGKILL to processes; those that have ended are ignored."""
     for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -59,46 +60,46 @@ def kill(pids: list[int]) -> None:
 
 
 def list_containers(pods: list[dict[str, Any]]) -> list[str]:
-    """Ids of all that run in some pods."""
+    """Return the ids of all running containers of some pods."""
     states = [c for pod in pods for c in pod.get("status", {}).get("containerStatuses", [])]
     return [c["containerID"].partition("://")[2] for c in states if "running" in c["state"]]
 
 
 def list_pids(container: str) -> list[int]:
-    """Every process of a container, as this machine numbers them."""
-    return [int(pid) for pid in (find_group(container, "memory") / "cgroup.procs").read_text().split()]
+    """Return the host's PIDs of a container's processes."""
+    return [int(pid) for pid in (find_cgroup(container, "memory") / "cgroup.procs").read_text().split()]
 
 
-def find_group(container: str, controller: str) -> Path:
-    """A container's control group; with version 2 one for all controllers."""
-    tree = TREES / controller if (TREES / controller).is_dir() else TREES
+def find_cgroup(container: str, controller: str) -> Path:
+    """Return the folder of a container's control group; version 2 has one for all controllers."""
+    tree = CGROUP_ROOT / controller if (CGROUP_ROOT / controller).is_dir() else CGROUP_ROOT
     for folder, folders, _ in os.walk(tree):
         if container in folders:
             return Path(folder) / container
     raise LookupError(f"no control group of container {container} below {tree}")
 
 
-def call_containerd(node: str, *words: str) -> str:
-    """`ctr` at a node's containerd."""
-    command = ["ctr", "-a", str(STATE / node / "containerd.sock"), "-n", "k8s.io", *words]
+def call_containerd(node: str, *arguments: str) -> str:
+    """Run `ctr` against a node's containerd and return its output."""
+    command = ["ctr", "-a", str(STATE / node / "containerd.sock"), "-n", "k8s.io", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def forget_images(node: str, repository: str) -> None:
-    """A node has to pull a repository's images again."""
+def remove_images(node: str, repository: str) -> None:
+    """Remove a repository's images from a node, so that it has to pull them again."""
     names = [name for name in call_containerd(node, "images", "ls", "-q").split() if f"/{repository}" in name]
     if names:
         call_containerd(node, "images", "rm", "--sync", *names)
 
 
-def call_script(*words: str) -> None:
-    """The script that made the cluster."""
-    done = subprocess.run([SCRIPT, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+def call_cluster_script(*arguments: str) -> None:
+    """Run the script that creates the cluster and its nodes."""
+    done = subprocess.run([SCRIPT, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-class Part:
-    """A process of the cluster, by its name in the state folder; it can be killed, and started again as it was."""
+class ClusterProcess:
+    """A process of the cluster, by its name in the state folder; it can be killed and restarted."""
 
     def __init__(self, name: str) -> None:
         self._pid_file = STATE / f"{name}.pid"
@@ -108,25 +109,26 @@ class Part:
         assert str(STATE) in " ".join(self._command), self._command
 
     def kill(self) -> None:
+        """Send SIGKILL and wait for the end of the process."""
         kill([self._pid])
         while Path(f"/proc/{self._pid}/exe").exists():
             time.sleep(0.01)
 
     def start(self) -> None:
-        """In the background, outliving this process."""
+        """Start the process with its old command line, detached from this one."""
         with self._log.open("ab") as log:
             started = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self._pid_file.write_text(f"{started.pid}\n")
-        started.returncode = 0  # nobody waits for it
+        started.returncode = 0  # it is not waited for
 
 
-def _parse(pod: dict[str, Any]) -> Worker | None:
+def _parse(pod: dict[str, Any]) -> WorkerContainer | None:
     labels, status = pod["metadata"]["labels"], pod.get("status", {})
     for container in status.get("containerStatuses", []):
         if container["name"] == "worker" and "running" in container["state"]:
-            return Worker(
+            return WorkerContainer(
                 name=pod["metadata"]["name"],
                 uid=pod["metadata"]["uid"],
                 node=pod["spec"]["nodeName"],
@@ -140,7 +142,7 @@ def _parse(pod: dict[str, Any]) -> Worker | None:
 
 
 def _command(pid: int) -> bytes:
-    """Empty for a process that has gone."""
+    """Return a process's command line, or nothing if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -148,6 +150,6 @@ def _command(pid: int) -> bytes:
 
 
 def _inner_pid(pid: int) -> int:
-    """Its number in its innermost namespace."""
+    """Return a process's PID in its innermost namespace."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("NSpid:")).split()[-1])

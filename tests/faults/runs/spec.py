@@ -1,17 +1,17 @@
-"""The small run that faults are done to: each kind of stage once, two workers each, trainings of about a minute."""
+"""The small run into which faults are injected: each kind of stage once, with two workers, for a minute each."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.faults.volumes import BENCHMARKS
+from tests.faults.environment.volumes import BENCHMARKS
 
 KINDS = {"curate": "curate", "align": "pretrain", "tune": "sft", "score": "evaluate"}
-"""Stage to its kind."""
+"""Kind of each stage, by name."""
 TRAINING = ("align", "tune")
 EPOCHS = 2
 LOW_PRIORITY, HIGH_PRIORITY = "sailvl-faults-low", "sailvl-faults-high"
-"""The run's is below everybody else's on the cluster, so that nobody else's pods make room in its place."""
+"""The run's priority is the lowest on the cluster, so that no other pod is preempted in its place."""
 
 _TRAINING = {
     "epochs": str(EPOCHS),
@@ -33,7 +33,7 @@ def build_run(
     image: str = "",
     learning_rate: str = "5e-4",
 ) -> dict[str, Any]:
-    """The resource. `image`: another than the operator's own."""
+    """Return a SailVLRun; `image` replaces the operator's default trainer image."""
     spec: dict[str, Any] = {
         "storage": {"volumeClaim": claim},
         "model": {"preset": "tiny", "language": "/data/models/tiny-language"},
@@ -53,7 +53,7 @@ def build_run(
 
 
 def build_stage(name: str, learning_rate: str) -> dict[str, Any]:
-    """By its name."""
+    """Return the spec of a stage."""
     match name:
         case "curate":
             sources = [{"format": "imagefolder", "path": f"/data/raw/{folder}"} for folder in ("shapes", "posters")]
@@ -69,5 +69,6 @@ def build_stage(name: str, learning_rate: str) -> dict[str, Any]:
 
 
 def build_benchmark(name: str) -> dict[str, Any]:
+    """Return the spec of a benchmark on the volume."""
     path = f"/data/benchmarks/{name}.tsv"
     return {"name": name, "path": path, "metric": "exact_match", "group": "Shapes", "maxTiles": 1}
