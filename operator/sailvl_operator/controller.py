@@ -1,7 +1,8 @@
-"""The shell around the pure core: takes keys from the work queue, observes, lets `reconcile` decide, carries it out.
+"""Controller: takes keys from the work queue, observes, lets `reconcile` decide, applies the decision, writes the
+status.
 
-Started by `cli/operator.py` once this process leads. Keys come from the runs' watch (`handlers.py`), the informers, the
-progress reader and timers; what a key is about is always found by looking at the stores.
+Built by `app.py`; it runs in the leading replica only. A key says which run to reconcile, not what has happened to it:
+the state is always read from the stores.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from sailvl_operator.cluster.apply import Actions, Refused
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.merge_patch import build_merge_patch, drop_nulls
 from sailvl_operator.cluster.owned_objects import Children
-from sailvl_operator.cluster.progress import ProgressReader
+from sailvl_operator.cluster.progress import PROGRESS_WRITES_PER_SECOND, ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
+from sailvl_operator.cluster.refusals import RefusalLog
 from sailvl_operator.cluster.runs import RunEntry, RunKey, RunStore
 from sailvl_operator.cluster.start_diagnostics import StartDiagnostics
 from sailvl_operator.cluster.workqueue import WorkQueue
@@ -38,15 +40,14 @@ from sailvl_operator.errors import (
     OperatorError,
 )
 from sailvl_operator.metrics import Metrics
-from sailvl_operator.settings import PROGRESS_WRITES
 
 log = logging.getLogger(__name__)
 
-Act = Callable[[Run, Decision], Awaitable[Refused]]
+Action = Callable[[Run, Decision], Awaitable[Refused]]
 
 
 class Controller:
-    """One per process. Everything it needs is handed in."""
+    """Reconciles runs with several concurrent workers. `clock`: Unix seconds."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Controller:
         runs: RunStore,
         children: Children,
         progress: ProgressReader,
-        complaints: StartDiagnostics,
+        diagnostics: StartDiagnostics,
         recorder: Recorder,
         queue: WorkQueue[RunKey],
         metrics: Metrics,
@@ -66,7 +67,8 @@ class Controller:
         self._runs = runs
         self._children = children
         self._progress = progress
-        self._complaints = complaints
+        self._diagnostics = diagnostics
+        self._refusals = RefusalLog()
         self._recorder = recorder
         self._queue = queue
         self._metrics = metrics
@@ -75,104 +77,109 @@ class Controller:
         self._actions = Actions(client, children)
 
     async def run(self, workers: int) -> None:
-        """Serve keys until cancelled; waits for the informers first, since a missing Job means something."""
+        """Reconcile keys with `workers` workers until cancelled. Waits for the informers first, since a Job that is
+        missing from the stores is taken for deleted."""
         await self._children.wait_synced()
         self._children.retain_deleted()
         self._queue.start()
         async with asyncio.TaskGroup() as group:
             for number in range(workers):
-                group.create_task(self._work(), name=f"worker-{number}")
+                group.create_task(self._run_worker(), name=f"worker-{number}")
 
-    async def _work(self) -> None:
+    async def _run_worker(self) -> None:
         while True:
             key, waited, is_due = await self._queue.get()
             self._metrics.queue_seconds.observe(waited)
             try:
                 with self._metrics.reconcile_seconds.time():
-                    outcome = await self._process(key, may_wait=not is_due)
+                    outcome = await self._reconcile_or_retry(key, may_defer=not is_due)
             finally:
                 self._queue.done(key)
             self._metrics.reconciles.labels(outcome).inc()
 
-    async def _process(self, key: RunKey, *, may_wait: bool) -> str:
-        """Look at one run. Whatever goes wrong is tried again later, and never ends the worker."""
-        log_of_run = logging.LoggerAdapter(log, {"namespace": key[0], "run": key[1]})
+    async def _reconcile_or_retry(self, key: RunKey, *, may_defer: bool) -> str:
+        """Reconcile a key and return the outcome for the metric. An error of any kind is logged and retried."""
+        logger = logging.LoggerAdapter(log, {"namespace": key[0], "run": key[1]})
         try:
-            outcome = await self.reconcile_key(key, may_wait=may_wait)
+            outcome = await self.reconcile_key(key, may_defer=may_defer)
         except Conflict as error:
-            log_of_run.info("looked at an old state, looking again: %s", error)
+            logger.info("conflict: stale resourceVersion, retrying: %s", error)
             await self._refresh(key)
             self._queue.retry(key)
             return "conflict"
         except (ApiError, NameConflict) as error:
-            log_of_run.warning("tried again in %.1f s: %s", self._queue.retry(key), error)
+            logger.warning("reconcile failed, retrying in %.1f s: %s", self._queue.retry(key), error)
             return "error"
         except Exception:
-            log_of_run.exception("an error of the operator itself; tried again in %.1f s", self._queue.retry(key))
+            logger.exception("internal error, retrying in %.1f s", self._queue.retry(key))
             return "error"
         self._queue.reset_backoff(key)
         return outcome
 
-    async def reconcile_key(self, key: RunKey, *, may_wait: bool = False) -> str:
-        """One reconcile: decide, act, write the status. Says whether the status was written, is unchanged, or has to
-        wait because other runs wait to be started."""
+    async def reconcile_key(self, key: RunKey, *, may_defer: bool = False) -> str:
+        """Reconcile one run: decide, apply, write the status, record events.
+
+        Return `written`, `unchanged`, or `deferred` if the writes can wait and other keys can't. Raises ApiError or
+        NameConflict; the reconcile can be repeated.
+        """
         entry = self._runs.get(key)
         if entry is None:
             self._forget_run(key)
             return "unchanged"
         decision = self._decide(entry, key)
-        refusal = await self._act(entry.run, decision, self._actions.carry_out)
-        if refusal is None and may_wait and decision.can_wait and self._queue.has_backlog():
+        refusal = await self._apply(entry.run, decision, self._actions.carry_out)
+        if refusal is None and may_defer and decision.can_wait and self._queue.has_backlog():
             return self._defer_writes(key, decision)
         if refusal is None and decision.serve:
-            refusal = await self._act(entry.run, decision, self._actions.serve)
+            refusal = await self._apply(entry.run, decision, self._actions.serve)
         if refusal is None:
-            self._complaints.accept(key)
+            self._refusals.clear(key)
         else:
-            decision = self._decide(entry, key)  # the status says who refuses
+            decision = self._decide(entry, key)  # decide again, so that the status shows the refusal
         is_written = await self._write_status(entry.run, decision)
         if is_written:
             self._record(entry.run, decision)
         if refusal is not None:
-            self._schedule(key, decision)  # other stages may wait for something
+            self._schedule(key, decision)  # other stages may have deadlines of their own
             raise refusal
         if is_written:
-            self._queue.add(key)  # the written status may ask for more: an attempt's number comes before its Job
+            self._queue.add(key)  # the new status may allow more: an attempt's number is written before its Job exists
             return "written"
         self._schedule(key, decision)
         self._forget_closed(entry.run, key)
         return "unchanged"
 
     def _defer_writes(self, key: RunKey, decision: Decision) -> str:
-        """The writes wait; what the run itself waits for doesn't."""
+        """Defer the status and the Service of a run. Its own deadlines stay scheduled."""
         self._queue.defer(key)
         self._schedule(key, decision)
         return "deferred"
 
-    async def _act(self, run: Run, decision: Decision, action: Act) -> OperatorError | None:
-        """What a person must mend comes back, and is noted; what passes by itself is raised."""
+    async def _apply(self, run: Run, decision: Decision, action: Action) -> OperatorError | None:
+        """Apply a part of a decision. Return, and log, the first refusal that the user has to resolve; raise other
+        errors, which are transient."""
         key = run.namespace, run.name
         try:
             refused = await action(run, decision)
         except REFUSALS as error:
             stages = (decision.status or decode_status(run.status)).stages
-            self._complaints.refuse(key, {(s.name, s.attempt): str(error) for s in stages if s.state in ACTIVE})
+            self._refusals.replace(key, {(s.name, s.attempt): error for s in stages if s.state in ACTIVE})
             return error
         if not refused:
             return None
-        self._complaints.refuse(key, {attempt: str(error) for attempt, error in refused.items()})
+        self._refusals.replace(key, refused)
         return next(iter(refused.values()))
 
     def _decide(self, entry: RunEntry, key: RunKey) -> Decision:
         now = self._clock()
-        if entry.problem:
-            return refuse_unreadable(entry.run, entry.problem, self._observe(entry.run, key), now=now)
         observed = self._observe(entry.run, key)
-        return reconcile(entry.run, observed, now=now, defaults=self._pace(), planned=entry.planned)
+        if entry.problem:
+            return refuse_unreadable(entry.run, entry.problem, observed, now=now)
+        return reconcile(entry.run, observed, now=now, defaults=self._throttled_defaults(), planned=entry.planned)
 
-    def _pace(self) -> Defaults:
-        """Many runs at once write their progress less often each: together they stay below a rate."""
-        seconds = max(self._defaults.progress_seconds, len(self._progress) / PROGRESS_WRITES)
+    def _throttled_defaults(self) -> Defaults:
+        """Return the defaults with a progress interval that keeps all runs together below the rate of writes."""
+        seconds = max(self._defaults.progress_seconds, len(self._progress) / PROGRESS_WRITES_PER_SECOND)
         return replace(self._defaults, progress_seconds=seconds)
 
     def _observe(self, run: Run, key: RunKey) -> Observed:
@@ -185,25 +192,26 @@ class Controller:
             pods,
             progress=self._progress.get(key, run.uid),
             progress_errors=self._progress.get_errors(key, run.uid),
-            wait_reasons=self._complaints.get(key),
-            refusals=self._complaints.get_refusals(key),
+            wait_reasons=self._diagnostics.get(key),
+            refusals=self._refusals.get(key),
             has_service=has_service,
         )
 
     async def _write_status(self, run: Run, decision: Decision) -> bool:
-        """Patch what changed, against the very version that was looked at; tells whether anything had."""
+        """Patch the changed fields of the status, on condition that the run is still the version that was observed.
+        Return whether anything was written."""
         if decision.status is None:
             return False
         changes = build_merge_patch(run.status, drop_nulls(encode_status(decision.status)))
         if not changes:
             return False
-        guard = {"uid": run.uid, "resourceVersion": run.resource_version}
+        precondition = {"uid": run.uid, "resourceVersion": run.resource_version}
         try:
             written = await self._client.patch(
                 resources.RUNS,
                 run.namespace,
                 run.name,
-                {"metadata": guard, "status": changes},
+                {"metadata": precondition, "status": changes},
                 subresource="status",
             )
         except NotFound:
@@ -223,22 +231,23 @@ class Controller:
             self._queue.add_after(key, decision.requeue_at - self._clock())
 
     async def _refresh(self, key: RunKey) -> None:
-        """After a conflict: read the run instead of waiting for its event."""
+        """Read a run after a conflict, instead of waiting for its watch event."""
         try:
             self._runs.put_patched(await self._client.get(resources.RUNS, *key))
         except ApiError as error:
-            log.info("%s/%s could not be read: %s", *key, error)
+            log.info("%s/%s not refreshed: %s", *key, error)
 
     def _forget_run(self, key: RunKey) -> None:
-        """The run is gone; the garbage collector takes its children."""
+        """Drop everything that is stored of a deleted run. The garbage collector deletes its objects."""
         self._queue.cancel_timer(key)
         self._children.jobs.forget(key, lambda _: True)
         self._children.pods.forget(key, lambda _: True)
         self._progress.forget(key, lambda *_: True)
-        self._complaints.forget(key)
+        self._diagnostics.forget(key)
+        self._refusals.clear(key)
 
     def _forget_closed(self, run: Run, key: RunKey) -> None:
-        """Let the evidence of closed attempts go: a newer one has begun, or the stage is over."""
+        """Drop the evidence of closed attempts: those with a newer attempt, and those of finished stages."""
         current = {s.name: s for s in decode_status(run.status).stages}
 
         def is_closed(stage: str, attempt: int) -> bool:
@@ -251,17 +260,6 @@ class Controller:
 
 
 def _is_pod_of(run: Run, pod: PodRecord) -> bool:
-    """Earlier versions gave their pods no run's uid: those that are older than the run are not its own."""
+    """Whether a pod belongs to this run. Earlier versions didn't label pods with the run's UID; those count if they are
+    not older than the run."""
     return pod.run_uid == run.uid if pod.run_uid else pod.created >= run.created
-
-
-def handle_run_event(type_: str | None, raw: dict[str, object], runs: RunStore, queue: WorkQueue[RunKey]) -> None:
-    """A watch event of a run: keep the newest state and look at its key."""
-    metadata = raw["metadata"]
-    assert isinstance(metadata, dict)
-    key = metadata["namespace"], metadata["name"]
-    if type_ == "DELETED":
-        runs.delete(key, metadata["uid"])
-        queue.add(key)
-    elif runs.put(raw):
-        queue.add(key)

@@ -1,6 +1,6 @@
-"""The kopf edge: events of runs in, nothing decided, nothing written. `cli/operator.py` builds it and runs kopf.
+"""Watch of runs by kopf: feeds events into the store and the work queue. Built by `app.py`.
 
-Only `on.event` is used: no finalizers, no annotations, no timers, no indices, so kopf itself never patches a run.
+Only `on.event` is used: no finalizers, annotations, timers or indices, so kopf itself never writes to a run.
 """
 
 from __future__ import annotations
@@ -12,19 +12,38 @@ from typing import Any
 import kopf
 
 from sailvl_operator.api import names
-from sailvl_operator.cluster.client import WATCH_SILENCE_SECONDS
+from sailvl_operator.cluster.client import WATCH_SILENCE_SECONDS, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.kopf_session import IsKnown, build_session
+from sailvl_operator.cluster.runs import RunKey, RunStore
+from sailvl_operator.cluster.workqueue import WorkQueue
 
 OnEvent = Callable[[str | None, dict[str, Any]], None]
-"""Called with the watch event's type (None: listed) and the whole object."""
+"""Called with the type of a watch event (None: the object comes from a list) and the whole object."""
+
+
+def handle_run_event(type_: str | None, raw: dict[str, Any], runs: RunStore, queue: WorkQueue[RunKey]) -> None:
+    """Store the state of a run if it is newer than the stored one, and queue its key if anything changed.
+
+    `type_`: type of the watch event; None for an object from a list.
+    """
+    metadata = raw["metadata"]
+    key = metadata["namespace"], metadata["name"]
+    if type_ == "DELETED":
+        runs.delete(key, metadata["uid"])
+        queue.add(key)
+    elif runs.put(raw):
+        queue.add(key)
 
 
 def build_registry(
-    sink: OnEvent, credentials: Credentials, *, is_known: IsKnown, watch_timeout: int, on_stop: Callable[[], None]
+    on_event: OnEvent, credentials: Credentials, *, is_known: IsKnown, on_stop: Callable[[], None]
 ) -> kopf.OperatorRegistry:
-    """kopf's handlers, in a registry of their own; `on_stop` is called as soon as this process is told to end. Changes
-    of which `is_known` says so aren't told."""
+    """Build a registry with kopf's handlers and settings.
+
+    Events whose resourceVersion is already stored (`is_known`) are filtered out. `on_stop` is called as soon as this
+    process is asked to terminate.
+    """
     registry = kopf.OperatorRegistry()
 
     @kopf.on.startup(registry=registry)
@@ -33,29 +52,29 @@ def build_registry(
         settings.persistence.diffbase_storage = NoDiffBase()
         settings.scanning.disabled = True
         settings.peering.standalone = True
-        settings.watching.server_timeout = watch_timeout
+        settings.watching.server_timeout = ClientConfig().watch_timeout_seconds
         settings.watching.connect_timeout = 10
         settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
-        settings.networking.request_timeout = 30
+        settings.networking.request_timeout = ClientConfig().request_timeout_seconds
         settings.networking.error_backoffs = EndlessBackoff()
 
     @kopf.on.cleanup(registry=registry)
     async def stop(**_: Any) -> None:
-        on_stop()  # kopf takes every task of the process for its own and would wait for them for 5 s
+        on_stop()  # kopf waits up to 5 s for all tasks of the event loop, ours included
 
     @kopf.on.login(registry=registry)
     async def connect(**_: Any) -> kopf.AiohttpSession:
         return kopf.AiohttpSession(server=credentials.server, aiohttp_session=build_session(credentials, is_known))
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
-    async def see(event: kopf.RawEvent, **_: Any) -> None:
-        sink(event["type"], dict(event["object"]))
+    async def on_run_event(event: kopf.RawEvent, **_: Any) -> None:
+        on_event(event["type"], dict(event["object"]))
 
     return registry
 
 
 class NoDiffBase(kopf.DiffBaseStorage):
-    """kopf copies every object to tell changes of its essence apart; we look at every event, so nothing is copied."""
+    """Stores no last-handled configuration. kopf would copy every object to compute diffs that we don't use."""
 
     def build(self, *, body: kopf.Body, extra_fields: object = None) -> kopf.BodyEssence:
         return kopf.BodyEssence({})
@@ -68,8 +87,8 @@ class NoDiffBase(kopf.DiffBaseStorage):
 
 
 class EndlessBackoff(Iterable[float]):
-    """Seconds between the tries of a request that fails for a passing reason. kopf gives up after the last, and an
-    outage may last for hours."""
+    """Seconds between the tries of kopf's requests. kopf gives up after the last one, but an outage may last for
+    hours."""
 
     def __iter__(self) -> Iterator[float]:
         return chain((0.2, 0.5, 1.0, 2.0), repeat(5.0))

@@ -1,38 +1,73 @@
-"""The operator's own HTTP: /metrics for Prometheus, /healthz and /readyz for the kubelet.
+"""HTTP server of the operator: /metrics for Prometheus, /healthz and /readyz for the kubelet, and the rules of both.
 
-Not kopf's liveness endpoint: that one answers 200 whatever its probes find.
+kopf's liveness endpoint isn't used, since it returns 200 even if a probe reports a problem.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from sailvl_operator.settings import HealthServerSettings
+from sailvl_operator.settings import HealthSettings
 
-Problems = Callable[[], Sequence[str]]
-"""What is wrong, in words; nothing when all is well."""
+STALE_WATCH_SECONDS = 420.0
+"""A watch without data for this long fails liveness; more than the 300 s after which the API server ends a watch."""
+STALE_RUNS_SECONDS = 300.0
+"""The watch of runs may miss events for this long before liveness fails."""
+STALE_KEY_SECONDS = 300.0
+"""A key may wait in the work queue for this long before liveness fails."""
+
+Check = Callable[[], Sequence[str]]
+"""Returns the errors of a probe; none if it passes."""
 
 
-class Server:
-    """Runs as an asynchronous context manager."""
+def liveness_errors(
+    *, silent_watches: Iterable[tuple[str, float]], missing_events_seconds: float, oldest_key_seconds: float
+) -> list[str]:
+    """Return why the kubelet should restart this process; empty if it is healthy.
+
+    `silent_watches`: each watched resource with the seconds since its last data. `missing_events_seconds`: for how long
+    the watch of runs has been missing events. `oldest_key_seconds`: waiting time of the oldest key; 0 on a standby.
+    """
+    errors = [
+        f"watch of {resource}: no data for {seconds:.0f} s"
+        for resource, seconds in silent_watches
+        if seconds > STALE_WATCH_SECONDS
+    ]
+    if missing_events_seconds > STALE_RUNS_SECONDS:
+        errors.append(f"watch of runs: missing events for {missing_events_seconds:.0f} s")
+    if oldest_key_seconds > STALE_KEY_SECONDS:
+        errors.append(f"work queue: oldest key is {oldest_key_seconds:.0f} s old")
+    return errors
+
+
+def readiness_errors(*, is_synced: bool) -> list[str]:
+    """Return why this process isn't ready. A standby is ready, too, once its informers are synced."""
+    return [] if is_synced else ["informers: first lists not complete"]
+
+
+class HealthServer:
+    """Serves the endpoints while its context is open.
+
+    `port`: the port that it listens on, once it is open; differs from the settings if they say 0.
+    """
 
     def __init__(
-        self, settings: HealthServerSettings, registry: CollectorRegistry, *, is_alive: Problems, is_ready: Problems
+        self, settings: HealthSettings, registry: CollectorRegistry, *, liveness: Check, readiness: Check
     ) -> None:
         self._settings = settings
         self._registry = registry
         app = web.Application()
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/healthz", _probe(is_alive))
-        app.router.add_get("/readyz", _probe(is_ready))
+        app.router.add_get("/metrics", self._serve_metrics)
+        app.router.add_get("/healthz", _build_probe(liveness))
+        app.router.add_get("/readyz", _build_probe(readiness))
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
         self.port = settings.port
 
-    async def __aenter__(self) -> Server:
+    async def __aenter__(self) -> HealthServer:
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._settings.host, self._settings.port)
         await site.start()
@@ -42,16 +77,16 @@ class Server:
     async def __aexit__(self, *_: object) -> None:
         await self._runner.cleanup()
 
-    async def _metrics(self, request: web.Request) -> web.Response:
-        """All series, or those of the names asked for, as in /metrics?name[]=sailvl_operator_queue_depth."""
+    async def _serve_metrics(self, request: web.Request) -> web.Response:
+        """Serve all series, or those with the requested names: /metrics?name[]=sailvl_operator_queue_depth."""
         wanted = request.query.getall("name[]", [])
         registry = self._registry.restricted_registry(wanted) if wanted else self._registry
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _probe(problems: Problems) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+def _build_probe(check: Check) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     async def answer(_: web.Request) -> web.StreamResponse:
-        found = problems()
-        return web.Response(status=500 if found else 200, text="\n".join(found) or "ok")
+        errors = check()
+        return web.Response(status=500 if errors else 200, text="\n".join(errors) or "ok")
 
     return answer

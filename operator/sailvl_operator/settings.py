@@ -1,7 +1,8 @@
-"""The operator's settings, read once from flags and environment by `cli/operator.py` and handed down from there.
+"""Settings of the operator, read once from flags and environment variables and passed on by `app.py`.
 
-Every option is one row of OPTIONS: its flag, the field it fills, and by the same words its variable
-(--metrics-port is SAILVL_OPERATOR_METRICS_PORT). Flags win over variables, variables over defaults.
+Each setting is one row of OPTIONS: its flag, the field that it sets, and the value of the chart. The environment
+variable follows from the flag (--metrics-port is SAILVL_OPERATOR_METRICS_PORT). Flags take precedence over variables.
+Limits that nobody has to change are constants of the modules that use them.
 """
 
 from __future__ import annotations
@@ -16,157 +17,111 @@ from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "SAILVL_OPERATOR_"
-PROGRESS_WRITES = 10.0
-"""Writes a second, over all runs, for the sake of progress alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiSettings:
-    """How the API server is reached."""
+    """Access to the API server."""
 
     kubeconfig: str = ""
-    """Path of a kubeconfig. Default: $KUBECONFIG, the service account of the pod, or ~/.kube/config."""
+    """Path of a kubeconfig. Only needed outside of a cluster. Defaults to $KUBECONFIG, the pod's service account or
+    ~/.kube/config, in this order."""
     context: str = ""
-    """Context of the kubeconfig. Default: its current one."""
+    """Context of the kubeconfig. Defaults to its current context."""
     namespaces: tuple[str, ...] = ()
-    """Namespaces to serve. Default: all."""
-    connections: int = 64
-    """Connections to the API server at once."""
-    request_timeout: float = 30.0
-    """Seconds for one request, watches excepted."""
-    tries: int = 4
-    """Tries of a request that fails for a passing reason."""
-    backoff: float = 0.2
-    """Seconds before the second try; doubled by each further one, with jitter."""
-    page_size: int = 500
-    """Objects a page of a list."""
-    watch_timeout: int = 300
-    """Seconds after which the server ends a watch, to be resumed."""
+    """Namespaces to watch. If empty, the default, all namespaces are watched, which requires a ClusterRole."""
     events: bool = True
-    """Whether Kubernetes events are written."""
-    resync: float = 60.0
-    """Seconds between looks whether the watch of runs has missed a change; 0: never."""
+    """Whether to write Kubernetes Events on runs. Disable it to save API requests; the status shows the same. Defaults
+    to true."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QueueSettings:
-    """The work queue."""
+class ControllerSettings:
+    """Work of the leading replica."""
 
     workers: int = 16
-    """Runs reconciled at once."""
-    backoff: float = 0.5
-    """Seconds before a run whose reconcile failed is tried again; doubled each time, with jitter."""
-    backoff_limit: float = 60.0
-    """The longest such wait, in seconds."""
-    batch: float = 0.2
-    """Seconds for which changes of a run's Jobs and pods are gathered before it is looked at; they come in groups."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProgressSettings:
-    """Reading /progress from running attempts."""
-
-    interval: float = 5.0
-    """Seconds between rounds; 0: never."""
-    timeout: float = 2.0
-    """Seconds for one request."""
-    concurrency: int = 32
-    """Requests at once."""
-    rate: float = PROGRESS_WRITES
-    """Requests a second at most, as many as progress is written: with more runs than that allows, each is read less
-    often."""
-    patience: float = 60.0
-    """Longest pause, in seconds, before a worker that doesn't answer is asked again."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiagnosticsSettings:
-    """Reading why attempts don't start: events of their Jobs and pods, and Kueue's workloads."""
-
-    interval: float = 5.0
-    """Seconds between rounds; 0: never."""
-    patience: float = 10.0
-    """Seconds for which an attempt may be starting before anybody is asked."""
-    reads: int = 8
-    """Attempts asked about a round, those first that waited longest for it."""
+    """Number of runs that are reconciled concurrently. Raise it if keys wait long in the work queue although the API
+    server responds fast. Defaults to 16."""
+    progress_interval_seconds: float = 5.0
+    """Seconds between requests to /progress of running attempts. 0 disables them: the status then shows neither
+    progress nor goodput by activity. Defaults to 5."""
+    diagnostics_interval_seconds: float = 5.0
+    """Seconds between reads of Events and Workloads of attempts that do not start. 0 disables them: the Stuck condition
+    then shows only what Jobs and pods report. Defaults to 5."""
+    watch_audit_interval_seconds: float = 60.0
+    """Seconds between lists of all runs that find events which the watch missed. 0 disables them: a silent watch then
+    goes unnoticed. Raise it if listing the runs is a burden on the API server. Defaults to 60."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseSettings:
-    """Which of several replicas leads."""
+    """Leader election."""
 
     enabled: bool = True
-    """false: this process is the only one."""
+    """Whether to acquire a Lease before reconciling. Disable it only if exactly one process runs. Defaults to true."""
     name: str = "sailvl-operator"
-    """Of the Lease."""
+    """Name of the Lease. All replicas of one operator use the same. Defaults to sailvl-operator."""
     namespace: str = "default"
-    """Of the Lease; the chart sets the operator's own."""
+    """Namespace of the Lease. The chart sets the namespace of the release. Defaults to default."""
     identity: str = field(default_factory=socket.gethostname)
-    """Who holds it. Default: the host's name, which is the pod's."""
-    duration: float = 15.0
-    """Seconds without a renewal after which another replica takes over."""
-    renew_interval: float = 3.0
-    """Seconds between renewals."""
-    renew_deadline: float = 10.0
-    """Seconds of failed renewals after which the holder gives up; less than the duration."""
+    """Identity of this replica in the Lease; unique per replica. Defaults to the host name, which is the pod's name."""
+    duration_seconds: float = 15.0
+    """Seconds without a renewal after which another replica becomes the leader. Lower it for a faster failover after a
+    node failure, at the risk of a needless one when the API server is slow. Defaults to 15."""
+    renew_interval_seconds: float = 3.0
+    """Seconds between renewals of the Lease. Defaults to 3."""
+    renew_deadline_seconds: float = 10.0
+    """Seconds of failed renewals after which the leader exits. Must be less than the duration, otherwise two replicas
+    may lead at once. Defaults to 10."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HealthServerSettings:
-    """The operator's own HTTP server: /metrics, /healthz, /readyz."""
+class HealthSettings:
+    """HTTP server of the operator: /metrics, /healthz and /readyz."""
 
-    host: str = "0.0.0.0"  # a pod's probes and scrapes come from outside
+    host: str = "0.0.0.0"  # kubelet and Prometheus connect from outside of the pod
+    """Address to listen on. Defaults to all interfaces."""
     port: int = 8080
-    """0: any free port."""
-    stale_watch: float = 420.0
-    """Seconds without a sign of life of a watch after which /healthz fails; more than the watch timeout."""
-    stale_runs: float = 300.0
-    """Seconds for which the watch of runs may miss changes before /healthz fails."""
-    stale_queue: float = 300.0
-    """Seconds that the oldest key may wait before /healthz fails."""
+    """Port to listen on. 0 chooses a free one. Defaults to 8080."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """All of the above, and what the runs fall back on."""
+    """All settings of the operator."""
 
     api: ApiSettings = ApiSettings()
-    queue: QueueSettings = QueueSettings()
-    progress: ProgressSettings = ProgressSettings()
-    complaints: DiagnosticsSettings = DiagnosticsSettings()
+    controller: ControllerSettings = ControllerSettings()
     lease: LeaseSettings = field(default_factory=LeaseSettings)
-    server: HealthServerSettings = HealthServerSettings()
+    health: HealthSettings = HealthSettings()
     defaults: Defaults = field(default_factory=Defaults)
+    """Defaults of runs."""
     log_level: str = "INFO"
-    """DEBUG, INFO, WARNING or ERROR."""
+    """Minimum level of log messages: DEBUG, INFO, WARNING or ERROR. Defaults to INFO."""
     log_format: str = "json"
-    """json or text."""
+    """Format of log messages: json, or text for people. Defaults to json."""
 
     def __post_init__(self) -> None:
-        if self.lease.renew_deadline >= self.lease.duration:
+        if self.lease.renew_deadline_seconds >= self.lease.duration_seconds:
             raise SettingsError(
-                f"the lease's renew deadline is {self.lease.renew_deadline} s; set it below the duration of "
-                f"{self.lease.duration} s, or two replicas lead at once"
-            )
-        if self.server.stale_watch <= self.api.watch_timeout:
-            raise SettingsError(
-                f"a watch counts as stale after {self.server.stale_watch} s; set that above the watch timeout of "
-                f"{self.api.watch_timeout} s"
+                f"--lease-renew-deadline-seconds is {self.lease.renew_deadline_seconds:g}; set it to less than "
+                f"--lease-duration-seconds, which is {self.lease.duration_seconds:g}"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One flag, one variable, one field."""
+    """One setting: its flag, its environment variable and its field."""
 
     flag: str
     target: str
-    """group.field, or a field of Settings itself."""
+    """Field that the option sets: group.field, or a field of Settings."""
     help: str
+    value: str = ""
+    """Path of the chart's value; empty if the chart derives the setting, or leaves it at its default."""
 
     @property
     def variable(self) -> str:
-        """The environment variable of the same meaning."""
+        """Environment variable that sets the same field."""
         return ENVIRONMENT_PREFIX + self.flag.removeprefix("--").replace("-", "_").upper()
 
 
@@ -175,18 +130,36 @@ OPTIONS = (
         flag="--kubeconfig", target="api.kubeconfig", help="path of the kubeconfig; only needed outside of a cluster"
     ),
     Option(flag="--context", target="api.context", help="context of the kubeconfig; defaults to the current context"),
-    Option(flag="--namespaces", target="api.namespaces", help="comma-separated namespaces to watch; defaults to all"),
-    Option(flag="--events", target="api.events", help="whether to write Kubernetes Events"),
-    Option(flag="--workers", target="queue.workers", help="number of runs that are reconciled concurrently"),
     Option(
-        flag="--progress-interval",
-        target="progress.interval",
-        help="seconds between requests to /progress of running attempts; 0 disables them",
+        flag="--namespaces",
+        target="api.namespaces",
+        help="comma-separated namespaces to watch; defaults to all",
+        value="watchNamespaces",
+    ),
+    Option(flag="--events", target="api.events", help="whether to write Kubernetes Events", value="operator.events"),
+    Option(
+        flag="--workers",
+        target="controller.workers",
+        help="number of runs that are reconciled concurrently",
+        value="operator.workers",
     ),
     Option(
-        flag="--diagnostics-interval",
-        target="complaints.interval",
+        flag="--progress-interval-seconds",
+        target="controller.progress_interval_seconds",
+        help="seconds between requests to /progress of running attempts; 0 disables them",
+        value="operator.progressIntervalSeconds",
+    ),
+    Option(
+        flag="--diagnostics-interval-seconds",
+        target="controller.diagnostics_interval_seconds",
         help="seconds between reads of Events and Workloads of attempts that do not start; 0 disables them",
+        value="operator.diagnosticsIntervalSeconds",
+    ),
+    Option(
+        flag="--watch-audit-interval-seconds",
+        target="controller.watch_audit_interval_seconds",
+        help="seconds between lists of all runs that find events which the watch missed; 0 disables them",
+        value="operator.watchAuditIntervalSeconds",
     ),
     Option(
         flag="--leader-election",
@@ -197,46 +170,69 @@ OPTIONS = (
     Option(flag="--lease-namespace", target="lease.namespace", help="namespace of the Lease"),
     Option(flag="--identity", target="lease.identity", help="identity of this replica in the Lease"),
     Option(
-        flag="--lease-duration",
-        target="lease.duration",
+        flag="--lease-duration-seconds",
+        target="lease.duration_seconds",
         help="seconds without a renewal after which another replica becomes the leader",
+        value="leaderElection.durationSeconds",
     ),
-    Option(flag="--lease-renew-interval", target="lease.renew_interval", help="seconds between renewals of the Lease"),
     Option(
-        flag="--lease-renew-deadline",
-        target="lease.renew_deadline",
-        help="seconds of failed renewals after which the leader exits; must be less than the duration",
+        flag="--lease-renew-interval-seconds",
+        target="lease.renew_interval_seconds",
+        help="seconds between renewals of the Lease",
+        value="leaderElection.renewIntervalSeconds",
     ),
-    Option(flag="--metrics-host", target="server.host", help="address of /metrics, /healthz and /readyz"),
-    Option(flag="--metrics-port", target="server.port", help="port of /metrics, /healthz and /readyz"),
+    Option(
+        flag="--lease-renew-deadline-seconds",
+        target="lease.renew_deadline_seconds",
+        help="seconds of failed renewals after which the leader exits; must be less than the duration",
+        value="leaderElection.renewDeadlineSeconds",
+    ),
+    Option(flag="--metrics-host", target="health.host", help="address of /metrics, /healthz and /readyz"),
+    Option(flag="--metrics-port", target="health.port", help="port of /metrics, /healthz and /readyz"),
     Option(
         flag="--trainer-image",
         target="defaults.image",
         help="container image of the trainer for runs that do not set spec.image",
+        value="runs.trainerImage",
     ),
     Option(
-        flag="--grace-seconds", target="defaults.grace_seconds", help="termination grace period of workers in seconds"
+        flag="--grace-seconds",
+        target="defaults.grace_seconds",
+        help="termination grace period of workers in seconds",
+        value="runs.graceSeconds",
     ),
     Option(
         flag="--failure-settle-seconds",
         target="defaults.failure_settle_seconds",
         help="seconds for which evidence of a failure is collected before its cause is decided",
+        value="runs.failureSettleSeconds",
     ),
     Option(
         flag="--backoff-seconds",
         target="defaults.backoff_seconds",
         help="initial backoff in seconds before a restart; doubles with each further restart of the same cause",
+        value="runs.backoffSeconds",
     ),
-    Option(flag="--backoff-limit-seconds", target="defaults.backoff_limit_seconds", help="maximum backoff in seconds"),
-    Option(flag="--log-level", target="log_level", help="log level: DEBUG, INFO, WARNING or ERROR"),
-    Option(flag="--log-format", target="log_format", help="log format: json or text"),
+    Option(
+        flag="--backoff-limit-seconds",
+        target="defaults.backoff_limit_seconds",
+        help="maximum backoff in seconds",
+        value="runs.backoffLimitSeconds",
+    ),
+    Option(
+        flag="--log-level",
+        target="log_level",
+        help="log level: DEBUG, INFO, WARNING or ERROR",
+        value="operator.logLevel",
+    ),
+    Option(flag="--log-format", target="log_format", help="log format: json or text", value="operator.logFormat"),
 )
 
 
 def read_settings(flags: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
-    """Defaults, then variables, then flags.
+    """Read the settings: flags take precedence over environment variables, and those over defaults.
 
-    Raises SettingsError on a value that doesn't parse.
+    Raises SettingsError if a value is invalid.
     """
     default = Settings()
     changes: dict[str, dict[str, Any]] = {}
@@ -252,7 +248,7 @@ def read_settings(flags: argparse.Namespace, environment: Mapping[str, str]) -> 
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Every setting by group, for the log's first line."""
+    """Return all settings by group, for the first line of the log."""
     return {
         f.name: describe(value) if is_dataclass(value) else value  # type: ignore[arg-type]
         for f in fields(settings)
@@ -272,7 +268,7 @@ def _parse(option: Option, text: str, default: object) -> object:
         return parsers[type(default)](text)
     except ValueError as error:
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        raise SettingsError(f"{option.flag} ({option.variable}) is {text!r}; give {kind}") from error
+        raise SettingsError(f"{option.flag} ({option.variable}) is {text!r}; set it to {kind}") from error
 
 
 def _parse_bool(text: str) -> bool:

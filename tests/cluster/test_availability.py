@@ -22,7 +22,8 @@ pytestmark = pytest.mark.cluster
 SLACK = 4.0
 """Seconds that a busy machine may need."""
 DURATION, DEADLINE, INTERVAL = (
-    float(str(QUICK[name])) for name in ("lease-duration", "lease-renew-deadline", "lease-renew-interval")
+    float(str(QUICK[name]))
+    for name in ("lease-duration-seconds", "lease-renew-deadline-seconds", "lease-renew-interval-seconds")
 )
 
 

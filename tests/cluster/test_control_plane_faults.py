@@ -28,7 +28,12 @@ NONE = "none"
 CHANCE, CHANCE_OF_WATCHES = 0.3, 0.5
 """There are few watches."""
 QUICK_TO_DOUBT = "import sailvl_operator.cluster.client as client; client.WATCH_SILENCE_SECONDS = 3.0"
-FLAGS = {"lease_duration": 90, "lease_renew_deadline": 60, "failure_settle_seconds": 30, "backoff_seconds": 0.2}
+FLAGS = {
+    "lease_duration_seconds": 90,
+    "lease_renew_deadline_seconds": 60,
+    "failure_settle_seconds": 30,
+    "backoff_seconds": 0.2,
+}
 """A server that takes long to come back is no reason to give up the lease: the same process has to go on. Nor is it one
 to judge by the first pod alone: the kubelet can't tell of the second one's end meanwhile."""
 WRITES = 42

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.cluster
 SEEDS = (1, 2, 3)
 FAULTS = replace(every_fault(0.04), gone=0.1, hanging=0.1, cut=0.1, error_event=0.1)
 """There are few watches."""
-PATIENT = {"lease_duration": 10, "lease_renew_deadline": 8}
+PATIENT = {"lease_duration_seconds": 10, "lease_renew_deadline_seconds": 8}
 """A slow answer is no reason to give up the lease."""
 QUICK_TO_DOUBT = "import sailvl_operator.cluster.client as client; client.WATCH_SILENCE_SECONDS = 6.0"
 """Real servers break a watch's silence once a minute; here none lasts so long."""

@@ -115,12 +115,12 @@ class Operator:
             "1",
             "--backoff-seconds",
             "1",
-            "--lease-duration",
+            "--lease-duration-seconds",
             "4",
-            "--lease-renew-deadline",
+            "--lease-renew-deadline-seconds",
             "3",
         ]
-        command = [sys.executable, "-c", CALL, "operator", *flags, *quick, "--lease-renew-interval", "1"]
+        command = [sys.executable, "-c", CALL, "operator", *flags, *quick, "--lease-renew-interval-seconds", "1"]
         paths = os.pathsep.join(str(ROOT / part) for part in ("operator", "trainer"))
         environment = os.environ | {"KUBECONFIG": find_kubeconfig(), "PYTHONPATH": paths}
         with self.log.open("a") as output:

@@ -55,9 +55,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 - --lease-name={{ include "sailvl.fullname" . }}
 - --lease-namespace={{ .Release.Namespace }}
 {{- with .Values.leaderElection }}
-- --lease-duration={{ .durationSeconds }}
-- --lease-renew-deadline={{ .renewDeadlineSeconds }}
-- --lease-renew-interval={{ .renewIntervalSeconds }}
+- --lease-duration-seconds={{ .durationSeconds }}
+- --lease-renew-deadline-seconds={{ .renewDeadlineSeconds }}
+- --lease-renew-interval-seconds={{ .renewIntervalSeconds }}
 {{- end }}
 {{- with .Values.runs }}
 {{- with .trainerImage }}
@@ -70,7 +70,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- with .Values.operator }}
 - --workers={{ int64 .workers }}
-- --progress-interval={{ .progressIntervalSeconds }}
+- --progress-interval-seconds={{ .progressIntervalSeconds }}
+- --diagnostics-interval-seconds={{ .diagnosticsIntervalSeconds }}
+- --watch-audit-interval-seconds={{ .watchAuditIntervalSeconds }}
 - --events={{ .events }}
 - --log-level={{ .logLevel }}
 - --log-format={{ .logFormat }}

@@ -1,6 +1,5 @@
-"""Whether many Jobs wait for their pods at once: the control plane is then busy with what people wait for, and the work
-queue lets writes wait that can.
-"""
+"""Backpressure from the control plane: detects that many new Jobs lack pods, so that writes which can wait are
+deferred."""
 
 from __future__ import annotations
 
@@ -11,15 +10,18 @@ from itertools import islice
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.core.observe import JobRecord
 
-MANY = 50
-"""Jobs that lack pods."""
+HIGH_BACKLOG_JOBS = 50
+"""The backlog is high if more young Jobs than this lack pods."""
 YOUNG_SECONDS = 60.0
-"""After that it isn't the control plane that a Job waits for: a quota, or a webhook."""
-_PAUSE = 0.5
+"""Jobs that started earlier are ignored: they wait for a quota or a webhook, not for the control plane."""
+_CHECK_INTERVAL_SECONDS = 0.5
 
 
 class StartupBacklog:
-    """Looks at the stores of Jobs and pods, twice a second at most."""
+    """Counts young Jobs without all of their pods, at most twice a second.
+
+    `clock`: Unix seconds, to compare with the times of Jobs.
+    """
 
     def __init__(
         self,
@@ -31,32 +33,32 @@ class StartupBacklog:
         self._children = children
         self._clock = clock
         self._monotonic = monotonic
-        self._is_on, self._looked = False, float("-inf")
-        self._whole: set[str] = set()  # uids of young Jobs that have had all their pods
+        self._is_high, self._checked_at = False, float("-inf")
+        self._complete: set[str] = set()  # UIDs of young Jobs that have had all their pods
 
     def is_high(self) -> bool:
-        """Whether more than MANY young Jobs lack pods."""
+        """Whether more than HIGH_BACKLOG_JOBS young Jobs lack pods."""
         now = self._monotonic()
-        if now - self._looked >= _PAUSE:
-            self._is_on, self._looked = self._look(), now
-        return self._is_on
+        if now - self._checked_at >= _CHECK_INTERVAL_SECONDS:
+            self._is_high, self._checked_at = self._count_exceeds_limit(), now
+        return self._is_high
 
-    def _look(self) -> bool:
+    def _count_exceeds_limit(self) -> bool:
         since = self._clock() - YOUNG_SECONDS
-        young = [job for job in self._children.jobs if job.started > since and not _is_over(job)]
-        self._whole.intersection_update(job.uid for job in young)
-        lacking = (job for job in young if job.uid not in self._whole and not self._has_pods(job))
-        return sum(1 for _ in islice(lacking, MANY + 1)) > MANY
+        young = [job for job in self._children.jobs if job.started > since and not _is_inactive(job)]
+        self._complete.intersection_update(job.uid for job in young)
+        lacking = (job for job in young if job.uid not in self._complete and not self._has_all_pods(job))
+        return sum(1 for _ in islice(lacking, HIGH_BACKLOG_JOBS + 1)) > HIGH_BACKLOG_JOBS
 
-    def _has_pods(self, job: JobRecord) -> bool:
-        """Whether they have all been made; if so, remembered."""
+    def _has_all_pods(self, job: JobRecord) -> bool:
+        """Whether all pods of a Job have been created. A positive answer is remembered."""
         pods = self._children.pods.get((job.namespace, job.run))
-        made = {pod.index for pod in pods if (pod.stage, pod.attempt) == (job.stage, job.attempt)}
-        if len(made) < job.nodes:
+        created = {pod.index for pod in pods if (pod.stage, pod.attempt) == (job.stage, job.attempt)}
+        if len(created) < job.nodes:
             return False
-        self._whole.add(job.uid)
+        self._complete.add(job.uid)
         return True
 
 
-def _is_over(job: JobRecord) -> bool:
+def _is_inactive(job: JobRecord) -> bool:
     return job.is_gone or job.is_deleting or job.is_suspended

@@ -47,7 +47,7 @@ class Leadership:
     async def acquire(self) -> None:
         """Wait until this process holds the Lease."""
         while not await self._try_to_acquire():
-            await asyncio.sleep(self._settings.renew_interval)
+            await asyncio.sleep(self._settings.renew_interval_seconds)
         self.is_leading = True
         self._client.may_write = self._may_write
         log.info("became leader", extra={"identity": self._settings.identity})
@@ -58,14 +58,14 @@ class Leadership:
         Raises LeaseLost if another replica holds it, or if renewals failed for the renew deadline.
         """
         while True:
-            interval = self._settings.renew_interval
+            interval = self._settings.renew_interval_seconds
             await asyncio.sleep(max(self._renewed_at + interval - self._monotonic(), interval / 10))
             try:
                 async with asyncio.timeout(max(self._seconds_left(), 0.0)):
                     await self._renew()
             except (ApiError, TimeoutError) as error:
                 if self._seconds_left() <= 0:
-                    self._give_up(f"lease not renewed for {self._settings.renew_deadline} s: {error!r}")
+                    self._give_up(f"lease not renewed for {self._settings.renew_deadline_seconds:g} s: {error!r}")
 
     async def release(self) -> None:
         """Clear the holder at a clean exit, so that another replica takes over at once. Errors are logged."""
@@ -80,7 +80,7 @@ class Leadership:
 
     def _seconds_left(self) -> float:
         """Return the seconds until the renew deadline, which is before any other replica may take the Lease."""
-        return self._renewed_at + self._settings.renew_deadline - self._monotonic()
+        return self._renewed_at + self._settings.renew_deadline_seconds - self._monotonic()
 
     def _may_write(self) -> bool:
         """Whether we certainly hold the Lease. This also holds right after the process was paused for a long time,
@@ -141,17 +141,17 @@ class Leadership:
             return True
         if version != self._observed_version:
             self._observed_version, self._observed_at = version, self._monotonic()
-        duration = float(spec.get("leaseDurationSeconds", self._settings.duration))
+        duration = float(spec.get("leaseDurationSeconds", self._settings.duration_seconds))
         return self._monotonic() - self._observed_at > duration
 
     async def _create(self) -> dict[str, Any]:
         metadata = {"name": self._settings.name, "namespace": self._settings.namespace}
         lease = {"apiVersion": resources.LEASES.api_version, "kind": "Lease", "metadata": metadata}
-        body = lease | {"spec": self._build_spec({}, self._settings.identity, self._settings.duration)}
+        body = lease | {"spec": self._build_spec({}, self._settings.identity, self._settings.duration_seconds)}
         return await self._client.create(resources.LEASES, self._settings.namespace, body)
 
     async def _update(self, lease: dict[str, Any], *, holder: str, duration: float | None = None) -> dict[str, Any]:
-        spec = self._build_spec(lease.get("spec", {}), holder, duration or self._settings.duration)
+        spec = self._build_spec(lease.get("spec", {}), holder, duration or self._settings.duration_seconds)
         return await self._client.replace(
             resources.LEASES, self._settings.namespace, self._settings.name, lease | {"spec": spec}
         )

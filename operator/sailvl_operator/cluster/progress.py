@@ -1,7 +1,7 @@
-"""Reads /progress from the first worker of every running attempt, every few seconds; the engine looks at the newest.
+"""Reads /progress from the first worker of every running attempt, every few seconds.
 
-Best effort: bounded in number, rate and time, apart from the reconciles. A read that fails means nothing but a count;
-an attempt that has never answered is told of, since nobody would see how far it is.
+Reads are best effort and separate from reconciles, with limits on rate, time and concurrency. A failed read is only
+counted, but an attempt that has never answered is reported with the error, since its progress is unknown.
 """
 
 from __future__ import annotations
@@ -17,121 +17,134 @@ import aiohttp
 import msgspec
 
 from sailvl_operator.cluster.runs import RunKey
-from sailvl_operator.core.observe import PodRecord
+from sailvl_operator.core.observe import AttemptKey, PodRecord
 from sailvl_operator.errors import Unreachable
-from sailvl_operator.settings import ProgressSettings
 from sailvl_trainer.contract import METRICS_PORT, Progress
 
 T = TypeVar("T")
-Attempt = tuple[str, int]
-"""stage, attempt"""
 
+PROGRESS_WRITES_PER_SECOND = 10.0
+"""Maximum rate of status writes for progress alone, over all runs. Progress is not read more often than it is written:
+with many runs, each is read less often."""
+TIMEOUT_SECONDS = 2.0
+"""Timeout of one read."""
+_CONCURRENCY = 32
+"""Maximum number of concurrent reads."""
+_BACKOFF_LIMIT_SECONDS = 60.0
+"""Maximum wait before a worker that doesn't answer is read again."""
+_BACKPRESSURE_DIVISOR = 4
+"""Under backpressure the rate of reads is divided by this, since the status write would be deferred anyway."""
+_UNREACHABLE_SECONDS = 300.0
+"""Failed reads are reported after this time: a worker imports its libraries and waits for storage before it answers."""
 _SIZE_LIMIT = 65536
-_RUSH_DIVISOR = 4
-"""In a rush so much less is read: what it says would wait to be written anyway."""
-_SILENT_SECONDS = 300.0
-"""For which a worker may load its programs, and wait for the storage, before it answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Turn:
-    """When an attempt is read next."""
+class _Schedule:
+    """Time of the next read of a pod, in monotonic seconds, and its failures in a row."""
 
     at: float = 0.0
     failures: int = 0
-    """In a row."""
-    since: float = inf
-    """The first of them."""
+    failing_since: float = inf
 
 
 class ProgressReader:
-    """Documents by run, stage and attempt."""
+    """Newest progress by run and attempt.
+
+    `interval_seconds`: time between rounds of reads; 0 disables them. `pods`: returns all known pods. `on_change`:
+    called with the run's key when its progress changes. `count`: called with the outcome of each read (ok, failed).
+    `port`: port of the workers.
+    """
 
     def __init__(
         self,
-        settings: ProgressSettings,
         *,
+        interval_seconds: float,
         pods: Callable[[], Iterable[PodRecord]],
         on_change: Callable[[RunKey], None],
         count: Callable[[str], None],
         has_backpressure: Callable[[], bool] = lambda: False,
+        timeout_seconds: float = TIMEOUT_SECONDS,
         port: int = METRICS_PORT,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings = settings
+        self._interval_seconds = interval_seconds
         self._pods = pods
         self._on_change = on_change
         self._count = count
         self._has_backpressure = has_backpressure
+        self._timeout_seconds = timeout_seconds
         self._port = port
         self._monotonic = monotonic
-        self._documents: dict[RunKey, dict[Attempt, tuple[str, Progress]]] = {}  # with the run's uid
-        self._errors: dict[RunKey, dict[Attempt, tuple[str, str]]] = {}  # why not, with the run's uid
-        self._turns: dict[str, _Turn] = {}  # by the pod's uid
+        self._documents: dict[RunKey, dict[AttemptKey, tuple[str, Progress]]] = {}  # with the run's UID
+        self._errors: dict[RunKey, dict[AttemptKey, tuple[str, str]]] = {}  # with the run's UID
+        self._schedules: dict[str, _Schedule] = {}  # by the pod's UID
 
-    def get(self, key: RunKey, uid: str) -> Mapping[Attempt, Progress]:
-        """The newest document of each attempt of a run, and of none that had its name before."""
-        return _of_run(self._documents.get(key, {}), uid)
+    def get(self, key: RunKey, uid: str) -> Mapping[AttemptKey, Progress]:
+        """Return the newest progress of each attempt of a run. `uid`: UID of the run, since an earlier run may have had
+        the same name."""
+        return _select_run(self._documents.get(key, {}), uid)
 
-    def get_errors(self, key: RunKey, uid: str) -> Mapping[Attempt, str]:
-        """Attempts of a run that have never answered, with the reason."""
-        return _of_run(self._errors.get(key, {}), uid)
+    def get_errors(self, key: RunKey, uid: str) -> Mapping[AttemptKey, str]:
+        """Return the attempts of a run that have never answered, each with the error."""
+        return _select_run(self._errors.get(key, {}), uid)
 
     def __len__(self) -> int:
-        """Runs whose workers were heard of."""
+        """Return the number of runs whose progress is known."""
         return len(self._documents)
 
     def forget(self, key: RunKey, is_closed: Callable[[str, int], bool]) -> None:
-        """Drop what is known of closed attempts."""
+        """Remove progress and errors of closed attempts."""
         _drop_closed(self._documents, key, is_closed)
         _drop_closed(self._errors, key, is_closed)
 
     async def run(self) -> None:
-        """Rounds, until cancelled."""
-        if not self._settings.interval:
+        """Read in rounds until cancelled."""
+        if not self._interval_seconds:
             return
-        timeout = aiohttp.ClientTimeout(total=self._settings.timeout)
-        connector = aiohttp.TCPConnector(limit=self._settings.concurrency, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=self._timeout_seconds)
+        connector = aiohttp.TCPConnector(limit=_CONCURRENCY, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             while True:
-                await asyncio.sleep(self._settings.interval)
+                await asyncio.sleep(self._interval_seconds)
                 await self.read_due(session)
 
     async def read_due(self, session: aiohttp.ClientSession) -> None:
-        """One round: the running attempts whose turn it is, those first that waited longest for it."""
+        """Read one round: the running attempts that are due, those that have waited longest first, up to the rate."""
         pods = {pod.uid: pod for pod in self._pods() if is_readable(pod)}
         now = self._monotonic()
-        self._turns = {uid: self._turns.get(uid, _Turn()) for uid in pods}
-        due = sorted((turn.at, uid) for uid, turn in self._turns.items() if turn.at <= now)
-        rate = self._settings.rate / (_RUSH_DIVISOR if self._has_backpressure() else 1)
-        few = due[: max(1, round(rate * self._settings.interval))]
-        await asyncio.gather(*(self._read(session, pods[uid]) for _, uid in few))
+        self._schedules = {uid: self._schedules.get(uid, _Schedule()) for uid in pods}
+        due = sorted((schedule.at, uid) for uid, schedule in self._schedules.items() if schedule.at <= now)
+        rate = PROGRESS_WRITES_PER_SECOND / (_BACKPRESSURE_DIVISOR if self._has_backpressure() else 1)
+        selected = due[: max(1, round(rate * self._interval_seconds))]
+        await asyncio.gather(*(self._read(session, pods[uid]) for _, uid in selected))
 
     async def _read(self, session: aiohttp.ClientSession, pod: PodRecord) -> None:
         try:
             document = await self._fetch(session, pod.ip)
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, Unreachable) as error:
             self._count("failed")
-            self._put_off(pod, str(error) or "no answer in time")
+            self._back_off(pod, str(error) or "no answer in time")
             return
         self._count("ok")
-        self._turns[pod.uid] = _Turn(at=self._monotonic())
+        self._schedules[pod.uid] = _Schedule(at=self._monotonic())
         self._store(pod, document)
 
-    def _put_off(self, pod: PodRecord, why: str) -> None:
-        """Who doesn't answer is asked less often each time."""
-        turn, now = self._turns[pod.uid], self._monotonic()
-        failures, since = turn.failures + 1, min(turn.since, now)
-        wait = min(self._settings.interval * 2.0 ** min(failures, 30), self._settings.patience)
-        self._turns[pod.uid] = _Turn(failures=failures, since=since, at=now + wait)
-        if now - since >= _SILENT_SECONDS:
-            self._note_silence(pod, f"port {self._port} of pod {pod.name}: {why}")
+    def _back_off(self, pod: PodRecord, error: str) -> None:
+        """Schedule the next read of a pod with exponential backoff, and report the error if it persists."""
+        schedule, now = self._schedules[pod.uid], self._monotonic()
+        failures, since = schedule.failures + 1, min(schedule.failing_since, now)
+        backoff = min(self._interval_seconds * 2.0 ** min(failures, 30), _BACKOFF_LIMIT_SECONDS)
+        self._schedules[pod.uid] = _Schedule(failures=failures, failing_since=since, at=now + backoff)
+        if now - since >= _UNREACHABLE_SECONDS:
+            self._report_error(pod, f"port {self._port} of pod {pod.name}: {error}")
 
-    def _note_silence(self, pod: PodRecord, why: str) -> None:
+    def _report_error(self, pod: PodRecord, error: str) -> None:
+        """Store the error, unless the attempt has answered before or its error is already stored."""
         key, attempt = (pod.namespace, pod.run), (pod.stage, pod.attempt)
-        unheard = self._errors.setdefault(key, {})
-        if attempt not in self._documents.get(key, {}) and attempt not in unheard:
-            unheard[attempt] = pod.run_uid, why
+        errors = self._errors.setdefault(key, {})
+        if attempt not in self._documents.get(key, {}) and attempt not in errors:
+            errors[attempt] = pod.run_uid, error
             self._on_change(key)
 
     async def _fetch(self, session: aiohttp.ClientSession, ip: str) -> Progress:
@@ -149,32 +162,34 @@ class ProgressReader:
     def _store(self, pod: PodRecord, document: Progress) -> None:
         key, attempt = (pod.namespace, pod.run), (pod.stage, pod.attempt)
         if document.attempt != pod.attempt:
-            return  # the pod's address belongs to another worker by now
+            return  # the pod's address already belongs to a worker of another attempt
         documents = self._documents.setdefault(key, {})
         before = documents.get(attempt)
         self._errors.get(key, {}).pop(attempt, None)
         documents[attempt] = pod.run_uid, document
-        if before is None or before[0] != pod.run_uid or _essence(before[1]) != _essence(document):
+        if before is None or before[0] != pod.run_uid or _drop_times(before[1]) != _drop_times(document):
             self._on_change(key)
 
 
 def is_readable(pod: PodRecord) -> bool:
-    """The first worker of an attempt, while it runs."""
-    is_there = pod.phase == "Running" and not (pod.is_gone or pod.is_deleting)
-    return is_there and pod.index == 0 and bool(pod.ip)
+    """Whether a pod is the first worker of an attempt and runs."""
+    is_running = pod.phase == "Running" and not (pod.is_gone or pod.is_deleting)
+    return is_running and pod.index == 0 and bool(pod.ip)
 
 
-def _of_run(known: Mapping[Attempt, tuple[str, T]], uid: str) -> Mapping[Attempt, T]:
-    """Without what is of a run that had the name before."""
-    return {attempt: found for attempt, (of, found) in known.items() if of in ("", uid)}
+def _select_run(entries: Mapping[AttemptKey, tuple[str, T]], uid: str) -> Mapping[AttemptKey, T]:
+    """Select the entries of the run with this UID, or with an unknown UID."""
+    return {attempt: value for attempt, (run_uid, value) in entries.items() if run_uid in ("", uid)}
 
 
-def _drop_closed(known: dict[RunKey, dict[Attempt, Any]], key: RunKey, is_closed: Callable[[str, int], bool]) -> None:
-    kept = {attempt: found for attempt, found in known.pop(key, {}).items() if not is_closed(*attempt)}
-    if kept:
-        known[key] = kept
+def _drop_closed(
+    entries: dict[RunKey, dict[AttemptKey, Any]], key: RunKey, is_closed: Callable[[str, int], bool]
+) -> None:
+    remaining = {attempt: value for attempt, value in entries.pop(key, {}).items() if not is_closed(*attempt)}
+    if remaining:
+        entries[key] = remaining
 
 
-def _essence(document: Progress) -> Progress:
-    """Without what changes though nothing has happened."""
+def _drop_times(document: Progress) -> Progress:
+    """Copy a document without the fields that change although nothing has happened."""
     return replace(document, time=0.0, seconds={})

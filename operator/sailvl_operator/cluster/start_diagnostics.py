@@ -1,8 +1,7 @@
-"""Why attempts don't start, in the words of who holds them back; the engine shows them in the Stuck condition.
+"""Reads why attempts don't start: Events of their Jobs and pods, and Kueue's Workloads, for the Stuck condition.
 
-What the API server refuses is noted by the engine. What others refuse later (a quota or a webhook the Job's pods, a
-kubelet a volume, Kueue a place) stands in events and workloads, which are read for the attempts that wait too long.
-Best effort and bounded: a read that fails means nothing.
+Others report there what they refuse after the operator has created the Job: a quota or webhook its pods, the kubelet a
+volume, Kueue its admission. Reads are best effort and bounded; a failed read changes nothing.
 """
 
 from __future__ import annotations
@@ -18,150 +17,147 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.owned_objects import Children
 from sailvl_operator.cluster.runs import RunKey, RunStore
-from sailvl_operator.core.observe import JobRecord, PodRecord
+from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord
 from sailvl_operator.errors import ApiError, NotFound
-from sailvl_operator.settings import DiagnosticsSettings
 
-Attempt = tuple[str, int]
-"""stage, attempt"""
-Subject = tuple[JobRecord, tuple[PodRecord, ...]]
-"""A Job and its pods."""
+WaitingAttempt = tuple[JobRecord, tuple[PodRecord, ...]]
+"""Job and pods of an attempt that has not started."""
+
+DELAY_SECONDS = 10.0
+"""Seconds for which an attempt must have been waiting before it is diagnosed; most start within them."""
+_ATTEMPTS_PER_ROUND = 8
+"""Maximum number of attempts that are diagnosed per round, those first that were not for the longest time."""
 
 
 class StartDiagnostics:
-    """Words by run, stage and attempt."""
+    """Newest diagnosis by run and attempt.
+
+    `interval_seconds`: time between rounds; 0 disables them. `find_attempts`: returns the attempts that have not
+    started. `on_change`: called with the run's key when a diagnosis changes.
+    """
 
     def __init__(
         self,
         client: Client,
-        settings: DiagnosticsSettings,
         *,
-        subjects: Callable[[], Iterable[Subject]],
+        interval_seconds: float,
+        find_attempts: Callable[[], Iterable[WaitingAttempt]],
         on_change: Callable[[RunKey], None],
+        delay_seconds: float = DELAY_SECONDS,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
-        self._settings = settings
-        self._subjects = subjects
+        self._interval_seconds = interval_seconds
+        self._find_attempts = find_attempts
         self._on_change = on_change
+        self._delay_seconds = delay_seconds
         self._monotonic = monotonic
-        self._refused: dict[RunKey, dict[Attempt, str]] = {}
-        self._heard: dict[RunKey, dict[Attempt, str]] = {}
-        self._since: dict[str, float] = {}  # Job's uid to when it was first seen waiting
-        self._asked: dict[str, float] = {}  # and to when it was last asked about
+        self._messages: dict[RunKey, dict[AttemptKey, str]] = {}
+        self._waiting_since: dict[str, float] = {}  # by the Job's UID
+        self._diagnosed_at: dict[str, float] = {}  # by the Job's UID
 
-    def get(self, key: RunKey) -> Mapping[Attempt, str]:
-        """What others said last of each attempt of a run."""
-        return self._heard.get(key, {})
-
-    def get_refusals(self, key: RunKey) -> Mapping[Attempt, str]:
-        """What the API server refuses to each attempt of a run."""
-        return self._refused.get(key, {})
-
-    def refuse(self, key: RunKey, words: Mapping[Attempt, str]) -> None:
-        """The API server refuses what these attempts need."""
-        self._refused[key] = dict(words)
-
-    def accept(self, key: RunKey) -> None:
-        """It refuses nothing of the run any more."""
-        self._refused.pop(key, None)
+    def get(self, key: RunKey) -> Mapping[AttemptKey, str]:
+        """Return the newest diagnosis of each attempt of a run."""
+        return self._messages.get(key, {})
 
     def forget(self, key: RunKey) -> None:
-        """The run is gone."""
-        self._refused.pop(key, None)
-        self._heard.pop(key, None)
+        """Remove all diagnoses of a run."""
+        self._messages.pop(key, None)
 
     async def run(self) -> None:
-        """Rounds, until cancelled."""
-        if not self._settings.interval:
+        """Diagnose in rounds until cancelled."""
+        if not self._interval_seconds:
             return
         while True:
-            await asyncio.sleep(self._settings.interval)
-            await self.read_some()
+            await asyncio.sleep(self._interval_seconds)
+            await self.diagnose_waiting()
 
-    async def read_some(self) -> None:
-        """One round: those that wait, the longest unasked first."""
-        waiting = {job.uid: (job, pods) for job, pods in self._subjects()}
+    async def diagnose_waiting(self) -> None:
+        """Diagnose one round of waiting attempts, and drop the diagnoses of those that wait no longer."""
+        waiting = {job.uid: (job, pods) for job, pods in self._find_attempts()}
         now = self._monotonic()
-        self._since = {uid: self._since.get(uid, now) for uid in waiting}
-        self._asked = {uid: self._asked.get(uid, 0.0) for uid in waiting}
-        self._drop_all_but({(job.namespace, job.run, job.stage, job.attempt) for job, _ in waiting.values()})
-        patient = [uid for uid in waiting if now - self._since[uid] >= self._settings.patience]
-        for uid in sorted(patient, key=lambda uid: self._asked[uid])[: self._settings.reads]:
-            self._asked[uid] = now
-            await self._ask(*waiting[uid])
+        self._waiting_since = {uid: self._waiting_since.get(uid, now) for uid in waiting}
+        self._diagnosed_at = {uid: self._diagnosed_at.get(uid, 0.0) for uid in waiting}
+        self._drop_started({(job.namespace, job.run, job.stage, job.attempt) for job, _ in waiting.values()})
+        due = [uid for uid in waiting if now - self._waiting_since[uid] >= self._delay_seconds]
+        for uid in sorted(due, key=lambda uid: self._diagnosed_at[uid])[:_ATTEMPTS_PER_ROUND]:
+            self._diagnosed_at[uid] = now
+            await self._diagnose(*waiting[uid])
 
-    def _drop_all_but(self, waiting: set[tuple[str, str, str, int]]) -> None:
-        for key, heard in list(self._heard.items()):
-            for attempt in [a for a in heard if (*key, *a) not in waiting]:
-                self._hear(key, attempt, "")
+    def _drop_started(self, waiting: set[tuple[str, str, str, int]]) -> None:
+        for key, messages in list(self._messages.items()):
+            for attempt in [a for a in messages if (*key, *a) not in waiting]:
+                self._store(key, attempt, "")
 
-    async def _ask(self, job: JobRecord, pods: tuple[PodRecord, ...]) -> None:
+    async def _diagnose(self, job: JobRecord, pods: tuple[PodRecord, ...]) -> None:
         try:
-            words = await self._listen(job, pods)
+            message = await self._read_message(job, pods)
         except ApiError:
             return
-        self._hear((job.namespace, job.run), (job.stage, job.attempt), words)
+        self._store((job.namespace, job.run), (job.stage, job.attempt), message)
 
-    async def _listen(self, job: JobRecord, pods: tuple[PodRecord, ...]) -> str:
+    async def _read_message(self, job: JobRecord, pods: tuple[PodRecord, ...]) -> str:
+        """Read the Workload of a suspended Job, else the Events of the Job if it lacks pods, else those of a pod that
+        isn't ready."""
         if job.is_suspended:
             return await self._read_workload(job)
-        silent = [pod for pod in pods if not pod.is_gone]
-        if len(silent) < job.nodes:
+        existing = [pod for pod in pods if not pod.is_gone]
+        if len(existing) < job.nodes:
             return await self._read_event(job.namespace, job.uid, f"Job {job.name}")
-        pod = next((pod for pod in silent if not pod.is_ready), silent[0])
-        words = await self._read_event(job.namespace, pod.uid, f"pod {pod.name}")
-        if words or pod.node:
-            return words
-        return f"pod {pod.name} waits for the scheduler {pod.scheduler}, which has said nothing of it"
+        pod = next((pod for pod in existing if not pod.is_ready), existing[0])
+        message = await self._read_event(job.namespace, pod.uid, f"pod {pod.name}")
+        if message or pod.node:
+            return message
+        return f"pod {pod.name} waits for the scheduler {pod.scheduler}, which has not reported anything"
 
     async def _read_event(self, namespace: str, uid: str, subject: str) -> str:
-        """The newest warning about an object."""
+        """Return the newest Warning about an object; empty if there is none."""
         fields = f"involvedObject.uid={uid},type=Warning"
-        found = await self._first_page(resources.EVENTS, namespace, field_selector=fields)
-        if not found:
+        events = await self._read_first_page(resources.EVENTS, namespace, field_selector=fields)
+        if not events:
             return ""
-        newest = max(found, key=_when)
+        newest = max(events, key=_event_time)
         return f"{subject}: {newest.get('reason', '')}: {newest.get('message', '')}"
 
     async def _read_workload(self, job: JobRecord) -> str:
-        """Why Kueue doesn't let a Job go."""
+        """Return why Kueue doesn't admit a Job; empty if it does, or if it doesn't report a reason."""
         selector = f"{names.LABEL_KUEUE_JOB}={job.uid}"
-        found = await self._read_workloads(job.namespace, selector)
-        conditions = [c for workload in found for c in workload.get("status", {}).get("conditions", [])]
-        held = next((c for c in conditions if c["type"] == "QuotaReserved" and c["status"] == "False"), None)
-        return f"Kueue's queue {job.queue}: {held['message']}" if held is not None else ""
+        workloads = await self._list_workloads(job.namespace, selector)
+        conditions = [c for workload in workloads for c in workload.get("status", {}).get("conditions", [])]
+        pending = next((c for c in conditions if c["type"] == "QuotaReserved" and c["status"] == "False"), None)
+        return f"Kueue's queue {job.queue}: {pending['message']}" if pending is not None else ""
 
-    async def _read_workloads(self, namespace: str, selector: str) -> list[dict[str, Any]]:
-        """By the newest version that this Kueue serves."""
+    async def _list_workloads(self, namespace: str, selector: str) -> list[dict[str, Any]]:
+        """List Workloads in the newest API version that the installed Kueue serves."""
         *newer, oldest = resources.WORKLOADS
         for resource in newer:
             try:
-                return await self._first_page(resource, namespace, selector=selector)
+                return await self._read_first_page(resource, namespace, selector=selector)
             except NotFound:
                 continue
-        return await self._first_page(oldest, namespace, selector=selector)
+        return await self._read_first_page(oldest, namespace, selector=selector)
 
-    async def _first_page(
+    async def _read_first_page(
         self, resource: resources.Resource, namespace: str, *, selector: str = "", field_selector: str = ""
     ) -> list[dict[str, Any]]:
         pages = self._client.list_pages(resource, namespace, selector=selector, field_selector=field_selector)
-        async for items, _ in pages:
-            return items
+        async for page in pages:
+            return page.items
         return []
 
-    def _hear(self, key: RunKey, attempt: Attempt, words: str) -> None:
-        heard = self._heard.get(key, {})
-        if heard.get(attempt, "") == words:
+    def _store(self, key: RunKey, attempt: AttemptKey, message: str) -> None:
+        """Store a diagnosis, or remove it if the message is empty."""
+        messages = self._messages.get(key, {})
+        if messages.get(attempt, "") == message:
             return
-        self._heard[key] = {a: w for a, w in (heard | {attempt: words}).items() if w}
-        if not self._heard[key]:
-            del self._heard[key]
+        self._messages[key] = {a: m for a, m in (messages | {attempt: message}).items() if m}
+        if not self._messages[key]:
+            del self._messages[key]
         self._on_change(key)
 
 
-def find_waiting(children: Children, runs: RunStore) -> Iterator[Subject]:
-    """The current attempts that have yet to start."""
+def find_waiting(children: Children, runs: RunStore) -> Iterator[WaitingAttempt]:
+    """Yield the current attempts that have not started."""
     for job in [job for job in children.jobs if not job.is_gone]:
         key = job.namespace, job.run
         pods = tuple(p for p in children.pods.get(key) if (p.stage, p.attempt) == (job.stage, job.attempt))
@@ -171,20 +167,20 @@ def find_waiting(children: Children, runs: RunStore) -> Iterator[Subject]:
 
 
 def is_current(status: Status, job: JobRecord) -> bool:
-    """Whether a Job is its stage's newest attempt and should start."""
+    """Whether a Job belongs to its stage's newest attempt, and that attempt should start."""
     return any(
         (s.name, s.attempt) == (job.stage, job.attempt) and s.state in ("Starting", "Restarting") for s in status.stages
     )
 
 
 def is_waiting(job: JobRecord, pods: Iterable[PodRecord]) -> bool:
-    """Whether an attempt has yet to start, and no pod of it says why."""
-    there = [pod for pod in pods if not pod.is_gone]
-    if job.is_deleting or any(pod.terminated is not None or pod.unschedulable for pod in there):
+    """Whether an attempt has not started, and none of its pods already shows why."""
+    existing = [pod for pod in pods if not pod.is_gone]
+    if job.is_deleting or any(pod.terminated is not None or pod.unschedulable for pod in existing):
         return False
-    return len(there) < job.nodes or any(pod.phase == "Pending" for pod in there)
+    return len(existing) < job.nodes or any(pod.phase == "Pending" for pod in existing)
 
 
-def _when(event: Mapping[str, Any]) -> str:
+def _event_time(event: Mapping[str, Any]) -> str:
     series = event.get("series") or {}
     return str(series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or "")

@@ -1,7 +1,7 @@
-"""Looks now and then whether the watch of runs has told of every change, and makes up for what it missed.
+"""Audits the watch of runs: compares a list with the store, and replays what the watch missed.
 
-A watch can fall silent without an error. Here the runs' versions are listed (metadata only): one that was listed a
-round ago and is still not known was missed; it is read, and counts as told.
+A watch can go silent without an error. Each round lists the resourceVersions of all runs (metadata only). A version
+that was listed a round ago and is still not in the store was missed; the run is read and handled like a watch event.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from sailvl_operator.errors import ApiError, NotFound
 
 log = logging.getLogger(__name__)
 
-Tell = Callable[[str, dict[str, Any]], None]
+OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with the type of a watch event and the object."""
 
 
 class WatchAuditor:
-    """One for the process; the runs' store says what is known."""
+    """Audits the watch that fills `runs`.
+
+    `namespaces`: namespaces to list; empty: all. `interval_seconds`: time between rounds; 0 disables them. `on_event`:
+    handles a missed event; `count`: called once for each.
+    """
 
     def __init__(
         self,
@@ -33,85 +37,88 @@ class WatchAuditor:
         runs: RunStore,
         *,
         namespaces: tuple[str, ...],
-        interval: float,
-        tell: Tell,
+        interval_seconds: float,
+        on_event: OnEvent,
         count: Callable[[], None],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._runs = runs
         self._scopes = namespaces or ("",)
-        self._interval = interval
-        self._tell = tell
+        self._interval_seconds = interval_seconds
+        self._on_event = on_event
         self._count = count
         self._monotonic = monotonic
-        self._listed: dict[RunKey, int] = {}  # versions, a round ago
-        self._known: list[Run] = []  # a round ago
+        self._listed: dict[RunKey, int] = {}  # resourceVersions of the previous round
+        self._stored: list[Run] = []  # runs in the store after the previous round
         self._clean_rounds = 0
-        self._deaf_since: float | None = None
+        self._stale_since: float | None = None
 
     async def run(self) -> None:
-        """Rounds, until cancelled; 0 seconds between them: none."""
-        if not self._interval:
+        """Audit in rounds until cancelled."""
+        if not self._interval_seconds:
             return
         while True:
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(self._interval_seconds)
             try:
-                await self.look()
+                await self.check_once()
             except ApiError as error:
-                log.info("the runs could not be listed: %s", error)
+                log.info("watch audit skipped, runs not listed: %s", error)
 
     def stale_seconds(self) -> float:
-        """Seconds for which no two rounds in a row found that the watch had missed nothing."""
-        return 0.0 if self._deaf_since is None else self._monotonic() - self._deaf_since
+        """Return for how long the watch has been missing events; 0 if it is healthy."""
+        return 0.0 if self._stale_since is None else self._monotonic() - self._stale_since
 
-    async def look(self) -> None:
-        """One round."""
-        before, known = self._listed, self._known
-        self._listed = await self._list()
-        missed = [key for key, version in before.items() if key in self._listed and self._is_behind(key, version)]
-        gone = [run for run in known if _key(run) not in before and _key(run) not in self._listed and self._has(run)]
+    async def check_once(self) -> None:
+        """Audit one round."""
+        listed_before, stored_before = self._listed, self._stored
+        self._listed = await self._list_versions()
+        missed = [
+            key for key, version in listed_before.items() if key in self._listed and self._is_behind(key, version)
+        ]
+        deleted = [run for run in stored_before if self._was_deletion_missed(run, listed_before)]
         for key in missed:
-            await self._make_up(key)
-        for run in gone:
-            self._tell_missed("DELETED", {"metadata": {"namespace": run.namespace, "name": run.name, "uid": run.uid}})
-        self._known = [entry.run for entry in self._runs]
-        self._judge(is_clean=not missed and not gone)
+            await self._replay_change(key)
+        for run in deleted:
+            metadata = {"namespace": run.namespace, "name": run.name, "uid": run.uid}
+            self._replay("DELETED", {"metadata": metadata})
+        self._stored = [entry.run for entry in self._runs]
+        self._update_staleness(is_clean=not missed and not deleted)
 
-    def _judge(self, *, is_clean: bool) -> None:
-        """What was just made up for isn't missed in the round after: two clean rounds say that it hears again."""
+    def _update_staleness(self, *, is_clean: bool) -> None:
+        """Declare the watch stale if it missed something, and healthy after two clean rounds. A single one doesn't
+        suffice, since a replayed event can't be missed again in the next round."""
         self._clean_rounds = self._clean_rounds + 1 if is_clean else 0
         if self._clean_rounds >= 2:
-            self._deaf_since = None
-        elif not is_clean and self._deaf_since is None:
-            self._deaf_since = self._monotonic()
+            self._stale_since = None
+        elif not is_clean and self._stale_since is None:
+            self._stale_since = self._monotonic()
 
-    async def _list(self) -> dict[RunKey, int]:
-        found: dict[RunKey, int] = {}
+    async def _list_versions(self) -> dict[RunKey, int]:
+        versions: dict[RunKey, int] = {}
         for scope in self._scopes:
-            async for items, _ in self._client.list_pages(resources.RUNS, scope, metadata_only=True):
-                found |= {key_of(item): int(item["metadata"]["resourceVersion"]) for item in items}
-        return found
+            async for page in self._client.list_pages(resources.RUNS, scope, metadata_only=True):
+                versions |= {key_of(item): int(item["metadata"]["resourceVersion"]) for item in page.items}
+        return versions
 
     def _is_behind(self, key: RunKey, version: int) -> bool:
-        known = self._runs.get(key)
-        return known is None or int(known.run.resource_version) < version
+        entry = self._runs.get(key)
+        return entry is None or int(entry.run.resource_version) < version
 
-    def _has(self, run: Run) -> bool:
-        known = self._runs.get(_key(run))
-        return known is not None and known.run.uid == run.uid
+    def _was_deletion_missed(self, run: Run, listed_before: dict[RunKey, int]) -> bool:
+        """Whether a run is missing from this list and the previous one, but is still in the store."""
+        key = run.namespace, run.name
+        entry = self._runs.get(key)
+        is_stored = entry is not None and entry.run.uid == run.uid
+        return is_stored and key not in listed_before and key not in self._listed
 
-    async def _make_up(self, key: RunKey) -> None:
+    async def _replay_change(self, key: RunKey) -> None:
         try:
-            self._tell_missed("MODIFIED", await self._client.get(resources.RUNS, *key))
+            self._replay("MODIFIED", await self._client.get(resources.RUNS, *key))
         except NotFound:
-            return  # the next round sees that it is gone
+            return  # the next round finds the deletion
 
-    def _tell_missed(self, type_: str, raw: dict[str, Any]) -> None:
+    def _replay(self, type_: str, raw: dict[str, Any]) -> None:
         self._count()
-        log.warning("the watch of runs has missed a change", extra={"type": type_, "key": "/".join(key_of(raw))})
-        self._tell(type_, raw)
-
-
-def _key(run: Run) -> RunKey:
-    return run.namespace, run.name
+        log.warning("watch of runs missed an event, replaying it", extra={"type": type_, "key": "/".join(key_of(raw))})
+        self._on_event(type_, raw)

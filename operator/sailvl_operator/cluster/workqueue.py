@@ -12,6 +12,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -22,29 +23,36 @@ _RECHECK_SECONDS = 0.5
 """Seconds between checks of backpressure while only deferred keys are left."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueueConfig:
+    """Times of a work queue in seconds. The operator runs with the defaults."""
+
+    backoff_seconds: float = 0.5
+    """Backoff before a failed key is reconciled again. It doubles with each failure in a row and is jittered."""
+    backoff_limit_seconds: float = 60.0
+    """Maximum backoff."""
+    max_defer_seconds: float = 60.0
+    """Maximum time for which a key is deferred."""
+    debounce_seconds: float = 0.2
+    """How long `add_debounced` waits for further changes of a key; changes of Jobs and pods come in groups. 0 disables
+    it."""
+
+
 class WorkQueue(Generic[K]):
     """Keys to reconcile. Not thread-safe: all calls come from one event loop.
 
-    `debounce_seconds`: how long `add_debounced` waits for further changes; 0 queues at once.
-    `has_backpressure`: whether deferred keys should wait although no other key does.
-    `jitter`: factor for each backoff.
+    `has_backpressure`: whether deferred keys should wait although no other key does. `jitter`: factor for each backoff.
     """
 
     def __init__(
         self,
+        config: QueueConfig | None = None,
         *,
-        backoff_seconds: float,
-        backoff_limit_seconds: float,
-        max_defer_seconds: float = 60.0,
-        debounce_seconds: float = 0.0,
         has_backpressure: Callable[[], bool] = lambda: False,
         jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._backoff_seconds = backoff_seconds
-        self._backoff_limit_seconds = backoff_limit_seconds
-        self._max_defer_seconds = max_defer_seconds
-        self._debounce_seconds = debounce_seconds
+        self._config = config or QueueConfig()
         self._has_backpressure = has_backpressure
         self._jitter = jitter
         self._monotonic = monotonic
@@ -78,10 +86,10 @@ class WorkQueue(Generic[K]):
         deferred key, and under backpressure it is debounced five times longer.
         """
         if not routine:
-            self._debounce(key, self._debounce_seconds, routine=False)
+            self._debounce(key, self._config.debounce_seconds, routine=False)
         elif key not in self._deferred:
             factor = _ROUTINE_FACTOR if self._has_backpressure() else 1
-            self._debounce(key, self._debounce_seconds * factor, routine=True)
+            self._debounce(key, self._config.debounce_seconds * factor, routine=True)
 
     def defer(self, key: K) -> None:
         """Queue a key behind all others until there is no backpressure or `max_defer_seconds` have passed. Pending
@@ -106,7 +114,8 @@ class WorkQueue(Generic[K]):
         seconds."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
-        seconds = min(self._backoff_seconds * 2.0 ** min(failures, 30), self._backoff_limit_seconds) * self._jitter()
+        backoff = min(self._config.backoff_seconds * 2.0 ** min(failures, 30), self._config.backoff_limit_seconds)
+        seconds = backoff * self._jitter()
         timer = self._timers.get(key)
         if timer is None or timer.when() > asyncio.get_running_loop().time() + seconds:
             self.add_after(key, seconds)
@@ -164,7 +173,7 @@ class WorkQueue(Generic[K]):
         return key, self._waiting.pop(key), False
 
     def _may_take_deferred(self, since: float) -> bool:
-        return self._monotonic() - since > self._max_defer_seconds or not self.has_backlog()
+        return self._monotonic() - since > self._config.max_defer_seconds or not self.has_backlog()
 
     async def _wait_for_key(self) -> None:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -194,7 +203,7 @@ class WorkQueue(Generic[K]):
             self._wake_worker()
 
     def _debounce(self, key: K, seconds: float, *, routine: bool) -> None:
-        if not self._debounce_seconds:
+        if not self._config.debounce_seconds:
             self.add(key)
         elif key not in self._waiting:
             loop, timer = asyncio.get_running_loop(), self._debounce_timers.get(key)

@@ -158,7 +158,7 @@ async def live_through(case: Case, credentials: Credentials) -> None:
     for point in [*points, None]:
         async with MortalClient(credentials, point) as client:
             process = OperatorProcess(
-                client, namespaces=(case.namespace,), defaults=DEFAULTS, backoff=0.1, backoff_limit=1.0
+                client, namespaces=(case.namespace,), defaults=DEFAULTS, backoff_seconds=0.1, backoff_limit_seconds=1.0
             )
             process.start()
             try:

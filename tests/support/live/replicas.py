@@ -29,9 +29,9 @@ ROOT = Path(__file__).parents[3]
 QUICK: dict[str, object] = {
     "failure-settle-seconds": 1,
     "backoff-seconds": 1,
-    "lease-duration": 4,
-    "lease-renew-deadline": 3,
-    "lease-renew-interval": 1,
+    "lease-duration-seconds": 4,
+    "lease-renew-deadline-seconds": 3,
+    "lease-renew-interval-seconds": 1,
 }
 """Flags."""
 

@@ -16,10 +16,9 @@ from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.cli.operator import add_arguments
 from sailvl_operator.settings import (
     ApiSettings,
-    HealthServerSettings,
+    ControllerSettings,
+    HealthSettings,
     LeaseSettings,
-    ProgressSettings,
-    QueueSettings,
     Settings,
     read_settings,
 )
@@ -109,7 +108,7 @@ def test_pod_meets_the_restricted_security_standard(scenario: str) -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_probes_and_service_use_the_same_port(scenario: str) -> None:
     [container] = get_pod(scenario)["spec"]["containers"]
-    assert container["ports"] == [{"name": "http", "containerPort": HealthServerSettings().port, "protocol": "TCP"}]
+    assert container["ports"] == [{"name": "http", "containerPort": HealthSettings().port, "protocol": "TCP"}]
     probes = {name: container[name]["httpGet"] for name in ("livenessProbe", "readinessProbe", "startupProbe")}
     assert probes == {
         "livenessProbe": {"path": "/healthz", "port": "http"},
@@ -133,9 +132,13 @@ SETTINGS = {
     ),
     "everything": Settings(
         api=ApiSettings(namespaces=("team-a",), events=False),
-        queue=QueueSettings(workers=32),
-        progress=ProgressSettings(interval=0),
-        lease=lease("sail-trainer", duration=30, renew_deadline=20, renew_interval=5),
+        controller=ControllerSettings(
+            workers=32,
+            progress_interval_seconds=0,
+            diagnostics_interval_seconds=20,
+            watch_audit_interval_seconds=120,
+        ),
+        lease=lease("sail-trainer", duration_seconds=30, renew_deadline_seconds=20, renew_interval_seconds=5),
         defaults=Defaults(
             image="registry.example.com/sailvl-trainer:0.1.0",
             grace_seconds=300,

@@ -1,4 +1,4 @@
-"""When writes wait for the control plane: many young Jobs that lack pods."""
+"""Backpressure: many young Jobs that lack pods."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from sailvl_operator.api.status import encode_status
-from sailvl_operator.cluster.backpressure import MANY, YOUNG_SECONDS, StartupBacklog
+from sailvl_operator.cluster.backpressure import HIGH_BACKLOG_JOBS, YOUNG_SECONDS, StartupBacklog
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.reconcile import reconcile
 from tests.support.builders.operator import build_job, build_pod, build_run
@@ -16,7 +16,7 @@ NOW = 1_000_000.0
 
 
 class Stores:
-    """In the place of `Children`: records by run."""
+    """Records by run, in place of `Children`."""
 
     def __init__(self, jobs, pods=()):
         self.jobs = jobs
@@ -37,50 +37,49 @@ def build_pods(jobs, indices):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "indices", "is_on"),
+    ("jobs", "indices", "is_high"),
     [
-        pytest.param(build_jobs(MANY + 1), (), True, id="no pods"),
-        pytest.param(build_jobs(MANY + 1), (1,), True, id="some of their pods"),
-        pytest.param(build_jobs(MANY + 1), (0, 1), False, id="all of their pods"),
-        pytest.param(build_jobs(MANY), (), False, id="few Jobs"),
-        pytest.param(build_jobs(MANY + 1, is_gone=True), (), False, id="deleted"),
-        pytest.param(build_jobs(MANY + 1, is_suspended=True), (), False, id="a queue holds them"),
+        pytest.param(build_jobs(HIGH_BACKLOG_JOBS + 1), (), True, id="no pods"),
+        pytest.param(build_jobs(HIGH_BACKLOG_JOBS + 1), (1,), True, id="some of their pods"),
+        pytest.param(build_jobs(HIGH_BACKLOG_JOBS + 1), (0, 1), False, id="all of their pods"),
+        pytest.param(build_jobs(HIGH_BACKLOG_JOBS), (), False, id="few Jobs"),
+        pytest.param(build_jobs(HIGH_BACKLOG_JOBS + 1, is_gone=True), (), False, id="deleted"),
+        pytest.param(build_jobs(HIGH_BACKLOG_JOBS + 1, is_suspended=True), (), False, id="suspended by a queue"),
     ],
 )
-def test_rush(jobs, indices, is_on):
-    rush = StartupBacklog(Stores(jobs, build_pods(jobs, indices)), clock=lambda: NOW)
-    assert rush.is_high() is is_on
+def test_backlog_counts_young_jobs_that_lack_pods(jobs, indices, is_high):
+    backlog = StartupBacklog(Stores(jobs, build_pods(jobs, indices)), clock=lambda: NOW)
+    assert backlog.is_high() is is_high
 
 
-def test_what_lasts_is_no_rush():
-    """A quota holds pods back, not the control plane."""
-    jobs = [replace(job, started=NOW - YOUNG_SECONDS - 1) for job in build_jobs(MANY + 1)]
+def test_jobs_that_wait_for_a_quota_are_not_counted():
+    jobs = [replace(job, started=NOW - YOUNG_SECONDS - 1) for job in build_jobs(HIGH_BACKLOG_JOBS + 1)]
     assert not StartupBacklog(Stores(jobs), clock=lambda: NOW).is_high()
 
 
-def test_a_job_that_has_had_its_pods_waits_for_the_control_plane_no_more():
-    now, jobs = [0.0], build_jobs(MANY + 1)
+def test_job_that_once_had_all_pods_is_not_counted_again():
+    now, jobs = [0.0], build_jobs(HIGH_BACKLOG_JOBS + 1)
     pods = build_pods(jobs, (0, 1))
-    rush = StartupBacklog(Stores(jobs, pods), clock=lambda: NOW, monotonic=lambda: now[0])
-    assert not rush.is_high()
+    backlog = StartupBacklog(Stores(jobs, pods), clock=lambda: NOW, monotonic=lambda: now[0])
+    assert not backlog.is_high()
     pods.clear()
     now[0] = 1.0
-    assert not rush.is_high()
+    assert not backlog.is_high()
 
 
-def test_it_looks_twice_a_second_at_most():
-    now, jobs = [0.0], build_jobs(MANY + 1)
-    rush = StartupBacklog(Stores(jobs), clock=lambda: NOW, monotonic=lambda: now[0])
-    assert rush.is_high()
+def test_backlog_is_counted_at_most_twice_per_second():
+    now, jobs = [0.0], build_jobs(HIGH_BACKLOG_JOBS + 1)
+    backlog = StartupBacklog(Stores(jobs), clock=lambda: NOW, monotonic=lambda: now[0])
+    assert backlog.is_high()
     jobs.clear()
     now[0] = 0.4
-    assert rush.is_high()
+    assert backlog.is_high()
     now[0] = 0.6
-    assert not rush.is_high()
+    assert not backlog.is_high()
 
 
-def test_a_run_s_end_is_pressing() -> None:
-    """Its workers hold GPUs until it is noted."""
+def test_end_of_a_run_is_not_deferred() -> None:
+    """Its workers occupy GPUs until the status is written."""
     world = World(spec={"activeDeadlineSeconds": 100}, is_patient=False)
     world.settle()
     run = build_run(status=encode_status(world.status), activeDeadlineSeconds=100)

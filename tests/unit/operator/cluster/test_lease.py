@@ -33,7 +33,7 @@ async def candidates(*identities: str):
 
         async def candidate(identity: str) -> Leadership:
             client = Client(Credentials(AnonymousConfiguration(url)), ClientConfig(max_tries=1))
-            settings = LeaseSettings(identity=identity, namespace="team", renew_interval=0.01)
+            settings = LeaseSettings(identity=identity, namespace="team", renew_interval_seconds=0.01)
             return Leadership(await stack.enter_async_context(client), settings, monotonic=clock)
 
         yield api, clock, [await candidate(identity) for identity in identities]

@@ -1,4 +1,4 @@
-"""A watch of runs that fell silent: what it missed is found by listing, made up for, and shown by the probe."""
+"""Audit of a silent watch of runs: missed events are found, replayed, and reported as staleness."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.runs import RunStore
 from sailvl_operator.cluster.watch_audit import WatchAuditor
 from sailvl_operator.cluster.workqueue import WorkQueue
-from sailvl_operator.controller import handle_run_event
+from sailvl_operator.handlers import handle_run_event
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.builders.operator import build_document
 
 KEY = ("team", "demo")
 
 
-class Deaf:
-    """An operator whose watch says only what a test lets through."""
+class AuditedStore:
+    """A store whose watch delivers only what a test passes to `send_event`."""
 
     def __init__(self, api: FakeApiServer, client: Client) -> None:
         self.api, self.runs, self.missed, self.now = api, RunStore(), 0, 0.0
-        self.queue: WorkQueue[tuple[str, str]] = WorkQueue(backoff_seconds=1, backoff_limit_seconds=1)
-        self.resync = WatchAuditor(
+        self.queue: WorkQueue[tuple[str, str]] = WorkQueue()
+        self.auditor = WatchAuditor(
             client,
             self.runs,
             namespaces=(),
-            interval=60,
-            tell=self.see,
+            interval_seconds=60,
+            on_event=self.send_event,
             count=self._count,
             monotonic=lambda: self.now,
         )
@@ -39,64 +39,62 @@ class Deaf:
     def _count(self) -> None:
         self.missed += 1
 
-    def see(self, type_: str, raw: dict[str, Any]) -> None:
+    def send_event(self, type_: str, raw: dict[str, Any]) -> None:
         handle_run_event(type_, copy.deepcopy(raw), self.runs, self.queue)
 
-    async def look(self) -> None:
-        self.now += 60
-        await self.resync.look()
+    async def audit(self, rounds: int = 1) -> None:
+        """Audit in rounds that are a minute apart."""
+        for _ in range(rounds):
+            self.now += 60
+            await self.auditor.check_once()
 
 
 @pytest.fixture
-async def deaf() -> AsyncIterator[Deaf]:
+async def store() -> AsyncIterator[AuditedStore]:
     api = FakeApiServer()
     async with (
         serve(api) as url,
         Client(Credentials(AnonymousConfiguration(url))) as client,
     ):
-        yield Deaf(api, client)
+        yield AuditedStore(api, client)
 
 
-async def test_a_run_that_was_never_told_of(deaf: Deaf) -> None:
-    deaf.api.put("sailvlruns", build_document())
-    await deaf.look()
-    assert deaf.runs.get(KEY) is None, "the watch has a round's time to tell"
-    await deaf.look()
-    assert deaf.runs.get(KEY) is not None
-    assert (deaf.missed, deaf.queue.depth()) == (1, 1)
+async def test_missed_creation_is_replayed_after_two_rounds(store: AuditedStore) -> None:
+    store.api.put("sailvlruns", build_document())
+    await store.audit()
+    assert store.runs.get(KEY) is None, "the watch may still deliver the event"
+    await store.audit()
+    assert store.runs.get(KEY) is not None
+    assert (store.missed, store.queue.depth()) == (1, 1)
 
 
-async def test_a_change_that_was_never_told_of(deaf: Deaf) -> None:
-    deaf.see("ADDED", deaf.api.put("sailvlruns", build_document()))
-    deaf.api.put("sailvlruns", build_document(suspend=True))
-    for _ in range(2):
-        await deaf.look()
-    entry = deaf.runs.get(KEY)
+async def test_missed_change_is_replayed(store: AuditedStore) -> None:
+    store.send_event("ADDED", store.api.put("sailvlruns", build_document()))
+    store.api.put("sailvlruns", build_document(suspend=True))
+    await store.audit(rounds=2)
+    entry = store.runs.get(KEY)
     assert entry is not None
-    assert entry.run.resource_version == deaf.api.objects["sailvlruns"][KEY]["metadata"]["resourceVersion"]
+    assert entry.run.resource_version == store.api.objects["sailvlruns"][KEY]["metadata"]["resourceVersion"]
 
 
-async def test_a_deletion_that_was_never_told_of(deaf: Deaf) -> None:
-    deaf.see("ADDED", deaf.api.put("sailvlruns", build_document()))
-    await deaf.look()
-    deaf.api.remove_named("sailvlruns", "demo")
-    await deaf.look()
-    await deaf.look()
-    assert deaf.runs.get(KEY) is None
+async def test_missed_deletion_is_replayed(store: AuditedStore) -> None:
+    store.send_event("ADDED", store.api.put("sailvlruns", build_document()))
+    await store.audit()
+    store.api.remove_named("sailvlruns", "demo")
+    await store.audit(rounds=2)
+    assert store.runs.get(KEY) is None
 
 
-async def test_a_watch_that_tells_all_is_left_alone(deaf: Deaf) -> None:
-    deaf.see("ADDED", deaf.api.put("sailvlruns", build_document()))
-    for _ in range(3):
-        await deaf.look()
-    assert (deaf.missed, deaf.resync.stale_seconds()) == (0, 0.0)
+async def test_complete_watch_is_neither_replayed_nor_stale(store: AuditedStore) -> None:
+    store.send_event("ADDED", store.api.put("sailvlruns", build_document()))
+    await store.audit(rounds=3)
+    assert (store.missed, store.auditor.stale_seconds()) == (0, 0.0)
 
 
-async def test_deafness_lasts_until_two_rounds_miss_nothing(deaf: Deaf) -> None:
+async def test_watch_is_stale_until_two_clean_rounds(store: AuditedStore) -> None:
     for number in range(6):
-        deaf.api.put("sailvlruns", build_document(seed=number))
-        await deaf.look()
-    assert deaf.resync.stale_seconds() == 240.0, "missed since the second round, though every other one is made up for"
-    for _ in range(4):
-        await deaf.look()
-    assert deaf.resync.stale_seconds() == 0.0
+        store.api.put("sailvlruns", build_document(seed=number))
+        await store.audit()
+    assert store.auditor.stale_seconds() == 240.0, "stale since the second round, although each event was replayed"
+    await store.audit(rounds=4)
+    assert store.auditor.stale_seconds() == 0.0

@@ -14,7 +14,7 @@ from sailvl_operator.api.status import decode_status
 from sailvl_operator.metrics import RunCollector
 from tests.support.apiserver.http import InjectedError
 from tests.support.builders.operator import build_document, build_result
-from tests.support.controller_world import KEY, World, make_pod, running
+from tests.support.controller_world import KEY, ControllerWorld, make_pod, running
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def spread() -> dict[str, Any]:
 async def test_a_run_starts_with_its_first_job_and_its_service(world):
     await world.apply(spread())
     await world.until(lambda: world.api.list_names("jobs"))
-    await world.settled()
+    await world.until_idle()
     assert world.api.list_names("jobs") == {"demo-curate-1"}
     assert world.api.list_names("services") == {"demo"}
     assert world.states()["curate"] == ("Starting", 1)
@@ -45,7 +45,7 @@ async def test_a_run_starts_with_its_first_job_and_its_service(world):
 async def test_a_lone_worker_needs_no_service(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
-    await world.settled()
+    await world.until_idle()
     assert world.api.list_names("services") == set()
 
 
@@ -73,9 +73,9 @@ async def test_starts_come_before_other_writes(world):
     for number in range(10):
         document = build_document()
         document["metadata"]["name"] = f"run-{number}"
-        world.see(world.api.put("sailvlruns", document), "ADDED")
+        world.send_event(world.api.put("sailvlruns", document), "ADDED")
     await world.until(lambda: len(world.api.list_names("jobs")) == 10)
-    await world.settled()
+    await world.until_idle()
     writes = [path.rsplit("/", 2)[-1] for method, path in world.api.list_writes() if "events" not in path]
     last_job = max(i for i, what in enumerate(writes) if what == "jobs")
     assert writes[: last_job + 1].count("status") <= 2, "but for those that two workers were at already"
@@ -88,7 +88,7 @@ async def test_what_a_run_waits_for_doesn_t_wait_with_its_writes(world):
     await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("knowledge", nodes=2)
     await world.until(lambda: world.states()["knowledge"] == ("Running", 1))
-    world.queue._has_backpressure = lambda: True
+    world.has_backpressure = True
     await world.end_pod("knowledge", 1, 0, 76)
     await world.until(lambda: "demo-knowledge-2" in world.api.list_names("jobs"))
 
@@ -96,7 +96,7 @@ async def test_what_a_run_waits_for_doesn_t_wait_with_its_writes(world):
 async def test_a_stage_s_end_doesn_t_wait_since_others_follow_it(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.list_names("jobs"))
-    world.queue._has_backpressure = lambda: True
+    world.has_backpressure = True
     await world.add_pods("curate")
     await world.end_pod("curate", 1, 0, 0, result=build_result("curate"))
     await world.until(lambda: "demo-alignment-1" in world.api.list_names("jobs"))
@@ -107,11 +107,11 @@ async def test_nothing_is_written_when_nothing_changed(world):
     await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
     await world.until(lambda: world.states()["curate"][0] == "Running")
-    await world.settled()
+    await world.until_idle()
     before = len(world.api.list_writes())
     for _ in range(3):
         world.queue.add(KEY)
-        await world.settled()
+        await world.until_idle()
     assert world.api.list_writes()[before:] == []
 
 
@@ -124,7 +124,7 @@ async def test_a_whole_run(world):
         for index in range(nodes):
             await world.end_pod(stage, 1, index, 0, result=build_result(stage))
         await world.until(lambda stage=stage: world.states()[stage][0] == "Succeeded")
-    await world.settled()
+    await world.until_idle()
     assert world.status.is_true("Succeeded")
     assert len(world.api.list_names("jobs")) == 4
 
@@ -136,7 +136,7 @@ async def test_a_lost_pod_is_followed_by_the_next_attempt_and_the_dead_one_is_cl
     await world.until(lambda: world.states()["curate"][0] == "Running")
     world.api.remove_named("pods", "demo-curate-1-0-x")
     await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-2"})
-    await world.settled()
+    await world.until_idle()
     assert world.states()["curate"] == ("Restarting", 2)
     assert world.status.stages[0].last_failure.cause == "Infra"
     assert world.children.pods.get(KEY) == [], "the evidence of a closed attempt is let go"
@@ -183,7 +183,7 @@ async def test_what_fails_is_done_later(world, refusal):
     await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-1"})
     await world.until(lambda: world.api.list_names("services") == {"demo"})
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
-    await world.settled()
+    await world.until_idle()
     assert world.states()["curate"] == ("Starting", 1)
 
 
@@ -204,11 +204,11 @@ async def test_a_refused_start_holds_nothing_else_up(world):
 async def test_a_second_operator_doubles_nothing(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.list_names("jobs"))
-    await world.settled()
-    other = World(world.api, world.client)
+    await world.until_idle()
+    other = ControllerWorld(world.api, world.client)
     tasks = [asyncio.create_task(part) for part in (other.children.run(), other.controller.run(2))]
-    other.see(world.run)
-    await other.settled()
+    other.send_event(world.run)
+    await other.until_idle()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -237,7 +237,7 @@ async def test_pods_of_a_deleted_run_of_the_same_name_are_not_its_own(world):
     stranger = make_pod("evaluate", 1, 0, "Running")
     stranger["metadata"]["labels"][names.LABEL_RUN_UID] = "old-run"
     world.api.put("pods", stranger)
-    await world.settled()
+    await world.until_idle()
     assert world.states()["evaluate"] == ("Pending", 0)
 
 
@@ -247,8 +247,8 @@ async def hear(world, plural: str, **fields: Any) -> None:
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     job = world.api.list_objects("jobs")[0]["metadata"]
     world.api.put(plural, fields["said_of"](job))
-    await world.complaints.read_some()
-    await world.settled()
+    await world.diagnostics.diagnose_waiting()
+    await world.until_idle()
 
 
 def make_warning(uid: str, reason: str, message: str) -> dict[str, Any]:
@@ -271,7 +271,7 @@ async def test_what_a_kubelet_says_of_a_volume_is_shown(world):
     pod = world.api.put("pods", make_pod("curate", 1, 0, "Pending"))
     world.api.put("events", make_warning(pod["metadata"]["uid"], "FailedMount", "volume x is gone"))
     await world.until(lambda: world.children.pods.get(KEY))
-    await world.complaints.read_some()
+    await world.diagnostics.diagnose_waiting()
     await world.until(lambda: world.status.is_true("Stuck"))
     assert world.status.condition("Stuck").reason == "VolumeNotReady"
 
@@ -296,10 +296,10 @@ async def test_a_person_s_request_is_carried_out_once_and_taken_off(world):
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     asked = copy.deepcopy(world.run)
     asked["metadata"]["annotations"] = {names.ANNOTATION_RESTART: "curate"}
-    world.see(world.api.put("sailvlruns", asked))
+    world.send_event(world.api.put("sailvlruns", asked))
     await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-2"})
     await world.until(lambda: not world.run["metadata"].get("annotations"))
-    world.see(world.run)
+    world.send_event(world.run)
     await world.until(lambda: not world.status.observed_restart_request)
     assert world.states()["curate"] == ("Starting", 2) or world.states()["curate"] == ("Restarting", 2)
 
@@ -317,7 +317,7 @@ async def test_an_unreadable_spec_is_refused_and_a_mended_one_taken(world):
     await world.until(lambda: world.status.is_true("Failed"))
     assert world.status.condition("Failed").reason == "InvalidSpec"
     assert "preset" in world.status.condition("Failed").message
-    await world.settled()
+    await world.until_idle()
     assert world.api.list_names("jobs") == set()
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
@@ -328,10 +328,10 @@ async def test_a_deleted_run_is_forgotten(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.add_pods("curate")
-    await world.settled()
+    await world.until_idle()
     raw = world.run
     world.api.remove_named("sailvlruns", "demo")
-    world.see(raw, "DELETED")
+    world.send_event(raw, "DELETED")
     world.api.remove_named("jobs", "demo-curate-1")
     world.api.remove_named("pods", "demo-curate-1-0-x")
     await world.until(lambda: not list(world.children.pods) and not list(world.children.jobs))
@@ -342,10 +342,10 @@ async def test_an_old_event_changes_nothing(world):
     await world.apply(build_document())
     first = copy.deepcopy(world.run)
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
-    await world.settled()
+    await world.until_idle()
     before = len(world.api.list_writes())
-    world.see(first)
-    await world.settled()
+    world.send_event(first)
+    await world.until_idle()
     assert world.api.list_writes()[before:] == []
     assert int(world.runs.get(KEY).run.resource_version) == int(world.run["metadata"]["resourceVersion"])
 
@@ -353,11 +353,11 @@ async def test_an_old_event_changes_nothing(world):
 async def test_series_of_a_run_go_with_it(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
-    await world.settled()
+    await world.until_idle()
     registry = CollectorRegistry()
     registry.register(RunCollector(lambda: [(*KEY, decode_status(e.run.status)) for e in world.runs]))
     text = generate_latest(registry).decode()
     assert 'sailvl_run_stage_state{namespace="team",run="demo",stage="curate",state="starting"} 1.0' in text
     assert 'sailvl_runs{state="pending"} 1.0' in text
-    world.see(world.run, "DELETED")
+    world.send_event(world.run, "DELETED")
     assert 'run="demo"' not in generate_latest(registry).decode()

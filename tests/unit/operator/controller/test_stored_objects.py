@@ -16,22 +16,22 @@ import pytest
 
 from sailvl_operator.api import names
 from tests.support.builders.operator import build_result
-from tests.support.controller_world import KEY, World, running
+from tests.support.controller_world import KEY, ControllerWorld, running
 
 STORED = sorted(Path(__file__).with_name("stored").glob("*.json"))
 
 
 @pytest.fixture(params=STORED, ids=lambda path: path.stem)
-async def upgraded(request: pytest.FixtureRequest) -> AsyncIterator[tuple[World, dict[str, Any]]]:
+async def upgraded(request: pytest.FixtureRequest) -> AsyncIterator[tuple[ControllerWorld, dict[str, Any]]]:
     """Return the world in which the current operator has just started, and the status before that."""
     objects: dict[str, list[dict[str, Any]]] = json.loads(request.param.read_bytes())
     async with running() as world:
         for plural, found in objects.items():
             for body in found:
                 world.api.put(plural, copy.deepcopy(body))
-        await world.settled()
-        world.see(world.run, "ADDED")
-        await world.settled()
+        await world.until_idle()
+        world.send_event(world.run, "ADDED")
+        await world.until_idle()
         [run] = objects["sailvlruns"]
         yield world, run["status"]
 

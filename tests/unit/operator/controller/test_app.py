@@ -1,4 +1,4 @@
-"""The whole process against an API server: kopf's watch, the lease, the engine, a clean end."""
+"""The whole process against an API server: kopf's watch, the Lease, the controller and a clean exit."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from dataclasses import replace
 import aiohttp
 import pytest
 
-from sailvl_operator.cli.operator import Operator
+from sailvl_operator.app import App
 from sailvl_operator.cluster.client import ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.errors import LeaseLost
-from sailvl_operator.settings import HealthServerSettings, LeaseSettings, ProgressSettings, Settings
+from sailvl_operator.settings import ControllerSettings, HealthSettings, LeaseSettings, Settings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.builders.operator import build_document
 
-LEASE = LeaseSettings(namespace="team", renew_interval=0.2, renew_deadline=50, duration=60)
+LEASE = LeaseSettings(namespace="team", renew_interval_seconds=0.2, renew_deadline_seconds=50, duration_seconds=60)
 
 
 def make_settings(identity: str) -> Settings:
     return Settings(
         lease=replace(LEASE, identity=identity),
-        server=HealthServerSettings(host="127.0.0.1", port=0),
-        progress=ProgressSettings(interval=0),
+        health=HealthSettings(host="127.0.0.1", port=0),
+        controller=ControllerSettings(progress_interval_seconds=0),
     )
 
 
 class Process:
-    """An operator with a thread and an event loop of its own: kopf takes every task of its loop for one of its own,
-    and waits for it, or cancels it, when it ends."""
+    """An operator in a thread and an event loop of its own, because kopf waits for all tasks of its loop, or cancels
+    them, when it ends."""
 
     def __init__(self, url: str, identity: str) -> None:
-        self.operator = Operator(
+        self.app = App(
             make_settings(identity),
             Credentials(AnonymousConfiguration(url)),
             client_config=ClientConfig(backoff_seconds=0.01),
@@ -44,12 +44,12 @@ class Process:
 
     async def _serve(self) -> None:
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-        await self.operator.serve()
+        await self.app.serve()
 
     async def end(self) -> None:
-        """Tell it to, and wait for it."""
+        """Cancel the operator and wait until it has ended."""
         await until(lambda: hasattr(self, "_task"))
-        with suppress(RuntimeError):  # it has ended already
+        with suppress(RuntimeError):  # the loop has ended already
             self._loop.call_soon_threadsafe(self._task.cancel)
         await asyncio.gather(self.ended, return_exceptions=True)
 
@@ -74,20 +74,20 @@ async def api():
     return FakeApiServer(clock=time.time)
 
 
-async def test_kopf_brings_runs_in_and_writes_nothing_itself(api):
+async def test_runs_arrive_through_kopf_which_writes_nothing(api):
     async with serve(api) as url:
         api.put("sailvlruns", build_document())
         async with operating(url) as process:
-            operator = process.operator
+            app = process.app
             await until(lambda: api.list_names("jobs") == {"demo-curate-1"})
             second = build_document()
             second["metadata"]["name"] = "later"
             api.put("sailvlruns", second)
             await until(lambda: "later-curate-1" in api.list_names("jobs"))
             api.remove_named("sailvlruns", "later")
-            await until(lambda: len(operator.runs) == 1)
+            await until(lambda: len(app.parts.runs) == 1)
             async with (
-                aiohttp.ClientSession(f"http://127.0.0.1:{operator.server.port}") as session,
+                aiohttp.ClientSession(f"http://127.0.0.1:{app.server.port}") as session,
                 session.get("/readyz") as ready,
                 session.get("/metrics") as metrics,
             ):
@@ -96,30 +96,32 @@ async def test_kopf_brings_runs_in_and_writes_nothing_itself(api):
     assert 'sailvl_operator_api_calls_total{code="200",verb="create"}' in text
     assert "sailvl_operator_leading 1.0" in text
     runs = {path for method, path in api.list_writes() if "sailvlruns" in path}
-    assert {path.rsplit("/", 1)[-1] for path in runs} == {"status"}, "kopf adds no annotations and no finalizers"
+    assert {path.rsplit("/", 1)[-1] for path in runs} == {"status"}, "kopf must add neither annotations nor finalizers"
     assert "finalizers" not in api.list_objects("sailvlruns")[0]["metadata"]
 
 
-async def test_a_standby_takes_over_at_once_from_one_that_ends_cleanly(api):
+async def test_standby_takes_over_at_once_after_clean_exit(api):
     async with serve(api) as url, operating(url, "b") as first:
-        await until(lambda: first.operator.leadership.is_leading)
+        await until(lambda: first.app.leadership.is_leading)
         async with operating(url, "c") as second:
             api.put("sailvlruns", build_document())
             await until(lambda: api.list_names("jobs"))
-            await until(lambda: len(second.operator.runs) == 1)
-            assert not second.operator.leadership.is_leading
+            await until(lambda: len(second.app.parts.runs) == 1)
+            assert not second.app.leadership.is_leading
             assert api.list_objects("leases")[0]["spec"]["holderIdentity"] == "b"
             await first.end()
             began = time.monotonic()
-            await until(lambda: second.operator.leadership.is_leading, LEASE.duration)
-            assert time.monotonic() - began < LEASE.duration / 6, "the lease was released: nobody waited for its end"
+            await until(lambda: second.app.leadership.is_leading, LEASE.duration_seconds)
+            assert time.monotonic() - began < LEASE.duration_seconds / 6, (
+                "the Lease was not released, so the standby waited for it to expire"
+            )
             assert api.list_objects("leases")[0]["spec"]["holderIdentity"] == "c"
     assert api.list_objects("leases")[0]["spec"]["holderIdentity"] == ""
 
 
-async def test_who_loses_the_lease_ends_the_process(api):
+async def test_losing_the_lease_ends_the_process(api):
     async with serve(api) as url, operating(url) as process:
-        await until(lambda: process.operator.leadership.is_leading)
+        await until(lambda: process.app.leadership.is_leading)
         lease = copy.deepcopy(api.list_objects("leases")[0])
         lease["spec"]["holderIdentity"] = "b"
         api.put("leases", lease)

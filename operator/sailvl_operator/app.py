@@ -1,0 +1,305 @@
+"""The operator process: builds all parts, runs them in one event loop, and ends when one of them fails.
+
+`build_controller` is the composition root, used by the process and by the tests that run a controller without kopf.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import kopf
+from prometheus_client import CollectorRegistry
+
+from sailvl_operator import handlers, health
+from sailvl_operator.api import names
+from sailvl_operator.api.status import decode_status
+from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.backpressure import StartupBacklog
+from sailvl_operator.cluster.client import Client, ClientConfig
+from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.cluster.lease import Leadership
+from sailvl_operator.cluster.owned_objects import Children
+from sailvl_operator.cluster.progress import ProgressReader
+from sailvl_operator.cluster.recorder import Recorder
+from sailvl_operator.cluster.runs import RunKey, RunStore
+from sailvl_operator.cluster.server_clock import ServerClock
+from sailvl_operator.cluster.start_diagnostics import DELAY_SECONDS, StartDiagnostics, find_waiting
+from sailvl_operator.cluster.watch_audit import WatchAuditor
+from sailvl_operator.cluster.workqueue import QueueConfig, WorkQueue
+from sailvl_operator.controller import Controller
+from sailvl_operator.errors import NotFound
+from sailvl_operator.health import HealthServer
+from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector, RunStatus
+from sailvl_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_CRD_POLL_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControllerParts:
+    """A controller and everything that it works with, built but not running."""
+
+    controller: Controller
+    runs: RunStore
+    queue: WorkQueue[RunKey]
+    children: Children
+    auditor: WatchAuditor
+    recorder: Recorder
+    progress: ProgressReader
+    diagnostics: StartDiagnostics
+
+    def on_run_event(self, type_: str | None, raw: dict[str, Any]) -> None:
+        """Handle an event of the watch of runs; without a type, an object from a list."""
+        handlers.handle_run_event(type_, raw, self.runs, self.queue)
+
+
+def build_controller(
+    settings: Settings,
+    client: Client,
+    *,
+    clock: Callable[[], float],
+    monotonic: Callable[[], float] = time.monotonic,
+    metrics: Metrics | None = None,
+    queue_config: QueueConfig | None = None,
+    diagnostics_delay_seconds: float = DELAY_SECONDS,
+    has_backpressure: Callable[[], bool] | None = None,
+) -> ControllerParts:
+    """Build a controller that works through `client`.
+
+    `clock`: Unix seconds, comparable with times of the API server. `has_backpressure`: whether writes that can wait are
+    deferred; defaults to a high start-up backlog. The other arguments replace what the operator runs with.
+    """
+
+    def should_defer() -> bool:
+        return has_backpressure() if has_backpressure is not None else backlog.is_high()
+
+    shared = _Shared(
+        settings=settings,
+        client=client,
+        clock=clock,
+        monotonic=monotonic,
+        metrics=metrics or Metrics(CollectorRegistry()),
+        has_backpressure=should_defer,
+        runs=RunStore(),
+        queue=WorkQueue(queue_config, has_backpressure=should_defer, monotonic=monotonic),
+    )
+    children = _build_children(shared)
+    backlog = StartupBacklog(children, clock=clock)
+    recorder = _build_recorder(shared)
+    progress = _build_progress_reader(shared, children)
+    diagnostics = _build_diagnostics(shared, children, diagnostics_delay_seconds)
+    return ControllerParts(
+        controller=_build_controller(shared, children, progress, diagnostics, recorder),
+        runs=shared.runs,
+        queue=shared.queue,
+        children=children,
+        auditor=_build_auditor(shared),
+        recorder=recorder,
+        progress=progress,
+        diagnostics=diagnostics,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shared:
+    """Objects that several parts are built with."""
+
+    settings: Settings
+    client: Client
+    clock: Callable[[], float]
+    monotonic: Callable[[], float]
+    metrics: Metrics
+    has_backpressure: Callable[[], bool]
+    runs: RunStore
+    queue: WorkQueue[RunKey]
+
+
+def _build_children(shared: _Shared) -> Children:
+    return Children(
+        shared.client,
+        namespaces=shared.settings.api.namespaces,
+        on_change=shared.queue.add_debounced,
+        on_routine_change=partial(shared.queue.add_debounced, routine=True),
+        count_restart=lambda resource, cause: shared.metrics.watch_restarts.labels(resource, cause).inc(),
+        clock=shared.clock,
+    )
+
+
+def _build_auditor(shared: _Shared) -> WatchAuditor:
+    return WatchAuditor(
+        shared.client,
+        shared.runs,
+        namespaces=shared.settings.api.namespaces,
+        interval_seconds=shared.settings.controller.watch_audit_interval_seconds,
+        on_event=partial(handlers.handle_run_event, runs=shared.runs, queue=shared.queue),
+        count=shared.metrics.missed_changes.inc,
+        monotonic=shared.monotonic,
+    )
+
+
+def _build_recorder(shared: _Shared) -> Recorder:
+    return Recorder(
+        shared.client,
+        identity=shared.settings.lease.identity,
+        enabled=shared.settings.api.events,
+        count=lambda outcome: shared.metrics.events.labels(outcome).inc(),
+        clock=shared.clock,
+        has_backpressure=shared.has_backpressure,
+    )
+
+
+def _build_progress_reader(shared: _Shared, children: Children) -> ProgressReader:
+    return ProgressReader(
+        interval_seconds=shared.settings.controller.progress_interval_seconds,
+        pods=lambda: children.pods,
+        on_change=shared.queue.add,
+        count=lambda outcome: shared.metrics.progress_reads.labels(outcome).inc(),
+        has_backpressure=shared.has_backpressure,
+        monotonic=shared.monotonic,
+    )
+
+
+def _build_diagnostics(shared: _Shared, children: Children, delay_seconds: float) -> StartDiagnostics:
+    return StartDiagnostics(
+        shared.client,
+        interval_seconds=shared.settings.controller.diagnostics_interval_seconds,
+        find_attempts=lambda: find_waiting(children, shared.runs),
+        on_change=shared.queue.add,
+        delay_seconds=delay_seconds,
+        monotonic=shared.monotonic,
+    )
+
+
+def _build_controller(
+    shared: _Shared,
+    children: Children,
+    progress: ProgressReader,
+    diagnostics: StartDiagnostics,
+    recorder: Recorder,
+) -> Controller:
+    return Controller(
+        client=shared.client,
+        runs=shared.runs,
+        children=children,
+        progress=progress,
+        diagnostics=diagnostics,
+        recorder=recorder,
+        queue=shared.queue,
+        metrics=shared.metrics,
+        defaults=shared.settings.defaults,
+        clock=shared.clock,
+    )
+
+
+class App:
+    """One operator process, with kopf, leader election and the health server."""
+
+    def __init__(
+        self, settings: Settings, credentials: Credentials, *, client_config: ClientConfig | None = None
+    ) -> None:
+        self._settings = settings
+        self._credentials = credentials
+        registry, clock = CollectorRegistry(), ServerClock()
+        metrics = Metrics(registry)
+        self._client = Client(
+            credentials,
+            client_config,
+            clock=clock,
+            on_response=lambda verb, status: metrics.api_calls.labels(verb, str(status)).inc(),
+        )
+        self.parts = build_controller(settings, self._client, clock=clock.now, metrics=metrics)
+        self.leadership = Leadership(self._client, settings.lease, clock=clock.now)
+        self.server = HealthServer(
+            settings.health, registry, liveness=self._liveness_errors, readiness=self._readiness_errors
+        )
+        registry.register(
+            OperatorCollector(
+                queue=lambda: (self.parts.queue.depth(), self.parts.queue.oldest_seconds()),
+                watches=self.parts.children.ages,
+                is_leading=self._is_leading,
+            )
+        )
+        registry.register(RunCollector(self._leader_statuses))
+
+    async def serve(self) -> None:
+        """Run until cancelled, until kopf ends by a signal, or until a part fails.
+
+        Raises an exception group with the error of the part.
+        """
+        async with self._client, self.server:
+            log.info("serving /metrics, /healthz and /readyz", extra={"port": self.server.port})
+            await self._run_parts()
+
+    async def _run_parts(self) -> None:
+        """Run the watches from the start, also on a standby; run the controller only while this replica leads."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                parts = self.parts.children.run(), self.parts.auditor.run(), self._lead()
+                tasks = [group.create_task(part) for part in parts]
+
+                def stop() -> None:
+                    for task in tasks:
+                        task.cancel()
+
+                await self._run_kopf(stop)
+                stop()
+        finally:
+            await self.leadership.release()
+
+    async def _run_kopf(self, on_stop: Callable[[], None]) -> None:
+        await self._wait_for_crd()
+        namespaces = self._settings.api.namespaces
+        registry = handlers.build_registry(
+            self.parts.on_run_event, self._credentials, is_known=self.parts.runs.is_known, on_stop=on_stop
+        )
+        await kopf.operator(registry=registry, standalone=True, clusterwide=not namespaces, namespaces=namespaces)
+
+    async def _wait_for_crd(self) -> None:
+        """Wait until the CustomResourceDefinition exists. kopf looks it up once, when it starts."""
+        scope = next(iter(self._settings.api.namespaces), "")
+        while True:
+            try:
+                await anext(self._client.list_pages(resources.RUNS, scope))
+                return
+            except NotFound:
+                log.warning("CustomResourceDefinition of %s not found, waiting for it to be applied", names.KIND)
+                await asyncio.sleep(_CRD_POLL_SECONDS)
+
+    async def _lead(self) -> None:
+        is_elected = self._settings.lease.enabled
+        if is_elected:
+            await self.leadership.acquire()
+        async with asyncio.TaskGroup() as group:
+            if is_elected:
+                group.create_task(self.leadership.keep())
+            group.create_task(self.parts.recorder.run())
+            group.create_task(self.parts.progress.run())
+            group.create_task(self.parts.diagnostics.run())
+            group.create_task(self.parts.controller.run(self._settings.controller.workers))
+
+    def _liveness_errors(self) -> list[str]:
+        return health.liveness_errors(
+            silent_watches=self.parts.children.ages(),
+            missing_events_seconds=self.parts.auditor.stale_seconds(),
+            oldest_key_seconds=self.parts.queue.oldest_seconds() if self._is_leading() else 0.0,
+        )
+
+    def _readiness_errors(self) -> list[str]:
+        return health.readiness_errors(is_synced=self.parts.children.is_synced())
+
+    def _is_leading(self) -> bool:
+        return self.leadership.is_leading or not self._settings.lease.enabled
+
+    def _leader_statuses(self) -> Iterator[RunStatus]:
+        """Yield the status of every run; none on a standby, so that each run has its series once."""
+        if self._is_leading():
+            for entry in self.parts.runs:
+                yield entry.run.namespace, entry.run.name, decode_status(entry.run.status)

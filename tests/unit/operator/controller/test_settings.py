@@ -1,0 +1,81 @@
+"""Settings from flags and environment variables, and their agreement with the chart."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sailvl_operator.cli.operator import add_arguments
+from sailvl_operator.errors import SettingsError
+from sailvl_operator.settings import OPTIONS, Option, Settings, read_settings
+
+VALUES = Path(__file__).parents[4] / "helm/sailvl-operator/values.yaml"
+NOT_OPTIONS = {
+    "defaults.storage",  # differs in local mode only
+    "defaults.progress_seconds",  # the controller raises it with the number of runs
+}
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(flags)
+
+
+def test_flag_takes_precedence_over_variable_and_variable_over_default():
+    environment = {
+        "SAILVL_OPERATOR_WORKERS": "3",
+        "SAILVL_OPERATOR_METRICS_PORT": "9",
+        "SAILVL_OPERATOR_NAMESPACES": "a, b",
+    }
+    settings = read_settings(parse("--workers", "5", "--leader-election", "false", "--trainer-image", "i"), environment)
+    assert (settings.controller.workers, settings.health.port, settings.api.namespaces) == (5, 9, ("a", "b"))
+    assert (settings.lease.enabled, settings.defaults.image) == (False, "i")
+    assert settings.lease.duration_seconds == Settings().lease.duration_seconds
+
+
+def get_default(option: Option) -> object:
+    group, _, name = option.target.rpartition(".")
+    settings = Settings()
+    return getattr(getattr(settings, group) if group else settings, name)
+
+
+def test_every_field_is_set_by_one_option():
+    groups = {f.name: getattr(Settings(), f.name) for f in fields(Settings)}
+    targets = [name for name, value in groups.items() if not is_dataclass(value)]
+    targets += [f"{group}.{f.name}" for group, value in groups.items() if is_dataclass(value) for f in fields(value)]
+    assert sorted([option.target for option in OPTIONS] + [*NOT_OPTIONS]) == sorted(targets)
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.value], ids=lambda option: option.flag)
+def test_chart_value_has_the_default_of_its_option(option):
+    value = yaml.safe_load(VALUES.read_text())
+    for name in option.value.split("."):
+        value = value[name]
+    assert (tuple(value) if isinstance(value, list) else value) == get_default(option)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        pytest.param(
+            ["--workers", "many"],
+            "--workers (SAILVL_OPERATOR_WORKERS) is 'many'; set it to a whole number",
+            id="number",
+        ),
+        pytest.param(["--events", "perhaps"], "set it to true or false", id="boolean"),
+        pytest.param(
+            ["--lease-duration-seconds", "5"],
+            "--lease-renew-deadline-seconds is 10; set it to less than --lease-duration-seconds, which is 5",
+            id="lease",
+        ),
+    ],
+)
+def test_invalid_setting_is_rejected_with_what_to_set_instead(flags, message):
+    with pytest.raises(SettingsError) as error:
+        read_settings(parse(*flags), {})
+    assert message in str(error.value)
