@@ -36,7 +36,7 @@ from sailvl_operator.controller import Controller
 from sailvl_operator.errors import NotFound
 from sailvl_operator.health import HealthServer
 from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector, RunStatus
-from sailvl_operator.settings import Settings
+from sailvl_operator.settings import OperatorSettings
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class ControllerParts:
 
 
 def build_controller(
-    settings: Settings,
+    settings: OperatorSettings,
     client: Client,
     *,
     clock: Callable[[], float],
@@ -112,7 +112,7 @@ def build_controller(
 class _Shared:
     """Objects that several parts are built with."""
 
-    settings: Settings
+    settings: OperatorSettings
     client: Client
     clock: Callable[[], float]
     monotonic: Callable[[], float]
@@ -203,7 +203,7 @@ class App:
     """One operator process, with kopf, leader election and the health server."""
 
     def __init__(
-        self, settings: Settings, credentials: Credentials, *, client_config: ClientConfig | None = None
+        self, settings: OperatorSettings, credentials: Credentials, *, client_config: ClientConfig | None = None
     ) -> None:
         self._settings = settings
         self._credentials = credentials

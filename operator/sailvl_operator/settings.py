@@ -86,7 +86,7 @@ class HealthSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class OperatorSettings:
     """All settings of the operator."""
 
     api: ApiSettings = ApiSettings()
@@ -114,7 +114,7 @@ class Option:
 
     flag: str
     target: str
-    """Field that the option sets: group.field, or a field of Settings."""
+    """Field that the option sets: group.field, or a field of OperatorSettings."""
     help: str
     value: str = ""
     """Path of the chart's value; empty if the chart derives the setting, or leaves it at its default."""
@@ -229,12 +229,12 @@ OPTIONS = (
 )
 
 
-def read_settings(flags: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
+def read_settings(flags: argparse.Namespace, environment: Mapping[str, str]) -> OperatorSettings:
     """Read the settings: flags take precedence over environment variables, and those over defaults.
 
     Raises SettingsError if a value is invalid.
     """
-    default = Settings()
+    default = OperatorSettings()
     changes: dict[str, dict[str, Any]] = {}
     for option in OPTIONS:
         given = getattr(flags, option.flag.removeprefix("--").replace("-", "_"), None)
@@ -247,7 +247,7 @@ def read_settings(flags: argparse.Namespace, environment: Mapping[str, str]) -> 
     return replace(default, **groups, **changes.get("", {}))
 
 
-def describe(settings: Settings) -> dict[str, Any]:
+def describe(settings: OperatorSettings) -> dict[str, Any]:
     """Return all settings by group, for the first line of the log."""
     return {
         f.name: describe(value) if is_dataclass(value) else value  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from sailvl_operator.cli.main import VERBS
 from sailvl_operator.core.failure import _CAUSE_OF_CODE, _PRECEDENCE
 from sailvl_operator.core.restart import budget
 from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
-from sailvl_operator.settings import OPTIONS, Option, Settings
+from sailvl_operator.settings import OPTIONS, OperatorSettings, Option
 from sailvl_trainer.contract import ExitCode
 from sailvl_trainer.model.presets import PRESETS, get_preset
 from sailvl_trainer.rank.metrics import TrainerMetrics
@@ -135,7 +135,7 @@ def shown_default(option: Option) -> str:
     if option.flag == "--identity":
         return "the host's name"
     group, _, name = option.target.rpartition(".")
-    settings = Settings()
+    settings = OperatorSettings()
     value = getattr(getattr(settings, group) if group else settings, name)
     if value in ("", ()):
         return ""

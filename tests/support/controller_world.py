@@ -17,12 +17,12 @@ from sailvl_operator.app import build_controller
 from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.workqueue import QueueConfig
-from sailvl_operator.settings import LeaseSettings, Settings
+from sailvl_operator.settings import LeaseSettings, OperatorSettings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.apiserver.store import NEW_YEAR_2026
 
 KEY = ("team", "demo")
-SETTINGS = Settings(
+SETTINGS = OperatorSettings(
     lease=LeaseSettings(identity="test"), defaults=Defaults(failure_settle_seconds=0.05, backoff_seconds=0.01)
 )
 QUEUE_CONFIG = QueueConfig(backoff_seconds=0.01, backoff_limit_seconds=0.05, debounce_seconds=0.0)

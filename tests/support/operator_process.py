@@ -17,7 +17,7 @@ from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.workqueue import QueueConfig
 from sailvl_operator.errors import ApiError, Gone
-from sailvl_operator.settings import ApiSettings, ControllerSettings, LeaseSettings, Settings
+from sailvl_operator.settings import ApiSettings, ControllerSettings, LeaseSettings, OperatorSettings
 
 _WORKERS = 2
 _WATCH_AUDIT_SECONDS = 180.0
@@ -44,7 +44,7 @@ class OperatorProcess:
         has_backpressure: Callable[[], bool] = lambda: False,
     ) -> None:
         self.client, self.namespaces = client, tuple(namespaces)
-        settings = Settings(
+        settings = OperatorSettings(
             api=ApiSettings(namespaces=self.namespaces),
             controller=ControllerSettings(
                 diagnostics_interval_seconds=progress_seconds, watch_audit_interval_seconds=_WATCH_AUDIT_SECONDS

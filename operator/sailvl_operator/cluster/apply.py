@@ -109,7 +109,7 @@ class Actions:
             return
         claim = build_claim(run)
         if claim is not None:
-            await self._create(resources.CLAIMS, claim, run.uid, wire.Nothing)
+            await self._create(resources.CLAIMS, claim, run.uid, wire.Ignored)
         self._prepared[run.uid] = None
         if len(self._prepared) > 10_000:
             del self._prepared[next(iter(self._prepared))]

@@ -12,7 +12,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.wire import Nothing
+from sailvl_operator.cluster.wire import Ignored
 from sailvl_operator.errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Recorder:
         while True:
             event = await self._queue.get()
             try:
-                await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event, decode_as=Nothing)
+                await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event, decode_as=Ignored)
                 self._count("written")
             except ApiError as error:
                 self._count("failed")

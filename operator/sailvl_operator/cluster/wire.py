@@ -1,16 +1,19 @@
-"""What is read of Jobs, pods and Services: objects are decoded to these fields alone, the rest is skipped unparsed."""
+"""Fields that are decoded from Jobs, pods and Services; msgspec skips all others without parsing them.
+
+Names are those of the Kubernetes API, and of its Go types where these have one.
+"""
 
 from __future__ import annotations
 
 from typing import Any, TypedDict
 
 
-class Owner(TypedDict, total=False):
+class OwnerReference(TypedDict, total=False):
     uid: str
     controller: bool
 
 
-class Metadata(TypedDict, total=False):
+class ObjectMeta(TypedDict, total=False):
     name: str
     namespace: str
     uid: str
@@ -18,38 +21,38 @@ class Metadata(TypedDict, total=False):
     creationTimestamp: str | None
     deletionTimestamp: str
     labels: dict[str, str]
-    ownerReferences: list[Owner]
+    ownerReferences: list[OwnerReference]
 
 
-class Resources(TypedDict, total=False):
+class ResourceRequirements(TypedDict, total=False):
     limits: dict[str, str]
 
 
 class Container(TypedDict, total=False):
     name: str
-    resources: Resources
+    resources: ResourceRequirements
 
 
-class TemplateSpec(TypedDict, total=False):
+class TemplatePodSpec(TypedDict, total=False):
     containers: list[Container]
 
 
-class Template(TypedDict, total=False):
-    spec: TemplateSpec
+class PodTemplateSpec(TypedDict, total=False):
+    spec: TemplatePodSpec
 
 
 class JobSpec(TypedDict, total=False):
     completions: int
     suspend: bool
-    template: Template
+    template: PodTemplateSpec
 
 
-class Waiting(TypedDict, total=False):
+class ContainerStateWaiting(TypedDict, total=False):
     reason: str
     message: str
 
 
-class Terminated(TypedDict, total=False):
+class ContainerStateTerminated(TypedDict, total=False):
     exitCode: int
     reason: str
     message: str
@@ -57,8 +60,8 @@ class Terminated(TypedDict, total=False):
 
 
 class ContainerState(TypedDict, total=False):
-    waiting: Waiting
-    terminated: Terminated
+    waiting: ContainerStateWaiting
+    terminated: ContainerStateTerminated
 
 
 class ContainerStatus(TypedDict, total=False):
@@ -66,7 +69,7 @@ class ContainerStatus(TypedDict, total=False):
     state: ContainerState
 
 
-class Condition(TypedDict, total=False):
+class ObjectCondition(TypedDict, total=False):
     type: str
     status: str
     reason: str
@@ -76,11 +79,11 @@ class Condition(TypedDict, total=False):
 
 class JobStatus(TypedDict, total=False):
     startTime: str | None
-    conditions: list[Condition]
+    conditions: list[ObjectCondition]
 
 
 class Job(TypedDict, total=False):
-    metadata: Metadata
+    metadata: ObjectMeta
     spec: JobSpec
     status: JobStatus
 
@@ -93,22 +96,22 @@ class PodSpec(TypedDict, total=False):
 class PodStatus(TypedDict, total=False):
     phase: str
     podIP: str
-    conditions: list[Condition]
+    conditions: list[ObjectCondition]
     containerStatuses: list[ContainerStatus]
 
 
 class Pod(TypedDict, total=False):
-    metadata: Metadata
+    metadata: ObjectMeta
     spec: PodSpec
     status: PodStatus
 
 
 class Service(TypedDict, total=False):
-    metadata: Metadata
+    metadata: ObjectMeta
 
 
-class Nothing(TypedDict):
-    """Of an answer that nobody reads."""
+class Ignored(TypedDict):
+    """Response whose content is not used."""
 
 
 ObjectType = Any

@@ -19,7 +19,7 @@ from sailvl_operator.settings import (
     ControllerSettings,
     HealthSettings,
     LeaseSettings,
-    Settings,
+    OperatorSettings,
     read_settings,
 )
 from tests.support.chart import (
@@ -124,13 +124,13 @@ def lease(name: str, **fields: Any) -> LeaseSettings:
 
 
 SETTINGS = {
-    "default": Settings(lease=lease("train-sailvl-operator")),
-    "namespaced": Settings(
+    "default": OperatorSettings(lease=lease("train-sailvl-operator")),
+    "namespaced": OperatorSettings(
         api=ApiSettings(namespaces=("team-a", "team-b")),
         lease=lease("train-sailvl-operator"),
         defaults=Defaults(image="registry.example.com/sailvl-trainer:0.1.0"),
     ),
-    "everything": Settings(
+    "everything": OperatorSettings(
         api=ApiSettings(namespaces=("team-a",), events=False),
         controller=ControllerSettings(
             workers=32,

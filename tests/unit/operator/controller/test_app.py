@@ -15,15 +15,15 @@ from sailvl_operator.app import App
 from sailvl_operator.cluster.client import ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.errors import LeaseLost
-from sailvl_operator.settings import ControllerSettings, HealthSettings, LeaseSettings, Settings
+from sailvl_operator.settings import ControllerSettings, HealthSettings, LeaseSettings, OperatorSettings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.builders.operator import build_document
 
 LEASE = LeaseSettings(namespace="team", renew_interval_seconds=0.2, renew_deadline_seconds=50, duration_seconds=60)
 
 
-def make_settings(identity: str) -> Settings:
-    return Settings(
+def make_settings(identity: str) -> OperatorSettings:
+    return OperatorSettings(
         lease=replace(LEASE, identity=identity),
         health=HealthSettings(host="127.0.0.1", port=0),
         controller=ControllerSettings(progress_interval_seconds=0),

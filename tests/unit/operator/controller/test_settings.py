@@ -11,7 +11,7 @@ import yaml
 
 from sailvl_operator.cli.operator import add_arguments
 from sailvl_operator.errors import SettingsError
-from sailvl_operator.settings import OPTIONS, Option, Settings, read_settings
+from sailvl_operator.settings import OPTIONS, OperatorSettings, Option, read_settings
 
 VALUES = Path(__file__).parents[4] / "helm/sailvl-operator/values.yaml"
 NOT_OPTIONS = {
@@ -35,17 +35,17 @@ def test_flag_takes_precedence_over_variable_and_variable_over_default():
     settings = read_settings(parse("--workers", "5", "--leader-election", "false", "--trainer-image", "i"), environment)
     assert (settings.controller.workers, settings.health.port, settings.api.namespaces) == (5, 9, ("a", "b"))
     assert (settings.lease.enabled, settings.defaults.image) == (False, "i")
-    assert settings.lease.duration_seconds == Settings().lease.duration_seconds
+    assert settings.lease.duration_seconds == OperatorSettings().lease.duration_seconds
 
 
 def get_default(option: Option) -> object:
     group, _, name = option.target.rpartition(".")
-    settings = Settings()
+    settings = OperatorSettings()
     return getattr(getattr(settings, group) if group else settings, name)
 
 
 def test_every_field_is_set_by_one_option():
-    groups = {f.name: getattr(Settings(), f.name) for f in fields(Settings)}
+    groups = {f.name: getattr(OperatorSettings(), f.name) for f in fields(OperatorSettings)}
     targets = [name for name, value in groups.items() if not is_dataclass(value)]
     targets += [f"{group}.{f.name}" for group, value in groups.items() if is_dataclass(value) for f in fields(value)]
     assert sorted([option.target for option in OPTIONS] + [*NOT_OPTIONS]) == sorted(targets)
