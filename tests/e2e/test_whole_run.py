@@ -90,7 +90,7 @@ def test_the_export_answers(story: Story) -> None:
         model=model, tokenizer=tokenizer, preset=get_preset("tiny"), device=torch.device("cpu"), max_new_tokens=8
     )
     questions = read_tsv(story.storage / "benchmarks/level-2.tsv", limit=8)
-    answers = generator.answer(questions, 1)
+    answers = generator.generate_answers(questions, 1)
     assert all(answers)
     right = sum(answer == question.answer for answer, question in zip(answers, questions, strict=True))
     assert right >= 1, list(zip(answers, questions, strict=True))

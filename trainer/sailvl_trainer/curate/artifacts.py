@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sailvl_trainer.curate.items import Item, SourcePartition
-from sailvl_trainer.curate.verify import Verified
+from sailvl_trainer.curate.verify import VerifiedItem
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import decode
 
@@ -131,9 +131,9 @@ def parse_items(table: pa.Table) -> list[Item]:
     return [Item(**row) for row in table.select([f.name for f in fields(Item)]).to_pylist()]
 
 
-def write_verified(path: Path, first_item: int, items: list[Item], verified: list[Verified]) -> None:
+def write_verified_items(path: Path, first_item: int, items: list[Item], verified: list[VerifiedItem]) -> None:
     """Write the items of a work unit with the results of verification; column `item` numbers them over all sources."""
-    result_columns = _build_columns(Verified, verified)
+    result_columns = _build_columns(VerifiedItem, verified)
     item_columns = {name: c for name, c in _build_columns(Item, items).items() if name not in result_columns}
     numbers = pa.array(range(first_item, first_item + len(items)), pa.int64())
     _write_parquet(path, {"item": numbers, **item_columns, **result_columns})

@@ -20,10 +20,10 @@ from sailvl_trainer.curate.artifacts import (
     parse_items,
     read_items,
     write_items,
-    write_verified,
+    write_verified_items,
 )
 from sailvl_trainer.curate.items import Item, SourcePartition, read_item
-from sailvl_trainer.curate.verify import Verified, verify_item
+from sailvl_trainer.curate.verify import VerifiedItem, verify_item
 from sailvl_trainer.data.encoder import TokenCounter
 from sailvl_trainer.data.samples import Sample, build_caption_sample
 from sailvl_trainer.data.shards import ShardInfo, ShardWriter, write_shard_manifest
@@ -53,7 +53,7 @@ def list_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts) -
 
     def run_task(number: int) -> None:
         items = sources.list_items(partitions[number])
-        write_items(artifacts.items_file(number), _report_each(context, items))
+        write_items(artifacts.items_file(number), _iterate_with_heartbeats(context, items))
 
     pool.run("listing", len(partitions), lambda number: artifacts.items_file(number).exists(), run_task)
 
@@ -66,9 +66,11 @@ def verify_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts,
     def run_task(number: int) -> None:
         unit = units[number]
         items = read_items(artifacts.items_file(unit.partition), unit.first, unit.count)
-        verified = list(_report_each(context, threads.map(lambda item: verify_item(item, config, tile_size), items)))
+        verified = list(
+            _iterate_with_heartbeats(context, threads.map(lambda item: verify_item(item, config, tile_size), items))
+        )
         _check_source_exists(artifacts.partitions[unit.partition], verified)
-        write_verified(artifacts.rows_file(number), unit.first_item, items, verified)
+        write_verified_items(artifacts.rows_file(number), unit.first_item, items, verified)
 
     with _suppress_warnings(), _start_threads() as threads:
         pool.run(
@@ -88,7 +90,7 @@ def write_shards(context: Context, pool: TaskPool, artifacts: CurationArtifacts)
     def run_task(number: int) -> None:
         shard = shards[number]
         with ShardWriter(context.files.output / shard.split, shard.name, counter) as writer:
-            for sample, size in _report_each(context, _read_samples(artifacts.plan, shard)):
+            for sample, size in _iterate_with_heartbeats(context, _read_samples(artifacts.plan, shard)):
                 writer.write(sample, size)
         write_atomic(artifacts.shard_info_file(shard), encode(writer.info))
 
@@ -105,7 +107,7 @@ def write_manifests(context: Context, artifacts: CurationArtifacts) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _check_source_exists(partition: SourcePartition, verified: list[Verified]) -> None:
+def _check_source_exists(partition: SourcePartition, verified: list[VerifiedItem]) -> None:
     """Raise StorageError if the whole source is gone since it was listed; single missing files are only counted."""
     has_missing = any(result.outcome == "missing" for result in verified)
     if has_missing and partition.path and not Path(partition.path).exists():
@@ -149,7 +151,7 @@ def _read_image(item: Item) -> bytes:
     return data
 
 
-def _report_each(context: Context, values: Iterable[T]) -> Iterator[T]:
+def _iterate_with_heartbeats(context: Context, values: Iterable[T]) -> Iterator[T]:
     """Yield the values and send a heartbeat after each."""
     for value in values:
         yield value

@@ -1,4 +1,4 @@
-"""Statistics of a finished curation: outcomes, sources, words and sizes, computed by DuckDB over the artifacts.
+"""Statistics of a finished curation: outcomes, sources, word counts and sizes, computed by DuckDB over the artifacts.
 
 Called by report.py, which writes them as report.json; stage.py reads the stage's metrics from that file.
 """
@@ -56,7 +56,7 @@ class SourceStatistics:
     items: int
     outcomes: Counts
     mean_word_count: float
-    """Mean number of words per caption."""
+    """Mean word count of the captions."""
     median_width: float
     median_height: float
 
@@ -72,7 +72,7 @@ class Statistics:
     unigrams: NgramStatistics
     bigrams: NgramStatistics
     mean_word_count: float
-    """Mean number of words per caption."""
+    """Mean word count of the captions."""
     mean_tiles: float
     word_count: Histogram
     longer_side: Histogram
@@ -125,8 +125,8 @@ def compute_statistics(artifacts: CurationArtifacts) -> Statistics:
 def open_decided(artifacts: CurationArtifacts) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open a database with view `decided` and table `kept`.
 
-    `decided`: every item with its final outcome and column `duplicate_of`. `kept`: the kept samples with the list of
-    their captions' words.
+    `decided`: every item with its final outcome and column `duplicate_of`. `kept`: the kept samples with `words`, the
+    caption as a list.
     """
     with open_database(artifacts) as db:
         db.read_parquet(str(artifacts.decisions)).create_view("decisions")

@@ -37,7 +37,7 @@ _LINE_BREAKS = re.compile(r" ?\n[ \n]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verified:
+class VerifiedItem:
     """Result of verification; the fields are columns of Parquet files."""
 
     outcome: str
@@ -59,22 +59,22 @@ class Verified:
     """Perceptual hash as a signed 64-bit integer; None for an image without structure."""
 
 
-def verify_item(item: Item, config: CurateConfig, tile_size: int) -> Verified:
+def verify_item(item: Item, config: CurateConfig, tile_size: int) -> VerifiedItem:
     """Verify one item. `tile_size`: side of a tile in pixels. Raises OSError if the storage fails."""
     if item.problem:
-        return Verified(outcome=item.problem, detail=item.detail)
+        return VerifiedItem(outcome=item.problem, detail=item.detail)
     try:
         if item.index < 0 and _get_stored_bytes(item) > MAX_FILE_BYTES:
-            return Verified(outcome="too_large", detail=f"more than {MAX_FILE_BYTES >> 20} MiB")
+            return VerifiedItem(outcome="too_large", detail=f"more than {MAX_FILE_BYTES >> 20} MiB")
         content = read_item(item)
     except OSError as error:
         if error.errno not in FILE_ERRORS:
             raise
-        return Verified(outcome="missing", detail=os.strerror(error.errno or 0))
+        return VerifiedItem(outcome="missing", detail=os.strerror(error.errno or 0))
     caption = clean_caption(content.caption)
     outcome = classify_caption(caption)
     if outcome != "ok":
-        return Verified(outcome=outcome, text=caption, detail=f"{len(caption)} characters")
+        return VerifiedItem(outcome=outcome, text=caption, detail=f"{len(caption)} characters")
     return _verify_image(content, caption, config, tile_size)
 
 
@@ -95,7 +95,7 @@ def _get_stored_bytes(item: Item) -> int:
     return item.size if item.size >= 0 else os.stat(item.path).st_size
 
 
-def _verify_image(content: ItemContent, caption: str, config: CurateConfig, tile_size: int) -> Verified:
+def _verify_image(content: ItemContent, caption: str, config: CurateConfig, tile_size: int) -> VerifiedItem:
     """Verify the image; its size is read from the header first, so that a decompression bomb is never decoded."""
     width = height = 0
     try:
@@ -104,11 +104,11 @@ def _verify_image(content: ItemContent, caption: str, config: CurateConfig, tile
         outcome = _classify_size(width, height, config)
         if outcome != "ok":
             detail = f"{width} × {height} pixels"
-            return Verified(outcome=outcome, text=caption, width=width, height=height, detail=detail)
+            return VerifiedItem(outcome=outcome, text=caption, width=width, height=height, detail=detail)
         image = open_image(content.image, max_pixels=config.max_pixels)
     except UnreadableImage as error:
-        return Verified(outcome="unreadable", text=caption, width=width, height=height, detail=_describe(error))
-    return Verified(
+        return VerifiedItem(outcome="unreadable", text=caption, width=width, height=height, detail=_describe(error))
+    return VerifiedItem(
         outcome="ok",
         text=caption,
         format=suffix,

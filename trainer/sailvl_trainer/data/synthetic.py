@@ -30,7 +30,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COUNTS = ("zero", "one", "two", "three", "four")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 VOCABULARY = ("cat", "dog", "sun", "map", "key", "tea", "box", "red", "top", "ice")
-"""Words that may be written in an image of level 3."""
+"""An image of level 3 shows one of these as text."""
 SIDE = 112
 """Side of a square image in pixels."""
 

@@ -66,7 +66,7 @@ def pretrain(directory: Path, *, steps: int) -> float:
 
 
 def describe_as_grid(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Return the scene as GRID x GRID words, row by row; they stand in for the image.
+    """Return the scene as GRID x GRID tokens, row by row, which replace the image.
 
     Each quarter holds count, colour and shape of its group in random order; the other cells hold a dot.
     """

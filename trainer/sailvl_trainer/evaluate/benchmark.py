@@ -39,6 +39,11 @@ class Answer:
     score: float
     """Between 0 and 1."""
 
+    @property
+    def is_correct(self) -> bool:
+        """Whether the score is at least one half."""
+        return self.score >= 0.5
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkResult:
@@ -130,7 +135,7 @@ def _generate_answers(
         round_batches = open_batches[first : first + context.world_size]
         for number in round_batches[context.rank : context.rank + 1]:
             with context.telemetry.activity("evaluating"):
-                generated[number] = generator.answer(batches[number], benchmark.max_tiles)
+                generated[number] = generator.generate_answers(batches[number], benchmark.max_tiles)
             cache.add(benchmark.name, batches[number], generated[number])
         step += sum(len(batches[number]) for number in round_batches)
         context.telemetry.update(step=step)

@@ -34,7 +34,7 @@ class Generator:
     max_new_tokens: int
 
     @torch.inference_mode()
-    def answer(self, questions: Sequence[Question], max_tiles: int) -> list[str]:
+    def generate_answers(self, questions: Sequence[Question], max_tiles: int) -> list[str]:
         """Return one answer per question, in order; prompts are padded on the left.
 
         Raises DataError if an image is truncated.

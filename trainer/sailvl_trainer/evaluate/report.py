@@ -5,7 +5,6 @@ Called by stage.py on the first rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,11 +35,6 @@ class AnswerCard:
     thumbnail: str
     """JPEG in base64; empty if the question has no image or it can't be displayed."""
 
-    @property
-    def is_correct(self) -> bool:
-        """Whether the answer's score is at least one half."""
-        return _is_correct(self.answer)
-
 
 def write_report(folder: Path, results: list[BenchmarkResult], metrics: dict[str, float], *, model: str) -> None:
     """Write all three files. `model`: path of the evaluated model."""
@@ -67,8 +61,8 @@ def write_report(folder: Path, results: list[BenchmarkResult], metrics: dict[str
 
 def build_cards(result: BenchmarkResult) -> list[AnswerCard]:
     """Build cards of some incorrect and some correct answers, spread over the benchmark."""
-    incorrect = [answer for answer in result.answers if not _is_correct(answer)]
-    correct = [answer for answer in result.answers if _is_correct(answer)]
+    incorrect = [answer for answer in result.answers if not answer.is_correct]
+    correct = [answer for answer in result.answers if answer.is_correct]
     chosen = [*_choose_evenly(incorrect), *_choose_evenly(correct)]
     images = {q.index: q.images for q in read_tsv(Path(result.benchmark.path)) if q.images}
     return [
@@ -77,11 +71,7 @@ def build_cards(result: BenchmarkResult) -> list[AnswerCard]:
     ]
 
 
-def _is_correct(answer: Answer) -> bool:
-    return answer.score >= 0.5
-
-
-def _choose_evenly(answers: list[Answer]) -> Iterable[Answer]:
+def _choose_evenly(answers: list[Answer]) -> list[Answer]:
     """Choose at most MAX_CARDS answers at equal distances."""
     count = min(MAX_CARDS, len(answers))
     return [answers[i * len(answers) // count] for i in range(count)]

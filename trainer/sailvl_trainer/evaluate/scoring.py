@@ -16,7 +16,7 @@ _DIGITS = {
 
 
 def normalise_answer(text: str) -> str:
-    """Normalise as VQA does: lower case, digits for number words, no articles, no punctuation except in numbers."""
+    """Normalise as VQA does: lower case, digits for numerals, no articles, no punctuation except in numbers."""
     bare = re.sub(r"['’`]", "", text.lower())
     spaced = re.sub(r"(?!(?<!\w)-\d)[^\w\s.:]", " ", bare)  # a minus sign is kept
     tokens = spaced.replace(". ", " ").strip(" .").split()
@@ -33,9 +33,8 @@ def parse_accepted_answers(question: Question) -> list[str]:
 
 def exact_match(prediction: str, question: Question) -> float:
     """Return 1 if the prediction equals any accepted answer after normalisation."""
-    return float(
-        normalise_answer(prediction) in {normalise_answer(answer) for answer in parse_accepted_answers(question)}
-    )
+    accepted = {normalise_answer(answer) for answer in parse_accepted_answers(question)}
+    return float(normalise_answer(prediction) in accepted)
 
 
 def multiple_choice(prediction: str, question: Question) -> float:
@@ -49,20 +48,17 @@ def find_choice(prediction: str, choices: dict[str, str]) -> str | None:
     In order: a letter alone, the text of a choice, a letter within the text, a choice's text within the text.
     """
     text, normalised = prediction.strip(), {letter: normalise_answer(choice) for letter, choice in choices.items()}
-    if letter_match := re.fullmatch(r"\W*([A-Za-z])\W*", text):
-        return letter_match.group(1).upper() if letter_match.group(1).upper() in choices else None
+    if single := re.fullmatch(r"\W*([A-Za-z])\W*", text):
+        letter = single[1].upper()
+        return letter if letter in choices else None
     equal = [letter for letter, choice in normalised.items() if choice == normalise_answer(text)]
     if len(equal) == 1:
         return equal[0]
     # "A" before a lower-case letter is the article
     letters = set(re.findall(r"(?<![\w'])(?!A (?!or |and |is )[a-z])([A-Z])(?![\w'])", text)) & set(choices)
-    return (
-        next(iter(letters))
-        if len(letters) == 1
-        else None
-        if letters
-        else _find_contained_choice(normalise_answer(text), normalised)
-    )
+    if letters:
+        return letters.pop() if len(letters) == 1 else None
+    return _find_contained_choice(normalise_answer(text), normalised)
 
 
 def _find_contained_choice(text: str, choices: dict[str, str]) -> str | None:
@@ -76,10 +72,8 @@ def _find_contained_choice(text: str, choices: dict[str, str]) -> str | None:
 
 def vqa_accuracy(prediction: str, question: Question) -> float:
     """Return VQAv2's accuracy (arXiv 1612.00837): mean of min(1, agreeing / 3) over leave-one-out sets of answers."""
-    predicted, answers = (
-        normalise_answer(prediction),
-        [normalise_answer(answer) for answer in parse_accepted_answers(question)],
-    )
+    predicted = normalise_answer(prediction)
+    answers = [normalise_answer(answer) for answer in parse_accepted_answers(question)]
     if len(answers) == 1:
         return float(predicted == answers[0])
     agreeing = [answer == predicted for answer in answers]
@@ -101,9 +95,8 @@ def relaxed_accuracy(prediction: str, question: Question) -> float:
 
 def anls(prediction: str, question: Question) -> float:
     """Return DocVQA's ANLS (arXiv 2007.00398): 1 - normalised edit distance to the closest answer, 0 if at most 0.5."""
-    best = max(
-        _compute_similarity(prediction.strip().lower(), a.strip().lower()) for a in parse_accepted_answers(question)
-    )
+    predicted = prediction.strip().lower()
+    best = max(_compute_similarity(predicted, answer.strip().lower()) for answer in parse_accepted_answers(question))
     return best if best > 0.5 else 0.0
 
 

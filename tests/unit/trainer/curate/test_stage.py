@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +13,17 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from PIL import Image
 
-from sailvl_trainer.contract import CurateConfig, ModelConfig, Result, SourceConfig, Stage
+from sailvl_trainer.contract import Result, Stage
 from sailvl_trainer.curate import pipeline, selection
 from sailvl_trainer.curate import stage as subject
 from sailvl_trainer.data.shards import ShardReader, read_shard_manifest
-from sailvl_trainer.data.synthetic import draw_caption
 from sailvl_trainer.errors import ConfigError, DataError, Preempted
 from sailvl_trainer.rank.context import Context, build_single_process_context
-from sailvl_trainer.storage.codec import encode
+from tests.support.builders.curation import build_stage, hash_shards, write_raw_folder
+from tests.support.builders.training import start_ranks
+
+RANK = Path(__file__).parents[3] / "support/ranks/curate.py"
 
 
 @pytest.fixture(autouse=True)
@@ -38,62 +34,15 @@ def group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def build_raw(folder: Path, number: int = 40) -> Path:
-    """Write an image folder of synthetic images with captions, with images that are dropped for various reasons."""
-    folder.mkdir(parents=True)
-    for index in range(number):
-        sample = draw_caption(0, index, 3)
-        assert sample.image is not None
-        (folder / f"{index:03d}.png").write_bytes(sample.image)
-        (folder / f"{index:03d}.txt").write_text(str(sample.meta["caption"]))
-    first = (folder / "000.png").read_bytes()
-    blurred = io.BytesIO()
-    Image.open(io.BytesIO(first)).convert("RGB").save(blurred, "JPEG", quality=92)
-    bad = {"copy.png": first, "near.jpg": blurred.getvalue(), "cut.png": first[:200], "text.jpg": b"words"}
-    for name, data in bad.items():
-        (folder / name).write_bytes(data)
-        (folder / name).with_suffix(".txt").write_text("a caption")
-    (folder / "silent.png").write_bytes(first)
-    return folder
-
-
-def build_stage(root: Path, *, name: str = "curate", **changes: Any) -> Stage:
-    sources = (
-        SourceConfig(path=str(root / "raw"), format="imagefolder"),
-        SourceConfig(path="", format="procedural", name="drawn", samples=20, level=2),
-    )
-    config = CurateConfig(sources=sources, perceptual_distance=2, held_out_fraction=0.2, shard_samples=16, max_tiles=4)
-    return Stage(
-        namespace="team",
-        run="demo",
-        stage=name,
-        kind="curate",
-        attempt=1,
-        digest=name,
-        storage=str(root),
-        output=str(root / "demo" / name),
-        seed=3,
-        model=ModelConfig(preset="tiny"),
-        curate=replace(config, **changes),
-    )
-
-
 def run_stage(stage: Stage) -> tuple[Result, Context]:
     context = build_single_process_context(stage, scratch=Path(stage.output) / "scratch")
     return subject.run(context), context
 
 
-def hash_shards(stage: Stage) -> dict[str, str]:
-    """Return the SHA-256 of every file that training reads, by path."""
-    output = Path(stage.output)
-    files = [p for split in ("shards", "held-out") for p in (output / split).rglob("*")]
-    return {str(p.relative_to(output)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("storage")
-    build_raw(directory / "raw")
+    write_raw_folder(directory / "raw")
     return directory
 
 
@@ -227,7 +176,7 @@ def test_only_missing_artifacts_are_written_again(root: Path, whole: tuple[Stage
 
 
 STOP_POINTS = [
-    pytest.param(pipeline, "write_verified", 1, id="verifying"),
+    pytest.param(pipeline, "write_verified_items", 1, id="verifying"),
     pytest.param(subject, "select_samples", 2, id="deciding"),
     pytest.param(pipeline, "build_caption_sample", 2, id="writing"),
 ]
@@ -267,7 +216,7 @@ def test_error_counts_outcomes_if_all_images_were_dropped(root: Path) -> None:
 
 
 def test_image_deleted_after_verification_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_raw(tmp_path / "raw", number=4)
+    write_raw_folder(tmp_path / "raw", number=4)
     original = selection.select_samples
 
     def delete_and_select(*args: Any) -> dict[str, int]:
@@ -279,45 +228,11 @@ def test_image_deleted_after_verification_is_a_data_error(tmp_path: Path, monkey
         run_stage(build_stage(tmp_path))
 
 
-WORKER = """
-import os, sys
-from pathlib import Path
-import torch
-from sailvl_trainer.curate.stage import run
-from sailvl_trainer.rank.context import build_context
-from sailvl_trainer.storage.codec import read_stage
-from sailvl_trainer.rank.scratch import Scratch
-rank = int(os.environ["RANK"])
-scratch = Path(sys.argv[2]) / str(rank)
-scratch.mkdir(parents=True)
-stage = read_stage(Path(sys.argv[1]))
-context = build_context(stage, device=torch.device("cpu"), rank=rank, local_rank=0, scratch=Scratch(scratch))
-result = run(context)
-print("samples", result.samples, flush=True)
-os._exit(0)
-"""
-
-
 @pytest.mark.slow
-def test_two_ranks_write_the_same_bytes(
-    root: Path, whole: tuple[Stage, Result, Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = build_stage(root, name="two")
-    (tmp_path / "stage.json").write_bytes(encode(stage))
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / "stage.json"), str(tmp_path / "scratch")],
-            env=os.environ
-            | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-            | {"MASTER_PORT": port, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    assert outputs == [f"samples {whole[1].samples}\n"] * 2
+def test_two_ranks_write_the_same_bytes(root: Path, whole: tuple[Stage, Result, Context], tmp_path: Path) -> None:
+    stage, scratch = build_stage(root, name="two"), tmp_path / "scratch"
+    ranks = start_ranks(RANK, stage, 2, scratch)
+    assert [rank.wait(120) for rank in ranks] == [0, 0], (scratch / "log-0").read_text()[-2000:]
+    results = [json.loads((scratch / f"result-{rank}.json").read_bytes()) for rank in range(2)]
+    assert [result["samples"] for result in results] == [whole[1].samples] * 2
     assert hash_shards(stage) == hash_shards(whole[0])

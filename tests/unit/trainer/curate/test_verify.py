@@ -16,7 +16,7 @@ from sailvl_trainer.contract import CurateConfig, SourceConfig
 from sailvl_trainer.curate import verify as subject
 from sailvl_trainer.curate.items import Item
 from sailvl_trainer.curate.sources import list_items, list_partitions
-from sailvl_trainer.curate.verify import MAX_CAPTION_LENGTH, Verified, clean_caption, verify_item
+from sailvl_trainer.curate.verify import MAX_CAPTION_LENGTH, VerifiedItem, clean_caption, verify_item
 from tests.support.builders.images import build_decompression_bomb, build_exif, draw_noise, encode_image
 
 CONFIG = CurateConfig(sources=(), min_side=16, max_pixels=10_000, max_tiles=4)
@@ -60,10 +60,12 @@ READABLE_IMAGES = [
 
 
 @pytest.fixture
-def check(tmp_path: Path) -> Callable[..., Verified]:
+def check(tmp_path: Path) -> Callable[..., VerifiedItem]:
     """Return a function that verifies bytes in a file named .jpg, whatever their format."""
 
-    def write_and_verify(data: bytes, *, caption: str | None = "a caption", config: CurateConfig = CONFIG) -> Verified:
+    def write_and_verify(
+        data: bytes, *, caption: str | None = "a caption", config: CurateConfig = CONFIG
+    ) -> VerifiedItem:
         path = tmp_path / "image.jpg"
         path.write_bytes(data)
         return verify_item(Item(source="s", key="k", path=os.fsencode(path), caption=caption), config, TILE_SIZE)
@@ -73,7 +75,7 @@ def check(tmp_path: Path) -> Callable[..., Verified]:
 
 @pytest.mark.parametrize(("data", "suffix", "size"), READABLE_IMAGES)
 def test_unusual_image_is_verified(
-    check: Callable[..., Verified], data: bytes, suffix: str, size: tuple[int, int]
+    check: Callable[..., VerifiedItem], data: bytes, suffix: str, size: tuple[int, int]
 ) -> None:
     found = check(data)
     assert (found.outcome, found.detail, found.format) == ("ok", "", suffix)
@@ -99,7 +101,7 @@ BROKEN_IMAGES = [
 
 
 @pytest.mark.parametrize(("data", "outcome"), BROKEN_IMAGES)
-def test_bad_image_is_dropped_with_a_reason(check: Callable[..., Verified], data: bytes, outcome: str) -> None:
+def test_bad_image_is_dropped_with_a_reason(check: Callable[..., VerifiedItem], data: bytes, outcome: str) -> None:
     found = check(data)
     assert found.outcome == outcome
     assert found.detail
@@ -108,17 +110,17 @@ def test_bad_image_is_dropped_with_a_reason(check: Callable[..., Verified], data
 
 
 def test_decompression_bomb_is_dropped_without_decoding(
-    check: Callable[..., Verified], monkeypatch: pytest.MonkeyPatch
+    check: Callable[..., VerifiedItem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[bytes] = []
     monkeypatch.setattr(subject, "open_image", lambda data, **_: decoded.append(data))
-    assert check(build_decompression_bomb()) == Verified(
+    assert check(build_decompression_bomb()) == VerifiedItem(
         outcome="too_large", detail="50000 × 50000 pixels", text="a caption", width=50_000, height=50_000
     )
     assert decoded == []
 
 
-def test_raised_pixel_limit_is_respected(check: Callable[..., Verified]) -> None:
+def test_raised_pixel_limit_is_respected(check: Callable[..., VerifiedItem]) -> None:
     config = replace(CONFIG, max_pixels=10**9)
     assert check(encode_image(draw_noise(200, 100), "PNG"), config=config).outcome == "ok"
     assert check(build_decompression_bomb(), config=config).outcome == "too_large"
@@ -150,7 +152,7 @@ CAPTIONS = [
 
 @pytest.mark.parametrize(("caption", "outcome", "text"), CAPTIONS)
 def test_caption_is_cleaned_and_classified(
-    check: Callable[..., Verified], caption: str | None, outcome: str, text: str
+    check: Callable[..., VerifiedItem], caption: str | None, outcome: str, text: str
 ) -> None:
     found = check(JPEG, caption=caption)
     assert (found.outcome, found.text) == (outcome, text)
@@ -169,7 +171,7 @@ def test_missing_file_is_counted_and_a_storage_error_is_raised(tmp_path: Path, m
         verify_item(item, CONFIG, TILE_SIZE)
 
 
-def test_pixel_hash_is_equal_in_every_format(check: Callable[..., Verified]) -> None:
+def test_pixel_hash_is_equal_in_every_format(check: Callable[..., VerifiedItem]) -> None:
     assert check(PNG).pixels_sha256 == check(encode_image(draw_noise(), "BMP")).pixels_sha256
     assert check(PNG).pixels_sha256 != check(encode_image(draw_noise().resize((59, 40)), "PNG")).pixels_sha256
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from PIL import Image
 from sailvl_trainer.data.images import open_image, read_size
 from sailvl_trainer.data.synthetic import draw_caption, draw_question
 from sailvl_trainer.data.tiling import choose_grid, count_tiles, cut_tiles
+from tests.support.builders.images import build_exif, encode_image
 
 GRIDS = [
     pytest.param(448, 448, 12, (1, 1), id="one tile"),
@@ -35,27 +35,21 @@ def test_cut_tiles_normalises_tiles_and_thumbnail() -> None:
     assert pixels_N3HW[:, 0].mean() == pytest.approx((1 - 0.485) / 0.229, rel=1e-4)
 
 
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def build_rotated() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encode(Image.new("RGB", (20, 10), (255, 0, 0)), "JPEG", exif=exif)
+    return encode_image(Image.new("RGB", (20, 10), (255, 0, 0)), "JPEG", exif=build_exif(6))
 
 
 BLUE = Image.new("RGB", (20, 10), (0, 0, 255))
 DEEP = Image.fromarray(np.full((10, 20), 65535, dtype=np.uint16))
 IMAGES = [
-    pytest.param(encode(Image.new("CMYK", (20, 10), (0, 255, 255, 0)), "JPEG"), (20, 10), (255, 0, 0), id="CMYK"),
-    pytest.param(encode(DEEP, "PNG"), (20, 10), (255, 255, 255), id="16 bits"),
-    pytest.param(encode(Image.new("RGBA", (20, 10), (0, 0, 0, 0)), "PNG"), (20, 10), (255, 255, 255), id="transparent"),
-    pytest.param(encode(Image.new("P", (20, 10)), "PNG"), (20, 10), (0, 0, 0), id="palette"),
+    pytest.param(encode_image(Image.new("CMYK", (20, 10), (0, 255, 255, 0)), "JPEG"), (20, 10), (255, 0, 0), id="CMYK"),
+    pytest.param(encode_image(DEEP, "PNG"), (20, 10), (255, 255, 255), id="16 bits"),
     pytest.param(
-        encode(
+        encode_image(Image.new("RGBA", (20, 10), (0, 0, 0, 0)), "PNG"), (20, 10), (255, 255, 255), id="transparent"
+    ),
+    pytest.param(encode_image(Image.new("P", (20, 10)), "PNG"), (20, 10), (0, 0, 0), id="palette"),
+    pytest.param(
+        encode_image(
             Image.new("RGB", (20, 10), (0, 0, 255)), "GIF", save_all=True, append_images=[Image.new("RGB", (20, 10))]
         ),
         (20, 10),

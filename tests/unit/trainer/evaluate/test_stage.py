@@ -95,14 +95,14 @@ def test_answers_before_a_stop_are_reused(
     root: Path, whole: tuple[Stage, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = replace(whole[0], run="stopped", output=str(root / "stopped/evaluate"))
-    answer, answered = generate.Generator.answer, list[str]()
+    answer, answered = generate.Generator.generate_answers, list[str]()
 
     def answer_and_stop(self: generate.Generator, questions: Any, max_tiles: int) -> list[str]:
         answered.extend(question.index for question in questions)
         (Path(stage.output) / "scratch-1/stop").touch()
         return answer(self, questions, max_tiles)
 
-    monkeypatch.setattr(generate.Generator, "answer", answer_and_stop)
+    monkeypatch.setattr(generate.Generator, "generate_answers", answer_and_stop)
     with pytest.raises(Preempted, match="during benchmark colours"):
         run_stage(stage)
     (cache,) = (Path(stage.output) / "artifacts").iterdir()
@@ -139,14 +139,16 @@ def test_batched_answer_equals_step_by_step_greedy_decoding(root: Path) -> None:
                 input_ids=torch.tensor([sequence]), pixel_values=torch.from_numpy(pixels), vision_feature_layer=-1
             ).logits[0, -1]
             sequence.append(int(functional.softmax(logits_V, dim=-1).argmax()))
-    assert generator.answer([question], 1) == [tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True).strip()]
+    assert generator.generate_answers([question], 1) == [
+        tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True).strip()
+    ]
 
 
 def test_broken_benchmark_fails_before_the_first_answer(
     root: Path, benchmarks: tuple[BenchmarkConfig, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered: list[Any] = []
-    monkeypatch.setattr(generate.Generator, "answer", lambda *_: answered.append(1))
+    monkeypatch.setattr(generate.Generator, "generate_answers", lambda *_: answered.append(1))
     broken = build_benchmark(root / "benchmarks/gone.tsv")
     with pytest.raises(DataError, match=r"gone\.tsv"):
         run_stage(build_stage(root, *benchmarks, broken, run="mistake"))

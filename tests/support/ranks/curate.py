@@ -1,0 +1,25 @@
+"""Main program of a rank that runs a curate stage; the stage document is at $STAGE."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sailvl_trainer.curate import stage
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import encode
+from tests.support.builders.training import join_ranks
+
+SCRATCH = Path(os.environ["SCRATCH"])
+
+
+def main() -> None:
+    """Run the stage; every rank writes its result to $SCRATCH."""
+    context = join_ranks()
+    result = stage.run(context)
+    write_atomic(SCRATCH / f"result-{context.rank}.json", encode(result))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
