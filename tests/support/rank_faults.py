@@ -28,7 +28,8 @@ import torch
 from sailvl_trainer.contract import Env, Stage, Termination
 from sailvl_trainer.curate import stage as curate
 from sailvl_trainer.data.collate import Batch
-from sailvl_trainer.data.shards import ShardWriter
+from sailvl_trainer.data.shards import ShardInfo, ShardReader, ShardWriter
+from sailvl_trainer.data.token_counts import TokenCountFiles
 from sailvl_trainer.evaluate import stage as evaluate
 from sailvl_trainer.evaluate.answer_cache import AnswerCache
 from sailvl_trainer.model import export
@@ -248,6 +249,7 @@ def _after(owner: Any, name: str, do: Callable[[], None], is_now: Callable[..., 
 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "measuring the data": (stage, "prepare", 1, True),
+    "counting tokens": (TokenCountFiles, "count", 1, False),
     "starting": (stage, "build_engine", 1, True),
     "evaluating before": (stage.validation, "measure_validation_loss", 1, True),
     "saving, files half written": (checkpoint, "_write_fragments", 2, False),
@@ -277,6 +279,18 @@ def spoil(*samples: int) -> None:
         return batch
 
     Batch.to = to  # type: ignore[method-assign]
+
+
+def log_counted(path: Path) -> None:
+    """Append the name of each shard to a file once this rank has counted its tokens."""
+    original = TokenCountFiles.count
+
+    def count(self: TokenCountFiles, info: ShardInfo, reader: ShardReader, *args: Any) -> None:
+        original(self, info, reader, *args)
+        with path.open("a") as file:
+            file.write(f"{reader.path.parent.name}/{info.name}\n")
+
+    TokenCountFiles.count = count  # type: ignore[method-assign]
 
 
 def explode(step: int) -> None:

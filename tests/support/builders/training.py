@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from sailvl_trainer.contract import ModelConfig, Stage, TrainConfig
+from sailvl_trainer.data.shards import ShardWriter, write_shard_manifest
+from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.rank.context import Context, build_context
 from sailvl_trainer.rank.scratch import Scratch
@@ -24,6 +26,20 @@ SAMPLES = 40
 def build_set(directory: Path) -> Path:
     """Questions of level 1, with held-out ones."""
     make_questions(directory, level=1, number=SAMPLES)
+    return directory
+
+
+def build_uncounted_set(directory: Path, *, shards: int = 5, shard_samples: int = 8) -> Path:
+    """A prepared set whose index holds no token counts, as if another tokenizer had counted; one shard is held out."""
+    for split, first, number in (("shards", 0, shards), ("held-out", shards, 1)):
+        infos = []
+        for shard in range(first, first + number):
+            with ShardWriter(directory / split, f"{shard:05d}") as writer:
+                for row in range(shard_samples):
+                    writer.write(draw_question(0, shard * shard_samples + row, 1))
+            assert writer.info is not None
+            infos.append(writer.info)
+        write_shard_manifest(directory / split, infos)
     return directory
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sailvl_trainer.data.encoder import LENGTHS, SampleEncoder
-from sailvl_trainer.data.shards import ShardPool, ShardReader, read_shard_manifest
+from sailvl_trainer.data.encoder import LENGTHS, SampleEncoder, TokenCounter
+from sailvl_trainer.data.shards import ShardInfo, ShardPool, ShardReader, read_shard_manifest
+from sailvl_trainer.data.token_counts import TokenCountFiles
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.errors import translate_storage_errors
 
@@ -69,25 +70,50 @@ class ShardDataset:
         return self.pool[shard], sample - int(self.starts[shard])
 
 
-def build_dataset(
-    directories: Sequence[Path], split: str, encoder: SampleEncoder, cache: Path | None = None
-) -> ShardDataset:
-    """Open the shards below each directory's `split` folder and measure every sample.
+@dataclass(frozen=True, kw_only=True)
+class ShardList:
+    """The shards of a split in all data directories, in the order of their samples."""
 
-    With `cache`, lengths are kept in that folder for the next start and memory-mapped. Raises DataError for a directory
-    without a manifest, or a shard without its index.
-    """
+    infos: tuple[ShardInfo, ...]
+    pool: ShardPool
+    starts: np.ndarray
+    """As in ShardDataset."""
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return int(self.starts[-1])
+
+
+def list_shards(directories: Sequence[Path], split: str) -> ShardList:
+    """List the shards below each directory's `split` folder. Raises DataError for a directory without a manifest."""
     shards = [(folder / split, info) for folder in directories for info in read_shard_manifest(folder / split).shards]
-    hashes = json.dumps([encoder.fingerprint, *(info.sha256 for _, info in shards)])
-    fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
-    pool = ShardPool([(folder, info.name) for folder, info in shards])
-    starts = np.cumsum([0, *(info.samples for _, info in shards)])
-    path = None if cache is None else cache / f"{split}-{fingerprint}.npy"
+    return ShardList(
+        infos=tuple(info for _, info in shards),
+        pool=ShardPool([(folder, info.name) for folder, info in shards]),
+        starts=np.cumsum([0, *(info.samples for _, info in shards)]),
+    )
+
+
+def compute_fingerprint(shards: ShardList, encoder: SampleEncoder) -> str:
+    """Return the hash of everything that the dataset's lengths and order depend on."""
+    hashes = json.dumps([encoder.fingerprint, *(info.sha256 for info in shards.infos)])
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+
+
+def build_dataset(shards: ShardList, encoder: SampleEncoder, lengths_S: np.ndarray | None = None) -> ShardDataset:
+    """Return the dataset of shards, given their LENGTHS; by default they are measured now, in this process.
+
+    Raises DataError for a shard without its index, or one that differs from the manifest.
+    """
     dataset = ShardDataset(
-        pool=pool,
-        starts=starts,
-        lengths_S=_load_or_measure(pool, starts, encoder, path),
-        fingerprint=fingerprint,
+        pool=shards.pool,
+        starts=shards.starts,
+        lengths_S=measure_lengths(shards, encoder) if lengths_S is None else lengths_S,
+        fingerprint=compute_fingerprint(shards, encoder),
         tokens_per_tile=encoder.preset.tokens_per_tile,
     )
     if dataset.truncated:
@@ -98,48 +124,59 @@ def build_dataset(
     return dataset
 
 
-def _load_or_measure(pool: ShardPool, starts: np.ndarray, encoder: SampleEncoder, path: Path | None) -> np.ndarray:
-    if path is None:
-        return _measure(pool, starts, encoder, np.empty(starts[-1], dtype=LENGTHS))
-    if not path.exists() and starts[-1]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # ranks in containers share process ids
-        try:
-            mapped_S = _create_mapped(temporary, int(starts[-1]))
-            _measure(pool, starts, encoder, mapped_S)
-            mapped_S.flush()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    found: np.ndarray = np.load(path, mmap_mode="r") if starts[-1] else np.empty(0, dtype=LENGTHS)
-    return found
+def measure_lengths(
+    shards: ShardList,
+    encoder: SampleEncoder,
+    *,
+    counts: TokenCountFiles | None = None,
+    out_S: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the LENGTHS of all samples, written to `out_S` if given. Images aren't read.
 
-
-def _create_mapped(path: Path, samples: int) -> np.memmap:
-    """Create and map a file of LENGTHS. Its space is allocated at once: a full disk would otherwise raise SIGBUS
-    later."""
-    with translate_storage_errors(path):
-        mapped_S = np.lib.format.open_memmap(path, mode="w+", dtype=LENGTHS, shape=(samples,))
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return mapped_S
-
-
-def _measure(pool: ShardPool, starts: np.ndarray, encoder: SampleEncoder, lengths_S: np.ndarray) -> np.ndarray:
-    for shard in range(len(starts) - 1):
-        reader = pool[shard]
-        first, end = int(starts[shard]), int(starts[shard + 1])
+    Text tokens come from the shard's index if it was counted by the same tokenizer, else from `counts`; without either
+    they are counted now.
+    """
+    lengths_S = np.empty(shards.samples, dtype=LENGTHS) if out_S is None else out_S
+    for number, info in enumerate(shards.infos):
+        reader = shards.pool[number]
+        first, end = int(shards.starts[number]), int(shards.starts[number + 1])
         if len(reader) != end - first:
             raise DataError(
                 f"shard {reader.path} has {len(reader)} rows, but {end - first} in the manifest; copy the set again"
             )
-        lengths_S[first:end] = encoder.measure(reader, _text_tokens(encoder, reader))
+        lengths_S[first:end] = encoder.measure(reader, _read_text_tokens(info, reader, encoder.counter, counts))
     return lengths_S
 
 
-def _text_tokens(encoder: SampleEncoder, reader: ShardReader) -> np.ndarray:
-    """Return the text tokens of all rows from the index; count them if another tokenizer did."""
-    counter = encoder.counter
+def write_lengths(path: Path, shards: ShardList, encoder: SampleEncoder, *, counts: TokenCountFiles) -> None:
+    """Measure all samples into a file for `load_lengths`, which appears under its name when it is complete.
+
+    Raises StorageError if the volume is full or unavailable.
+    """
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # process ids aren't unique over containers
+    try:
+        with translate_storage_errors(temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mapped_S = np.lib.format.open_memmap(temporary, mode="w+", dtype=LENGTHS, shape=(shards.samples,))
+            with temporary.open("r+b") as file:  # allocate the space now: on a full disk, writing the map raises SIGBUS
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+        measure_lengths(shards, encoder, counts=counts, out_S=mapped_S)
+        mapped_S.flush()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_lengths(path: Path) -> np.ndarray:
+    """Return the LENGTHS in a file, memory-mapped and read-only."""
+    lengths_S: np.ndarray = np.load(path, mmap_mode="r")
+    return lengths_S
+
+
+def _read_text_tokens(
+    info: ShardInfo, reader: ShardReader, counter: TokenCounter, counts: TokenCountFiles | None
+) -> np.ndarray:
     if reader.counted_by == counter.fingerprint:
         return reader.column("text_tokens")
-    return counter.count_shard(reader)
+    text_tokens_R = None if counts is None else counts.read(info)
+    return counter.count_shard(reader) if text_tokens_R is None else text_tokens_R

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sailvl_trainer.contract import HELD_OUT_DIR, MANIFEST_FILE, BenchmarkConfig
-from sailvl_trainer.data.dataset import build_dataset
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.errors import DataError, Preempted
 from sailvl_trainer.evaluate.answer_cache import AnswerCache
@@ -19,6 +18,7 @@ from sailvl_trainer.evaluate.scoring import is_yes, parse_accepted_answers, scor
 from sailvl_trainer.evaluate.tsv import Question, read_tsv
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import all_gather_object
+from sailvl_trainer.train.dataset_cache import open_dataset
 from sailvl_trainer.train.forward import PackedModel
 from sailvl_trainer.train.validation import measure_validation_loss
 
@@ -155,7 +155,7 @@ def _measure_caption_loss(context: Context, generator: Generator, benchmark: Ben
         max_tiles=benchmark.max_tiles,
         pack_tokens=TEXT_TOKENS + max_tiles * generator.preset.tokens_per_tile,
     )
-    dataset = build_dataset([folder.parent], folder.name, encoder)
+    dataset = open_dataset(context, [folder.parent], folder.name, encoder)
     if not len(dataset):
         raise DataError(f"benchmark {folder} contains no samples, so its loss is undefined")
     with context.telemetry.activity("evaluating"):

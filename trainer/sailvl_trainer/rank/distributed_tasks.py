@@ -1,4 +1,5 @@
-"""A pool of tasks that the ranks of a stage process together; used by curation.
+"""A pool of tasks that the ranks of a stage process together; used by curation, and by training
+to count tokens.
 
 Ranks claim the tasks one by one from a counter in the process group's store, so that faster ranks process more.
 The output of a task must be atomic: after an interruption, a new attempt repeats the tasks without output only.
@@ -8,21 +9,22 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from sailvl_trainer.errors import Preempted
 from sailvl_trainer.rank.context import Context
+from sailvl_trainer.rank.distributed import broadcast_object
 
 BARRIER_TIMEOUT = timedelta(days=30)
 """Time for which a rank waits for the others. It is long because the first rank may search duplicates for hours; the
 connections of a rank that dies break at once, whatever the timeout."""
 MAX_POLL_SECONDS = 0.2
 HEARTBEAT_SECONDS = 2.0
-STOP_KEY = "tasks/stop"
 
 
 class TaskPool:
@@ -33,6 +35,8 @@ class TaskPool:
         group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup), "every rank is a member"
         self._group = group
+        self._prefix = broadcast_object(f"tasks/{uuid.uuid4().hex}" if context.is_first else None)
+        """Prefix of the pool's keys in the store, which outlives the pool."""
 
     def run(
         self,
@@ -47,13 +51,13 @@ class TaskPool:
         `name`: activity in the telemetry. `count_samples`: number of samples in a task; if given, their sum over all
         ranks is reported as progress. Raises Preempted if a stop is requested, once the tasks in progress are finished.
         """
-        telemetry, store = self._context.telemetry, self._context.store
-        with telemetry.activity(name):
-            while not self._is_stopping() and (task := store.add(f"tasks/{name}", 1) - 1) < count:
+        store = self._context.store
+        with self._activity(name):
+            while not self._is_stopping() and (task := store.add(f"{self._prefix}/{name}", 1) - 1) < count:
                 if not is_done(task):
                     run_task(task)
                 if count_samples is not None:
-                    store.add(f"tasks/{name}/samples", count_samples(task))
+                    store.add(f"{self._prefix}/{name}/samples", count_samples(task))
                 self._report_progress(name, has_samples=count_samples is not None)
         self.wait()
         self._report_progress(name, has_samples=count_samples is not None)
@@ -66,13 +70,13 @@ class TaskPool:
         """
         self._raise_if_stop_requested()
         if self._context.is_first:
-            with self._context.telemetry.activity(name), self._send_heartbeats():
+            with self._activity(name), self._send_heartbeats():
                 task()
         self.wait()
 
     def wait(self) -> None:
         """Wait until all ranks call this; the heartbeat continues, because a rank that waits is not stalled."""
-        with self._context.telemetry.activity("waiting"):
+        with self._activity("waiting"):
             barrier = dist.barrier(group=self._group, async_op=True)
             assert barrier is not None, "every rank is a member of the group"
             pause = 0.001
@@ -82,11 +86,17 @@ class TaskPool:
                 pause = min(MAX_POLL_SECONDS, 2 * pause)
             barrier.wait()
 
+    def _activity(self, name: str) -> AbstractContextManager[None]:
+        """Record a block's time as an activity; before the stage runs, it is already recorded as `starting`."""
+        telemetry = self._context.telemetry
+        return nullcontext() if telemetry.progress.phase == "starting" else telemetry.activity(name)
+
     def _is_stopping(self) -> bool:
         """Whether a stop of any rank is known to this one; ranks announce a stop in the store."""
+        key = f"{self._prefix}/stop"
         if self._context.preemption.is_requested_locally:
-            self._context.store.add(STOP_KEY, 1)
-        return self._context.store.add(STOP_KEY, 0) > 0
+            self._context.store.add(key, 1)
+        return self._context.store.add(key, 0) > 0
 
     def _raise_if_stop_requested(self) -> None:
         if self._context.preemption.should_stop():
@@ -97,7 +107,7 @@ class TaskPool:
         if not has_samples:
             self._context.telemetry.update()
             return
-        samples = self._context.store.add(f"tasks/{name}/samples", 0)
+        samples = self._context.store.add(f"{self._prefix}/{name}/samples", 0)
         self._context.telemetry.update(step=samples, samples=samples)
 
     @contextmanager

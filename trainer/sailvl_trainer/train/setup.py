@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from sailvl_trainer.contract import EXPORT_DIR, HELD_OUT_DIR, MANIFEST_FILE, SHARDS_DIR, TrainConfig
-from sailvl_trainer.data.dataset import ShardDataset, build_dataset
+from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.model.build import build_model
@@ -16,9 +16,7 @@ from sailvl_trainer.model.freeze import set_trainable
 from sailvl_trainer.model.presets import Preset, get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
-
-INDEX_DIR = "index"
-"""Folder below the stage's directory where sample lengths are cached for all ranks and attempts."""
+from sailvl_trainer.train.dataset_cache import open_dataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +48,7 @@ def prepare(context: Context, config: TrainConfig) -> TrainingSetup:
         tokenizer=tokenizer, preset=preset, max_tiles=config.max_tiles, pack_tokens=config.pack_tokens
     )
     folders = [Path(path) for path in config.data]
-    dataset = build_dataset(folders, SHARDS_DIR, encoder, cache=context.files.output / INDEX_DIR)
+    dataset = open_dataset(context, folders, SHARDS_DIR, encoder)
     planner = build_planner(
         dataset,
         pack_tokens=config.pack_tokens,
@@ -64,13 +62,13 @@ def prepare(context: Context, config: TrainConfig) -> TrainingSetup:
         trainable_names=set_trainable(model, config.train),
         encoder=encoder,
         dataset=dataset,
-        validation_set=_build_validation_set(folders, encoder),
+        validation_set=_open_validation_set(context, folders, encoder),
         planner=planner,
         steps=planner.num_steps(stage.seed, epochs=config.epochs, tokens=config.tokens),
     )
 
 
-def _build_validation_set(folders: list[Path], encoder: SampleEncoder) -> ShardDataset | None:
+def _open_validation_set(context: Context, folders: list[Path], encoder: SampleEncoder) -> ShardDataset | None:
     with_held_out = [folder for folder in folders if (folder / HELD_OUT_DIR / MANIFEST_FILE).exists()]
-    dataset = build_dataset(with_held_out, HELD_OUT_DIR, encoder) if with_held_out else None
+    dataset = open_dataset(context, with_held_out, HELD_OUT_DIR, encoder) if with_held_out else None
     return dataset if dataset is not None and len(dataset) else None

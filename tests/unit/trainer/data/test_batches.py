@@ -15,12 +15,12 @@ import torch
 from sailvl_trainer.contract import ModelConfig, Skip
 from sailvl_trainer.data.chat import IGNORE_INDEX
 from sailvl_trainer.data.collate import Batch, collate
-from sailvl_trainer.data.dataset import ShardDataset, build_dataset
+from sailvl_trainer.data.dataset import ShardDataset, build_dataset, list_shards
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.loader import LoadedStep, load_steps, load_validation_batches, sample_subset
 from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.data.samples import Message, Sample
-from sailvl_trainer.data.shards import ShardWriter, write_shard_manifest
+from sailvl_trainer.data.shards import ShardReader, ShardWriter, write_shard_manifest
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ def encoder() -> SampleEncoder:
 
 @pytest.fixture(scope="module")
 def dataset(prepared: Path, encoder: SampleEncoder) -> ShardDataset:
-    return build_dataset([prepared], "shards", encoder)
+    return build_dataset(list_shards([prepared], "shards"), encoder)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_pack_without_pictures_still_has_a_tile(dataset: ShardDataset, encoder
 def test_words_alone_make_a_sample(tmp_path: Path, encoder: SampleEncoder) -> None:
     turns = (Message(role="user", content="What is red and blue?"), Message(role="assistant", content="purple"))
     write_set(tmp_path, [Sample(key="a", image=None, suffix="", messages=turns)])
-    batch = collate(build_dataset([tmp_path], "shards", encoder), encoder, (0,))
+    batch = collate(build_dataset(list_shards([tmp_path], "shards"), encoder), encoder, (0,))
     assert (batch.tiles, len(batch.pixels_N3HW)) == (0, 1)
     assert batch.loss_tokens > 0
 
@@ -128,7 +128,7 @@ def test_a_long_sample_is_cut_and_its_picture_kept(
     tmp_path: Path, encoder: SampleEncoder, before: int, after: int
 ) -> None:
     write_set(tmp_path, [build_long(before, after), draw_question(0, 1, 1)])
-    dataset = build_dataset([tmp_path], "shards", encoder)
+    dataset = build_dataset(list_shards([tmp_path], "shards"), encoder)
     context = encoder.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
     assert dataset.truncated == 1
     batch = collate(dataset, encoder, (0,))
@@ -138,9 +138,9 @@ def test_a_long_sample_is_cut_and_its_picture_kept(
 
 def test_a_sample_of_just_the_length_is_not_cut(tmp_path: Path, encoder: SampleEncoder) -> None:
     write_set(tmp_path, [draw_question(0, 1, 1)])
-    length = build_dataset([tmp_path], "shards", encoder).tokens
-    assert build_dataset([tmp_path], "shards", replace(encoder, pack_tokens=length)).truncated == 0
-    assert build_dataset([tmp_path], "shards", replace(encoder, pack_tokens=length - 1)).truncated == 1
+    length = build_dataset(list_shards([tmp_path], "shards"), encoder).tokens
+    assert build_dataset(list_shards([tmp_path], "shards"), replace(encoder, pack_tokens=length)).truncated == 0
+    assert build_dataset(list_shards([tmp_path], "shards"), replace(encoder, pack_tokens=length - 1)).truncated == 1
 
 
 def test_a_pack_too_short_for_a_tile_is_refused(encoder: SampleEncoder) -> None:
@@ -150,7 +150,7 @@ def test_a_pack_too_short_for_a_tile_is_refused(encoder: SampleEncoder) -> None:
 
 def test_a_pack_with_too_few_tiles_is_refused(tmp_path: Path, encoder: SampleEncoder) -> None:
     write_set(tmp_path, [draw_question(0, 1, 1)])
-    dataset = build_dataset([tmp_path], "shards", encoder)
+    dataset = build_dataset(list_shards([tmp_path], "shards"), encoder)
     with pytest.raises(ConfigError, match="packTiles is 0"):
         build_planner(dataset, pack_tokens=512, pack_tiles=0, packs_per_step=1)
 
@@ -179,7 +179,7 @@ def test_a_broken_record_is_named(
     write_shard_manifest(tmp_path / "shards", [writer.info])
 
     def load() -> None:
-        dataset = build_dataset([tmp_path], "shards", encoder)
+        dataset = build_dataset(list_shards([tmp_path], "shards"), encoder)
         planner = build_planner(dataset, pack_tokens=512, pack_tiles=16, packs_per_step=4)
         next(load_steps(planner, dataset, encoder, planner.first_position(0), rank=0, world_size=1))
 
@@ -187,15 +187,14 @@ def test_a_broken_record_is_named(
         load()
 
 
-def test_lengths_are_mapped_from_the_cache(
-    prepared: Path, tmp_path: Path, dataset: ShardDataset, encoder: SampleEncoder
+def test_collate_reads_each_image_once(
+    dataset: ShardDataset, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for _ in range(2):
-        cached = build_dataset([prepared], "shards", encoder, cache=tmp_path / "index")
-        assert isinstance(cached.lengths_S, np.memmap)
-        assert np.array_equal(cached.lengths_S, dataset.lengths_S)
-        assert cached.fingerprint == dataset.fingerprint
-    assert len(list((tmp_path / "index").iterdir())) == 1
+    read: list[tuple[str, int]] = []
+    read_slice = ShardReader._slice
+    monkeypatch.setattr(ShardReader, "_slice", lambda self, *what: (read.append(what), read_slice(self, *what))[1])
+    collate(dataset, encoder, (4, 2, 7))
+    assert Counter(read) == {(part, row): 1 for part in ("image", "json") for row in (4, 2, 7)}
 
 
 def test_counted_and_uncounted_shards_give_the_same_index(
@@ -203,7 +202,7 @@ def test_counted_and_uncounted_shards_give_the_same_index(
 ) -> None:
     samples = [dataset.locate(sample)[0].sample(dataset.locate(sample)[1]) for sample in range(len(dataset))]
     assert dataset.locate(0)[0].counted_by is not None
-    uncounted = build_dataset([write_set(tmp_path, samples)], "shards", encoder)
+    uncounted = build_dataset(list_shards([write_set(tmp_path, samples)], "shards"), encoder)
     assert uncounted.locate(0)[0].counted_by is None
     assert np.array_equal(uncounted.lengths_S, dataset.lengths_S)
 
@@ -211,8 +210,8 @@ def test_counted_and_uncounted_shards_give_the_same_index(
 def test_the_fingerprint_knows_the_data_and_the_lengths(
     prepared: Path, dataset: ShardDataset, encoder: SampleEncoder
 ) -> None:
-    shorter = build_dataset([prepared], "shards", replace(encoder, pack_tokens=256))
-    twice = build_dataset([prepared, prepared], "shards", encoder)
+    shorter = build_dataset(list_shards([prepared], "shards"), replace(encoder, pack_tokens=256))
+    twice = build_dataset(list_shards([prepared, prepared], "shards"), encoder)
     assert len({dataset.fingerprint, shorter.fingerprint, twice.fingerprint}) == 3
     assert len(twice) == 2 * len(dataset)
     assert twice.locate(len(dataset))[1] == 0
@@ -290,7 +289,7 @@ def test_shuffled_pictures_are_cut_to_the_samples_own_tiles(tmp_path: Path) -> N
             writer.write(sample, (112, 112) if i % 2 else (112, 224))
     assert writer.info is not None
     write_shard_manifest(tmp_path / "shards", [writer.info])
-    dataset = build_dataset([tmp_path], "shards", tall)
+    dataset = build_dataset(list_shards([tmp_path], "shards"), tall)
     assert sorted(dataset.lengths_S["tiles"].tolist()) == [1, 1, 3, 3]
     for batch in held_out(dataset, tall, shuffle_images=True):
         assert len(batch.pixels_N3HW) == batch.tiles

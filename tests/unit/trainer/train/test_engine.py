@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from sailvl_trainer.contract import ModelConfig, Part, TrainConfig
 from sailvl_trainer.data.collate import Batch, collate
-from sailvl_trainer.data.dataset import ShardDataset, build_dataset
+from sailvl_trainer.data.dataset import ShardDataset, build_dataset, list_shards
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.freeze import set_trainable
@@ -45,7 +45,7 @@ def encoder() -> SampleEncoder:
 
 @pytest.fixture(scope="module")
 def dataset(encoder: SampleEncoder, tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
-    return build_dataset([build_set(tmp_path_factory.mktemp("set"))], "shards", encoder)
+    return build_dataset(list_shards([build_set(tmp_path_factory.mktemp("set"))], "shards"), encoder)
 
 
 def build(encoder: SampleEncoder) -> PackedModel:

@@ -1,0 +1,296 @@
+"""Lengths of samples that another tokenizer counted: one pass of all ranks, which resumes, and reads no image."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sailvl_trainer.contract import ExitCode, ModelConfig, Stage
+from sailvl_trainer.data.dataset import ShardDataset, build_dataset, list_shards
+from sailvl_trainer.data.encoder import SampleEncoder, TokenCounter
+from sailvl_trainer.data.shards import ShardReader
+from sailvl_trainer.data.token_counts import TokenCountFiles
+from sailvl_trainer.errors import Preempted, StorageError
+from sailvl_trainer.model.presets import get_preset
+from sailvl_trainer.model.tokenizer import load_tokenizer
+from sailvl_trainer.rank.context import Context, build_single_process_context
+from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.train.dataset_cache import HEARTBEAT_ROWS, INDEX_DIR, open_dataset
+from tests.support.builders.training import build_set, build_stage, build_uncounted_set
+from tests.support.rank_faults import Ranks, Volume, at, both, die, fill, log_counted, next_attempt, provide_volume
+
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def uncounted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_uncounted_set(tmp_path_factory.mktemp("data") / "set", shards=SHARDS)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SampleEncoder:
+    return build_encoder()
+
+
+def build_encoder() -> SampleEncoder:
+    tokenizer = load_tokenizer(ModelConfig(preset="tiny"))
+    return SampleEncoder(tokenizer=tokenizer, preset=get_preset("tiny"), max_tiles=1, pack_tokens=256)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return build_single_process_context(build_stage(tmp_path), scratch=tmp_path / "scratch")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards whose tokens were counted, in order."""
+    names: list[str] = []
+    count_shard = TokenCounter.count_shard
+
+    def count_and_note(self: TokenCounter, reader: ShardReader, *on_row: Callable[[int], None]) -> np.ndarray:
+        tokens = count_shard(self, reader, *on_row)
+        names.append(reader.path.stem)
+        return tokens
+
+    monkeypatch.setattr(TokenCounter, "count_shard", count_and_note)
+    return names
+
+
+def open_shards(context: Context, directory: Path, encoder: SampleEncoder) -> ShardDataset:
+    return open_dataset(context, [directory], "shards", encoder)
+
+
+def list_cache(context: Context) -> list[str]:
+    return sorted(path.name for path in (context.files.output / INDEX_DIR).iterdir())
+
+
+def test_shared_pass_gives_the_lengths_of_a_direct_count(
+    context: Context, uncounted: Path, encoder: SampleEncoder, counted: list[str]
+) -> None:
+    dataset = open_shards(context, uncounted, encoder)
+    assert counted == [f"{n:05d}" for n in range(SHARDS)]
+    direct = build_dataset(list_shards([uncounted], "shards"), encoder)
+    assert np.array_equal(dataset.lengths_S, direct.lengths_S)
+    assert dataset.fingerprint == direct.fingerprint
+    assert list_cache(context) == [f"shards-{dataset.fingerprint}.npy"], "the files of single shards are deleted"
+
+
+def test_shards_counted_by_the_same_tokenizer_are_not_counted_again(
+    context: Context, tmp_path: Path, encoder: SampleEncoder, counted: list[str]
+) -> None:
+    open_shards(context, build_set(tmp_path / "set"), encoder)
+    assert counted == []
+
+
+def test_later_start_maps_the_cache_and_opens_no_shard(
+    context: Context, uncounted: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_shards(context, uncounted, encoder)
+    monkeypatch.setattr(ShardReader, "__init__", lambda *_: pytest.fail("a shard was opened"))
+    second = open_shards(context, uncounted, encoder)
+    assert isinstance(second.lengths_S, np.memmap)
+    assert np.array_equal(first.lengths_S, second.lengths_S)
+
+
+def test_other_pack_length_is_measured_into_a_cache_of_its_own(
+    context: Context, uncounted: Path, encoder: SampleEncoder
+) -> None:
+    datasets = [open_shards(context, uncounted, replace(encoder, pack_tokens=tokens)) for tokens in (256, 40)]
+    assert [dataset.truncated for dataset in datasets] == [0, len(datasets[1])]
+    assert len(list_cache(context)) == 2
+
+
+def test_counting_reads_no_image(
+    context: Context, uncounted: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = spy_on_reads(monkeypatch)
+    dataset = open_shards(context, uncounted, encoder)
+    assert read == {"json": len(dataset)}
+
+
+def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Reads of the mapped tar, by what was read."""
+    read = Counter[str]()
+    read_slice = ShardReader._slice
+
+    def note_and_read(self: ShardReader, part: str, row: int) -> bytes:
+        read[part] += 1
+        return read_slice(self, part, row)
+
+    monkeypatch.setattr(ShardReader, "_slice", note_and_read)
+    return read
+
+
+def test_heartbeats_continue_while_a_shard_is_counted(
+    context: Context, tmp_path: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two heartbeats at most HEARTBEAT_ROWS samples are counted, however many the shard has."""
+    events: list[str] = []
+    count, update = TokenCounter.count, context.telemetry.update
+    monkeypatch.setattr(
+        TokenCounter, "count", lambda *args, **kwargs: (events.append("row"), count(*args, **kwargs))[1]
+    )
+    monkeypatch.setattr(context.telemetry, "update", lambda **changes: (events.append("beat"), update(**changes))[1])
+    samples = 3 * HEARTBEAT_ROWS + 1
+    open_shards(context, build_uncounted_set(tmp_path / "large", shards=1, shard_samples=samples), encoder)
+    assert events.count("row") == samples
+    assert max(map(len, "".join("r" if e == "row" else "b" for e in events).split("b"))) <= HEARTBEAT_ROWS
+
+
+def test_counting_time_is_recorded_as_starting_alone(context: Context, uncounted: Path, encoder: SampleEncoder) -> None:
+    open_shards(context, uncounted, encoder)
+    assert context.telemetry.progress.seconds.keys() == {"starting"}
+    assert context.telemetry.progress.step == 0, "the operator would take counted samples for steps"
+
+
+def count_some(
+    context: Context, directory: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch, *, shards: int
+) -> Path:
+    """Fail after so many shards; return the folder of their files."""
+    done: list[int] = []
+    count = TokenCountFiles.count
+
+    def count_or_fail(self: TokenCountFiles, *args: Any) -> None:
+        if len(done) == shards:
+            raise RuntimeError("killed")
+        count(self, *args)
+        done.append(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenCountFiles, "count", count_or_fail)
+        with pytest.raises(RuntimeError, match="killed"):
+            open_shards(context, directory, encoder)
+    (folder,) = (context.files.output / INDEX_DIR).iterdir()
+    return folder
+
+
+def test_start_after_a_killed_one_counts_only_the_remaining_shards(
+    context: Context, uncounted: Path, encoder: SampleEncoder, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_some(context, uncounted, encoder, monkeypatch, shards=3)
+    counted.clear()
+    dataset = open_shards(context, uncounted, encoder)
+    assert counted == ["00003", "00004"]
+    assert np.array_equal(dataset.lengths_S, build_dataset(list_shards([uncounted], "shards"), encoder).lengths_S)
+
+
+def alter(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+DAMAGES = [
+    pytest.param(lambda data: data[:-4], id="truncated by a row"),
+    pytest.param(lambda data: data[:7], id="truncated within the hash"),
+    pytest.param(lambda _: b"", id="empty"),
+    pytest.param(alter, id="a flipped bit"),
+    pytest.param(lambda data: data + data[-4:], id="a row too many"),
+]
+
+
+@pytest.fixture
+def partly_counted(context: Context, uncounted: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a start that was killed after all shards but one."""
+    return count_some(context, uncounted, encoder, monkeypatch, shards=SHARDS - 1)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file_is_counted_again(
+    damage: Callable[[bytes], bytes], partly_counted: Path, context: Context, uncounted: Path, counted: list[str]
+) -> None:
+    encoder = build_encoder()
+    info = list_shards([uncounted], "shards").infos[1]
+    path = partly_counted / f"{info.sha256}.tokens"
+    path.write_bytes(damage(path.read_bytes()))
+    counted.clear()
+    dataset = open_shards(context, uncounted, encoder)
+    assert counted == [info.name, "00004"]
+    assert np.array_equal(dataset.lengths_S, build_dataset(list_shards([uncounted], "shards"), encoder).lengths_S)
+
+
+def test_stop_request_ends_counting_after_the_shard_in_progress(
+    context: Context, tmp_path: Path, uncounted: Path, encoder: SampleEncoder, counted: list[str]
+) -> None:
+    (tmp_path / "scratch" / "stop").touch()
+    with pytest.raises(Preempted):
+        open_shards(context, uncounted, encoder)
+    assert counted == []
+
+
+def test_full_volume_while_counting_is_a_storage_error(
+    volume: Volume, tmp_path: Path, uncounted: Path, encoder: SampleEncoder
+) -> None:
+    context = build_single_process_context(build_stage(volume.path), scratch=tmp_path / "scratch")
+    fill(volume.path)
+    with pytest.raises(StorageError, match=rf"the volume {volume.path} is full"):
+        open_shards(context, uncounted, encoder)
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Volume]:
+    yield from provide_volume(tmp_path, is_disk=False)
+
+
+def read_log(path: Path) -> Counter[str]:
+    return Counter(path.read_text().split())
+
+
+ALL_ONCE = {f"shards/{n:05d}": 1 for n in range(SHARDS)} | {f"held-out/{SHARDS:05d}": 1}
+
+
+def read_tokens(stage: Stage) -> int:
+    return StageFiles(stage).read_result().tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3], ids=["two ranks", "more ranks than held-out shards"])
+def test_each_shard_is_counted_on_one_rank(world_size: int, tmp_path: Path, uncounted: Path) -> None:
+    stage = build_stage(tmp_path / "storage", data=(str(uncounted),))
+    ranks = Ranks(stage, world_size, [partial(log_counted, tmp_path / "log")])
+    assert ranks.end() == [0] * world_size, ranks.log()
+    assert read_log(tmp_path / "log") == ALL_ONCE
+    lengths = build_lengths(uncounted)
+    assert read_tokens(stage) == 2 * lengths["tokens"].sum(), "two epochs"
+
+
+def build_lengths(directory: Path) -> np.ndarray:
+    return build_dataset(list_shards([directory], "shards"), build_encoder()).lengths_S
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank_ends_the_others_and_the_next_attempt_counts_the_rest(
+    rank: int, tmp_path: Path, uncounted: Path
+) -> None:
+    stage, log = build_stage(tmp_path / "storage", data=(str(uncounted),)), partial(log_counted, tmp_path / "log")
+    faults: list[Callable[[], None]] = [log, log]
+    faults[rank] = partial(both, log, at("counting tokens", die))
+    ranks = Ranks(stage, 2, faults)
+    codes = ranks.end()
+    assert codes[rank] == -signal.SIGKILL, ranks.log()
+    assert codes[1 - rank] in (76, -signal.SIGTERM), ranks.log()
+    second = Ranks(next_attempt(stage), 2, [log])
+    assert second.end() == [0, 0], second.log()
+    assert read_log(tmp_path / "log") == ALL_ONCE
+    assert read_tokens(stage) == 2 * build_lengths(uncounted)["tokens"].sum()
+
+
+@pytest.mark.slow
+def test_volume_that_fills_up_while_counting_is_named(volume: Volume, uncounted: Path) -> None:
+    stage = build_stage(volume.path, data=(str(uncounted),))
+    ranks = Ranks(stage, 2, [at("counting tokens", partial(fill, volume.path))])
+    codes = ranks.end()
+    assert ExitCode.STORAGE in codes, ranks.log()
+    failed = codes.index(ExitCode.STORAGE)
+    assert f"the volume {volume.path} is full" in ranks.said(failed).message
+    (volume.path / "ballast").unlink()
+    second = Ranks(next_attempt(stage), 2)
+    assert second.end() == [0, 0], second.log()

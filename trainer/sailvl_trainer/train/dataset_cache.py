@@ -1,0 +1,106 @@
+"""Opens a data set whose sample lengths are measured once, by all ranks together, and cached below the stage's
+directory.
+
+1. If the lengths are in the cache, every rank maps them, and nothing else is read. 2. Otherwise the ranks count the
+tokens of those shards whose index was counted by another tokenizer. Each shard is a task that one rank claims, and its
+counts are a file of their own, so that a start that is killed continues where it was. 3. The first rank computes all
+lengths from the indexes and the counts, writes them to the cache and deletes the counts.
+
+The cache is keyed by the hash of the shards, the tokenizer and the tiling. Images are never read. Heartbeats continue
+throughout, and a stop request is obeyed after the shard in progress.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sailvl_trainer.data.dataset import (
+    ShardDataset,
+    ShardList,
+    build_dataset,
+    compute_fingerprint,
+    list_shards,
+    load_lengths,
+    write_lengths,
+)
+from sailvl_trainer.data.encoder import SampleEncoder
+from sailvl_trainer.data.token_counts import TokenCountFiles
+from sailvl_trainer.rank.context import Context
+from sailvl_trainer.rank.distributed import broadcast_object
+from sailvl_trainer.rank.distributed_tasks import TaskPool
+from sailvl_trainer.storage.lineage import find_newest_attempt
+
+INDEX_DIR = "index"
+"""Folder below the stage's directory that holds the cache."""
+HEARTBEAT_ROWS = 32
+"""Number of counted samples between two heartbeats."""
+LOG_SECONDS = 30.0
+"""Minimum time between two log messages about the progress of counting."""
+
+logger = logging.getLogger(__name__)
+
+
+def open_dataset(context: Context, directories: Sequence[Path], split: str, encoder: SampleEncoder) -> ShardDataset:
+    """Return the dataset of a split in all directories; measure its samples if the cache lacks them. COLLECTIVE.
+
+    Raises DataError for a missing manifest, shard or index, and for a record that can't be counted; StorageError if the
+    volume is full or unavailable; Preempted if a stop was requested.
+    """
+    shards = list_shards(directories, split)
+    if not shards.samples:
+        return build_dataset(shards, encoder)
+    folder = context.files.output / INDEX_DIR
+    path = folder / f"{split}-{compute_fingerprint(shards, encoder)}.npy"
+    if not broadcast_object(path.exists() if context.is_first else None):
+        counts = TokenCountFiles(folder=folder / f"{path.stem}-tokens", counter=encoder.counter)
+        pool = TaskPool(context)
+        _count_tokens(context, pool, shards, counts)
+        pool.run_on_first_rank("measuring", lambda: _fill_cache(context, path, shards, encoder, counts))
+    return build_dataset(shards, encoder, load_lengths(path))
+
+
+def _count_tokens(context: Context, pool: TaskPool, shards: ShardList, counts: TokenCountFiles) -> None:
+    """Count the shards that need it, each on one rank. COLLECTIVE."""
+    report = _build_progress_log(context, len(shards))
+
+    def count_shard(number: int) -> None:
+        info, reader = shards.infos[number], shards.pool[number]
+        if counts.is_needed(reader):
+            counts.count(info, reader, send_heartbeat)
+            context.telemetry.count_samples("counted", info.samples)
+            report(number)
+
+    def send_heartbeat(row: int) -> None:
+        if row % HEARTBEAT_ROWS == 0:
+            context.telemetry.update()
+
+    pool.run("counting", len(shards), lambda number: counts.is_counted(shards.infos[number]), count_shard)
+
+
+def _fill_cache(
+    context: Context, path: Path, shards: ShardList, encoder: SampleEncoder, counts: TokenCountFiles
+) -> None:
+    write_lengths(path, shards, encoder, counts=counts)
+    if find_newest_attempt(context.files) <= context.stage.attempt:  # else a later attempt may be using the counts
+        shutil.rmtree(counts.folder, ignore_errors=True)
+
+
+def _build_progress_log(context: Context, total: int) -> Callable[[int], None]:
+    """Return the function that logs the number of a counted shard, at most every LOG_SECONDS and on the first rank
+    only.
+
+    Ranks claim shards in order, so the number of the latest one shows how many have been claimed.
+    """
+    logged = 0.0
+
+    def report(number: int) -> None:
+        nonlocal logged
+        if context.is_first and time.monotonic() - logged >= LOG_SECONDS:
+            logged = time.monotonic()
+            logger.info("counting tokens with the stage's tokenizer: shard %d of %d", number + 1, total)
+
+    return report
