@@ -157,7 +157,7 @@ def _be_rank(environment: dict[str, str], own: Path, fault: Fault) -> None:
     os.environ.update(environment | {ERROR_FILE_VARIABLE: str(own / "words")})
     torch.set_num_threads(1)
     fault()
-    rank_main.main()
+    rank_main()
 
 
 def do_nothing() -> None:
