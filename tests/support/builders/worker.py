@@ -1,4 +1,4 @@
-"""Builders for tests of the trainer's runtime."""
+"""Builders for tests of workers and their ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sailvl_trainer.contract import CurateConfig, ModelConfig, SourceConfig, Sta
 
 
 def build_stage(root: Path, *, run: str = "demo", attempt: int = 1, start_timeout_seconds: int = 0) -> Stage:
-    """A good stage document to bend; the sources are never read."""
+    """Return a valid stage config, whose sources are never read."""
     return Stage(
         namespace="team",
         run=run,
@@ -27,7 +27,7 @@ def build_stage(root: Path, *, run: str = "demo", attempt: int = 1, start_timeou
 
 
 def free_port() -> int:
-    """The next one is free too: a second worker on this machine takes it."""
+    """Return a free port whose next port is free too, for a second worker on this machine."""
     while True:
         with socket.socket() as probe, socket.socket() as other:
             probe.bind(("", 0))

@@ -1,4 +1,4 @@
-"""A rank for tests of the worker around it: joins the group, then does what $SCENARIO says. No test itself."""
+"""The main module of ranks in tests of their worker: it joins the process group and plays the scenario $SCENARIO."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ def succeed(context: Context) -> None:
         sum_over_ranks(1.0)
 
 
-def refuse(context: Context) -> None:
+def reject_settings(context: Context) -> None:
     if context.rank == LAST:
         raise ConfigError("learningRate is 7; set less")
-    sum_over_ranks(1.0)  # the others hang in a collective, whose neighbour dies
+    sum_over_ranks(1.0)  # the other ranks wait in a collective while this one dies
 
 
 def crash_once(context: Context) -> None:
     succeed(context)
     if context.rank == LAST and not RESTART:
-        sys.exit(f"the first life of rank {RANK} ends here")
+        sys.exit(f"the first start of rank {RANK} ends here")
     sum_over_ranks(1.0)
 
 
-def killed(context: Context) -> None:
+def kill_last_rank(context: Context) -> None:
     if context.rank == LAST:
         os.kill(os.getpid(), signal.SIGKILL)
     sum_over_ranks(1.0)
 
 
-def hang(context: Context) -> None:
+def hang_last_rank(context: Context) -> None:
     context.telemetry.update(phase="running", step=7)
     if context.rank == LAST:
-        get_lost_in_thought()
+        sleep_forever()
     sum_over_ranks(1.0)
 
 
-def get_lost_in_thought() -> None:
+def sleep_forever() -> None:
     time.sleep(600)
 
 
@@ -75,20 +75,20 @@ def step_until_stopped(context: Context) -> None:
         time.sleep(0.02)
 
 
-def ignore_the_stop(context: Context) -> None:
+def ignore_stop_file(context: Context) -> None:
     context.telemetry.update(phase="checkpointing", step=1)
     time.sleep(600)
 
 
-def start_slowly(context: Context) -> None:
+def never_finish_starting(context: Context) -> None:
     time.sleep(600)
 
 
-def crash_below_python(context: Context) -> None:
+def segfault(context: Context) -> None:
     ctypes.string_at(0)
 
 
-def eat(context: Context) -> None:
+def exhaust_memory(context: Context) -> None:
     context.telemetry.update(phase="running", step=7)
     (b"x" * (256 << 20)) * 64
 
@@ -97,15 +97,15 @@ SCENARIOS: dict[str, Callable[[Context], None]] = {
     f.__name__: f
     for f in (
         succeed,
-        refuse,
+        reject_settings,
         crash_once,
-        killed,
-        hang,
+        kill_last_rank,
+        hang_last_rank,
         step_until_stopped,
-        ignore_the_stop,
-        start_slowly,
-        crash_below_python,
-        eat,
+        ignore_stop_file,
+        never_finish_starting,
+        segfault,
+        exhaust_memory,
     )
 }
 
@@ -130,7 +130,7 @@ def main() -> None:
             )
             context.files.write_result(replace(result, metrics={"loss": 0.5, "odd": float("nan")}))
         dist.barrier()
-    except BaseException as error:  # noqa: BLE001  # as a real rank does
+    except BaseException as error:  # noqa: BLE001  # as rank/main.py does
         traceback.print_exc()
         exit_rank(build_termination(error, RANK))
     exit_rank(Termination(exit_code=0))

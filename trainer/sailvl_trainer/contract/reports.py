@@ -1,4 +1,4 @@
-"""What a worker reports: progress while it runs, and a termination message, with the result, when it exits."""
+"""Reports of a worker: progress while it runs and, when it exits, a termination message with the stage's result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from sailvl_trainer.contract.stage_config import SCHEMA_VERSION, Kind
 
 Phase = Literal["starting", "running", "checkpointing", "evaluating", "stopping", "finished"]
-"""What a rank is doing; the watchdog allows more time in some phases."""
+"""Phase of a rank; the watchdog allows more time in some phases."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +28,13 @@ class Progress:
     attempt: int
     """Number of the attempt."""
     phase: Phase
-    """What the rank is doing."""
+    """Phase of the rank."""
     step: int = 0
     """Number of optimizer steps, samples or questions done, including those before a resume."""
     steps: int = 0
     """Total number of steps, samples or questions; 0 if it is not known yet."""
     unit: Literal["steps", "samples", "questions"] = "steps"
-    """What step and steps count."""
+    """Unit of step and steps."""
     tokens: int = 0
     """Number of tokens trained on, without padding, including those before a resume."""
     samples: int = 0

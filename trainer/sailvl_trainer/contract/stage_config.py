@@ -10,7 +10,7 @@ SCHEMA_VERSION = 1
 RECIPE_VERSION = "1"
 """Part of every stage's digest; it is raised when the same settings lead to another result."""
 Kind = Literal["curate", "pretrain", "sft", "evaluate"]
-"""What a stage does; pretrain and sft run the same code."""
+"""Kind of a stage; pretrain and sft run the same code."""
 Part = Literal["vision", "connector", "language"]
 """A component of the model: vision tower, connector, or language model."""
 Metric = Literal[

@@ -22,7 +22,7 @@ from sailvl_trainer.storage.layout import StageFiles
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """What a stage needs to run on one rank."""
+    """Everything that a stage needs to run on one rank."""
 
     stage: Stage
     """The stage config."""

@@ -1,7 +1,8 @@
-"""torch's elastic agent inside the worker's own process: ranks in, the exit code of the rank to blame out.
+"""Run the ranks of a worker with torch's elastic agent, in the worker's own process.
 
-Not torchrun, which always exits with 1, restarts in place even after a configuration error, and hands SIGTERM on as
-if a neighbour had died.
+Called by `worker/main.py`; the agent starts `rank/bootstrap.py` once per rank. torchrun isn't used because it always
+exits with code 1, restarts ranks in place even after a configuration error, and forwards SIGTERM to the ranks, which
+then look like lost peers to each other.
 """
 
 from __future__ import annotations
@@ -25,32 +26,39 @@ from sailvl_trainer.rank.cgroup import count_cores, read_memory
 from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.settings import Settings
 from sailvl_trainer.rank.telemetry import RESTARTS_VARIABLE
-from sailvl_trainer.worker.ranks import Ranks
+from sailvl_trainer.worker.ranks import RankProcesses
 from sailvl_trainer.worker.rendezvous import REJOIN_TIMEOUT_SECONDS, build_rendezvous
 from sailvl_trainer.worker.root_cause import find_root_cause, read_stack
 
-CLOSE_SECONDS = 5
-"""Between SIGTERM and SIGKILL for ranks whose neighbour has failed."""
-MONITOR_SECONDS = 0.2
+SHUTDOWN_TIMEOUT_SECONDS = 5
+"""Seconds between SIGTERM and SIGKILL for the remaining ranks after one has failed."""
+MONITOR_INTERVAL_SECONDS = 0.2
+"""Seconds between two checks of the ranks."""
 
 
-class Agent(LocalElasticAgent):
-    """Keeps `ranks` true, starts nothing again after a final code or a stop, waits for neighbours only so long."""
+class RankAgent(LocalElasticAgent):
+    """torch's agent, with three changes.
 
-    def __init__(self, spec: WorkerSpec, ranks: Ranks, scratch: Scratch, on_lost: Callable[[], None]) -> None:
+    It keeps `ranks` up to date; it doesn't restart ranks after a non-retryable exit code or a stop request; and it
+    calls `on_rejoin_timeout` if the other workers don't join the rendezvous again after a restart in place.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, ranks: RankProcesses, scratch: Scratch, on_rejoin_timeout: Callable[[], None]
+    ) -> None:
         super().__init__(
             spec,
             DefaultLogsSpecs(log_dir=str(scratch.elastic_dir)),
-            shutdown_timeout=CLOSE_SECONDS,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS,
             exit_barrier_timeout=60,
         )
-        self._ranks, self._scratch, self._on_lost = ranks, scratch, on_lost
+        self._ranks, self._scratch, self._on_rejoin_timeout = ranks, scratch, on_rejoin_timeout
         self._starts = 0
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        timer = threading.Timer(REJOIN_TIMEOUT_SECONDS, self._on_lost)
+        timer = threading.Timer(REJOIN_TIMEOUT_SECONDS, self._on_rejoin_timeout)
         timer.daemon = True
-        if self._ranks.has_begun.is_set():
+        if self._ranks.have_started.is_set():
             timer.start()
         try:
             super()._rendezvous(worker_group)
@@ -58,23 +66,24 @@ class Agent(LocalElasticAgent):
             timer.cancel()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        os.environ[RESTARTS_VARIABLE] = str(self._starts)  # torch's own count leaves out those for a neighbour's sake
+        # torch's own count leaves out restarts that another worker's failure caused
+        os.environ[RESTARTS_VARIABLE] = str(self._starts)
         self._starts += 1
         started: dict[int, Any] = super()._start_workers(worker_group)
-        self._ranks.begin(started.values())
+        self._ranks.set_running(started.values())
         return started
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        """Also after a failure, when all have ended already."""
+        """Stop the ranks; torch also calls this after a failure, when all of them have ended."""
         super()._stop_workers(worker_group)
-        for pid in self._ranks.end():
+        for pid in self._ranks.set_stopped():
             mark_process_dead(pid, str(self._scratch.metrics_dir))  # type: ignore[no-untyped-call]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         for rank, failure in result.failures.items():
             if stack := read_stack(self._scratch.stacks_dir, failure.pid):
-                print(f"rank {rank} died here:\n{stack}", file=sys.stderr, flush=True)  # noqa: T201
+                print(f"stack of rank {rank} when it died:\n{stack}", file=sys.stderr, flush=True)  # noqa: T201
         is_final = any(failure.exitcode in NON_RETRYABLE_EXIT_CODES for failure in result.failures.values())
         if is_final or self._scratch.stop_file.exists():
             self._remaining_restarts = 0
@@ -82,51 +91,56 @@ class Agent(LocalElasticAgent):
 
 
 def run_ranks(
-    settings: Settings, stage: Stage, ranks: Ranks, rank_module: str, end: Callable[[Termination], None]
+    settings: Settings,
+    stage: Stage,
+    ranks: RankProcesses,
+    rank_module: str,
+    exit_worker: Callable[[Termination], None],
 ) -> Termination:
-    """Run this worker's ranks to their end. `end`: ends the worker from another thread."""
-    # else restarted ranks read the addresses of dead ones (torch 2.15, pytorch#135712)
+    """Run the ranks to their end and return the worker's termination. `exit_worker` is called from other threads."""
+    # otherwise restarted ranks read the addresses of dead ones (torch 2.15, pytorch#135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT"  # SIGTERM is the entry's own
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT"  # the worker itself handles SIGTERM
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // settings.processes_per_node)))
-    lost = Termination(
-        exit_code=ExitCode.PEER_LOST, message=f"the other workers did not come back within {REJOIN_TIMEOUT_SECONDS} s"
+    rejoin_timeout = Termination(
+        exit_code=ExitCode.PEER_LOST, message=f"peers did not rejoin within {REJOIN_TIMEOUT_SECONDS} s"
     )
     try:
         rendezvous = build_rendezvous(settings, stage)
         scratch = Scratch(settings.scratch)
-        agent = Agent(_build_spec(settings, rendezvous, rank_module), ranks, scratch, lambda: end(lost))
-        return _run(agent, rendezvous, scratch)
+        spec = _build_spec(settings, rendezvous, rank_module)
+        agent = RankAgent(spec, ranks, scratch, lambda: exit_worker(rejoin_timeout))
+        return _run_agent(agent, rendezvous, scratch)
     except (RendezvousError, DistNetworkError, DistStoreError) as error:
         return Termination(exit_code=ExitCode.PEER_LOST, message=f"{type(error).__name__}: {error}")
 
 
 def _build_spec(settings: Settings, rendezvous: RendezvousHandler, rank_module: str) -> WorkerSpec:
+    stacks_dir = Scratch(settings.scratch).stacks_dir
     return WorkerSpec(
         role="trainer",
         local_world_size=settings.processes_per_node,
         rdzv_handler=rendezvous,
         entrypoint=sys.executable,
-        args=("-u", "-m", bootstrap.__name__, str(os.getpid()), str(Scratch(settings.scratch).stacks_dir), rank_module),
+        args=("-u", "-m", bootstrap.__name__, str(os.getpid()), str(stacks_dir), rank_module),
         max_restarts=settings.in_place_restarts,
-        monitor_interval=MONITOR_SECONDS,
+        monitor_interval=MONITOR_INTERVAL_SECONDS,
     )
 
 
-def _run(agent: Agent, rendezvous: RendezvousHandler, scratch: Scratch) -> Termination:
-    """The rendezvous is closed at the end, so that neighbours who would come back to it end too."""
+def _run_agent(agent: RankAgent, rendezvous: RendezvousHandler, scratch: Scratch) -> Termination:
+    """Run the agent, then close the rendezvous, so that workers that try to rejoin it exit too."""
     before = read_memory()
     try:
         result: RunResult | None = agent.run()
     finally:
         rendezvous.shutdown()
     if result is None:
-        return Termination(exit_code=ExitCode.PEER_LOST, message="the other workers have left")
+        return Termination(exit_code=ExitCode.PEER_LOST, message="peers closed the rendezvous")
     if result.state == WorkerState.SUCCEEDED:
         return Termination(exit_code=ExitCode.OK)
     if result.failures:
         after = read_memory()
-        return find_root_cause(
-            result.failures, stacks=scratch.stacks_dir, oom=after if after.oom_kills > before.oom_kills else None
-        )
-    return Termination(exit_code=1, message=f"the ranks are {result.state.value}, and none has failed; see the log")
+        oom = after if after.oom_kills > before.oom_kills else None
+        return find_root_cause(result.failures, stacks_dir=scratch.stacks_dir, oom=oom)
+    return Termination(exit_code=1, message=f"the ranks are {result.state.value}, but none has failed; see the log")

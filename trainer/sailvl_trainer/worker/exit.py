@@ -1,4 +1,4 @@
-"""The one way out of a worker: its last words, an end to its ranks, the exit code."""
+"""The worker's only exit: write the termination message, kill the remaining ranks, exit with the code."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from typing import NoReturn
 from sailvl_trainer.contract import ExitCode, Termination
 from sailvl_trainer.rank.termination import write_termination
 from sailvl_trainer.storage.codec import read_progress
-from sailvl_trainer.worker.ranks import Ranks
+from sailvl_trainer.worker.ranks import RankProcesses
 
-_STALL_SECONDS = 60
-"""For which a lost peer gives way to the stall that was found: what is told then takes no longer."""
+STALL_REPORT_SECONDS = 60
+"""If the watchdog has found a stall, an exit with PEER_LOST waits up to this long, so that the stall is reported."""
 
 
-class Exit:
-    """From whichever thread comes first."""
+class WorkerExit:
+    """Ends the worker's process; it may be called from any thread, and the first call counts."""
 
-    def __init__(self, termination_log: Path, ranks: Ranks) -> None:
+    def __init__(self, termination_log: Path, ranks: RankProcesses) -> None:
         self._path, self._ranks, self._once = termination_log, ranks, threading.Lock()
         self.progress_file: Path | None = None
-        """Where the first rank says how far it is, once that is known."""
+        """Progress document of the first rank; None until the scratch directory is known."""
         self.has_stalled = threading.Event()
-        """The watchdog has found a stall, and will end the worker: a peer that is lost meanwhile did the same."""
+        """Set once the watchdog has found a stall: peers that are lost from then on have stalled too."""
 
     def __call__(self, termination: Termination) -> NoReturn:
-        """Say it, end the ranks that still live, and go. Where a stall was found, that is told, not a lost peer."""
+        """Write the termination message, kill the ranks and exit.
+
+        After a stall, an exit with PEER_LOST gives way to the watchdog's, which reports the stall.
+        """
         if termination.exit_code == ExitCode.PEER_LOST and self.has_stalled.is_set():
-            time.sleep(_STALL_SECONDS)  # the watchdog ends the process meanwhile
+            time.sleep(STALL_REPORT_SECONDS)  # the watchdog ends the process meanwhile
         if not self._once.acquire(blocking=False):
             threading.Event().wait()  # another thread is ending the process
         if termination.exit_code:
@@ -42,12 +45,12 @@ class Exit:
         try:
             write_termination(self._path, self._add_checkpoint(termination))
         except OSError as error:
-            print(f"no termination message: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        self._ranks.signal(signal.SIGKILL)
+            print(f"can't write the termination message: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        self._ranks.send_signal(signal.SIGKILL)
         os._exit(termination.exit_code)
 
     def _add_checkpoint(self, termination: Termination) -> Termination:
-        """The newest that this worker knows of: the operator may have no way to its /progress."""
+        """Add the newest checkpoint that this worker knows of, in case the operator can't read its /progress."""
         if termination.checkpoint is not None or self.progress_file is None:
             return termination
         with suppress(OSError, ValueError):

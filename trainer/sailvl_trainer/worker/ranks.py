@@ -1,4 +1,4 @@
-"""The ranks of this worker as they are now: written by the agent, read by the watchdog and by whoever ends them."""
+"""The processes of this worker's ranks: the agent records them; the watchdog and the worker's exit signal them."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ import time
 from collections.abc import Iterable
 
 
-class Ranks:
-    """Thread-safe. Empty before the first start and while the agent starts them again."""
+class RankProcesses:
+    """Process IDs of the running ranks, thread-safe. Empty before the first start and during a restart in place."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pids: tuple[int, ...] = ()
-        self._since = 0.0
-        self.has_begun = threading.Event()
-        """Set once ranks have ever been started."""
+        self._started_at = 0.0
+        self.have_started = threading.Event()
+        """Set once the ranks have been started for the first time."""
 
-    def begin(self, pids: Iterable[int]) -> None:
-        """They run from now on."""
+    def set_running(self, pids: Iterable[int]) -> None:
+        """Record that the ranks were started just now, with these process IDs by local rank."""
         with self._lock:
-            self._pids, self._since = tuple(pids), time.time()
-        self.has_begun.set()
+            self._pids, self._started_at = tuple(pids), time.time()
+        self.have_started.set()
 
-    def end(self) -> tuple[int, ...]:
-        """They are no more; the pids that they had."""
+    def set_stopped(self) -> tuple[int, ...]:
+        """Record that the ranks have ended, and return the process IDs that they had."""
         with self._lock:
             pids, self._pids = self._pids, ()
         return pids
 
     @property
-    def since(self) -> float | None:
-        """Unix seconds of their start; None while there are none."""
+    def started_at(self) -> float | None:
+        """Unix seconds at which the running ranks were started; None if none are running."""
         with self._lock:
-            return self._since if self._pids else None
+            return self._started_at if self._pids else None
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """By local rank."""
+        """Process IDs by local rank."""
         with self._lock:
             return self._pids
 
-    def signal(self, number: signal.Signals) -> None:
-        """To all that still live. Each leads a process group, with whatever it has started in it."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to every running rank; SIGKILL goes to the rank's whole process group."""
         with self._lock:
             for pid in self._pids:
-                _signal_one(pid, number)
+                _send_signal(pid, number)
 
 
-def _signal_one(pid: int, number: signal.Signals) -> None:
+def _send_signal(pid: int, number: signal.Signals) -> None:
     try:
         if number == signal.SIGKILL:
             os.killpg(pid, number)

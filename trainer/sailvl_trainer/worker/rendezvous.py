@@ -1,4 +1,4 @@
-"""How the workers of an attempt find each other: torch's c10d rendezvous, hosted by the worker of index 0."""
+"""The rendezvous at which the workers of an attempt find each other: torch's c10d, hosted by the worker of index 0."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from sailvl_trainer.contract import Stage
 from sailvl_trainer.rank.settings import Settings
 
 JOIN_TIMEOUT_SECONDS = 86_400
-"""For the first time: pods may be minutes apart (pulls, scale-up). The operator's startTimeoutSeconds ends it."""
+"""Timeout of the first rendezvous. It is long because pods may start minutes apart (image pulls, scale-up); the
+operator's start timeout ends the attempt earlier."""
 REJOIN_TIMEOUT_SECONDS = 120
-"""After a restart in place: neighbours notice within seconds, or are gone."""
+"""Timeout of the rendezvous after a restart in place: peers rejoin within seconds, or not at all."""
 
 
 def build_rendezvous(settings: Settings, stage: Stage) -> RendezvousHandler:
-    """Blocks until the worker of index 0 is there."""
+    """Return the rendezvous of the attempt; blocks until the worker of index 0 accepts connections."""
     if settings.node_rank:
         _wait_for_store(settings.rendezvous_host, settings.rendezvous_port)
     return registry.get_rendezvous_handler(
@@ -34,7 +35,7 @@ def build_rendezvous(settings: Settings, stage: Stage) -> RendezvousHandler:
 
 
 def _wait_for_store(host: str, port: int) -> None:
-    """Worker 0 may be minutes behind, its name unknown to DNS as yet; torch itself gives up after two."""
+    """Wait for worker 0, whose DNS name may appear minutes later; torch itself gives up after two minutes."""
     while True:
         try:
             socket.create_connection((host, port), timeout=2).close()

@@ -76,7 +76,7 @@ def test_the_server_answers(tmp_path: Path) -> None:
         scratch.progress_file.write_bytes(encode(Progress(attempt=2, phase="running")))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=5) as answer:
             assert decode(Progress, answer.read()).attempt == 2
-        with pytest.raises(ConfigError, match=f"port {port} for metrics is taken"):
+        with pytest.raises(ConfigError, match=f"port {port} for metrics is in use"):
             start_server(int(port), scratch)
     finally:
         server.shutdown()

@@ -49,7 +49,7 @@ def test_metrics_port_in_use_is_named(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         code, termination = run_worker(tmp_path, **{Env.STAGE_FILE: str(path), Env.METRICS_PORT: port})
     assert code == ExitCode.CONFIG
-    assert f"port {port} for metrics is taken" in termination.message
+    assert f"port {port} for metrics is in use" in termination.message
 
 
 def test_existing_result_is_reported_without_starting_ranks(tmp_path: Path) -> None:

@@ -12,54 +12,55 @@ from sailvl_trainer.contract import Progress
 from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
-from sailvl_trainer.worker.ranks import Ranks
+from sailvl_trainer.worker.ranks import RankProcesses
 from sailvl_trainer.worker.watchdog import describe_stall, find_exceeded_timeout, find_stalled_rank
 
-BEAT = Progress(attempt=1, phase="running", time=100.0)
+HEARTBEAT = Progress(attempt=1, phase="running", time=100.0)
 STALLS = [
-    pytest.param(BEAT, 50.0, 109.0, 0, id="still in time"),
-    pytest.param(BEAT, 50.0, 111.0, 10, id="too late"),
-    pytest.param(replace(BEAT, phase="stopping"), 50.0, 111.0, 10, id="a stop may not hang either"),
-    pytest.param(replace(BEAT, phase="starting"), 50.0, 199.0, 0, id="starting takes its time"),
-    pytest.param(replace(BEAT, phase="checkpointing"), 50.0, 199.0, 0, id="saving does"),
-    pytest.param(replace(BEAT, phase="evaluating"), 50.0, 199.0, 0, id="evaluating does"),
-    pytest.param(replace(BEAT, phase="checkpointing"), 50.0, 201.0, 100, id="but not for ever"),
-    pytest.param(BEAT, 105.0, 204.0, 0, id="the beat of ranks that are gone; theirs may take long to come"),
-    pytest.param(BEAT, 105.0, 206.0, 100, id="but not for ever either"),
-    pytest.param(None, 50.0, 149.0, 0, id="no beat as yet"),
-    pytest.param(None, 50.0, 151.0, 100, id="a rank that never said a word"),
+    pytest.param(HEARTBEAT, 50.0, 109.0, 0, id="within the timeout"),
+    pytest.param(HEARTBEAT, 50.0, 111.0, 10, id="timeout exceeded"),
+    pytest.param(replace(HEARTBEAT, phase="stopping"), 50.0, 111.0, 10, id="stopping"),
+    pytest.param(replace(HEARTBEAT, phase="starting"), 50.0, 199.0, 0, id="starting is slow"),
+    pytest.param(replace(HEARTBEAT, phase="checkpointing"), 50.0, 199.0, 0, id="checkpointing is slow"),
+    pytest.param(replace(HEARTBEAT, phase="evaluating"), 50.0, 199.0, 0, id="evaluating is slow"),
+    pytest.param(replace(HEARTBEAT, phase="checkpointing"), 50.0, 201.0, 100, id="slow phase exceeds its timeout"),
+    pytest.param(HEARTBEAT, 105.0, 204.0, 0, id="heartbeat from before a restart"),
+    pytest.param(HEARTBEAT, 105.0, 206.0, 100, id="no heartbeat since a restart"),
+    pytest.param(None, 50.0, 149.0, 0, id="no heartbeat yet"),
+    pytest.param(None, 50.0, 151.0, 100, id="never a heartbeat"),
 ]
 
 
-@pytest.mark.parametrize(("progress", "since", "now", "limit"), STALLS)
-def test_when_a_rank_is_stalled(progress: Progress | None, since: float, now: float, limit: int) -> None:
-    assert find_exceeded_timeout(progress, since=since, now=now, stall_timeout_seconds=10) == limit
+@pytest.mark.parametrize(("progress", "started_at", "now", "limit"), STALLS)
+def test_timeout_depends_on_phase_and_restart(
+    progress: Progress | None, started_at: float, now: float, limit: int
+) -> None:
+    assert find_exceeded_timeout(progress, started_at=started_at, now=now, stall_seconds=10) == limit
 
 
-def beat(scratch: Scratch, *progress: Progress) -> None:
+def write_heartbeats(scratch: Scratch, *progress: Progress) -> None:
     for local_rank, document in enumerate(progress):
         write_atomic(scratch.progress_path(local_rank), encode(document))
 
 
 def test_every_rank_is_watched(tmp_path: Path) -> None:
-    """A rank that waits for its neighbours may go on beating."""
-    ranks, scratch = Ranks(), Scratch(tmp_path)
-    assert find_stalled_rank(ranks, scratch, now=1e12, stall_timeout_seconds=10) is None
-    ranks.begin([1, 2])
+    """The first rank may send heartbeats while another one is stalled."""
+    ranks, scratch = RankProcesses(), Scratch(tmp_path)
+    assert find_stalled_rank(ranks, scratch, now=1e12, stall_seconds=10) is None
+    ranks.set_running([1, 2])
     now = time.time() + 1000
-    well = replace(BEAT, time=now)
-    beat(scratch, well, well)
-    assert find_stalled_rank(ranks, scratch, now=now, stall_timeout_seconds=10) is None
-    beat(scratch, well, replace(BEAT, time=now - 11, step=7))
+    on_time = replace(HEARTBEAT, time=now)
+    write_heartbeats(scratch, on_time, on_time)
+    assert find_stalled_rank(ranks, scratch, now=now, stall_seconds=10) is None
+    write_heartbeats(scratch, on_time, replace(HEARTBEAT, time=now - 11, step=7))
     assert (
-        find_stalled_rank(ranks, scratch, now=now, stall_timeout_seconds=10)
-        == "no progress for 10 s (running, after step 7)"
+        find_stalled_rank(ranks, scratch, now=now, stall_seconds=10) == "no progress for 10 s (running, after step 7)"
     )
 
 
-def test_the_rarest_stack_is_the_one_that_is_not_cut() -> None:
-    waiting, lost = '  File "distributed.py", line 5 in wait', '  File "odd.py", line 1 in think'
-    stacks = [f"local rank {i}:\nThread {i * 7}\n{lost if i == 1 else waiting}" for i in range(4)]
-    said = describe_stall("no progress", stacks)
-    assert said.message == "no progress; stacks are in the log of every worker"
-    assert (said.exit_code, said.traceback) == (68, "\n".join(stacks[i] for i in (0, 2, 3, 1)))
+def test_rarest_stack_comes_last() -> None:
+    common, rare = '  File "distributed.py", line 5 in wait', '  File "odd.py", line 1 in sleep'
+    stacks = [f"local rank {i}:\nThread {i * 7}\n{rare if i == 1 else common}" for i in range(4)]
+    stall = describe_stall("no progress", stacks)
+    assert stall.message == "no progress; stacks are in the log of every worker"
+    assert (stall.exit_code, stall.traceback) == (68, "\n".join(stacks[i] for i in (0, 2, 3, 1)))
