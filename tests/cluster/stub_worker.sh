@@ -13,7 +13,7 @@ say() { echo "$1" >"$log"; }
 run=$(field run) stage=$(field stage) attempt=$(field attempt)
 note() { { echo "$stage $attempt $SAILVL_NODE_RANK $1" >>"/data/$run.journal"; } 2>/dev/null; }
 save() {
-  note told
+  note sigterm
   $bb sleep "$1"
   note saved
   say '{"exit_code": 75, "message": "saved"}'

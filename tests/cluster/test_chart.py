@@ -1,4 +1,4 @@
-"""The chart on a real API server: every object is taken, and an installed operator works with the rights it has."""
+"""The chart on a real API server: every object is accepted, and the installed operator's permissions suffice."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import yaml
 from tests.support.builders.operator import SPEC, build_document
 from tests.support.chart import (
     CHART,
-    RUN_RIGHTS,
+    RUN_PERMISSIONS,
     SCENARIOS,
-    Right,
+    Permission,
+    build_lease_permissions,
     find_helm,
     flatten_rules,
-    lease_rights,
+    get_values_path,
     run_helm,
-    values_file,
 )
 
 pytestmark = [
@@ -35,27 +35,27 @@ pytestmark = [
 Kubectl = Callable[..., subprocess.CompletedProcess[str]]
 RELEASE = "chart"
 OPERATOR = f"{RELEASE}-sailvl-operator"
-EVERYONE = {"authentication.k8s.io", "authorization.k8s.io"}
-"""API groups of the reviews of oneself, which every account may ask for."""
+SELF_REVIEW_GROUPS = {"authentication.k8s.io", "authorization.k8s.io"}
+"""API groups of the self-reviews, which every account may create."""
 
 
 def render_for(scenario: str, namespace: str) -> list[dict[str, Any]]:
-    """The objects of a scenario as if installed in a namespace, and serving it alone where it serves some."""
-    served = yaml.safe_load((CHART / "ci" / f"{scenario}-values.yaml").read_text()).get("watchNamespaces")
-    flags = ["--set", f"watchNamespaces={{{namespace}}}"] if served else []
+    """Return the objects of a scenario, rendered for a namespace; a scenario with watchNamespaces watches only it."""
+    watched = yaml.safe_load((CHART / "ci" / f"{scenario}-values.yaml").read_text()).get("watchNamespaces")
+    flags = ["--set", f"watchNamespaces={{{namespace}}}"] if watched else []
     done = run_helm(
         *("template", RELEASE, str(CHART), "-n", namespace, "--kube-version", "1.34.0"),
-        *("-f", values_file(scenario), *flags),
+        *("-f", get_values_path(scenario), *flags),
     )
     assert done.returncode == 0, done.stderr
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_server_takes_every_object(scenario: str, kubectl: Kubectl, namespace: str) -> None:
+def test_server_accepts_every_object(scenario: str, kubectl: Kubectl, namespace: str) -> None:
     listed = kubectl("api-resources", "--no-headers", "-o", "name")
     groups = {name.partition(".")[2] for name in listed.stdout.split()}
-    objects = [o for o in render_for(scenario, namespace) if group_of(o) in groups]
+    objects = [o for o in render_for(scenario, namespace) if get_api_group(o) in groups]
     assert {"Deployment"} <= {o["kind"] for o in objects}
     text = yaml.safe_dump_all(objects)
     answer = kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=text)
@@ -64,25 +64,25 @@ def test_the_server_takes_every_object(scenario: str, kubectl: Kubectl, namespac
     assert answer.stdout.count("(server dry run)") == len(objects)
 
 
-def group_of(document: dict[str, Any]) -> str:
+def get_api_group(document: dict[str, Any]) -> str:
     group, _, version = document["apiVersion"].rpartition("/")
     return group if version else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Installed:
-    """A release in a namespace of its own, which it alone serves."""
+class InstalledChart:
+    """A release in a namespace of its own, which is the only one it watches."""
 
     namespace: str
     kubectl: Kubectl
 
-    def get(self, *words: str) -> Any:
-        answer = self.kubectl("-n", self.namespace, "get", *words, "-o", "json")
+    def get(self, *arguments: str) -> Any:
+        answer = self.kubectl("-n", self.namespace, "get", *arguments, "-o", "json")
         assert answer.returncode == 0, answer.stderr
         return json.loads(answer.stdout)
 
-    def get_items(self, *words: str) -> list[Any]:
-        return list(self.get(*words)["items"])
+    def get_items(self, *arguments: str) -> list[Any]:
+        return list(self.get(*arguments)["items"])
 
     def create_run(self, name: str, **spec: Any) -> None:
         document = build_document(**spec)
@@ -90,7 +90,7 @@ class Installed:
         answer = self.kubectl("create", "-f", "-", stdin=json.dumps(document))
         assert answer.returncode == 0, answer.stderr
 
-    def pods(self) -> list[str]:
+    def list_pods(self) -> list[str]:
         selector = f"app.kubernetes.io/instance={RELEASE}"
         return [pod["metadata"]["name"] for pod in self.get("pods", "-l", selector)["items"]]
 
@@ -100,8 +100,8 @@ class Installed:
         assert answer.returncode == 0, answer.stderr
         return answer.stdout
 
-    def review_rights(self, namespace: str) -> set[Right]:
-        """What the operator's account may do in a namespace, in the server's words."""
+    def review_permissions(self, namespace: str) -> set[Permission]:
+        """Return the permissions of the operator's account in a namespace, as the API server reviews them."""
         review = {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SelfSubjectRulesReview",
@@ -112,12 +112,16 @@ class Installed:
         assert answer.returncode == 0, answer.stderr
         status = json.loads(answer.stdout)["status"]
         assert not status.get("incomplete")
-        return {right for right in flatten_rules(status["resourceRules"]) if right[0] not in EVERYONE}
+        return {
+            permission
+            for permission in flatten_rules(status["resourceRules"])
+            if permission[0] not in SELF_REVIEW_GROUPS
+        }
 
 
 @pytest.fixture(scope="module")
-def installed(cluster: Any, kubectl: Kubectl, resource: None) -> Iterator[Installed]:
-    """`helm install` of the built image under the restricted Pod Security Standard, two replicas, and its end."""
+def installed(cluster: Any, kubectl: Kubectl, resource: None) -> Iterator[InstalledChart]:
+    """Install the chart with two replicas under the restricted Pod Security Standard, and uninstall it afterwards."""
     image = os.environ.get("SAILVL_OPERATOR_IMAGE")
     if not image:
         pytest.skip("SAILVL_OPERATOR_IMAGE names no image of the operator (`make images` builds one)")
@@ -126,7 +130,7 @@ def installed(cluster: Any, kubectl: Kubectl, resource: None) -> Iterator[Instal
     try:
         kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
         _install(image, name, cluster.kubeconfig)
-        yield Installed(namespace=name, kubectl=kubectl)
+        yield InstalledChart(namespace=name, kubectl=kubectl)
         removed = run_helm(
             "uninstall", RELEASE, "-n", name, "--wait", "--timeout", "90s", kubeconfig=cluster.kubeconfig
         )
@@ -146,15 +150,15 @@ def _install(image: str, namespace: str, kubeconfig: str) -> None:
     ]
     done = run_helm(
         *("install", RELEASE, str(CHART), "-n", namespace, "--skip-crds", "--wait", "--timeout", "180s"),
-        *(word for value in values for word in ("--set", value)),
+        *(argument for value in values for argument in ("--set", value)),
         kubeconfig=kubeconfig,
     )
     assert done.returncode == 0, done.stderr
     assert f"{OPERATOR} serves the SailVLRuns of {namespace}." in done.stdout
 
 
-def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """What the condition says once it says something."""
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Wait until a condition returns something true, and return it."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"not within {seconds} s"
@@ -162,15 +166,15 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
-def test_both_replicas_are_ready_and_one_leads(installed: Installed) -> None:
+def test_both_replicas_are_ready_and_one_leads(installed: InstalledChart) -> None:
     assert installed.get("deployment", OPERATOR)["status"]["readyReplicas"] == 2
-    pods = installed.pods()
+    pods = installed.list_pods()
     leading = [pod for pod in pods if "sailvl_operator_leading 1.0" in installed.read_metrics(pod)]
     assert [installed.get("lease", OPERATOR)["spec"]["holderIdentity"]] == leading
     assert len(pods) == 2
 
 
-def test_an_unsupported_engine_is_refused_in_words(installed: Installed) -> None:
+def test_unsupported_engine_fails_run_with_message(installed: InstalledChart) -> None:
     installed.create_run("unsupported", engine={"name": "fsdp2"})
     waited = installed.kubectl(
         "-n", installed.namespace, "wait", "--for=condition=Failed", "svr/unsupported", "--timeout=60s"
@@ -182,35 +186,35 @@ def test_an_unsupported_engine_is_refused_in_words(installed: Installed) -> None
     assert "spec.engine.name" in failed["message"]
 
 
-def test_the_rights_suffice_for_a_runs_children(installed: Installed) -> None:
-    """A claim that nothing binds: the children are made, and no worker ever starts."""
+def test_permissions_suffice_for_owned_objects(installed: InstalledChart) -> None:
+    """Use a claim that nothing binds, so that all objects are created but no worker starts."""
     template = {"storageClassName": "none", "accessModes": ["ReadWriteMany"]}
     storage = {"volumeClaimTemplate": template | {"resources": {"requests": {"storage": "1Gi"}}}}
     stages = [stage | {"workers": {"nodes": 2}} for stage in SPEC["stages"]]
-    installed.create_run("children", storage=storage, stages=stages)
-    selector = ("-l", "sailvl.dev/run=children")
+    installed.create_run("owned-objects", storage=storage, stages=stages)
+    selector = ("-l", "sailvl.dev/run=owned-objects")
     for kind in ("jobs", "services", "persistentvolumeclaims"):
-        until(partial(installed.get_items, kind, *selector))
-    until(lambda: installed.get_items("events", "--field-selector", "involvedObject.name=children"))
-    patch = ("-n", installed.namespace, "patch", "svr", "children", "--type=merge", "-p")
+        wait_until(partial(installed.get_items, kind, *selector))
+    wait_until(lambda: installed.get_items("events", "--field-selector", "involvedObject.name=owned-objects"))
+    patch = ("-n", installed.namespace, "patch", "svr", "owned-objects", "--type=merge", "-p")
     assert installed.kubectl(*patch, '{"spec": {"suspend": true}}').returncode == 0
-    until(lambda: installed.get_items("jobs", *selector)[0]["spec"]["suspend"])
-    metrics = "".join(installed.read_metrics(pod) for pod in installed.pods())
+    wait_until(lambda: installed.get_items("jobs", *selector)[0]["spec"]["suspend"])
+    metrics = "".join(installed.read_metrics(pod) for pod in installed.list_pods())
     assert 'sailvl_operator_api_calls_total{code="201",verb="create"}' in metrics
-    assert 'code="403"' not in metrics, "a right is missing"
+    assert 'code="403"' not in metrics, "a permission is missing"
 
 
-def test_the_account_may_do_no_more(installed: Installed) -> None:
-    assert installed.review_rights(installed.namespace) == RUN_RIGHTS | lease_rights(OPERATOR)
-    assert installed.review_rights("kube-system") == set()
+def test_account_has_no_other_permissions(installed: InstalledChart) -> None:
+    assert installed.review_permissions(installed.namespace) == RUN_PERMISSIONS | build_lease_permissions(OPERATOR)
+    assert installed.review_permissions("kube-system") == set()
 
 
-def test_the_standby_takes_over(installed: Installed) -> None:
+def test_standby_takes_over_from_deleted_leader(installed: InstalledChart) -> None:
     leader = installed.get("lease", OPERATOR)["spec"]["holderIdentity"]
     installed.kubectl("-n", installed.namespace, "delete", "pod", leader, "--wait=false")
-    standby = [pod for pod in installed.pods() if pod != leader]
-    until(lambda: installed.get("lease", OPERATOR)["spec"]["holderIdentity"] not in (leader, ""), 40)
-    assert installed.get("lease", OPERATOR)["spec"]["holderIdentity"] in [*standby, *installed.pods()]
+    standby = [pod for pod in installed.list_pods() if pod != leader]
+    wait_until(lambda: installed.get("lease", OPERATOR)["spec"]["holderIdentity"] not in (leader, ""), 40)
+    assert installed.get("lease", OPERATOR)["spec"]["holderIdentity"] in [*standby, *installed.list_pods()]
     installed.create_run("later", engine={"zeroStage": 3})
     waited = installed.kubectl(
         "-n", installed.namespace, "wait", "--for=condition=Failed", "svr/later", "--timeout=60s"

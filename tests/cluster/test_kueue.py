@@ -1,5 +1,6 @@
-"""Runs in Kueue's queues, on a real cluster: they wait for their turn, lose it and get it again, and touch nothing of
-Kueue's."""
+"""Runs in Kueue's queues on a real cluster: they wait for admission, are preempted and admitted again, and never change
+`suspend` of a queued Job.
+"""
 
 from __future__ import annotations
 
@@ -11,206 +12,215 @@ import pytest
 
 from sailvl_operator.cluster.resources import JOBS, PODS
 from sailvl_operator.core.units import parse_time
-from tests.support.live.api import PRIORITIES, Api, build_object, until
-from tests.support.live.kueue import FLAVOR, Kueue, at_version, install_workloads, serve_workloads
-from tests.support.live.replicas import Replica
-from tests.support.live.stub_runs import Place, Run, build_image, open_operator, open_place
+from tests.support.live.api import PRIORITIES, ClusterApi, build_object, wait_until
+from tests.support.live.kueue import FLAVOR, FakeKueue, get_workload_resource, install_workloads, serve_workloads
+from tests.support.live.replicas import OperatorReplica
+from tests.support.live.stub_runs import StubRun, Workspace, build_stub_image, open_operator, open_workspace
 
 pytestmark = pytest.mark.cluster
 
-QUOTAS = {"turns": 1, "taken": 1, "returned": 2, "paused": 1, "full": 0, "gone": 0}
-"""Pods by queue; each test has its own."""
+QUOTAS = {"turns": 1, "preempted": 1, "evicted": 2, "paused": 1, "full": 0, "deleted-job": 0}
+"""Maximum number of pods by queue; each test has its own queue."""
 TIMEOUT = 15
 FULL = "couldn't assign flavors to pod set main: insufficient unused quota for pods in flavor default, 1 more needed"
 
 
 @pytest.fixture(scope="module")
-def place(cluster: Any, kubeconfig: str, resource: None) -> Iterator[Place]:
+def workspace(cluster: Any, kubeconfig: str, resource: None) -> Iterator[Workspace]:
     if not cluster.is_ours:
         pytest.skip("the test reads the workers' storage: it needs the cluster of `make cluster`")
-    image = build_image(cluster.registry)
-    with Api(kubeconfig) as api, open_place(api, image, prefix="kueue") as place, install_workloads(api) as is_ours:
+    image = build_stub_image(cluster.registry)
+    with (
+        ClusterApi(kubeconfig) as api,
+        open_workspace(api, image, prefix="kueue") as workspace,
+        install_workloads(api) as is_ours,
+    ):
         if not is_ours:
             pytest.skip("the cluster has a Kueue of its own")
-        yield place
+        yield workspace
 
 
 @pytest.fixture(scope="module")
-def kueue(place: Place, kubeconfig: str) -> Iterator[Kueue]:
-    with Api(kubeconfig, "kueue") as api, Kueue(api=api, namespace=place.namespace, quotas=dict(QUOTAS)) as kueue:
+def kueue(workspace: Workspace, kubeconfig: str) -> Iterator[FakeKueue]:
+    with (
+        ClusterApi(kubeconfig, "kueue") as api,
+        FakeKueue(api=api, namespace=workspace.namespace, quotas=dict(QUOTAS)) as kueue,
+    ):
         yield kueue
-    assert kueue.let_go
-    assert kueue.trespasses == [], "the suspend of a queued Job is Kueue's alone"
+    assert kueue.resumed
+    assert kueue.violations == [], "only Kueue may change suspend of a queued Job"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def operator(
-    place: Place, kueue: Kueue, kubeconfig: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Replica]:
-    with open_operator(kubeconfig, [place], tmp_path_factory.mktemp("operator")) as operator:
+    workspace: Workspace, kueue: FakeKueue, kubeconfig: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorReplica]:
+    with open_operator(kubeconfig, [workspace], tmp_path_factory.mktemp("operator")) as operator:
         yield operator
 
 
 @pytest.fixture(scope="module", autouse=True)
-def homeless(operator: Replica, place: Place) -> Run:
-    """A run whose queue doesn't exist yet; it waits while the other tests run."""
+def run_without_queue(operator: OperatorReplica, workspace: Workspace) -> StubRun:
+    """Create a run whose queue does not exist yet; it waits while the other tests run."""
     limits = {"restartPolicy": {"startTimeoutSeconds": TIMEOUT}, "activeDeadlineSeconds": TIMEOUT}
-    return enqueue(place, "homeless", "until", "nowhere", **limits)
+    return enqueue(workspace, "without-queue", "until", "nowhere", **limits)
 
 
 @pytest.fixture(scope="module")
-def important(place: Place) -> Iterator[str]:
-    """A priority above that of the other pods."""
-    name = f"{place.namespace}-important"
+def important(workspace: Workspace) -> Iterator[str]:
+    """Create a PriorityClass above that of the other pods."""
+    name = f"{workspace.namespace}-important"
     body = build_object("PriorityClass", name, "scheduling.k8s.io/v1", value=1000, preemptionPolicy="Never")
-    place.api.create(PRIORITIES, body)
+    workspace.api.create(PRIORITIES, body)
     yield name
-    place.api.delete(PRIORITIES, name)
+    workspace.api.delete(PRIORITIES, name)
 
 
-def enqueue(place: Place, name: str, stub: str, queue: str, *, workers: Any = None, **spec: Any) -> Run:
-    return Run(place, name, stub, workers={"queueName": queue} | (workers or {}), **spec)
+def enqueue(workspace: Workspace, name: str, stub: str, queue: str, *, workers: Any = None, **spec: Any) -> StubRun:
+    return StubRun(workspace, name, stub, workers={"queueName": queue} | (workers or {}), **spec)
 
 
-def find_workloads(run: Run) -> list[str]:
-    """Names of the Jobs that Kueue has Workloads of."""
-    workloads = run.api.list(at_version("v1beta2"), run.place.namespace)
+def find_workloads(run: StubRun) -> list[str]:
+    """Return the names of a run's Jobs that have Workloads."""
+    workloads = run.api.list(get_workload_resource("v1beta2"), run.workspace.namespace)
     owners = (workload["metadata"]["ownerReferences"][0]["name"] for workload in workloads)
     return sorted(name for name in owners if name.startswith(f"{run.name}-draw"))
 
 
-def count_waited(run: Run) -> float:
-    """Seconds from the run's start until its newest worker was given to a node."""
-    conditions = run.children(PODS)[-1]["status"]["conditions"]
+def measure_queued_seconds(run: StubRun) -> float:
+    """Return the time from the run's start until its newest worker was scheduled."""
+    conditions = run.list_owned(PODS)[-1]["status"]["conditions"]
     placed = next(c["lastTransitionTime"] for c in conditions if c["type"] == "PodScheduled")
     return parse_time(placed) - parse_time(run.status["startTime"])
 
 
-def count_active(run: Run) -> float:
-    """Seconds from the run's start to its end."""
+def measure_active_seconds(run: StubRun) -> float:
+    """Return the time from the run's start to its end."""
     return parse_time(run.status["completionTime"]) - parse_time(run.status["startTime"])
 
 
-def until_queued(run: Run, words: str, attempt: int = 1, *, index: int = 0) -> None:
-    """Held back by Kueue, in its words."""
-    until(lambda: run.condition("Stuck") == ("True", "Queued", words), told=run.describe)
+def wait_for_queued(run: StubRun, message: str, attempt: int = 1, *, index: int = 0) -> None:
+    """Wait until the Stuck condition shows Kueue's message."""
+    wait_until(lambda: run.condition("Stuck") == ("True", "Queued", message), describe=run.describe)
     state = "Starting" if attempt == 1 else "Restarting"
-    assert run.at(index) == (state, attempt)
+    assert run.stage_state(index) == (state, attempt)
     assert run.status["summary"]["reason"] == "Queued"
 
 
-def test_runs_take_turns_one_stage_at_a_time(place, kueue):
-    first = enqueue(place, "first", "until", "turns", stages=2)
-    first.until_at("Running")
-    second = enqueue(place, "second", "until", "turns")
-    until_queued(second, f"Kueue's queue turns: {FULL}")
-    assert second.children(PODS) == []
-    assert find_workloads(first) == ["first-draw-a-1"], "a stage queues when its turn has come"
-    [pod] = first.children(PODS)
+def test_runs_alternate_stage_by_stage(workspace, kueue):
+    first = enqueue(workspace, "first", "until", "turns", stages=2)
+    first.wait_for_stage("Running")
+    second = enqueue(workspace, "second", "until", "turns")
+    wait_for_queued(second, f"Kueue's queue turns: {FULL}")
+    assert second.list_owned(PODS) == []
+    assert find_workloads(first) == ["first-draw-a-1"], "only a stage that can start has a Workload"
+    [pod] = first.list_owned(PODS)
     assert pod["spec"]["nodeSelector"] == FLAVOR["nodeSelector"]
     assert FLAVOR["tolerations"][0] in pod["spec"]["tolerations"]
 
     first.release("draw-a")
-    second.until_at("Running")
+    second.wait_for_stage("Running")
     assert not second.is_true("Stuck")
-    until(lambda: first.condition("Stuck")[1] == "Queued")
-    assert (first.at(0), first.at(1)) == (("Succeeded", 1), ("Starting", 1))
+    wait_until(lambda: first.condition("Stuck")[1] == "Queued")
+    assert (first.stage_state(0), first.stage_state(1)) == (("Succeeded", 1), ("Starting", 1))
 
     second.release()
-    second.until_true("Succeeded")
-    first.until_at("Running", index=1)
+    second.wait_for_condition("Succeeded")
+    first.wait_for_stage("Running", index=1)
     first.release("draw-b")
-    first.until_true("Succeeded")
-    turns = [name for name in kueue.let_go if name in first.jobs + second.jobs]
-    assert turns == ["first-draw-a-1", "second-draw-a-1", "first-draw-b-1"]
+    first.wait_for_condition("Succeeded")
+    order = [name for name in kueue.resumed if name in first.jobs + second.jobs]
+    assert order == ["first-draw-a-1", "second-draw-a-1", "first-draw-b-1"]
     assert second.journal == ["draw-a 1 0 began", "draw-a 1 0 done"]
     ledger = second.status["goodput"]["seconds"]
-    assert abs(ledger["queued"] - count_waited(second)) <= 2
-    assert abs(sum(ledger.values()) - count_active(second)) <= 1
+    assert abs(ledger["queued"] - measure_queued_seconds(second)) <= 2
+    assert abs(sum(ledger.values()) - measure_active_seconds(second)) <= 1
 
 
-def test_a_preempted_run_saves_and_goes_on_in_its_turn(place, kueue, important):
-    lesser = enqueue(place, "lesser", "slow", "taken")
-    lesser.until_at("Running")
-    greater = enqueue(place, "greater", "until", "taken", workers={"priorityClassName": important})
-    greater.until_at("Running")
-    lesser.until_at("Restarting", 2)
-    stage = lesser.stage()
+def test_preempted_run_saves_and_resumes_after_readmission(workspace, kueue, important):
+    lower = enqueue(workspace, "lower", "slow", "preempted")
+    lower.wait_for_stage("Running")
+    higher = enqueue(workspace, "higher", "until", "preempted", workers={"priorityClassName": important})
+    higher.wait_for_stage("Running")
+    lower.wait_for_stage("Restarting", 2)
+    stage = lower.stage()
     assert (stage["lastFailure"]["cause"], stage["lastFailure"]["exitCode"]) == ("Preempted", 75)
     assert stage["restarts"] == {"Preempted": 1}
-    assert lesser.journal == ["draw-a 1 0 began", "draw-a 1 0 told", "draw-a 1 0 saved"]
-    until(lambda: lesser.jobs == ["lesser-draw-a-2"] and lesser.condition("Stuck")[1] == "Queued")
-    greater.release()
-    greater.until_true("Succeeded")
-    lesser.until_at("Running", 2)
-    until(lambda: lesser.journal[3:] == ["draw-a 2 0 began"])
-    assert "lost" not in lesser.status["goodput"]["seconds"]
-    assert lesser.status["goodput"].get("lostSteps", 0) == 0
-    lesser.delete()
+    assert lower.journal == ["draw-a 1 0 began", "draw-a 1 0 sigterm", "draw-a 1 0 saved"]
+    wait_until(lambda: lower.jobs == ["lower-draw-a-2"] and lower.condition("Stuck")[1] == "Queued")
+    higher.release()
+    higher.wait_for_condition("Succeeded")
+    lower.wait_for_stage("Running", 2)
+    wait_until(lambda: lower.journal[3:] == ["draw-a 2 0 began"])
+    assert "lost" not in lower.status["goodput"]["seconds"]
+    assert lower.status["goodput"].get("lostSteps", 0) == 0
+    lower.delete()
 
 
-def test_a_place_that_is_taken_and_given_back_at_once(place, kueue):
-    run = enqueue(place, "returned", "slow", "returned", nodes=2)
-    run.until_at("Running")
-    kueue.to_evict.add("returned-draw-a-1")
-    run.until_at("Running", 2)
+def test_run_evicted_and_readmitted_at_once_resumes(workspace, kueue):
+    run = enqueue(workspace, "evicted", "slow", "evicted", nodes=2)
+    run.wait_for_stage("Running")
+    kueue.to_evict.add("evicted-draw-a-1")
+    run.wait_for_stage("Running", 2)
     assert run.stage()["restarts"] == {"Preempted": 1}
-    until(lambda: run.jobs == ["returned-draw-a-2"] and len(run.children(PODS)) == 2, told=run.describe)
-    of_first = [f"draw-a 1 {index} {word}" for word in ("began", "told", "saved") for index in (0, 1)]
-    of_second = ["draw-a 2 0 began", "draw-a 2 1 began"]
-    until(lambda: sorted(run.journal) == sorted(of_first + of_second), told=run.describe)
+    wait_until(lambda: run.jobs == ["evicted-draw-a-2"] and len(run.list_owned(PODS)) == 2, describe=run.describe)
+    first_attempt = [f"draw-a 1 {index} {event}" for event in ("began", "sigterm", "saved") for index in (0, 1)]
+    second_attempt = ["draw-a 2 0 began", "draw-a 2 1 began"]
+    wait_until(lambda: sorted(run.journal) == sorted(first_attempt + second_attempt), describe=run.describe)
     run.delete()
 
 
-def test_a_suspended_run_gives_its_place_back_and_queues_again(place, kueue):
-    run, other = (enqueue(place, name, "slow", "paused") for name in ("paused", "waiting"))
-    run.until_at("Running")
+def test_suspended_run_frees_quota_and_queues_again(workspace, kueue):
+    run, other = (enqueue(workspace, name, "slow", "paused") for name in ("paused", "waiting"))
+    run.wait_for_stage("Running")
     other.edit(suspend=True)  # while it waits
-    other.until_true("Suspended")
-    until(lambda: find_workloads(other) == [])
+    other.wait_for_condition("Suspended")
+    wait_until(lambda: find_workloads(other) == [])
     assert other.journal == []
 
     run.edit(suspend=True)  # while it runs
-    run.until_true("Suspended")
-    assert run.journal == ["draw-a 1 0 began", "draw-a 1 0 told", "draw-a 1 0 saved"]
+    run.wait_for_condition("Suspended")
+    assert run.journal == ["draw-a 1 0 began", "draw-a 1 0 sigterm", "draw-a 1 0 saved"]
     assert (run.jobs, find_workloads(run)) == ([], [])
     other.edit(suspend=False)
-    other.until_at("Running", 2)
+    other.wait_for_stage("Running", 2)
     run.edit(suspend=False)
-    until(lambda: run.jobs == ["paused-draw-a-2"] and run.condition("Stuck")[1] == "Queued")
+    wait_until(lambda: run.jobs == ["paused-draw-a-2"] and run.condition("Stuck")[1] == "Queued")
     other.delete()
-    run.until_at("Running", 2)
+    run.wait_for_stage("Running", 2)
     run.delete()
 
 
-def test_a_run_that_is_deleted_in_the_queue_leaves_nothing(place, kueue):
-    run = enqueue(place, "deleted", "hold", "full")
-    until(lambda: find_workloads(run) == ["deleted-draw-a-1"])
+def test_queued_run_is_deleted_with_its_workload(workspace, kueue):
+    run = enqueue(workspace, "deleted", "hold", "full")
+    wait_until(lambda: find_workloads(run) == ["deleted-draw-a-1"])
     run.delete()
-    until(lambda: run.count_children() == 0 and find_workloads(run) == [])
+    wait_until(lambda: run.count_owned() == 0 and find_workloads(run) == [])
 
 
-def test_a_job_that_is_removed_from_the_queue_queues_again(place, kueue):
-    run = enqueue(place, "removed", "hold", "gone")
-    until(lambda: run.condition("Stuck")[1] == "Queued")
-    [job] = run.children(JOBS)
-    run.api.delete(JOBS, job["metadata"]["name"], place.namespace)
-    until(lambda: [j["metadata"]["uid"] for j in run.children(JOBS)] not in ([], [job["metadata"]["uid"]]))
+def test_deleted_job_of_queued_run_is_created_again(workspace, kueue):
+    run = enqueue(workspace, "removed", "hold", "deleted-job")
+    wait_until(lambda: run.condition("Stuck")[1] == "Queued")
+    [job] = run.list_owned(JOBS)
+    run.api.delete(JOBS, job["metadata"]["name"], workspace.namespace)
+    wait_until(lambda: [j["metadata"]["uid"] for j in run.list_owned(JOBS)] not in ([], [job["metadata"]["uid"]]))
     run.delete()
 
 
-def test_no_timeout_runs_in_a_queue(place, kueue, homeless):
-    until_queued(homeless, "Kueue's queue nowhere: LocalQueue nowhere doesn't exist")
-    end = parse_time(homeless.status["startTime"]) + TIMEOUT + 2
-    until(lambda: time.time() > end)
-    assert homeless.at() == ("Starting", 1)
-    assert homeless.jobs == ["homeless-draw-a-1"]
-    homeless.edit(restartPolicy={"startTimeoutSeconds": 600}, activeDeadlineSeconds=600)  # they count from here on
+def test_timeouts_do_not_count_while_queued(workspace, kueue, run_without_queue):
+    wait_for_queued(run_without_queue, "Kueue's queue nowhere: LocalQueue nowhere doesn't exist")
+    end = parse_time(run_without_queue.status["startTime"]) + TIMEOUT + 2
+    wait_until(lambda: time.time() > end)
+    assert run_without_queue.stage_state() == ("Starting", 1)
+    assert run_without_queue.jobs == ["without-queue-draw-a-1"]
+    run_without_queue.edit(
+        restartPolicy={"startTimeoutSeconds": 600}, activeDeadlineSeconds=600
+    )  # from here on they count
 
-    serve_workloads(place.api, "v1beta1")  # as an older Kueue does
-    kueue.workloads, kueue.quotas["nowhere"] = at_version("v1beta1"), 0
-    until_queued(homeless, f"Kueue's queue nowhere: {FULL}")
+    serve_workloads(workspace.api, "v1beta1")  # as an older Kueue does
+    kueue.workloads, kueue.quotas["nowhere"] = get_workload_resource("v1beta1"), 0
+    wait_for_queued(run_without_queue, f"Kueue's queue nowhere: {FULL}")
     kueue.quotas["nowhere"] = 1
-    homeless.until_at("Running")
-    assert not homeless.is_true("Stuck")
-    homeless.delete()
+    run_without_queue.wait_for_stage("Running")
+    assert not run_without_queue.is_true("Stuck")
+    run_without_queue.delete()

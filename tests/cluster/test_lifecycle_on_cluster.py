@@ -1,5 +1,4 @@
-"""What people do to runs, on a real cluster: suspend, bound their time, clean up, edit, append, start again, raise
-gates, delete what is a run's own."""
+"""User actions on a real cluster: suspend, deadlines, TTL, edits, appended stages, restarts, gates, deletions."""
 
 from __future__ import annotations
 
@@ -13,49 +12,58 @@ import pytest
 
 from sailvl_operator.cluster.resources import EVENTS, JOBS, PODS, SERVICES, Resource
 from sailvl_operator.core.units import parse_time
-from tests.support.live.api import CLAIMS, Api, Object, Refused, until
-from tests.support.live.replicas import Replica
-from tests.support.live.stub_runs import Place, Run, build_image, build_stage, open_operator, open_place
+from tests.support.live.api import CLAIMS, ApiStatusError, ClusterApi, Object, wait_until
+from tests.support.live.replicas import OperatorReplica
+from tests.support.live.stub_runs import (
+    StubRun,
+    Workspace,
+    build_stage,
+    build_stub_image,
+    open_operator,
+    open_workspace,
+)
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
-def place(cluster: Any, kubeconfig: str, resource: None) -> Iterator[Place]:
+def workspace(cluster: Any, kubeconfig: str, resource: None) -> Iterator[Workspace]:
     if not cluster.is_ours:
         pytest.skip("the test reads the workers' storage: it needs the cluster of `make cluster`")
-    image = build_image(cluster.registry)
-    with Api(kubeconfig) as api, open_place(api, image, prefix="lifecycle") as place:
-        yield place
+    image = build_stub_image(cluster.registry)
+    with ClusterApi(kubeconfig) as api, open_workspace(api, image, prefix="lifecycle") as workspace:
+        yield workspace
 
 
 @pytest.fixture(scope="module", autouse=True)
-def operator(place: Place, kubeconfig: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
-    with open_operator(kubeconfig, [place], tmp_path_factory.mktemp("operator")) as operator:
+def operator(
+    workspace: Workspace, kubeconfig: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorReplica]:
+    with open_operator(kubeconfig, [workspace], tmp_path_factory.mktemp("operator")) as operator:
         yield operator
 
 
-def list_words(*words: str, attempt: int = 1, nodes: int = 2) -> list[str]:
-    """Of a journal, sorted: each worker's."""
-    return sorted(f"draw-a {attempt} {index} {word}" for word in words for index in range(nodes))
+def build_journal(*entries: str, attempt: int = 1, nodes: int = 2) -> list[str]:
+    """Return the sorted journal of an attempt whose workers all log the same entries."""
+    return sorted(f"draw-a {attempt} {index} {entry}" for entry in entries for index in range(nodes))
 
 
-def count_restarts(run: Run) -> tuple[Object, Object]:
-    """By cause: all, and those that count against the budgets."""
+def count_restarts(run: StubRun) -> tuple[Object, Object]:
+    """Return all restarts and the counted restarts, by cause."""
     return run.stage().get("restarts", {}), run.stage().get("countedRestarts", {})
 
 
-def test_suspended_workers_save_and_the_next_attempt_goes_on(place):
-    run = Run(place, "paused", "slow", nodes=2)
-    run.until_at("Running")
+def test_suspended_workers_save_and_next_attempt_resumes(workspace):
+    run = StubRun(workspace, "paused", "slow", nodes=2)
+    run.wait_for_stage("Running")
     run.edit(suspend=True)
-    until(lambda: run.condition("Running") == ("False", "Suspended", "the workers save a checkpoint"))
-    run.until_true("Suspended")
-    assert sorted(run.journal) == list_words("began", "told", "saved")
-    assert run.at() == ("Suspended", 1)
-    until(lambda: run.children(PODS) == [])
+    wait_until(lambda: run.condition("Running") == ("False", "Suspended", "the workers save a checkpoint"))
+    run.wait_for_condition("Suspended")
+    assert sorted(run.journal) == build_journal("began", "sigterm", "saved")
+    assert run.stage_state() == ("Suspended", 1)
+    wait_until(lambda: run.list_owned(PODS) == [])
     run.edit(suspend=False)
-    run.until_at("Running", 2)
+    run.wait_for_stage("Running", 2)
     assert not run.is_true("Suspended")
     assert run.jobs == ["paused-draw-a-2"]
     assert count_restarts(run) == ({}, {})
@@ -63,104 +71,104 @@ def test_suspended_workers_save_and_the_next_attempt_goes_on(place):
     run.delete()
 
 
-def test_a_run_that_is_created_suspended_waits_to_be_let_go(place):
-    run = Run(place, "asleep", "succeed", suspend=True)
-    run.until_true("Suspended")
-    assert (run.count_children(), run.at()) == (0, ("Pending", 0))
+def test_run_created_suspended_starts_when_resumed(workspace):
+    run = StubRun(workspace, "asleep", "succeed", suspend=True)
+    run.wait_for_condition("Suspended")
+    assert (run.count_owned(), run.stage_state()) == (0, ("Pending", 0))
     run.edit(suspend=False)
-    run.until_true("Succeeded")
-    assert run.at() == ("Succeeded", 1)
+    run.wait_for_condition("Succeeded")
+    assert run.stage_state() == ("Succeeded", 1)
 
 
-def test_a_deadline_ends_the_run_and_a_later_one_lets_it_go_on(place):
-    run = Run(place, "bounded", "slow", nodes=2)
-    run.until_at("Running")
+def test_deadline_fails_run_and_later_deadline_resumes_it(workspace):
+    run = StubRun(workspace, "bounded", "slow", nodes=2)
+    run.wait_for_stage("Running")
     limit = int(time.time() - parse_time(run.status["startTime"])) + 4
     run.edit(activeDeadlineSeconds=limit)
-    assert run.until_true("Failed") == "DeadlineExceeded"
+    assert run.wait_for_condition("Failed") == "DeadlineExceeded"
     assert run.condition("Failed")[2] == "the run was active for activeDeadlineSeconds; raise them to go on"
     ledger = run.status["goodput"]["seconds"]
     assert limit <= sum(ledger.values()) - ledger.get("queued", 0) <= limit + 2
-    until(lambda: run.jobs == [] and run.children(PODS) == [], told=run.describe)
-    assert sorted(run.journal) == list_words("began", "told", "saved")
+    wait_until(lambda: run.jobs == [] and run.list_owned(PODS) == [], describe=run.describe)
+    assert sorted(run.journal) == build_journal("began", "sigterm", "saved")
     run.edit(activeDeadlineSeconds=600)
-    run.until_at("Running", 2)
+    run.wait_for_stage("Running", 2)
     assert not run.is_true("Failed")
     assert count_restarts(run) == ({}, {})
     run.delete()
 
 
-def test_neighbours_of_a_stage_that_stops_the_run_save(place):
+def test_parallel_stage_saves_when_gate_fails_run(workspace):
     gate = {"metric": "score", "atLeast": "0.9"}
-    neighbour = build_stage("draw-b", dependsOn=[], workers=Run.env("slow"))
-    run = Run(place, "neighbours", "until", stages=[DRAW_A | {"gate": gate}, neighbour])
+    parallel = build_stage("draw-b", dependsOn=[], workers=StubRun.build_env("slow"))
+    run = StubRun(workspace, "parallels", "until", stages=[DRAW_A | {"gate": gate}, parallel])
     for index in (0, 1):
-        run.until_at("Running", index=index)
+        run.wait_for_stage("Running", index=index)
     run.release("draw-a")
-    assert run.until_true("Failed") == "GateFailed"
-    until(lambda: run.journal[-2:] == ["draw-b 1 0 told", "draw-b 1 0 saved"], told=run.describe)
-    until(lambda: run.jobs == ["neighbours-draw-a-1"])
-    run.edit(stages=[DRAW_A | {"gate": gate | {"atLeast": "0"}}, neighbour | {"workers": Run.env("until")}])
+    assert run.wait_for_condition("Failed") == "GateFailed"
+    wait_until(lambda: run.journal[-2:] == ["draw-b 1 0 sigterm", "draw-b 1 0 saved"], describe=run.describe)
+    wait_until(lambda: run.jobs == ["parallels-draw-a-1"])
+    run.edit(stages=[DRAW_A | {"gate": gate | {"atLeast": "0"}}, parallel | {"workers": StubRun.build_env("until")}])
     run.release("draw-b")
-    run.until_true("Succeeded")
-    assert (run.at(0), run.at(1)) == (("Succeeded", 1), ("Succeeded", 2))
+    run.wait_for_condition("Succeeded")
+    assert (run.stage_state(0), run.stage_state(1)) == (("Succeeded", 1), ("Succeeded", 2))
 
 
-def create_with_claim(place: Place, name: str, when_deleted: str) -> Run:
+def create_with_claim(workspace: Workspace, name: str, when_deleted: str) -> StubRun:
     template = {"storageClassName": "static", "resources": {"requests": {"storage": "1Gi"}}}
     storage = {"volumeClaimTemplate": template, "whenDeleted": when_deleted}
-    return Run(place, name, "succeed", storage=storage, ttlSecondsAfterFinished=3)
+    return StubRun(workspace, name, "succeed", storage=storage, ttlSecondsAfterFinished=3)
 
 
-def test_a_finished_run_goes_after_its_time_and_its_claim_stays_or_goes(place):
-    names = {"kept": "Retain", "dropped": "Delete"}
+def test_finished_run_is_deleted_after_ttl_and_claim_by_policy(workspace):
+    names = {"retained": "Retain", "deleted-claim": "Delete"}
     for name in names:
-        place.add_volume(f"{place.namespace}-{name}", f"{name}-storage")
-    runs = {name: create_with_claim(place, name, when_deleted) for name, when_deleted in names.items()}
+        workspace.add_volume(f"{workspace.namespace}-{name}", f"{name}-storage")
+    runs = {name: create_with_claim(workspace, name, when_deleted) for name, when_deleted in names.items()}
     finished: dict[str, str] = {}
 
-    def look() -> bool:
+    def all_finished() -> bool:
         finished.update({n: run.status["completionTime"] for n, run in runs.items() if run.is_true("Succeeded")})
         return len(finished) == len(runs)
 
-    until(look)
+    wait_until(all_finished)
     for name, run in runs.items():
-        until(lambda run=run: not run.raw)
+        wait_until(lambda run=run: not run.raw)
         assert time.time() - parse_time(finished[name]) >= 3
-        until(lambda run=run: run.count_children() == 0)
+        wait_until(lambda run=run: run.count_owned() == 0)
 
     def find_claim(name: str) -> str:
-        found = place.api.get(CLAIMS, f"{name}-storage", place.namespace)
+        found = workspace.api.get(CLAIMS, f"{name}-storage", workspace.namespace)
         return "" if found is None else found["metadata"]["uid"]
 
-    until(lambda: not find_claim("dropped"))
-    kept = find_claim("kept")
-    assert kept
-    heir = create_with_claim(place, "kept", "Retain")
-    heir.until_true("Succeeded")
-    assert find_claim("kept") == kept
-    assert heir.uid != runs["kept"].uid
-    journal = (place.storage / "kept-storage" / "kept.journal").read_text().splitlines()
+    wait_until(lambda: not find_claim("deleted-claim"))
+    retained = find_claim("retained")
+    assert retained
+    successor = create_with_claim(workspace, "retained", "Retain")
+    successor.wait_for_condition("Succeeded")
+    assert find_claim("retained") == retained
+    assert successor.uid != runs["retained"].uid
+    journal = (workspace.storage / "retained-storage" / "retained.journal").read_text().splitlines()
     assert journal == ["draw-a 1 0 began", "draw-a 1 0 done"] * 2
 
 
-def test_a_deleted_run_s_workers_save_and_everything_goes(place, operator):
-    run = Run(place, "deleted", "slow", nodes=2)
-    run.until_at("Running")
+def test_deleted_run_saves_and_removes_all_objects(workspace, operator):
+    run = StubRun(workspace, "deleted", "slow", nodes=2)
+    run.wait_for_stage("Running")
     run.delete()
-    until(lambda: run.count_children() == 0)
-    assert sorted(run.journal) == list_words("began", "told", "saved")
+    wait_until(lambda: run.count_owned() == 0)
+    assert sorted(run.journal) == build_journal("began", "sigterm", "saved")
     assert run.raw == {}
-    series = f'sailvl_run_stage_attempt{{namespace="{place.namespace}",run="deleted"'
-    until(lambda: operator.metric(series) == 0)
+    series = f'sailvl_run_stage_attempt{{namespace="{workspace.namespace}",run="deleted"'
+    wait_until(lambda: operator.read_metric(series) == 0)
 
 
 @pytest.fixture(scope="module")
-def edited(place: Place, operator: Replica) -> Iterator[Run]:
-    """Its first stage runs, its second has yet to begin."""
-    run = Run(place, "edited", "hold", stages=2)
-    run.until_at("Running")
-    run.pods = [pod["metadata"]["uid"] for pod in run.children(PODS)]
+def edited(workspace: Workspace, operator: OperatorReplica) -> Iterator[StubRun]:
+    """Create a run whose first stage runs and whose second has not started."""
+    run = StubRun(workspace, "edited", "hold", stages=2)
+    run.wait_for_stage("Running")
+    run.pods = [pod["metadata"]["uid"] for pod in run.list_owned(PODS)]
     yield run
     run.delete()
 
@@ -169,185 +177,199 @@ OTHER = {"curate": {"sources": [{"format": "procedural", "samples": 9}]}}
 DRAW_A, DRAW_B = build_stage("draw-a"), build_stage("draw-b")
 IMMUTABLE = "stage draw-a: stages are immutable once started; append a new stage"
 EDITS = [
-    pytest.param({"stages": [DRAW_A | OTHER, DRAW_B]}, IMMUTABLE, id="a started stage"),
+    pytest.param({"stages": [DRAW_A | OTHER, DRAW_B]}, IMMUTABLE, id="started stage"),
     pytest.param(
-        {"stages": [DRAW_A | {"name": "other"}, DRAW_B]}, "stages can't be removed, renamed or reordered", id="its name"
+        {"stages": [DRAW_A | {"name": "other"}, DRAW_B]},
+        "stages can't be removed, renamed or reordered",
+        id="name of a started stage",
     ),
-    pytest.param({"stages": [DRAW_B, DRAW_A]}, "stages can't be removed, renamed or reordered", id="the order"),
+    pytest.param({"stages": [DRAW_B, DRAW_A]}, "stages can't be removed, renamed or reordered", id="order of stages"),
     pytest.param(
         {"stages": [DRAW_A]},
         "stages can't be removed, renamed or reordered; append new stages at the end",
-        id="less stages",
+        id="removed stage",
     ),
-    pytest.param({"model": {"preset": "sail-vl-2b"}}, "model is immutable once a stage has started", id="the model"),
-    pytest.param({"storage": {"volumeClaim": "x"}}, "storage is immutable once a stage has started", id="the storage"),
-    pytest.param({"seed": 1}, "seed is immutable once a stage has started; create a new run", id="the seed"),
-    pytest.param({"stages": [DRAW_A, DRAW_B | OTHER]}, "", id="a stage that has not begun"),
-    pytest.param({"stages": [DRAW_A, DRAW_B | OTHER, build_stage("draw-c")]}, "", id="a stage is appended"),
+    pytest.param({"model": {"preset": "sail-vl-2b"}}, "model is immutable once a stage has started", id="model"),
+    pytest.param({"storage": {"volumeClaim": "x"}}, "storage is immutable once a stage has started", id="storage"),
+    pytest.param({"seed": 1}, "seed is immutable once a stage has started; create a new run", id="seed"),
+    pytest.param({"stages": [DRAW_A, DRAW_B | OTHER]}, "", id="stage that has not started"),
+    pytest.param({"stages": [DRAW_A, DRAW_B | OTHER, build_stage("draw-c")]}, "", id="appended stage"),
     pytest.param(
         {"stages": [DRAW_A | {"gate": {"metric": "score", "atLeast": "0"}}, DRAW_B | OTHER, build_stage("draw-c")]},
         "",
-        id="a gate",
+        id="gate of a started stage",
     ),
-    pytest.param({"workers": {"nodes": 2}}, "", id="the workers"),
-    pytest.param({"image": "localhost:5000/other:1"}, "", id="the image"),
-    pytest.param({"restartPolicy": {"maxRestarts": 3}}, "", id="the budgets"),
-    pytest.param({"activeDeadlineSeconds": 3600}, "", id="the deadline"),
+    pytest.param({"workers": {"nodes": 2}}, "", id="workers"),
+    pytest.param({"image": "localhost:5000/other:1"}, "", id="image"),
+    pytest.param({"restartPolicy": {"maxRestarts": 3}}, "", id="restart budget"),
+    pytest.param({"activeDeadlineSeconds": 3600}, "", id="deadline"),
 ]
 
 
-@pytest.mark.parametrize(("spec", "words"), EDITS)
-def test_what_may_be_edited_while_a_stage_runs(spec: Object, words: str, edited: Run) -> None:
-    if words:
-        with pytest.raises(Refused) as refusal:
+@pytest.mark.parametrize(("spec", "message"), EDITS)
+def test_edit_of_running_run(spec: Object, message: str, edited: StubRun) -> None:
+    if message:
+        with pytest.raises(ApiStatusError) as error:
             edited.edit(**spec)
-        assert words in str(refusal.value)
+        assert message in str(error.value)
         return
     edited.edit(**spec)
     generation = edited.raw["metadata"]["generation"]
-    until(lambda: edited.status.get("observedGeneration") == generation)
-    assert edited.at() == ("Running", 1)
-    assert [pod["metadata"]["uid"] for pod in edited.children(PODS)] == edited.pods
+    wait_until(lambda: edited.status.get("observedGeneration") == generation)
+    assert edited.stage_state() == ("Running", 1)
+    assert [pod["metadata"]["uid"] for pod in edited.list_owned(PODS)] == edited.pods
 
 
-def test_changed_workers_are_the_next_attempt_s(place):
-    run = Run(place, "moved", "hold")
-    run.until_at("Running")
-    run.edit(workers={"nodes": 2} | Run.env("succeed"))
-    run.api.delete(PODS, run.children(PODS)[0]["metadata"]["name"], place.namespace)
-    run.until_true("Succeeded")
-    assert sorted(run.journal[-4:]) == list_words("began", "done", attempt=2)
+def test_edited_workers_apply_to_next_attempt(workspace):
+    run = StubRun(workspace, "moved", "hold")
+    run.wait_for_stage("Running")
+    run.edit(workers={"nodes": 2} | StubRun.build_env("succeed"))
+    run.api.delete(PODS, run.list_owned(PODS)[0]["metadata"]["name"], workspace.namespace)
+    run.wait_for_condition("Succeeded")
+    assert sorted(run.journal[-4:]) == build_journal("began", "done", attempt=2)
 
 
-def test_stages_appended_to_a_run_that_is_over(place):
-    run = Run(place, "longer", "succeed")
-    run.until_true("Succeeded")
+def test_appended_stage_resumes_finished_run(workspace):
+    run = StubRun(workspace, "longer", "succeed")
+    run.wait_for_condition("Succeeded")
     before = run.stage()
     run.edit(stages=[DRAW_A, DRAW_B])
-    until(lambda: not run.is_true("Succeeded"))
-    run.until_true("Succeeded")
-    assert (run.stage(), run.at(1)) == (before, ("Succeeded", 1))
-    assert run.journal == [f"{stage} 1 0 {word}" for stage in ("draw-a", "draw-b") for word in ("began", "done")]
+    wait_until(lambda: not run.is_true("Succeeded"))
+    run.wait_for_condition("Succeeded")
+    assert (run.stage(), run.stage_state(1)) == (before, ("Succeeded", 1))
+    assert run.journal == [f"{stage} 1 0 {event}" for stage in ("draw-a", "draw-b") for event in ("began", "done")]
 
 
-def test_a_person_starts_stages_again(place):
-    hung, failed, over = (Run(place, f"again-{stub}", stub) for stub in ("hold", "config", "succeed"))
-    hung.until_at("Running")
-    hung.ask("draw-a")
-    failed.until_true("Failed")
-    failed.edit(workers=Run.env("succeed"))
-    failed.ask("draw-a")
-    over.until_true("Succeeded")
-    over.ask("draw-a")
-    hung.until_at("Running", 2)
-    failed.until_true("Succeeded")
-    assert (hung.jobs, failed.at(), over.at()) == (["again-hold-draw-a-2"], ("Succeeded", 2), ("Succeeded", 1))
-    assert [count_restarts(run) for run in (hung, failed, over)] == [({}, {})] * 3
+def test_restart_request_starts_new_attempt_unless_stage_succeeded(workspace):
+    hung, failed, finished = (StubRun(workspace, f"restart-{stub}", stub) for stub in ("hold", "config", "succeed"))
+    hung.wait_for_stage("Running")
+    hung.request_restart("draw-a")
+    failed.wait_for_condition("Failed")
+    failed.edit(workers=StubRun.build_env("succeed"))
+    failed.request_restart("draw-a")
+    finished.wait_for_condition("Succeeded")
+    finished.request_restart("draw-a")
+    hung.wait_for_stage("Running", 2)
+    failed.wait_for_condition("Succeeded")
+    assert (hung.jobs, failed.stage_state(), finished.stage_state()) == (
+        ["restart-hold-draw-a-2"],
+        ("Succeeded", 2),
+        ("Succeeded", 1),
+    )
+    assert [count_restarts(run) for run in (hung, failed, finished)] == [({}, {})] * 3
     assert not failed.is_true("Failed")
-    hung.ask("nonsense")
-    until(lambda: find_words(hung, "RestartRequested", "there is no stage 'nonsense'; stages are draw-a"))
-    until(lambda: find_words(over, "RestartRequested", "stage draw-a has its result"))
-    assert over.journal == ["draw-a 1 0 began", "draw-a 1 0 done"]
+    hung.request_restart("nonsense")
+    wait_until(lambda: has_event(hung, "RestartRequested", "there is no stage 'nonsense'; stages are draw-a"))
+    wait_until(lambda: has_event(finished, "RestartRequested", "stage draw-a has its result"))
+    assert finished.journal == ["draw-a 1 0 began", "draw-a 1 0 done"]
     hung.edit(suspend=True)
-    hung.until_true("Suspended")
-    hung.ask("draw-a")
-    until(lambda: find_words(hung, "RestartRequested", "set spec.suspend to false, and it goes on"))
-    assert hung.at() == ("Suspended", 2)
+    hung.wait_for_condition("Suspended")
+    hung.request_restart("draw-a")
+    wait_until(lambda: has_event(hung, "RestartRequested", "set spec.suspend to false, and it goes on"))
+    assert hung.stage_state() == ("Suspended", 2)
     hung.delete()
 
 
-def find_words(run: Run, reason: str, words: str) -> bool:
-    events = run.api.list(EVENTS, run.place.namespace, fields=f"involvedObject.uid={run.uid},reason={reason}")
-    return any(words in event["message"] for event in events)
+def has_event(run: StubRun, reason: str, message: str) -> bool:
+    events = run.api.list(EVENTS, run.workspace.namespace, fields=f"involvedObject.uid={run.uid},reason={reason}")
+    return any(message in event["message"] for event in events)
 
 
-def gated(at_least: str, on_fail: str) -> list[Object]:
+def build_gated_stages(at_least: str, on_fail: str) -> list[Object]:
     return [DRAW_A | {"gate": {"metric": "score", "atLeast": at_least, "onFail": on_fail}}, DRAW_B]
 
 
-def test_gates_stop_pause_or_let_go_on_and_open_when_raised(place):
+def test_gate_fails_pauses_or_warns_and_passes_when_relaxed(workspace):
     stopped, paused, warned = (
-        Run(place, f"gate-{on_fail.lower()}", "succeed", stages=gated("0.9", on_fail))
+        StubRun(workspace, f"gate-{on_fail.lower()}", "succeed", stages=build_gated_stages("0.9", on_fail))
         for on_fail in ("Stop", "Pause", "Continue")
     )
     wanted = "stage draw-a: score is 0.5; its gate wants at least 0.9"
-    assert stopped.until_true("Failed") == "GateFailed"
+    assert stopped.wait_for_condition("Failed") == "GateFailed"
     assert stopped.condition("Failed")[2] == wanted
-    assert paused.until_true("Stuck") == "GateNotPassed"
-    assert warned.until_true("Succeeded") == "Completed"
+    assert paused.wait_for_condition("Stuck") == "GateNotPassed"
+    assert warned.wait_for_condition("Succeeded") == "Completed"
     assert warned.condition("GatesPassed") == ("False", "GateFailed", wanted)
     for run, on_fail in ((stopped, "Stop"), (paused, "Pause")):
-        assert (run.at(0), run.at(1)) == (("Succeeded", 1), ("Pending", 0))
-        run.edit(stages=gated("0.4", on_fail))
+        assert (run.stage_state(0), run.stage_state(1)) == (("Succeeded", 1), ("Pending", 0))
+        run.edit(stages=build_gated_stages("0.4", on_fail))
     for run in (stopped, paused):
-        run.until_true("Succeeded")
+        run.wait_for_condition("Succeeded")
         assert run.condition("GatesPassed")[:2] == ("True", "GatePassed")
         assert (run.is_true("Failed"), run.is_true("Stuck")) == (False, False)
         assert run.journal == warned.journal
 
 
-def pause(run: Run) -> None:
+def suspend(run: StubRun) -> None:
     run.edit(suspend=True)
-    run.until_true("Suspended")
+    run.wait_for_condition("Suspended")
 
 
-def go_on(run: Run) -> None:
+def resume(run: StubRun) -> None:
     run.edit(suspend=False)
 
 
-def run_on(run: Run) -> None:
-    run.until_at("Running")
+def wait_for_running(run: StubRun) -> None:
+    run.wait_for_stage("Running")
 
 
-def end_first(run: Run) -> None:
+def finish_first_stage(run: StubRun) -> None:
     run.release("draw-a")
-    run.until_at("Running", index=1)
+    run.wait_for_stage("Running", index=1)
 
 
-def wait_for_room(run: Run) -> None:
-    run.until_true("Stuck")
+def wait_for_stuck(run: StubRun) -> None:
+    run.wait_for_condition("Stuck")
 
 
-def leave(run: Run) -> None:
-    """Nothing is done afterwards."""
+def do_nothing(run: StubRun) -> None:
+    """Leave the run as it is."""
 
 
-CROWDED = {"resources": {"requests": {"cpu": "1000"}}}
+UNSCHEDULABLE = {"resources": {"requests": {"cpu": "1000"}}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Removal:
-    """Somebody deletes a child of a run."""
+class DeletionCase:
+    """A user deletes an owned object of a run."""
 
     name: str
-    """Of the run."""
+    """Name of the run."""
     kind: Resource
-    when: Callable[[Run], None]
-    """Brings the run to where the child is deleted."""
-    then: Callable[[Run], None] = leave
-    at: tuple[str, int]
+    when: Callable[[StubRun], None]
+    """Brings the run into the state in which the object is deleted."""
+    then: Callable[[StubRun], None] = do_nothing
+    state: tuple[str, int]
     """State and attempt of the first stage afterwards."""
     restarts: Object = field(default_factory=dict)
     jobs: tuple[str, ...]
-    """Those that are left, without the run's name."""
+    """The remaining Jobs, without the run's name."""
 
 
 SAVED = {"Preempted": 1}
-"""As by an eviction: told to stop, the workers saved."""
-ENDED = ("draw-a-1", "draw-b-1")
-REMOVALS = [
-    Removal(name="job", kind=JOBS, when=run_on, at=("Running", 2), restarts=SAVED, jobs=("draw-a-2",)),
-    Removal(name="pod", kind=PODS, when=run_on, at=("Running", 2), restarts=SAVED, jobs=("draw-a-2",)),
-    Removal(name="service", kind=SERVICES, when=run_on, at=("Running", 1), jobs=("draw-a-1",)),
-    Removal(name="paused-job", kind=JOBS, when=pause, then=go_on, at=("Running", 2), jobs=("draw-a-2",)),
-    Removal(name="paused-service", kind=SERVICES, when=pause, then=go_on, at=("Running", 2), jobs=("draw-a-2",)),
-    Removal(name="ended-job", kind=JOBS, when=end_first, at=("Succeeded", 1), jobs=ENDED[1:]),
-    Removal(name="ended-pod", kind=PODS, when=end_first, at=("Succeeded", 1), jobs=ENDED),
-    Removal(
+"""The workers save on SIGTERM, as for an eviction."""
+FINISHED_JOBS = ("draw-a-1", "draw-b-1")
+DELETIONS = [
+    DeletionCase(
+        name="job", kind=JOBS, when=wait_for_running, state=("Running", 2), restarts=SAVED, jobs=("draw-a-2",)
+    ),
+    DeletionCase(
+        name="pod", kind=PODS, when=wait_for_running, state=("Running", 2), restarts=SAVED, jobs=("draw-a-2",)
+    ),
+    DeletionCase(name="service", kind=SERVICES, when=wait_for_running, state=("Running", 1), jobs=("draw-a-1",)),
+    DeletionCase(name="paused-job", kind=JOBS, when=suspend, then=resume, state=("Running", 2), jobs=("draw-a-2",)),
+    DeletionCase(
+        name="paused-service", kind=SERVICES, when=suspend, then=resume, state=("Running", 2), jobs=("draw-a-2",)
+    ),
+    DeletionCase(
+        name="finished-job", kind=JOBS, when=finish_first_stage, state=("Succeeded", 1), jobs=FINISHED_JOBS[1:]
+    ),
+    DeletionCase(name="finished-pod", kind=PODS, when=finish_first_stage, state=("Succeeded", 1), jobs=FINISHED_JOBS),
+    DeletionCase(
         name="new-job",
         kind=JOBS,
-        when=wait_for_room,
-        at=("Restarting", 2),
+        when=wait_for_stuck,
+        state=("Restarting", 2),
         restarts={"Infra": 1},
         jobs=("draw-a-2",),
     ),
@@ -355,46 +377,49 @@ REMOVALS = [
 
 
 @pytest.fixture(scope="module")
-def held(place: Place, operator: Replica) -> Iterator[dict[str, Run]]:
-    """A run for each, started together."""
+def runs_by_case(workspace: Workspace, operator: OperatorReplica) -> Iterator[dict[str, StubRun]]:
+    """Create a run for each case, all at once."""
     runs = {}
-    for case in REMOVALS:
-        workers = CROWDED if case.when is wait_for_room else None
-        stages = 2 if case.when is end_first else 1
-        runs[case.name] = Run(place, case.name, "until", nodes=2, stages=stages, workers=workers)
+    for case in DELETIONS:
+        workers = UNSCHEDULABLE if case.when is wait_for_stuck else None
+        stages = 2 if case.when is finish_first_stage else 1
+        runs[case.name] = StubRun(workspace, case.name, "until", nodes=2, stages=stages, workers=workers)
     yield runs
     for run in runs.values():
         run.delete()
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in REMOVALS])
-def test_what_people_delete_is_made_up_for(case: Removal, held: dict[str, Run]) -> None:
-    run = held[case.name]
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in DELETIONS])
+def test_deleted_object_is_replaced(case: DeletionCase, runs_by_case: dict[str, StubRun]) -> None:
+    run = runs_by_case[case.name]
     case.when(run)
-    victim = next(child["metadata"] for child in run.children(case.kind) if "draw-b" not in child["metadata"]["name"])
-    run.api.delete(case.kind, victim["name"], run.place.namespace)
-    until(lambda: victim["uid"] not in [child["metadata"]["uid"] for child in run.children(case.kind)])
+    victim = next(child["metadata"] for child in run.list_owned(case.kind) if "draw-b" not in child["metadata"]["name"])
+    run.api.delete(case.kind, victim["name"], run.workspace.namespace)
+    wait_until(lambda: victim["uid"] not in [child["metadata"]["uid"] for child in run.list_owned(case.kind)])
     case.then(run)
-    until(lambda: (run.at(), run.jobs) == (case.at, [f"{run.name}-{job}" for job in case.jobs]), told=run.describe)
-    until(lambda: len(run.children(SERVICES)) == 1)
-    time.sleep(2)  # whatever it should not do, it would have begun by now
-    assert (run.at(), count_restarts(run)[0]) == (case.at, case.restarts)
+    wait_until(
+        lambda: (run.stage_state(), run.jobs) == (case.state, [f"{run.name}-{job}" for job in case.jobs]),
+        describe=run.describe,
+    )
+    wait_until(lambda: len(run.list_owned(SERVICES)) == 1)
+    time.sleep(2)  # enough time for an unwanted reaction to start
+    assert (run.stage_state(), count_restarts(run)[0]) == (case.state, case.restarts)
     assert run.jobs == [f"{run.name}-{job}" for job in case.jobs]
 
 
-def test_what_is_over_stays_so_when_its_children_go_and_the_operator_starts_again(place, operator):
-    done, failed = Run(place, "latched", "succeed", stages=2), Run(place, "latched-wrong", "config")
-    done.until_true("Succeeded")
-    failed.until_true("Failed")
-    until(lambda: failed.jobs == [])
+def test_finished_runs_stay_unchanged_without_jobs_and_after_operator_restart(workspace, operator):
+    done, failed = StubRun(workspace, "latched", "succeed", stages=2), StubRun(workspace, "latched-wrong", "config")
+    done.wait_for_condition("Succeeded")
+    failed.wait_for_condition("Failed")
+    wait_until(lambda: failed.jobs == [])
     for job in done.jobs:
-        place.api.delete(JOBS, job, place.namespace)
-    until(lambda: done.children(JOBS) == done.children(PODS) == [])
+        workspace.api.delete(JOBS, job, workspace.namespace)
+    wait_until(lambda: done.list_owned(JOBS) == done.list_owned(PODS) == [])
     versions = [run.raw["metadata"]["resourceVersion"] for run in (done, failed)]
-    operator.end(signal.SIGKILL)
+    operator.stop(signal.SIGKILL)
     operator.start()
-    until(lambda: operator.metric("sailvl_operator_reconciles_total") >= 2)
+    wait_until(lambda: operator.read_metric("sailvl_operator_reconciles_total") >= 2)
     time.sleep(2)
     assert [run.raw["metadata"]["resourceVersion"] for run in (done, failed)] == versions
     assert (done.jobs, failed.jobs) == ([], [])
-    assert done.journal == [f"{stage} 1 0 {word}" for stage in ("draw-a", "draw-b") for word in ("began", "done")]
+    assert done.journal == [f"{stage} 1 0 {event}" for stage in ("draw-a", "draw-b") for event in ("began", "done")]

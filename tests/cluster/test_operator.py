@@ -1,4 +1,4 @@
-"""The operator as a process of its own against a real cluster, with small stub workers in the trainer's place."""
+"""The operator as a process against a real cluster, with stub workers instead of the trainer; read through kubectl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.live.cluster import Cluster
-from tests.support.live.stub_runs import build_image
+from tests.support.live.stub_runs import build_stub_image
 
 pytestmark = pytest.mark.cluster
 
@@ -27,26 +27,26 @@ CALL = "import sys; from sailvl_operator.cli.main import main; sys.exit(main())"
 
 
 def find_kubeconfig() -> str:
-    """KUBECONFIG, or the cluster of `make cluster`."""
+    """Return KUBECONFIG, or that of the cluster of `make cluster`; empty if there is neither."""
     local = ROOT / "build" / "cluster" / "pki" / "admin.conf"
     return os.environ.get("KUBECONFIG") or (str(local) if local.exists() else "")
 
 
-def kubectl(*words: str, body: Any = None, check: bool = True) -> str:
+def kubectl(*arguments: str, body: Any = None, check: bool = True) -> str:
     done = subprocess.run(
-        ["kubectl", "--kubeconfig", find_kubeconfig(), *words],
+        ["kubectl", "--kubeconfig", find_kubeconfig(), *arguments],
         input=None if body is None else json.dumps(body),
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert not check or done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
+    assert not check or done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
     return done.stdout
 
 
-def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """What the condition says once it says something."""
+def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Wait until a condition returns something true, and return it."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"not within {seconds} s"
@@ -56,12 +56,12 @@ def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 @pytest.fixture(scope="module")
 def image(cluster: Cluster) -> str:
-    return build_image(cluster.registry)
+    return build_stub_image(cluster.registry)
 
 
 @pytest.fixture(scope="module")
 def namespace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A namespace under the restricted Pod Security Standard, with a claim that the nodes can mount."""
+    """Create a namespace under the restricted Pod Security Standard, with a claim that the nodes can mount."""
     if not find_kubeconfig():
         pytest.skip("no cluster: set KUBECONFIG or run `make cluster`")
     kubectl("apply", "--server-side", "-f", str(ROOT / "crds" / "sailvlruns.yaml"))
@@ -101,7 +101,7 @@ def namespace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     kubectl("delete", "pv", name, "--wait=false")
 
 
-class Operator:
+class OperatorOnFixedPort:
     """`sailvl operator` as a child process."""
 
     def __init__(self, namespace: str, log: Path) -> None:
@@ -110,7 +110,7 @@ class Operator:
 
     def start(self) -> None:
         flags = ["--namespaces", self.namespace, "--lease-namespace", self.namespace, "--metrics-port", str(PORT)]
-        quick = [
+        fast = [
             "--failure-settle-seconds",
             "1",
             "--backoff-seconds",
@@ -120,14 +120,14 @@ class Operator:
             "--lease-renew-deadline-seconds",
             "3",
         ]
-        command = [sys.executable, "-c", CALL, "operator", *flags, *quick, "--lease-renew-interval-seconds", "1"]
+        command = [sys.executable, "-c", CALL, "operator", *flags, *fast, "--lease-renew-interval-seconds", "1"]
         paths = os.pathsep.join(str(ROOT / part) for part in ("operator", "trainer"))
         environment = os.environ | {"KUBECONFIG": find_kubeconfig(), "PYTHONPATH": paths}
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
                 [*command, "--identity", "test"], env=environment, stdout=output, stderr=output
             )
-        until(lambda: self.get("/readyz") == "ok")
+        wait_until(lambda: self.get("/readyz") == "ok")
 
     def get(self, path: str) -> str:
         try:
@@ -137,24 +137,24 @@ class Operator:
             assert self.process.poll() is None, f"the operator ended:\n{self.log.read_text()[-3000:]}"
             return ""
 
-    def metric(self, name: str) -> float:
+    def read_metric(self, name: str) -> float:
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
-    def end(self, how: signal.Signals) -> int:
-        self.process.send_signal(how)
+    def stop(self, signal_: signal.Signals) -> int:
+        self.process.send_signal(signal_)
         return self.process.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")
-def operator(namespace: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    running = Operator(namespace, tmp_path_factory.mktemp("operator") / "log")
+def operator(namespace: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorOnFixedPort]:
+    running = OperatorOnFixedPort(namespace, tmp_path_factory.mktemp("operator") / "log")
     yield running
-    assert running.end(signal.SIGTERM) == 0, running.log.read_text()[-3000:]
+    assert running.stop(signal.SIGTERM) == 0, running.log.read_text()[-3000:]
 
 
-class Run:
-    """One SailVLRun, seen with kubectl."""
+class KubectlRun:
+    """One SailVLRun, read with kubectl."""
 
     def __init__(self, namespace: str, name: str, image: str, stub: str, *, nodes: int = 1, stages: int = 1) -> None:
         self.namespace, self.name = namespace, name
@@ -175,11 +175,11 @@ class Run:
             body={"apiVersion": "sailvl.dev/v1alpha1", "kind": "SailVLRun", "metadata": metadata, "spec": spec},
         )
 
-    def kubectl(self, *words: str) -> str:
-        return kubectl("-n", self.namespace, *words)
+    def kubectl(self, *arguments: str) -> str:
+        return kubectl("-n", self.namespace, *arguments)
 
-    def stage(self) -> tuple[str, int]:
-        """State and attempt of the first stage."""
+    def stage_state(self) -> tuple[str, int]:
+        """Return state and attempt of the first stage."""
         raw = json.loads(self.kubectl("get", "svr", self.name, "-o", "json"))
         stages = raw.get("status", {}).get("stages", [{}])
         return stages[0].get("state", ""), stages[0].get("attempt", 0)
@@ -189,8 +189,8 @@ class Run:
         conditions = raw.get("status", {}).get("conditions", [])
         return next((c for c in conditions if c["type"] == type_ and c["status"] == "True"), {})
 
-    def children(self, kind: str) -> dict[str, str]:
-        """uid by name."""
+    def list_owned(self, kind: str) -> dict[str, str]:
+        """Return the uid of each owned object of a kind, by name."""
         items = json.loads(self.kubectl("get", kind, "-l", f"sailvl.dev/run={self.name}", "-o", "json"))["items"]
         return {item["metadata"]["name"]: item["metadata"]["uid"] for item in items}
 
@@ -198,10 +198,10 @@ class Run:
         self.kubectl("wait", f"--for=condition={condition}", f"svr/{self.name}", f"--timeout={seconds}s")
 
 
-def test_a_run_goes_through_its_stages(operator, namespace, image):
-    run = Run(namespace, "whole", image, "succeed", nodes=2, stages=2)
+def test_run_succeeds_stage_by_stage(operator, namespace, image):
+    run = KubectlRun(namespace, "whole", image, "succeed", nodes=2, stages=2)
     run.wait("Succeeded")
-    assert set(run.children("jobs")) == {"whole-draw-a-1", "whole-draw-b-1"}
+    assert set(run.list_owned("jobs")) == {"whole-draw-a-1", "whole-draw-b-1"}
     row = run.kubectl("get", "svr", "whole", "--no-headers")
     assert "100%" in row
     assert "Completed" in row
@@ -209,79 +209,79 @@ def test_a_run_goes_through_its_stages(operator, namespace, image):
     assert {"StageStarted", "StageSucceeded", "Completed"} <= set(reasons.split())
 
 
-def test_a_config_error_ends_the_run_and_clears_its_pods(operator, namespace, image):
-    run = Run(namespace, "wrong", image, "config")
+def test_config_error_fails_run_and_deletes_pods(operator, namespace, image):
+    run = KubectlRun(namespace, "wrong", image, "config")
     run.wait("Failed")
     assert "preset huge is unknown" in run.condition("Failed")["message"]
-    until(lambda: not run.children("jobs") and not run.children("pods"))
+    wait_until(lambda: not run.list_owned("jobs") and not run.list_owned("pods"))
 
 
-def test_a_crash_is_followed_by_the_next_attempt(operator, namespace, image):
-    run = Run(namespace, "crash", image, "crash-once", nodes=2)
-    until(lambda: run.stage() == ("Running", 2))
-    assert set(run.children("jobs")) == {"crash-draw-a-2"}
+def test_crash_starts_next_attempt(operator, namespace, image):
+    run = KubectlRun(namespace, "crash", image, "crash-once", nodes=2)
+    wait_until(lambda: run.stage_state() == ("Running", 2))
+    assert set(run.list_owned("jobs")) == {"crash-draw-a-2"}
     run.kubectl("delete", "svr", "crash", "--wait=false")
 
 
-def test_a_pod_removed_from_outside_is_followed_by_the_next_attempt(operator, namespace, image):
-    run = Run(namespace, "evicted", image, "hold", nodes=2)
-    until(lambda: run.stage() == ("Running", 1))
+def test_deleted_pod_starts_next_attempt(operator, namespace, image):
+    run = KubectlRun(namespace, "evicted", image, "hold", nodes=2)
+    wait_until(lambda: run.stage_state() == ("Running", 1))
     run.kubectl(
         "delete", "pod", "-l", "sailvl.dev/run=evicted,batch.kubernetes.io/job-completion-index=1", "--wait=false"
     )
-    until(lambda: run.stage() == ("Running", 2))
-    until(lambda: set(run.children("jobs")) == {"evicted-draw-a-2"})
+    wait_until(lambda: run.stage_state() == ("Running", 2))
+    wait_until(lambda: set(run.list_owned("jobs")) == {"evicted-draw-a-2"})
     run.kubectl("delete", "svr", "evicted", "--wait=false")
 
 
-def test_suspend_gives_the_pods_back_and_resume_goes_on(operator, namespace, image):
-    run = Run(namespace, "pause", image, "hold")
-    until(lambda: run.stage() == ("Running", 1))
+def test_suspend_deletes_pods_and_resume_starts_next_attempt(operator, namespace, image):
+    run = KubectlRun(namespace, "pause", image, "hold")
+    wait_until(lambda: run.stage_state() == ("Running", 1))
     run.kubectl("patch", "svr", "pause", "--type=merge", "-p", '{"spec": {"suspend": true}}')
     run.wait("Suspended", 30)
-    until(lambda: not run.children("pods"), 5)
+    wait_until(lambda: not run.list_owned("pods"), 5)
     run.kubectl("patch", "svr", "pause", "--type=merge", "-p", '{"spec": {"suspend": false}}')
-    until(lambda: run.stage() == ("Running", 2))
+    wait_until(lambda: run.stage_state() == ("Running", 2))
     run.kubectl("delete", "svr", "pause", "--wait=false")
 
 
-def test_a_killed_operator_comes_back_and_doubles_nothing(operator, namespace, image):
-    run = Run(namespace, "steady", image, "hold", nodes=2)
-    until(lambda: run.stage() == ("Running", 1))
-    jobs, pods = run.children("jobs"), run.children("pods")
-    operator.end(signal.SIGKILL)
+def test_restarted_operator_duplicates_nothing(operator, namespace, image):
+    run = KubectlRun(namespace, "steady", image, "hold", nodes=2)
+    wait_until(lambda: run.stage_state() == ("Running", 1))
+    jobs, pods = run.list_owned("jobs"), run.list_owned("pods")
+    operator.stop(signal.SIGKILL)
     operator.start()
-    until(lambda: operator.metric("sailvl_operator_leading") == 1)
-    until(lambda: operator.metric("sailvl_operator_reconciles_total") >= 1)
+    wait_until(lambda: operator.read_metric("sailvl_operator_leading") == 1)
+    wait_until(lambda: operator.read_metric("sailvl_operator_reconciles_total") >= 1)
     time.sleep(1)
-    assert (run.children("jobs"), run.children("pods"), run.stage()) == (jobs, pods, ("Running", 1))
+    assert (run.list_owned("jobs"), run.list_owned("pods"), run.stage_state()) == (jobs, pods, ("Running", 1))
 
-    operator.end(signal.SIGKILL)
+    operator.stop(signal.SIGKILL)
     run.kubectl("delete", "pod", "-l", "sailvl.dev/run=steady,batch.kubernetes.io/job-completion-index=0")
     operator.start()
-    until(lambda: run.stage() == ("Running", 2))
-    until(lambda: set(run.children("jobs")) == {"steady-draw-a-2"})
+    wait_until(lambda: run.stage_state() == ("Running", 2))
+    wait_until(lambda: set(run.list_owned("jobs")) == {"steady-draw-a-2"})
 
 
-def test_nothing_is_written_while_nothing_happens(operator, namespace, image):
-    def writes() -> float:
+def test_idle_operator_writes_nothing(operator, namespace, image):
+    def count_writes() -> float:
         verbs = ("create", "patch", "delete", "deletecollection")
         return sum(
-            operator.metric(f'sailvl_operator_api_calls_total{{code="{c}",verb="{v}"}}')
+            operator.read_metric(f'sailvl_operator_api_calls_total{{code="{c}",verb="{v}"}}')
             for v in verbs
             for c in (200, 201)
         )
 
     time.sleep(1)
-    before = writes()
+    before = count_writes()
     time.sleep(4)
-    assert writes() == before
+    assert count_writes() == before
 
 
-def test_a_deleted_run_takes_its_children_along(operator, namespace, image):
-    run = Run(namespace, "gone", image, "hold", nodes=2)
-    until(lambda: run.stage() == ("Running", 1))
-    until(lambda: run.children("services"))
+def test_deleted_run_removes_owned_objects(operator, namespace, image):
+    run = KubectlRun(namespace, "gone", image, "hold", nodes=2)
+    wait_until(lambda: run.stage_state() == ("Running", 1))
+    wait_until(lambda: run.list_owned("services"))
     run.kubectl("delete", "svr", "gone")
-    until(lambda: not any(run.children(kind) for kind in ("jobs", "pods", "services")))
-    until(lambda: operator.metric('sailvl_run_stage_attempt{namespace="' + namespace + '",run="gone"') == 0)
+    wait_until(lambda: not any(run.list_owned(kind) for kind in ("jobs", "pods", "services")))
+    wait_until(lambda: operator.read_metric('sailvl_run_stage_attempt{namespace="' + namespace + '",run="gone"') == 0)

@@ -30,7 +30,7 @@ def _try_create(kubectl: Kubectl, document: dict[str, Any]) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("invalid", SCHEMA, ids=lambda invalid: invalid.id)
-def test_server_rejects_the_same_fields_as_validate(invalid: InvalidSpec, kubectl: Kubectl, resource: None) -> None:
+def test_server_rejects_same_fields_as_validate(invalid: InvalidSpec, kubectl: Kubectl, resource: None) -> None:
     answer = _try_create(kubectl, invalid.build())
     assert answer.returncode != 0, answer.stdout
     fields = set(FIELD.findall(answer.stderr) + UNKNOWN.findall(answer.stderr))
@@ -39,7 +39,7 @@ def test_server_rejects_the_same_fields_as_validate(invalid: InvalidSpec, kubect
 
 
 @pytest.mark.parametrize("invalid", UNSUPPORTED, ids=lambda invalid: invalid.id)
-def test_unsupported_fields_are_part_of_the_schema(invalid: InvalidSpec, kubectl: Kubectl, resource: None) -> None:
+def test_schema_accepts_unsupported_fields(invalid: InvalidSpec, kubectl: Kubectl, resource: None) -> None:
     answer = _try_create(kubectl, invalid.build())
     assert answer.returncode == 0, answer.stderr
 
@@ -85,17 +85,15 @@ def _remove_waiting(spec: dict[str, Any]) -> None:
 
 
 REFUSED_CHANGES = [
-    pytest.param(_change_model, "spec.model", "create a new run", id="the model"),
-    pytest.param(_change_storage, "spec.storage", "create a new run", id="the storage"),
-    pytest.param(_change_seed, "spec.seed", "create a new run", id="the seed"),
+    pytest.param(_change_model, "spec.model", "create a new run", id="model"),
+    pytest.param(_change_storage, "spec.storage", "create a new run", id="storage"),
+    pytest.param(_change_seed, "spec.seed", "create a new run", id="seed"),
+    pytest.param(_change_started, "spec.stages", "stage curate: stages are immutable once started", id="started stage"),
     pytest.param(
-        _change_started, "spec.stages", "stage curate: stages are immutable once started", id="a started stage"
+        _remove_started, "spec.stages", "stage curate: stages are immutable once started", id="removed started stage"
     ),
-    pytest.param(
-        _remove_started, "spec.stages", "stage curate: stages are immutable once started", id="no started stage"
-    ),
-    pytest.param(_swap_waiting, "spec.stages", "stages can't be removed, renamed or reordered", id="the order"),
-    pytest.param(_remove_waiting, "spec.stages", "stages can't be removed, renamed or reordered", id="fewer stages"),
+    pytest.param(_swap_waiting, "spec.stages", "stages can't be removed, renamed or reordered", id="order of stages"),
+    pytest.param(_remove_waiting, "spec.stages", "stages can't be removed, renamed or reordered", id="removed stage"),
 ]
 
 
@@ -135,7 +133,7 @@ def _replace(kubectl: Kubectl, document: dict[str, Any]) -> subprocess.Completed
 
 
 @pytest.mark.parametrize(("change", "field", "message"), REFUSED_CHANGES)
-def test_immutable_fields_of_a_started_run(
+def test_server_rejects_edit_of_immutable_field(
     change: Callable[[dict[str, Any]], None], field: str, message: str, kubectl: Kubectl, started: dict[str, Any]
 ) -> None:
     change(started["spec"])
@@ -146,7 +144,7 @@ def test_immutable_fields_of_a_started_run(
 
 
 @pytest.mark.parametrize("change", [_change_workers, _change_waiting, _append, _suspend])
-def test_mutable_fields_of_a_started_run(
+def test_server_accepts_edit_of_mutable_field(
     change: Callable[[dict[str, Any]], None], kubectl: Kubectl, started: dict[str, Any]
 ) -> None:
     change(started["spec"])
@@ -154,7 +152,7 @@ def test_mutable_fields_of_a_started_run(
     assert answer.returncode == 0, answer.stderr
 
 
-def test_columns_of_kubectl_get(kubectl: Kubectl, started: dict[str, Any]) -> None:
+def test_kubectl_get_prints_summary_columns(kubectl: Kubectl, started: dict[str, Any]) -> None:
     shown = kubectl("-n", started["metadata"]["namespace"], "get", "svr")
     heads = " ".join(shown.stdout.split("\n")[0].split())
     assert heads == "NAME STAGE PROGRESS READY RESTARTS GOODPUT ETA REASON AGE"

@@ -1,4 +1,4 @@
-"""Watches of the real API server, decoded to no more than is read of each kind."""
+"""Watches of a real API server, decoded to the fields that the operator reads."""
 
 from __future__ import annotations
 
@@ -18,40 +18,39 @@ pytestmark = pytest.mark.cluster
 
 
 TEMPLATE = {"spec": {"restartPolicy": "Never", "containers": [{"name": "worker", "image": "none"}]}}
-PLACELESS = TEMPLATE["spec"] | {"nodeSelector": {"sailvl.dev/there-is": "none"}}
+UNSCHEDULABLE = TEMPLATE["spec"] | {"nodeSelector": {"sailvl.dev/there-is": "none"}}
 
 
 @pytest.mark.parametrize(
     ("resource", "decode_as", "body"),
     [
         pytest.param(resources.JOBS, wire.Job, {"spec": {"suspend": True, "template": TEMPLATE}}, id="jobs"),
-        pytest.param(resources.PODS, wire.Pod, {"spec": PLACELESS}, id="pods"),
+        pytest.param(resources.PODS, wire.Pod, {"spec": UNSCHEDULABLE}, id="pods"),
         pytest.param(resources.SERVICES, wire.Service, {"spec": {"clusterIP": "None"}}, id="services"),
         pytest.param(resources.RUNS, dict, build_document(suspend=True), id="runs"),
     ],
 )
-async def test_bookmarks_move_a_quiet_watch_on(
+async def test_bookmarks_advance_watch_without_events(
     kubeconfig: str, resource: Resource, decode_as: Any, body: dict[str, Any]
 ) -> None:
-    """The API server sends one shortly before the end of a watch, and every minute of a longer one, while anything of
-    the kind changes."""
+    """The API server sends one before the end of a watch, and once a minute, while objects of the kind change."""
     async with Client(load_credentials(kubeconfig, ""), ClientConfig(watch_timeout_seconds=4)) as client:
-        made = await client.create(resource, "default", body | {"metadata": {"name": "seen-by-nobody"}})
-        version = made["metadata"]["resourceVersion"]
+        created = await client.create(resource, "default", body | {"metadata": {"name": "unselected"}})
+        version = created["metadata"]["resourceVersion"]
         changing = asyncio.create_task(keep_changing(client, resource))
         try:
-            selector = "sailvl.dev/run=nobody"
+            selector = "sailvl.dev/run=none"
             watch = client.watch(resource, selector=selector, resource_version=version, decode_as=decode_as)
-            seen = [(type_, int(raw["metadata"]["resourceVersion"])) async for type_, raw in watch]
+            events = [(type_, int(raw["metadata"]["resourceVersion"])) async for type_, raw in watch]
         finally:
             changing.cancel()
-            await client.delete(resource, "default", "seen-by-nobody", uid=made["metadata"]["uid"])
-    assert {type_ for type_, _ in seen} == {"BOOKMARK"}
-    assert seen[-1][1] > int(version)
+            await client.delete(resource, "default", "unselected", uid=created["metadata"]["uid"])
+    assert {type_ for type_, _ in events} == {"BOOKMARK"}
+    assert events[-1][1] > int(version)
 
 
 async def keep_changing(client: Client, resource: Resource) -> None:
     for number in count():
-        note = {"metadata": {"annotations": {"number": str(number)}}}
-        await client.patch(resource, "default", "seen-by-nobody", note)
+        patch = {"metadata": {"annotations": {"number": str(number)}}}
+        await client.patch(resource, "default", "unselected", patch)
         await asyncio.sleep(0.2)

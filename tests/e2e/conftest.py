@@ -1,4 +1,4 @@
-"""One whole run on the cluster, with killed operators and a killed rank on its way; the tests look at what it left."""
+"""One whole run on a real cluster, during which a rank and all operators are killed; the tests check its results."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.support.live.prometheus import Prometheus, render_monitors, start_pro
 from tests.support.live.run_plot import draw_run
 from tests.support.live.whole_run import (
     RUN,
-    Fault,
-    Story,
-    align,
+    ScheduledFault,
+    WholeRun,
     follow,
+    format_table,
     kill_operators,
     kill_second_rank,
     require_success,
@@ -32,12 +32,11 @@ CHART = ROOT / "helm/sailvl-operator"
 FOLDER = ROOT / "build/e2e"
 NAMESPACE, SYSTEM, RELEASE = "sailvl-e2e", "sailvl-e2e-system", "sailvl-e2e"
 WORKER_USER = 65532
-LIMIT = 1500
-"""Seconds that the run may take."""
+RUN_TIMEOUT_SECONDS = 1500
 FAULTS = [
-    Fault(stage="alignment", step=30, what="kill -9 of a rank", do=kill_second_rank),
-    Fault(stage="knowledge", step=20, what="kill -9 of the operators", do=kill_operators),
-    Fault(stage="instruction", step=20, what="kill -9 of the operators", do=kill_operators),
+    ScheduledFault(stage="alignment", step=30, title="kill -9 of a rank", inject=kill_second_rank),
+    ScheduledFault(stage="knowledge", step=20, title="kill -9 of the operators", inject=kill_operators),
+    ScheduledFault(stage="instruction", step=20, title="kill -9 of the operators", inject=kill_operators),
 ]
 
 
@@ -52,9 +51,9 @@ def images() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def storage(cluster: Cluster) -> Path:
-    """The volume's folder on the nodes' file system, with the demo's raw data."""
+    """Return the volume's folder on the nodes' file system, with the demo's data."""
     if not cluster.is_ours:
-        pytest.skip("the data is put on the nodes' own file system: needs the cluster of `make cluster`")
+        pytest.skip("the data is written to the nodes' file system: needs the cluster of `make cluster`")
     data = FOLDER / "data"
     subprocess.run([ROOT / "hack/demo_data.sh", ROOT / ".venv/bin/python", ROOT / "build/demo"], cwd=ROOT, check=True)
     shutil.rmtree(data, ignore_errors=True)
@@ -68,7 +67,7 @@ def storage(cluster: Cluster) -> Path:
 
 @pytest.fixture(scope="session")
 def release(kubectl: Kubectl, kubeconfig: str, images: dict[str, str], storage: Path) -> Iterator[str]:
-    """The chart, installed; the namespaces of operator and run enforce the restricted Pod Security Standard."""
+    """Install the chart; the namespaces of operator and run enforce the restricted Pod Security Standard."""
     remove(kubectl, kubeconfig)
     for name in (SYSTEM, NAMESPACE):
         require_success(kubectl("create", "namespace", name))
@@ -92,36 +91,36 @@ def release(kubectl: Kubectl, kubeconfig: str, images: dict[str, str], storage: 
 
 @pytest.fixture(scope="session")
 def prometheus(kubectl: Kubectl, kubeconfig: str, release: str) -> Iterator[Prometheus]:
-    """A real Prometheus that discovers what the chart's monitors say."""
+    """Start a real Prometheus that scrapes what the chart's monitors select."""
     folder, monitors = FOLDER / "prometheus", render_monitors(CHART, release, SYSTEM)
     with start_prometheus(folder, kubeconfig, monitors, [SYSTEM, NAMESPACE]) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def story(kubectl: Kubectl, prometheus: Prometheus, storage: Path) -> Story:
-    """The whole run to its end, killed at on its way; told in build/e2e."""
+def whole_run(kubectl: Kubectl, prometheus: Prometheus, storage: Path) -> WholeRun:
+    """Follow the whole run to its end, inject the faults, and write its record to build/e2e."""
     require_success(kubectl("-n", NAMESPACE, "apply", "-f", "-", stdin=json.dumps(build_demo())))
-    story = Story(storage=storage, namespace=NAMESPACE)
+    whole_run = WholeRun(storage=storage, namespace=NAMESPACE)
     try:
-        follow(kubectl, story, FAULTS, LIMIT)
+        follow(kubectl, whole_run, FAULTS, RUN_TIMEOUT_SECONDS)
     finally:
-        (FOLDER / "get.txt").write_text(align(story.columns))
-        (FOLDER / "status.json").write_text(json.dumps(story.status, indent=2))
+        (FOLDER / "get.txt").write_text(format_table(whole_run.columns))
+        (FOLDER / "status.json").write_text(json.dumps(whole_run.status, indent=2))
         (FOLDER / "describe.txt").write_text(kubectl("-n", NAMESPACE, "describe", "svr", RUN).stdout)
-    draw_run(FOLDER / "run.png", prometheus, story.status, story.faults)
-    return story
+    draw_run(FOLDER / "run.png", prometheus, whole_run.status, whole_run.faults)
+    return whole_run
 
 
 def build_demo() -> dict[str, Any]:
-    """The sample as it is, but that a killed rank is the next attempt's business."""
+    """Return the demo without restarts in place, so that a killed rank causes a new attempt."""
     document: dict[str, Any] = yaml.safe_load((ROOT / "examples/01-demo/run.yaml").read_text())
     document["spec"]["restartPolicy"] = {"inPlaceRestarts": 0}
     return document
 
 
 def build_volume(folder: Path) -> dict[str, Any]:
-    """A volume on the file system that the nodes share, and the sample's claim on it."""
+    """Return a volume on the file system that the nodes share, and the demo's claim on it."""
     modes, size = ["ReadWriteMany"], {"storage": "10Gi"}
     volume = {
         "apiVersion": "v1",
@@ -144,7 +143,7 @@ def build_volume(folder: Path) -> dict[str, Any]:
 
 
 def remove(kubectl: Kubectl, kubeconfig: str) -> None:
-    """Whatever an earlier test left."""
+    """Remove the release, its namespaces and its volume."""
     subprocess.run(
         ["helm", f"--kubeconfig={kubeconfig}", "-n", SYSTEM, "uninstall", RELEASE, "--ignore-not-found"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Every panel of the chart's dashboard has data of the whole run in a real Prometheus."""
+"""Every panel of the chart's dashboards shows data of the whole run in a real Prometheus."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from tests.support.live.prometheus import Prometheus
-from tests.support.live.whole_run import Story
+from tests.support.live.whole_run import WholeRun
 
 pytestmark = pytest.mark.e2e
 
 DASHBOARDS = Path(__file__).parents[2] / "helm/sailvl-operator/dashboards"
-SCRAPED = 20
-"""Seconds until what is shown now has been scraped for sure."""
+SCRAPE_SECONDS = 20
+"""Time after which current values have been scraped."""
 VARIABLES = {"$__rate_interval": "1h", "$__interval": "1h", "$__range": "1h"}
 
 
 def list_queries() -> list[Any]:
-    """Every target of every panel, its variables filled in."""
+    """Return the query of every target of every panel."""
     found = []
     for path in sorted(DASHBOARDS.glob("*.json")):
         panels = json.loads(path.read_text())["panels"]
@@ -33,14 +33,14 @@ def list_queries() -> list[Any]:
 
 
 @pytest.mark.parametrize("expression", list_queries())
-def test_a_panel_has_data(expression: str, story: Story, prometheus: Prometheus) -> None:
+def test_panel_has_data(expression: str, whole_run: WholeRun, prometheus: Prometheus) -> None:
     filled = expression
     for name, value in VARIABLES.items():
         filled = filled.replace(name, value)
     filled = re.sub(r'=~?"\$\{?\w+\}?"', '=~".*"', filled)
     # instant selectors only look back five minutes, the run was longer; its end shows after the next scrape
     over_run = f"last_over_time(({filled})[1h:5s])"
-    until = time.monotonic() + SCRAPED
+    until = time.monotonic() + SCRAPE_SECONDS
     while not (found := prometheus.query(filled) or prometheus.query(over_run)) and time.monotonic() < until:
         time.sleep(1)
     assert found, filled

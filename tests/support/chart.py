@@ -1,4 +1,4 @@
-"""The chart as its tests see it: where helm is, rendered objects, and the rights that the operator needs."""
+"""Helm, rendered objects of the chart, and the permissions that the operator needs."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ import yaml
 CHART = Path(__file__).parents[2] / "helm/sailvl-operator"
 SCENARIOS = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))
 KUBERNETES = "1.34.0"
-"""What the chart is rendered for without a cluster."""
+"""Kubernetes version that the chart is rendered for."""
 
-Right = tuple[str, str, str, str]
-"""API group, resource, verb, name of the object (empty: all)"""
+Permission = tuple[str, str, str, str]
+"""API group, resource, verb, and name of the object, empty for all."""
 
 
-def _rights(group: str, resource: str, verbs: str, name: str = "") -> set[Right]:
+def _permissions(group: str, resource: str, verbs: str, name: str = "") -> set[Permission]:
     return {(group, resource, verb, name) for verb in verbs.split()}
 
 
-RUN_RIGHTS = (
-    _rights("sailvl.dev", "sailvlruns", "get list watch patch delete")
-    | _rights("sailvl.dev", "sailvlruns/status", "patch")
-    | _rights("sailvl.dev", "sailvlruns/finalizers", "update")
-    | _rights("batch", "jobs", "get list watch create patch delete")
-    | _rights("", "pods", "list watch deletecollection")
-    | _rights("", "services", "get list watch create")
-    | _rights("", "persistentvolumeclaims", "get create")
-    | _rights("", "events", "create list")
-    | _rights("kueue.x-k8s.io", "workloads", "list")
+RUN_PERMISSIONS = (
+    _permissions("sailvl.dev", "sailvlruns", "get list watch patch delete")
+    | _permissions("sailvl.dev", "sailvlruns/status", "patch")
+    | _permissions("sailvl.dev", "sailvlruns/finalizers", "update")
+    | _permissions("batch", "jobs", "get list watch create patch delete")
+    | _permissions("", "pods", "list watch deletecollection")
+    | _permissions("", "services", "get list watch create")
+    | _permissions("", "persistentvolumeclaims", "get create")
+    | _permissions("", "events", "create list")
+    | _permissions("kueue.x-k8s.io", "workloads", "list")
 )
-"""In every namespace that is served."""
+"""Permissions in every watched namespace."""
 
 
-def lease_rights(name: str) -> set[Right]:
-    """In the release's namespace."""
+def build_lease_permissions(name: str) -> set[Permission]:
+    """Return the permissions in the release's namespace."""
     group, resource = "coordination.k8s.io", "leases"
-    return _rights(group, resource, "create") | _rights(group, resource, "get update", name)
+    return _permissions(group, resource, "create") | _permissions(group, resource, "get update", name)
 
 
-def flatten_rules(rules: list[dict[str, Any]]) -> set[Right]:
-    """Rules of a Role, or of a review, one right each."""
+def flatten_rules(rules: list[dict[str, Any]]) -> set[Permission]:
+    """Return the single permissions of the rules of a Role or a review."""
     return {
         (group, resource, verb, name)
         for rule in rules
@@ -58,48 +58,49 @@ def flatten_rules(rules: list[dict[str, Any]]) -> set[Right]:
 
 @functools.cache
 def find_helm() -> str | None:
-    """The one in PATH, else the newest that hack/cluster/build.sh has built."""
+    """Return helm in PATH, else the newest that hack/cluster/build.sh has built."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     built = sorted(cache.glob("sailvl/bin/*/helm"), key=lambda path: path.stat().st_mtime)
     return shutil.which("helm") or (str(built[-1]) if built else None)
 
 
 def run_helm(*args: str, kubeconfig: str = "") -> subprocess.CompletedProcess[str]:
-    """Failures are the caller's."""
+    """Run helm without a cluster unless a kubeconfig is given; it does not raise on failures."""
     helm = find_helm()
     assert helm is not None, "the test skips without helm"
-    given = {"KUBECONFIG": kubeconfig or "/dev/null"}  # rendering asks no cluster
+    variables = {"KUBECONFIG": kubeconfig or "/dev/null"}  # rendering asks no cluster
     return subprocess.run(
-        [helm, *args], capture_output=True, text=True, check=False, timeout=300, env=os.environ | given
+        [helm, *args], capture_output=True, text=True, check=False, timeout=300, env=os.environ | variables
     )
 
 
-def values_file(scenario: str) -> str:
-    """Path of a ci scenario."""
+def get_values_path(scenario: str) -> str:
+    """Return the path of a CI scenario's values."""
     return str(CHART / "ci" / f"{scenario}-values.yaml")
 
 
 @functools.cache
 def render_text(scenario: str) -> str:
-    """`helm template` of a ci scenario: release `train` in namespace `sail`."""
+    """Render a CI scenario as release `train` in namespace `sail`."""
     done = run_helm(
-        "template", "train", str(CHART), "-n", "sail", "--kube-version", KUBERNETES, "-f", values_file(scenario)
+        "template", "train", str(CHART), "-n", "sail", "--kube-version", KUBERNETES, "-f", get_values_path(scenario)
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def render(scenario: str) -> list[dict[str, Any]]:
-    """The same, parsed."""
+    """Render a CI scenario and parse its objects."""
     return [document for document in yaml.safe_load_all(render_text(scenario)) if document]
 
 
-def find(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """The only object of a kind."""
+def find_object(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """Return the only object of a kind."""
     [found] = [o for o in objects if o["kind"] == kind]
     return found
 
 
-def get_pod(scenario: str) -> dict[str, Any]:
-    template: dict[str, Any] = find(render(scenario), "Deployment")["spec"]["template"]
+def get_pod_template(scenario: str) -> dict[str, Any]:
+    """Return the pod template of a scenario's Deployment."""
+    template: dict[str, Any] = find_object(render(scenario), "Deployment")["spec"]["template"]
     return template

@@ -1,4 +1,4 @@
-"""The API server over plain HTTP for tests on a real cluster: objects as dicts, a field manager of the caller's own."""
+"""A synchronous client of a real API server for tests: objects are dicts, and each caller names its field manager."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUOTAS = Resource(api_version="v1", plural="resourcequotas")
 NAMESPACES, NODES, VOLUMES = (
     Resource(api_version="v1", plural=plural) for plural in ("namespaces", "nodes", "persistentvolumes")
 )
-"""These three and those below have no namespace."""
+"""These three and the resources below have no namespace."""
 DEFINITIONS = Resource(api_version="apiextensions.k8s.io/v1", plural="customresourcedefinitions")
 PRIORITIES = Resource(api_version="scheduling.k8s.io/v1", plural="priorityclasses")
 POLICIES, BINDINGS, WEBHOOKS = (
@@ -32,29 +32,31 @@ POLICIES, BINDINGS, WEBHOOKS = (
     )
 )
 
-_PATIENCE = 40
-"""Tries of a request that came too early, as after a new definition."""
+_MAX_TRIES = 40
+"""Tries of a request that is throttled, for example right after a new definition."""
 
 
-class Refused(Exception):  # noqa: N818  # it is an answer, not always a mistake
-    """An HTTP status of 400 or more, with the API server's words."""
+class ApiStatusError(Exception):
+    """The API server answered with an HTTP status of 400 or more."""
 
-    def __init__(self, code: int, words: str) -> None:
-        super().__init__(f"{code}: {words}")
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(f"{code}: {message}")
         self.code = code
 
 
-def until(condition: Callable[[], Any], seconds: float = 120.0, *, told: Callable[[], Any] = lambda: "") -> Any:
-    """What the condition says once it says something; `told` is asked where it doesn't in time."""
+def wait_until(
+    condition: Callable[[], Any], seconds: float = 120.0, *, describe: Callable[[], Any] = lambda: ""
+) -> Any:
+    """Wait until a condition returns something true, and return it; `describe` adds to the message of a timeout."""
     end = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {told()}"
+        assert time.monotonic() < end, f"not within {seconds} s: {describe()}"
         time.sleep(0.25)
     return found
 
 
-class Api:
-    """One connection pool; not to be shared by threads. Use as a context manager."""
+class ClusterApi:
+    """One connection pool, for one thread. Use as a context manager."""
 
     def __init__(self, kubeconfig: str, manager: str = "test") -> None:
         credentials = load_credentials(kubeconfig, "")
@@ -67,39 +69,41 @@ class Api:
             self._session.cert = (configuration.cert_file, configuration.key_file)
         self._session.headers.update(asyncio.run(credentials.headers()))
 
-    def __enter__(self) -> Api:
+    def __enter__(self) -> ClusterApi:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._session.close()
 
     def get(self, resource: Resource, name: str, namespace: str = "") -> Object | None:
-        """None: there is no such object."""
+        """Return an object, or None if it does not exist."""
         try:
             return self._call("GET", resource.path(namespace, name))
-        except Refused as error:
+        except ApiStatusError as error:
             if error.code != 404:
                 raise
             return None
 
     def list(self, resource: Resource, namespace: str = "", selector: str = "", fields: str = "") -> list[Object]:
+        """Return the objects that match a label and a field selector."""
         wanted = {"labelSelector": selector, "fieldSelector": fields}
         return self._call("GET", resource.path(namespace), wanted)["items"]
 
-    def create(self, resource: Resource, body: Object, *, dry: bool = False) -> Object:
-        parameters = {"fieldManager": self._manager} | ({"dryRun": "All"} if dry else {})
+    def create(self, resource: Resource, body: Object, *, dry_run: bool = False) -> Object:
+        """Create an object in the namespace of its metadata."""
+        parameters = {"fieldManager": self._manager} | ({"dryRun": "All"} if dry_run else {})
         return self._call("POST", resource.path(body["metadata"].get("namespace", "")), parameters, body)
 
     def patch(self, resource: Resource, name: str, body: Object, namespace: str = "", subresource: str = "") -> Object:
-        """A merge patch."""
+        """Apply a JSON merge patch."""
         path = resource.path(namespace, name, subresource)
         return self._call("PATCH", path, {"fieldManager": self._manager}, body, "application/merge-patch+json")
 
     def delete(self, resource: Resource, name: str, namespace: str = "") -> None:
-        """In the background; what isn't there is gone already."""
+        """Delete an object and, in the background, its dependents; it may be gone already."""
         try:
             self._call("DELETE", resource.path(namespace, name), {"propagationPolicy": "Background"})
-        except Refused as error:
+        except ApiStatusError as error:
             if error.code != 404:
                 raise
 
@@ -112,7 +116,7 @@ class Api:
         content_type: str = "application/json",
     ) -> Object:
         data, headers = None if body is None else json.dumps(body), {"Content-Type": content_type}
-        for _ in range(_PATIENCE):
+        for _ in range(_MAX_TRIES):
             answer = self._session.request(
                 method, self._server + path, params=parameters, data=data, headers=headers, timeout=30
             )
@@ -121,11 +125,11 @@ class Api:
             time.sleep(0.5)
         if answer.status_code >= 400:
             is_status = answer.headers.get("Content-Type") == "application/json"
-            raise Refused(answer.status_code, answer.json()["message"] if is_status else answer.text)
+            raise ApiStatusError(answer.status_code, answer.json()["message"] if is_status else answer.text)
         return answer.json()
 
 
 def build_object(kind: str, name: str, api_version: str = "v1", **fields: Any) -> Object:
-    """`namespace` and `labels` go into the metadata, the rest beside it."""
+    """Return an object; `namespace` and `labels` become metadata, all other fields are top-level."""
     metadata = {"name": name} | {key: fields.pop(key) for key in ("namespace", "labels") if key in fields}
     return {"apiVersion": api_version, "kind": kind, "metadata": metadata} | fields

@@ -1,6 +1,6 @@
-"""What can go wrong between an operator and its API server, and how often; drawn here, done by `faulty_proxy.py`.
+"""Faults between an operator and its API server: their kinds and probabilities; `proxy.py` injects them.
 
-The n-th request of a kind to a path has the same fate whatever happens at the same time, so a seed can be repeated.
+The fault of the n-th request of a kind to a path does not depend on other requests, so a seed can be repeated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, fields
 
-HAPPENS_TO = {
+REQUEST_KINDS = {
     "conflict": "write",
     "error_after": "write",
     "reset_after": "write",
@@ -24,52 +24,52 @@ HAPPENS_TO = {
     "reset_before": "list page read write watch",
     "slow": "list page read write watch",
 }
-"""Kinds of requests; a page is a list that goes on."""
+"""Kinds of requests that each fault applies to; a page is a request that continues a list."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Faults:
-    """The chance of each fault, of one request of a kind that it may happen to; those of one kind are at most 1."""
+class FaultRates:
+    """The probability of each fault for a request of a kind that it applies to; per kind they add up to at most 1."""
 
     conflict: float = 0.0
-    """409; nothing was done."""
+    """409; the request is not executed."""
     error_after: float = 0.0
-    """504, as when etcd is slow: it was done all the same."""
+    """504, as with a slow etcd; the request is executed."""
     reset_after: float = 0.0
-    """It was done, and the answer is lost."""
+    """The connection is reset after the request was executed."""
     gone: float = 0.0
-    """410: as an answer, or as the watch's first event."""
+    """410, as the response or as the first event of a watch."""
     hanging: float = 0.0
-    """The watch stays open, and nothing comes any more."""
+    """The watch stays open without further events."""
     cut: float = 0.0
-    """The watch ends in the middle of a line, as if that were its end or by a reset."""
+    """The watch ends within a line, with or without a reset of the connection."""
     error_event: float = 0.0
-    """The watch's server tells of a trouble of its own: 500 as an event."""
+    """The watch delivers a 500 as an event."""
     truncated: float = 0.0
-    """The first half of the answer, as if it were whole."""
+    """The response has only the first half of its body."""
     too_many: float = 0.0
     """429 with Retry-After."""
     error: float = 0.0
-    """500 or 503; nothing was done."""
+    """503; the request is not executed."""
     reset_before: float = 0.0
-    """The connection is reset; nothing was done."""
+    """The connection is reset before the request is executed."""
     slow: float = 0.0
-    """Done and answered, after some seconds."""
+    """The request is executed after some seconds."""
     slow_seconds: float = 2.0
-    """At most."""
+    """Maximum delay of a slow request."""
 
 
-def every_fault(chance: float) -> Faults:
-    """Each of them as often."""
-    return Faults(**{f.name: chance for f in fields(Faults) if f.name in HAPPENS_TO})
+def build_uniform_rates(rate: float) -> FaultRates:
+    """Return the same rate for each fault."""
+    return FaultRates(**{f.name: rate for f in fields(FaultRates) if f.name in REQUEST_KINDS})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Injection:
-    """Something that was done to a request."""
+class InjectedFault:
+    """A fault that was injected into a request."""
 
     seconds: float
-    """Since the proxy began."""
+    """Time since the proxy was started."""
     fault: str
     namespace: str
     request: str
@@ -78,53 +78,53 @@ class Injection:
         return f"{self.seconds:7.2f} {self.fault:12} {self.request}"
 
 
-class Dice:
-    """Draws, and keeps the list of what came."""
+class FaultSchedule:
+    """Draws the fault of each request and records the faults that were injected."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.faults = Faults()
-        """Wherever `faults_in` says nothing else."""
-        self.faults_in: dict[str, Faults] = {}
-        """By namespace."""
-        self.injected: list[Injection] = []
-        self._began = time.monotonic()
+        self.rates = FaultRates()
+        """Rates in all namespaces that `rates_in` does not name."""
+        self.rates_in: dict[str, FaultRates] = {}
+        """Rates by namespace."""
+        self.injected: list[InjectedFault] = []
+        self._started_at = time.monotonic()
         self._ordinals: Counter[str] = Counter()
 
     def seconds(self) -> float:
-        """Since the beginning."""
-        return time.monotonic() - self._began
+        """Return the time since the start."""
+        return time.monotonic() - self._started_at
 
     def draw(self, kind: str, method: str, path: str, query: str) -> tuple[str, random.Random]:
-        """The fault of this request, empty for none, and what to draw its details from."""
+        """Return the fault of a request, or an empty string for none, and the generator to draw its details from."""
         namespace, rest = _split(path)
-        like = f"{kind} {method} {rest}"
-        self._ordinals[like] += 1
-        chances = random.Random(f"{self.seed}/{like}/{self._ordinals[like]}")
-        drawn, faults = chances.random(), self.faults_in.get(namespace, self.faults)
-        for fault in (name for name, kinds in HAPPENS_TO.items() if kind in kinds.split()):
-            drawn -= getattr(faults, fault)
+        key = f"{kind} {method} {rest}"
+        self._ordinals[key] += 1
+        rng = random.Random(f"{self.seed}/{key}/{self._ordinals[key]}")
+        drawn, rates = rng.random(), self.rates_in.get(namespace, self.rates)
+        for fault in (name for name, kinds in REQUEST_KINDS.items() if kind in kinds.split()):
+            drawn -= getattr(rates, fault)
             if drawn < 0:
-                self._note(fault, namespace, f"{method} {path}{'?' if query else ''}{query}")
-                return fault, chances
-        return "", chances
+                self._record(fault, namespace, f"{method} {path}{'?' if query else ''}{query}")
+                return fault, rng
+        return "", rng
 
-    def _note(self, fault: str, namespace: str, request: str) -> None:
-        injection = Injection(seconds=self.seconds(), fault=fault, namespace=namespace, request=request)
-        self.injected.append(injection)
+    def _record(self, fault: str, namespace: str, request: str) -> None:
+        injected = InjectedFault(seconds=self.seconds(), fault=fault, namespace=namespace, request=request)
+        self.injected.append(injected)
 
     def count(self) -> Counter[str]:
-        """How often each fault came."""
-        return Counter(injection.fault for injection in self.injected)
+        """Return how often each fault was injected."""
+        return Counter(injected.fault for injected in self.injected)
 
     def describe(self, last: int = 60) -> str:
-        """For the message of a test that fails."""
-        lines = [str(injection) for injection in self.injected[-last:]]
+        """Return the last injected faults, for the message of a failing test."""
+        lines = [str(injected) for injected in self.injected[-last:]]
         return "\n".join([f"seed {self.seed}, {len(self.injected)} faults, the last:", *lines])
 
 
 def _split(path: str) -> tuple[str, str]:
-    """The namespace, whose name tests draw, and the path without it."""
+    """Return the namespace, whose name tests draw, and the path without it."""
     before, _, after = path.partition("/namespaces/")
     namespace, _, rest = after.partition("/")
     return namespace, f"{before}/{rest}" if after else path

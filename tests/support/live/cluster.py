@@ -1,4 +1,4 @@
-"""Fixtures of the cluster: the one that KUBECONFIG names, else that of `make cluster`, brought up if it is not."""
+"""Fixtures of the cluster: the one in KUBECONFIG, else that of `make cluster`, which is started if necessary."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "hack/cluster/cluster.sh"
-IMPOSSIBLE = 3
-"""The script's exit code where the machine can't have a cluster."""
+UNSUPPORTED_EXIT_CODE = 3
+"""Exit code of the script on a machine that can't run a cluster."""
 Kubectl = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
+    """A real cluster."""
+
     kubeconfig: str
-    """Path of the credentials."""
+    """Path of the kubeconfig file."""
     registry: str
-    """Where its nodes find images, `busybox:1` among them."""
+    """Registry from which its nodes pull images, `busybox:1` among them."""
     is_ours: bool
-    """Whether nodes may be added and killed: it is the one of `make cluster`."""
+    """Whether it is the cluster of `make cluster`, whose nodes are processes of this machine and may be killed."""
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +36,7 @@ def cluster() -> Cluster:
         registry = os.environ.get("REGISTRY", "docker.io/library")
         return Cluster(kubeconfig=given, registry=registry, is_ours=Path(given).is_relative_to(ROOT / "build/cluster"))
     done = subprocess.run([SCRIPT, "up"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode == IMPOSSIBLE:
+    if done.returncode == UNSUPPORTED_EXIT_CODE:
         pytest.skip(f"no KUBECONFIG, and {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr[-3000:]
     return Cluster(kubeconfig=str(ROOT / "build/cluster/pki/admin.conf"), registry="localhost:5000", is_ours=True)
@@ -42,13 +44,13 @@ def cluster() -> Cluster:
 
 @pytest.fixture(scope="session")
 def kubeconfig(cluster: Cluster) -> str:
-    """Path of the credentials."""
+    """Return the path of the kubeconfig file."""
     return cluster.kubeconfig
 
 
 @pytest.fixture(scope="session")
 def kubectl(cluster: Cluster) -> Kubectl:
-    """kubectl with the cluster's credentials; `stdin` is its input, and failures are the caller's."""
+    """Return kubectl with the cluster's kubeconfig as a function; it does not raise on failures."""
 
     def call(*args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         command = ["kubectl", f"--kubeconfig={cluster.kubeconfig}", *args]
@@ -59,7 +61,7 @@ def kubectl(cluster: Cluster) -> Kubectl:
 
 @pytest.fixture(scope="session")
 def resource(kubectl: Kubectl) -> None:
-    """The CustomResourceDefinition, established."""
+    """Install the CustomResourceDefinition and wait until it is established."""
     applied = kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/sailvlruns.yaml"))
     assert applied.returncode == 0, applied.stderr
     waited = kubectl("wait", "--for=condition=Established", "crd/sailvlruns.sailvl.dev", "--timeout=30s")
@@ -68,7 +70,7 @@ def resource(kubectl: Kubectl) -> None:
 
 @pytest.fixture
 def namespace(kubectl: Kubectl, resource: None) -> Iterator[str]:
-    """A namespace of the test's own under the restricted Pod Security Standard, deleted afterwards."""
+    """Create a namespace under the restricted Pod Security Standard, and delete it afterwards."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     assert kubectl("create", "namespace", name).returncode == 0
     assert kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted").returncode == 0

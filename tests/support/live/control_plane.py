@@ -1,5 +1,5 @@
-"""A control plane without nodes, for tests that play the kubelet: etcd, the API server and the Job controller, on free
-ports of their own. The controllers may ask 500 times a second, so that a test waits for none of them, and none for it.
+"""A control plane without nodes, for tests that simulate the kubelet: etcd, API server and controller manager on free
+ports. The controllers' client limit is 500 requests per second, so that tests don't wait for throttled controllers.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 import yaml
 
 _CONTROLLERS = "job-controller,namespace-controller,garbage-collector-controller"
-_PATIENCE = 60.0
+_READY_TIMEOUT_SECONDS = 60.0
 
 
 @contextmanager
-def control_plane(binaries: Path, folder: Path) -> Iterator[Path]:
-    """The kubeconfig of one that runs meanwhile; `binaries` is the folder of its programs and of kubectl."""
+def start_control_plane(binaries: Path, folder: Path) -> Iterator[Path]:
+    """Start a control plane, yield its kubeconfig, and stop it at the end; `binaries` has its programs and kubectl."""
     etcd, peers, api, controllers = _free_ports(4)
     kubeconfig, key = _write_credentials(folder, api)
     client = f"http://127.0.0.1:{etcd}"
     with ExitStack() as stack:
 
         def start(program: str, **flags: object) -> None:
-            words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-            stack.enter_context(_running([str(binaries / program), *words], folder / f"{program}.log"))
+            arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+            stack.enter_context(_run_process([str(binaries / program), *arguments], folder / f"{program}.log"))
 
         start(
             "etcd",
@@ -52,7 +52,7 @@ def control_plane(binaries: Path, folder: Path) -> Iterator[Path]:
             service_cluster_ip_range="10.0.0.0/16",
             disable_admission_plugins="ServiceAccount",
         )
-        _await_ready(binaries / "kubectl", kubeconfig, folder)
+        _wait_until_ready(binaries / "kubectl", kubeconfig, folder)
         start(
             "kube-controller-manager",
             kubeconfig=kubeconfig,
@@ -86,7 +86,7 @@ def _write_credentials(folder: Path, port: int) -> tuple[Path, Path]:
 
 
 @contextmanager
-def _running(command: list[str], log: Path) -> Iterator[None]:
+def _run_process(command: list[str], log: Path) -> Iterator[None]:
     with log.open("w") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
@@ -96,8 +96,8 @@ def _running(command: list[str], log: Path) -> Iterator[None]:
         process.wait()
 
 
-def _await_ready(kubectl: Path, kubeconfig: Path, folder: Path) -> None:
-    end = time.monotonic() + _PATIENCE
+def _wait_until_ready(kubectl: Path, kubeconfig: Path, folder: Path) -> None:
+    end = time.monotonic() + _READY_TIMEOUT_SECONDS
     command = [str(kubectl), f"--kubeconfig={kubeconfig}", "get", "--raw=/readyz"]
     while subprocess.run(command, capture_output=True, check=False).returncode:
         assert time.monotonic() < end, (folder / "kube-apiserver.log").read_text()[-2000:]
@@ -105,7 +105,7 @@ def _await_ready(kubectl: Path, kubeconfig: Path, folder: Path) -> None:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Told by the machine; all held until the last is known."""
+    """Return free ports; all are bound until the last is known, so that they differ."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
         for each in sockets:

@@ -1,7 +1,7 @@
-"""Whole runs on a real cluster, in which the operator dies before or after one of its API writes; for the crash points.
+"""Whole runs on a real control plane, in which the operator process ends before or after one of its API writes.
 
-`MortalSession` lies between the operator's client and aiohttp and counts its writes; `Kubelet` plays the nodes for pods
-that no scheduler takes; `Witness` watches on its own what was ever made.
+`CrashingSession` wraps the operator's aiohttp session and counts its writes; `SimulatedKubelet` runs pods that no
+scheduler takes; `ObjectRecorder` watches independently which objects were ever created.
 """
 
 from __future__ import annotations
@@ -50,152 +50,155 @@ SPEC: Object = {
         },
     ],
 }
-FAILING = ("pretrain", 1)
-"""The attempt that crashes."""
+CRASHING_ATTEMPT = ("pretrain", 1)
+"""Stage and attempt that crash."""
 JOBS = {"curate-1": 1, "pretrain-1": 2, "pretrain-2": 2, "sft-1": 1, "evaluate-1": 1}
-"""Every attempt's pods."""
+"""Number of pods of each attempt."""
 DEFAULTS = Defaults(image="none", backoff_seconds=0.2)
-PATIENCE = 170.0
-"""Seconds for one run."""
+RUN_TIMEOUT_SECONDS = 170.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """Where an operator dies: around its write of this number, events counted apart."""
+class CrashPoint:
+    """The write around which an operator process ends."""
 
     is_event: bool
+    """Whether the number counts events; they are counted separately."""
     number: int
     is_before: bool
     times: int = 1
-    """2: the next life dies around its own first write, too."""
+    """With 2, the next process ends around its own first write, too."""
 
     def __str__(self) -> str:
         side = "before" if self.is_before else "after"
         return f"{'event' if self.is_event else 'write'} {self.number}, {side}{', twice' * (self.times - 1)}"
 
 
-class MortalSession:
-    """An aiohttp session in whose hands the process may die."""
+class CrashingSession:
+    """An aiohttp session that stops forever at the crash point."""
 
-    def __init__(self, session: aiohttp.ClientSession, point: Point | None) -> None:
+    def __init__(self, session: aiohttp.ClientSession, point: CrashPoint | None) -> None:
         self._session, self._point = session, point
-        self.death = asyncio.Event()
+        self.has_crashed = asyncio.Event()
         self.writes: list[str] = []
         self.events: list[str] = []
 
     def get(self, url: URL, **options: Any) -> Any:
-        """A watch."""
+        """Open a watch."""
         return self._session.get(url, **options)
 
     @asynccontextmanager
     async def request(self, method: str, url: URL, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request and record it if it is a write."""
         if method == "GET":
             async with self._session.request(method, url, **options) as response:
                 yield response
             return
         is_event = url.path.endswith("/events")
         done = self.events if is_event else self.writes
-        done.append(describe(method, url, options))
+        done.append(describe_write(method, url, options))
         point = self._point
         is_here = point is not None and (point.is_event, point.number) == (is_event, len(done))
         if point is not None and is_here and point.is_before:
-            await self._die()
+            await self._crash()
         async with self._session.request(method, url, **options) as response:
             await response.read()
             if is_here:
-                await self._die()
+                await self._crash()
             yield response
 
     async def close(self) -> None:
+        """Close the wrapped session."""
         await self._session.close()
 
-    async def _die(self) -> None:
-        self.death.set()
+    async def _crash(self) -> None:
+        self.has_crashed.set()
         await asyncio.Event().wait()
 
 
-class MortalClient(Client):
-    """The operator's own client on such a session."""
+class CrashingClient(Client):
+    """The operator's own client over a CrashingSession."""
 
-    def __init__(self, credentials: Credentials, point: Point | None) -> None:
+    def __init__(self, credentials: Credentials, point: CrashPoint | None) -> None:
         super().__init__(credentials)
         self._point = point
-        self.mortal: MortalSession
+        self.crashing_session: CrashingSession
 
-    async def __aenter__(self) -> MortalClient:
+    async def __aenter__(self) -> CrashingClient:
         await super().__aenter__()
-        self._session = self.mortal = MortalSession(self._session, self._point)
+        self._session = self.crashing_session = CrashingSession(self._session, self._point)
         return self
 
 
 @dataclass(kw_only=True)
-class Case:
+class CrashCase:
     """One run in a namespace of its own."""
 
     namespace: str
-    point: Point | None = None
+    point: CrashPoint | None = None
     run: Object = field(default_factory=dict)
-    """As last seen."""
-    made: Counter[str] = field(default_factory=Counter)
-    """How many objects of a name were ever made: kind/name, pods by Job and index."""
+    """The newest state of the run."""
+    created: Counter[str] = field(default_factory=Counter)
+    """Number of objects ever created, by kind and name; pods by Job and index."""
     uids: set[str] = field(default_factory=set)
     writes: list[str] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
-    """What the first life wrote."""
-    deaths: int = 0
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Writes and events of the first operator process."""
+    crashes: int = 0
+    has_finished: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def status(self) -> Status:
+        """The run's status."""
         return msgspec.convert(self.run.get("status") or {}, Status)
 
 
-async def live_through(case: Case, credentials: Credentials) -> None:
-    """Serve a run until it has ended, dying where the case says."""
+async def reconcile_with_crashes(case: CrashCase, credentials: Credentials) -> None:
+    """Reconcile a run until it has finished; each process but the last ends at its crash point."""
     points = [case.point] * (case.point is not None)
     if case.point is not None and case.point.times == 2:
         points.append(replace(case.point, number=1))
     for point in [*points, None]:
-        async with MortalClient(credentials, point) as client:
+        async with CrashingClient(credentials, point) as client:
             process = OperatorProcess(
                 client, namespaces=(case.namespace,), defaults=DEFAULTS, backoff_seconds=0.1, backoff_limit_seconds=1.0
             )
             process.start()
             try:
-                has_died = await _first(client.mortal.death, case.ended)
+                has_crashed = await _wait_for_first(client.crashing_session.has_crashed, case.has_finished)
             finally:
                 process.check()
                 await process.kill()
-            if not case.deaths:
-                case.writes, case.events = client.mortal.writes, client.mortal.events
-            case.deaths += has_died
-            if not has_died:
+            if not case.crashes:
+                case.writes, case.events = client.crashing_session.writes, client.crashing_session.events
+            case.crashes += has_crashed
+            if not has_crashed:
                 return
 
 
-async def _first(death: asyncio.Event, ended: asyncio.Event) -> bool:
-    """Whether it is death."""
-    waits = [asyncio.ensure_future(event.wait()) for event in (death, ended)]
+async def _wait_for_first(crashed: asyncio.Event, finished: asyncio.Event) -> bool:
+    """Return whether the process crashed before the run finished."""
+    waits = [asyncio.ensure_future(event.wait()) for event in (crashed, finished)]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if ended.is_set() and not death.is_set():
+        if finished.is_set() and not crashed.is_set():
             await asyncio.sleep(0.5)  # for the last events
-        return death.is_set()
+        return crashed.is_set()
     finally:
         for wait in waits:
             wait.cancel()
 
 
-class Kubelet:
-    """Plays the nodes: pods run at once, and end when the operator has seen that they run."""
+class SimulatedKubelet:
+    """Runs pods at once and ends them when the status shows that they run."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._pods: dict[str, dict[str, Object]] = {}
-        self._busy: set[str] = set()
+        self._handled: set[str] = set()
 
-    async def see(self, case: Case, type_: str | None, pod: Object | None) -> None:
-        """A pod has changed, or (None) the run."""
+    async def observe(self, case: CrashCase, type_: str | None, pod: Object | None) -> None:
+        """Act on a change of a pod, or of the run if `pod` is None."""
         pods = self._pods.setdefault(case.namespace, {})
         if pod is not None and type_ == "DELETED":
             pods.pop(pod["metadata"]["uid"], None)
@@ -203,20 +206,20 @@ class Kubelet:
             pods[pod["metadata"]["uid"]] = pod
         states = {(s.name, s.attempt): s.state for s in case.status.stages}
         for found in list(pods.values()):
-            await self._act(found, states.get(attempt_of(found), ""))
+            await self._act(found, states.get(get_attempt(found), ""))
 
     async def _act(self, pod: Object, state: str) -> None:
         uid, phase = pod["metadata"]["uid"], pod["status"]["phase"]
-        if "deletionTimestamp" in pod["metadata"] or f"{uid}/{phase}" in self._busy:
+        if "deletionTimestamp" in pod["metadata"] or f"{uid}/{phase}" in self._handled:
             return
         if phase == "Pending":
-            self._busy.add(f"{uid}/{phase}")
+            self._handled.add(f"{uid}/{phase}")
             await self._patch(pod, "Running", {"running": {}}, is_ready=True)
         elif phase == "Running" and state == "Running":
-            self._busy.add(f"{uid}/{phase}")
-            end = end_of(pod)
-            words = {"terminated": {"exitCode": int(end.exit_code), "message": json.dumps(asdict(end))}}
-            await self._patch(pod, "Failed" if end.exit_code else "Succeeded", words, is_ready=False)
+            self._handled.add(f"{uid}/{phase}")
+            end = build_termination(pod)
+            state_update = {"terminated": {"exitCode": int(end.exit_code), "message": json.dumps(asdict(end))}}
+            await self._patch(pod, "Failed" if end.exit_code else "Succeeded", state_update, is_ready=False)
 
     async def _patch(self, pod: Object, phase: str, state: Object, *, is_ready: bool) -> None:
         container = {"name": names.CONTAINER, "image": "none", "imageID": "", "restartCount": 0}
@@ -236,22 +239,22 @@ class Kubelet:
             )
 
 
-class Witness:
-    """Watches all cases' objects, apart from any operator."""
+class ObjectRecorder:
+    """Records the objects of all cases, independently of any operator."""
 
-    def __init__(self, client: Client, cases: Sequence[Case], kubelet: Kubelet) -> None:
+    def __init__(self, client: Client, cases: Sequence[CrashCase], kubelet: SimulatedKubelet) -> None:
         self._client, self._kubelet = client, kubelet
         self._cases = {case.namespace: case for case in cases}
 
     async def watch(self, resource: resources.Resource, selector: str) -> None:
-        """From now on, until cancelled."""
+        """Record a kind of objects from now on, until cancelled."""
         version = await self._list(resource, selector)
         while True:
             with suppress(ApiError):
                 async for type_, raw in self._client.watch(resource, selector=selector, resource_version=version):
                     version = raw["metadata"]["resourceVersion"]
                     if type_ != "BOOKMARK":
-                        await self._see(resource, type_, raw)
+                        await self._record(resource, type_, raw)
             await asyncio.sleep(0.1)
 
     async def _list(self, resource: resources.Resource, selector: str) -> str:
@@ -260,28 +263,28 @@ class Witness:
             pass
         return version
 
-    async def _see(self, resource: resources.Resource, type_: str, raw: Object) -> None:
+    async def _record(self, resource: resources.Resource, type_: str, raw: Object) -> None:
         case = self._cases.get(raw["metadata"]["namespace"])
         if case is None:
             return
         if resource is resources.RUNS:
             case.run = raw
             if case.status.is_finished:
-                case.ended.set()
-            await self._kubelet.see(case, None, None)
+                case.has_finished.set()
+            await self._kubelet.observe(case, None, None)
             return
         if raw["metadata"]["uid"] not in case.uids:
             case.uids.add(raw["metadata"]["uid"])
-            case.made[f"{resource.plural}/{name_of(resource, raw)}"] += 1
+            case.created[f"{resource.plural}/{get_stable_name(resource, raw)}"] += 1
         if resource is resources.PODS:
-            await self._kubelet.see(case, type_, raw)
+            await self._kubelet.observe(case, type_, raw)
 
 
-def end_of(pod: Object) -> Termination:
-    """How a worker ends: all well but the failing attempt, whose second rank crashes."""
-    if attempt_of(pod) == FAILING:
-        code = 1 if index_of(pod) == "1" else int(ExitCode.PEER_LOST)
-        return Termination(exit_code=code, rank=1, message="it crashed")
+def build_termination(pod: Object) -> Termination:
+    """Return how a worker ends: successfully, except in the crashing attempt, whose second worker crashes."""
+    if get_attempt(pod) == CRASHING_ATTEMPT:
+        code = 1 if get_completion_index(pod) == "1" else int(ExitCode.PEER_LOST)
+        return Termination(exit_code=code, rank=1, message="crashed")
     document = msgspec.json.decode(pod["metadata"]["annotations"][names.ANNOTATION_STAGE], type=Stage)
     result = Result(
         stage=document.stage,
@@ -293,27 +296,29 @@ def end_of(pod: Object) -> Termination:
         seconds=1.0,
         metrics={"heldOutLoss": 1.5},
     )
-    return Termination(exit_code=0, result=result if index_of(pod) == "0" else None)
+    return Termination(exit_code=0, result=result if get_completion_index(pod) == "0" else None)
 
 
-def attempt_of(pod: Object) -> tuple[str, int]:
+def get_attempt(pod: Object) -> tuple[str, int]:
+    """Return stage and attempt of a pod."""
     labels = pod["metadata"]["labels"]
     return labels[names.LABEL_STAGE], int(labels[names.LABEL_ATTEMPT])
 
 
-def index_of(pod: Object) -> str:
+def get_completion_index(pod: Object) -> str:
+    """Return the completion index of a pod."""
     return str(pod["metadata"]["labels"][names.LABEL_COMPLETION_INDEX])
 
 
-def name_of(resource: resources.Resource, raw: Object) -> str:
-    """Of a pod its Job and index: the rest of its name is drawn."""
+def get_stable_name(resource: resources.Resource, raw: Object) -> str:
+    """Return an object's name; a pod's is made of its Job and index, because its own has a random suffix."""
     if resource is resources.PODS:
-        return f"{raw['metadata']['labels'][names.LABEL_JOB_NAME]}-{index_of(raw)}"
+        return f"{raw['metadata']['labels'][names.LABEL_JOB_NAME]}-{get_completion_index(raw)}"
     return str(raw["metadata"]["name"])
 
 
-def expected_children() -> Counter[str]:
-    """Each once."""
+def count_expected_objects() -> Counter[str]:
+    """Return the objects of an undisturbed run, each once."""
     jobs = [f"jobs/{RUN}-{attempt}" for attempt in JOBS]
     pods = [f"pods/{RUN}-{attempt}-{index}" for attempt, nodes in JOBS.items() for index in range(nodes)]
     return Counter([*jobs, *pods, f"services/{RUN}", f"persistentvolumeclaims/{names.claim_name(RUN)}"])
@@ -322,15 +327,15 @@ def expected_children() -> Counter[str]:
 _TIMES = {"startTime", "completionTime", "lastTransitionTime", "time", "settledAt", "nextAttemptTime", "goodput"}
 
 
-def normalise(value: Any) -> Any:
-    """A status without times and the ledger."""
+def strip_times(value: Any) -> Any:
+    """Return a status without times and without the goodput ledger."""
     if isinstance(value, Mapping):
-        return {key: normalise(inner) for key, inner in value.items() if key not in _TIMES}
-    return [normalise(inner) for inner in value] if isinstance(value, list) else value
+        return {key: strip_times(inner) for key, inner in value.items() if key not in _TIMES}
+    return [strip_times(inner) for inner in value] if isinstance(value, list) else value
 
 
 def find_differences(found: Any, wanted: Any, path: str = "") -> list[str]:
-    """Where two documents differ, and in what."""
+    """Return path and values of each difference between two documents."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = sorted(found.keys() | wanted.keys())
         return [d for key in keys for d in find_differences(found.get(key), wanted.get(key), f"{path}.{key}")]
@@ -340,16 +345,16 @@ def find_differences(found: Any, wanted: Any, path: str = "") -> list[str]:
     return [] if found == wanted else [f"{path}: {found!r}, not {wanted!r}"]
 
 
-def describe(method: str, url: URL, options: Mapping[str, Any]) -> str:
-    """A write in a few words: what it does to which object, and of a status the stages' states."""
+def describe_write(method: str, url: URL, options: Mapping[str, Any]) -> str:
+    """Return method and object of a write; for a status also the states of the active stages."""
     body = {} if options.get("data") is None else msgspec.json.decode(options["data"])
     parts = url.path.split("/namespaces/")[1].split("/")[1:]
     name = parts[1] if len(parts) > 1 else body.get("metadata", {}).get("name", "")
     if not name:
         name = body.get("reason", "") or url.query.get("labelSelector", "").rpartition("=")[2]
     stages = body.get("status", {}).get("stages", []) if parts[-1] == "status" else []
-    states = ", ".join(f"{s['name']} {s['state']} {s['attempt']}" for s in stages if s["state"] not in _QUIET)
+    states = ", ".join(f"{s['name']} {s['state']} {s['attempt']}" for s in stages if s["state"] not in _INACTIVE_STATES)
     return f"{method} {parts[0]}/{name}{' status ' if parts[-1] == 'status' else ''}{states}"
 
 
-_QUIET = ("Pending", "Succeeded")
+_INACTIVE_STATES = ("Pending", "Succeeded")

@@ -1,5 +1,6 @@
-"""A control plane for tests that kill parts of it: whole runs of `crash_points.py` on it, whose kubelet and witness
-outlive whatever happens to the API server. Runs beside the test, which stays free to wait.
+"""A control plane for tests that kill its processes while whole runs of `crash_points.py` are reconciled on it.
+
+The simulated kubelet and the recorder survive failures of the API server; they run in a background thread.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.errors import ApiError, Gone
-from tests.support.live.api import NAMESPACES, Object, build_object, until
-from tests.support.live.control_plane import control_plane
+from tests.support.live.api import NAMESPACES, Object, build_object, wait_until
+from tests.support.live.control_plane import start_control_plane
 from tests.support.live.crash_points import (
     RUN,
     SPEC,
-    Case,
-    Kubelet,
-    Witness,
-    expected_children,
+    CrashCase,
+    ObjectRecorder,
+    SimulatedKubelet,
+    count_expected_objects,
     find_differences,
-    normalise,
+    strip_times,
 )
-from tests.support.live.proxy import Background
+from tests.support.live.proxy import BackgroundLoop
 
 ROOT = Path(__file__).parents[3]
 CRD = f"{names.PLURAL}.{names.GROUP}"
@@ -40,25 +41,26 @@ WATCHED = (resources.JOBS, resources.PODS, resources.SERVICES, resources.CLAIMS,
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plane:
-    """A control plane with our resource, and a client of it."""
+class DisposableControlPlane:
+    """A control plane with the CustomResourceDefinition, and a client of it."""
 
     kubeconfig: Path
     client: Client
-    background: Background
+    background: BackgroundLoop
     restarted: ExitStack = field(default_factory=ExitStack)
 
     def create(self, resource: resources.Resource, body: Object) -> None:
+        """Create an object."""
         self.background.call(self.client.create(resource, body["metadata"].get("namespace", ""), body))
 
-    def begin(self, case: Case) -> None:
-        """Its run."""
+    def create_run(self, case: CrashCase) -> None:
+        """Create the run of a case."""
         self.create(
             resources.RUNS, build_object(names.KIND, RUN, names.API_VERSION, namespace=case.namespace, spec=SPEC)
         )
 
     def kill(self, program: str, *, seconds: float) -> None:
-        """Without a word; after some seconds it is started as it was."""
+        """Send SIGKILL to a process and start it again after some seconds."""
         [(pid, command)] = _find_processes(program, self.kubeconfig.parent)
         os.kill(pid, signal.SIGKILL)
         time.sleep(seconds)
@@ -67,30 +69,32 @@ class Plane:
         )
         self.restarted.callback(process.wait)
         self.restarted.callback(process.kill)
-        until(lambda: _find_processes(program, self.kubeconfig.parent))
+        wait_until(lambda: _find_processes(program, self.kubeconfig.parent))
 
     @contextmanager
-    def watching(self, cases: Sequence[Case]) -> Iterator[None]:
-        """The cases' namespaces exist, are watched, and have a kubelet."""
+    def watch_cases(self, cases: Sequence[CrashCase]) -> Iterator[None]:
+        """Create the cases' namespaces, record their objects and run a simulated kubelet for them."""
         for case in cases:
             self.create(NAMESPACES, build_object("Namespace", case.namespace))
-        watches = self.background.call(_begin_watches(self.client, cases))
+        watches = self.background.call(_start_watches(self.client, cases))
         try:
             yield
         finally:
-            self.background.call(_end_watches(watches))
+            self.background.call(_stop_watches(watches))
 
 
 @contextmanager
-def open_plane(binaries: Path, folder: Path) -> Iterator[Plane]:
-    """One that runs meanwhile."""
-    with control_plane(binaries, folder) as kubeconfig:
+def open_disposable_control_plane(binaries: Path, folder: Path) -> Iterator[DisposableControlPlane]:
+    """Start a control plane with the CustomResourceDefinition, and stop it at the end."""
+    with start_control_plane(binaries, folder) as kubeconfig:
         kubectl = [binaries / "kubectl", f"--kubeconfig={kubeconfig}"]
         subprocess.run([*kubectl, "apply", "--server-side", "-f", ROOT / "crds/sailvlruns.yaml"], check=True)
         wait = [*kubectl, "wait", "--for=condition=Established", f"crd/{CRD}", "--timeout=30s"]
-        until(lambda: subprocess.run(wait, check=False).returncode == 0)  # it fails where there is no condition yet
-        background, client = Background(), Client(load_credentials(str(kubeconfig)))
-        plane = Plane(kubeconfig=kubeconfig, client=client, background=background)
+        wait_until(
+            lambda: subprocess.run(wait, check=False).returncode == 0
+        )  # it fails while there is no condition yet
+        background, client = BackgroundLoop(), Client(load_credentials(str(kubeconfig)))
+        plane = DisposableControlPlane(kubeconfig=kubeconfig, client=client, background=background)
         background.call(client.__aenter__())
         try:
             with plane.restarted:
@@ -100,28 +104,31 @@ def open_plane(binaries: Path, folder: Path) -> Iterator[Plane]:
             background.close()
 
 
-def judge(case: Case, wanted: Case) -> str:
-    """What is wrong with its end; empty: nothing. A pod made twice is its controller's: its answers are lost, too."""
-    differences = find_differences(normalise(case.run["status"]), normalise(wanted.run["status"]))
-    doubled = [name for name in case.made - expected_children() if not name.startswith("pods/")]
-    missing = expected_children() - case.made
-    return "; ".join([*differences, *(f"{name} too often" for name in doubled), *(f"no {name}" for name in missing)])
+def describe_problems(case: CrashCase, wanted: CrashCase) -> str:
+    """Compare the end of a case with the undisturbed one; return an empty string if they agree.
+
+    Pods may be created twice: the Job controller loses answers, too.
+    """
+    differences = find_differences(strip_times(case.run["status"]), strip_times(wanted.run["status"]))
+    duplicates = [name for name in case.created - count_expected_objects() if not name.startswith("pods/")]
+    missing = count_expected_objects() - case.created
+    return "; ".join([*differences, *(f"{name} too often" for name in duplicates), *(f"no {name}" for name in missing)])
 
 
-class _SteadyKubelet(Kubelet):
-    """One that says what it has to say, sooner or later."""
+class _RetryingKubelet(SimulatedKubelet):
+    """A kubelet that repeats its status updates until they succeed."""
 
-    async def _patch(self, *words: Any, **more: Any) -> None:
+    async def _patch(self, *args: Any, **options: Any) -> None:
         while True:
             try:
-                await super()._patch(*words, **more)
+                await super()._patch(*args, **options)
                 return
             except ApiError:
                 await asyncio.sleep(0.2)
 
 
-class _SteadyWitness(Witness):
-    """One that lists again when its version is too old."""
+class _RetryingRecorder(ObjectRecorder):
+    """A recorder that lists again when its version has expired."""
 
     async def follow(self, resource: resources.Resource) -> None:
         version = ""
@@ -133,7 +140,7 @@ class _SteadyWitness(Witness):
                 ):
                     version = raw["metadata"]["resourceVersion"]
                     if type_ != "BOOKMARK":
-                        await self._see(resource, type_, raw)
+                        await self._record(resource, type_, raw)
             except Gone:
                 version = ""
             except ApiError:
@@ -143,7 +150,7 @@ class _SteadyWitness(Witness):
         version = ""
         async for items, version in self._client.list_pages(resource, selector=_selector(resource)):  # noqa: B007
             for item in items:
-                await self._see(resource, "ADDED", item)
+                await self._record(resource, "ADDED", item)
         return version
 
 
@@ -151,12 +158,12 @@ def _selector(resource: resources.Resource) -> str:
     return "" if resource is resources.RUNS else names.MANAGED_SELECTOR
 
 
-async def _begin_watches(client: Client, cases: Sequence[Case]) -> list[asyncio.Future[None]]:
-    witness = _SteadyWitness(client, cases, _SteadyKubelet(client))
-    return [asyncio.ensure_future(witness.follow(resource)) for resource in WATCHED]
+async def _start_watches(client: Client, cases: Sequence[CrashCase]) -> list[asyncio.Future[None]]:
+    recorder = _RetryingRecorder(client, cases, _RetryingKubelet(client))
+    return [asyncio.ensure_future(recorder.follow(resource)) for resource in WATCHED]
 
 
-async def _end_watches(watches: Sequence[asyncio.Future[None]]) -> None:
+async def _stop_watches(watches: Sequence[asyncio.Future[None]]) -> None:
     for watch in watches:
         watch.cancel()
     for watch in watches:
@@ -165,11 +172,11 @@ async def _end_watches(watches: Sequence[asyncio.Future[None]]) -> None:
 
 
 def _find_processes(program: str, folder: Path) -> list[tuple[int, list[str]]]:
-    """Those that keep their things in this folder: number and command line."""
+    """Return PID and command line of a program's processes that use a folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(FileNotFoundError, ProcessLookupError):
-            words = path.read_text().split("\0")[:-1]
-            if words and words[0].endswith(f"/{program}") and any(f"={folder}/" in word for word in words):
-                found.append((int(path.parent.name), words))
+            command = path.read_text().split("\0")[:-1]
+            if command and command[0].endswith(f"/{program}") and any(f"={folder}/" in word for word in command):
+                found.append((int(path.parent.name), command))
     return found

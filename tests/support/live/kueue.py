@@ -1,8 +1,9 @@
-"""What Kueue does to Jobs, in small, for tests on a real cluster that has none: a Workload for each suspended Job of a
-queue, admission within a quota of pods by priority and age, eviction of those with less priority.
+"""A small Kueue for tests on a real cluster that has none: a Workload for each suspended Job of a queue, admission
+within a quota of pods by priority and age, and preemption of lower priorities.
 
-As Kueue's batch/job integration: admission lets the Job go in one patch with the flavor's node labels and tolerations;
-eviction suspends it, resets its start time and takes them off again; a Job that is let go by somebody else is stopped.
+It follows Kueue's batch/job integration: admission resumes the Job in one patch with the flavor's node labels and
+tolerations; eviction suspends it, resets its start time and removes them again; a Job that another client resumes is
+suspended again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sailvl_operator.cluster.resources import JOBS, Resource
-from tests.support.live.api import DEFINITIONS, PRIORITIES, Api, Object, Refused, build_object, until
+from tests.support.live.api import DEFINITIONS, PRIORITIES, ApiStatusError, ClusterApi, Object, build_object, wait_until
 
 QUEUE = "kueue.x-k8s.io/queue-name"
 JOB_UID = "kueue.x-k8s.io/job-uid"
@@ -26,14 +27,14 @@ FLAVOR: Object = {
     "nodeSelector": {"kubernetes.io/os": "linux"},
     "tolerations": [{"key": "reserved-for-queues", "operator": "Exists", "effect": "NoSchedule"}],
 }
-"""What a pod gets that is admitted."""
+"""Added to the pod template of an admitted Job."""
 
 VERSIONS = ("v1beta1", "v1beta2")
-"""Of the Workload: Kueue served the first until August 2026, the second since 0.15."""
+"""Versions of Workload: FakeKueue served the first until August 2026, and serves the second since 0.15."""
 
 
-def at_version(version: str) -> Resource:
-    """Where Workloads of a version are."""
+def get_workload_resource(version: str) -> Resource:
+    """Return the resource of Workloads in a version."""
     return Resource(api_version=f"kueue.x-k8s.io/{version}", plural="workloads")
 
 
@@ -48,12 +49,12 @@ def _build_versions(served: str) -> list[Object]:
 
 _EXTENSIONS = "apiextensions.k8s.io/v1"
 _NAME, _LABELS = "workloads.kueue.x-k8s.io", {"test": "kueue"}
-_PERIOD = 0.3
+_INTERVAL_SECONDS = 0.3
 
 
 @contextmanager
-def install_workloads(api: Api) -> Iterator[bool]:
-    """The definition of Workloads, as permissive as can be. False: the cluster has a Kueue of its own."""
+def install_workloads(api: ClusterApi) -> Iterator[bool]:
+    """Install a permissive definition of Workloads; yield False if the cluster has a Kueue of its own."""
     present = api.get(DEFINITIONS, _NAME)
     if present is not None and present["metadata"].get("labels") != _LABELS:
         yield False
@@ -72,21 +73,21 @@ def install_workloads(api: Api) -> Iterator[bool]:
         api.delete(DEFINITIONS, _NAME)
 
 
-def serve_workloads(api: Api, version: str) -> None:
-    """That version and no other."""
+def serve_workloads(api: ClusterApi, version: str) -> None:
+    """Serve one version of Workloads and no other."""
     api.patch(DEFINITIONS, _NAME, {"spec": {"versions": _build_versions(version)}})
 
     def is_served(version: str) -> bool:
         try:
-            return api.list(at_version(version)) is not None
-        except Refused:
+            return api.list(get_workload_resource(version)) is not None
+        except ApiStatusError:
             return False
 
-    until(lambda: [is_served(each) for each in VERSIONS] == [each == version for each in VERSIONS])
+    wait_until(lambda: [is_served(each) for each in VERSIONS] == [each == version for each in VERSIONS])
 
 
 @dataclass(kw_only=True, slots=True)
-class _Queued:
+class _QueuedJob:
     """A Job and its Workload."""
 
     job: Object
@@ -113,25 +114,25 @@ class _Queued:
 
 
 @dataclass(kw_only=True)
-class Kueue:
-    """Works in a thread of its own while it is used as a context manager."""
+class FakeKueue:
+    """Runs in a thread of its own while it is used as a context manager."""
 
-    api: Api
-    """Of its thread alone."""
+    api: ClusterApi
+    """Used by its thread only."""
     namespace: str
     quotas: dict[str, int]
-    """Pods at once, by queue; a queue that isn't here doesn't exist. May be changed at any time."""
+    """Maximum number of pods by queue; other queues don't exist. May be changed at any time."""
     to_evict: set[str] = field(default_factory=set)
-    """Names of Jobs that an administrator wants to lose their place once."""
-    workloads: Resource = at_version(VERSIONS[-1])  # noqa: RUF009  # frozen
-    """Of the version that is served."""
-    let_go: list[str] = field(default_factory=list)
-    """Names of the Jobs that it let go, in order."""
-    trespasses: list[str] = field(default_factory=list)
-    """What others did to the `suspend` of its Jobs."""
+    """Names of Jobs that an administrator evicts once."""
+    workloads: Resource = get_workload_resource(VERSIONS[-1])  # noqa: RUF009  # frozen
+    """Workloads in the served version."""
+    resumed: list[str] = field(default_factory=list)
+    """Names of the Jobs that it resumed, in order."""
+    violations: list[str] = field(default_factory=list)
+    """Changes of `suspend` by other clients."""
     failure: BaseException | None = None
 
-    def __enter__(self) -> Kueue:
+    def __enter__(self) -> FakeKueue:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kueue")
         self._thread.start()
@@ -144,41 +145,41 @@ class Kueue:
             raise self.failure
 
     def _run(self) -> None:
-        while not self._stop.wait(_PERIOD):
+        while not self._stop.wait(_INTERVAL_SECONDS):
             try:
-                self.work()
-            except Refused as error:  # somebody was faster: the next round sees what they did
+                self.run_once()
+            except ApiStatusError as error:  # another client was faster; the next round sees its change
                 logging.getLogger("kueue").info("%s", error)
                 if error.code not in (404, 409, 422):
                     self.failure = error
                     return
-            except BaseException as error:  # noqa: BLE001  # raised where the test can see it
+            except BaseException as error:  # noqa: BLE001  # raised again at the end of the block
                 self.failure = error
                 return
 
-    def work(self) -> None:
-        """One round over all Jobs."""
+    def run_once(self) -> None:
+        """Reconcile all Jobs once."""
         jobs = [job for job in self.api.list(JOBS, self.namespace, QUEUE) if not _is_deleting(job)]
         workloads = {w["metadata"]["labels"][JOB_UID]: w for w in self.api.list(self.workloads, self.namespace)}
         for job in jobs:
             self._audit(job)
         for job in [job for job in jobs if job["metadata"]["uid"] not in workloads]:
             workloads[job["metadata"]["uid"]] = self._create_workload(job)
-        queued = [_Queued(job=job, workload=workloads[job["metadata"]["uid"]]) for job in jobs]
+        queued = [_QueuedJob(job=job, workload=workloads[job["metadata"]["uid"]]) for job in jobs]
         for each in queued:
-            self._follow(each)
+            self._apply_workload(each)
         for name in self.quotas:
             self._admit_from(name, [each for each in queued if each.queue == name])
         for each in queued:
             if each.queue not in self.quotas:
-                self._refuse(each, "Inadmissible", f"LocalQueue {each.queue} doesn't exist")
+                self._set_pending(each, "Inadmissible", f"LocalQueue {each.queue} doesn't exist")
 
     def _audit(self, job: Object) -> None:
-        """Once Kueue let a Job go, its suspend is Kueue's."""
+        """Record a violation if another client owns `suspend` of a Job that was resumed."""
         name, managed = job["metadata"]["name"], job["metadata"]["managedFields"]
         owners = [m["manager"] for m in managed if "f:suspend" in m["fieldsV1"].get("f:spec", {})]
-        if owners != ["kueue"] and (name in self.let_go or not job["spec"].get("suspend")):
-            self.trespasses.append(f"{name}: suspend is {job['spec'].get('suspend')} by {owners}")
+        if owners != ["kueue"] and (name in self.resumed or not job["spec"].get("suspend")):
+            self.violations.append(f"{name}: suspend is {job['spec'].get('suspend')} by {owners}")
 
     def _create_workload(self, job: Object) -> Object:
         metadata, template = job["metadata"], job["spec"]["template"]
@@ -200,27 +201,27 @@ class Kueue:
         found = self.api.get(PRIORITIES, name) if name else None
         return 0 if found is None else found["value"]
 
-    def _follow(self, each: _Queued) -> None:
-        """The Job does as its Workload says."""
+    def _apply_workload(self, each: _QueuedJob) -> None:
+        """Make a Job follow the conditions of its Workload."""
         if each.is_finished:
             if not each.has("Finished"):
-                self._tell(each, Finished=("True", "JobFinished", "Job finished"))
+                self._set_conditions(each, Finished=("True", "JobFinished", "Job finished"))
             return
         if each.job["metadata"]["name"] in self.to_evict and each.has("Admitted"):
             self.to_evict.discard(each.job["metadata"]["name"])
             self._evict(each, "The workload is evicted by an administrator")
         if each.has("Evicted") and each.has("QuotaReserved"):
-            self._stop_job(each)
+            self._suspend_job(each)
             if not each.job.get("status", {}).get("active"):
                 reservation = ("False", "NoReservation", "The workload has no reservation")
-                self._tell(each, QuotaReserved=("False", "Pending", "Evicted"), Admitted=reservation)
+                self._set_conditions(each, QuotaReserved=("False", "Pending", "Evicted"), Admitted=reservation)
         elif each.has("Admitted") and each.is_suspended:
-            self._start_job(each)
+            self._resume_job(each)
         elif not each.has("Admitted") and not each.is_suspended:
-            self._stop_job(each)
+            self._suspend_job(each)
 
-    def _admit_from(self, queue: str, queued: list[_Queued]) -> None:
-        """Those that fit, the most important first and then the oldest."""
+    def _admit_from(self, queue: str, queued: list[_QueuedJob]) -> None:
+        """Admit the Jobs that fit, by priority and then by age."""
         active = [each for each in queued if not each.has("Finished")]
         used = sum(each.pods for each in active if each.has("QuotaReserved"))
         waiting = sorted((each for each in active if not each.has("QuotaReserved")), key=_order)
@@ -230,31 +231,33 @@ class Kueue:
                 used += each.pods
                 self._admit(each)
                 continue
-            words = f"insufficient unused quota for pods in flavor default, {missing} more needed"
-            self._refuse(each, "Pending", f"couldn't assign flavors to pod set main: {words}")
-            self._make_room(each, [other for other in active if other.has("QuotaReserved")])
+            reason = f"insufficient unused quota for pods in flavor default, {missing} more needed"
+            self._set_pending(each, "Pending", f"couldn't assign flavors to pod set main: {reason}")
+            self._preempt_for(each, [other for other in active if other.has("QuotaReserved")])
 
-    def _make_room(self, each: _Queued, placed: list[_Queued]) -> None:
-        lesser = [p for p in placed if p.workload["spec"]["priority"] < each.workload["spec"]["priority"]]
-        if lesser and not any(p.has("Evicted") for p in placed):
-            victim = max(lesser, key=_order)
+    def _preempt_for(self, each: _QueuedJob, admitted: list[_QueuedJob]) -> None:
+        lower = [p for p in admitted if p.workload["spec"]["priority"] < each.workload["spec"]["priority"]]
+        if lower and not any(p.has("Evicted") for p in admitted):
+            victim = max(lower, key=_order)
             uid = each.workload["metadata"]["uid"]
             self._evict(victim, f"Preempted to accommodate a workload (UID: {uid}) due to prioritization")
 
-    def _evict(self, each: _Queued, words: str) -> None:
-        self._tell(each, Evicted=("True", "Preempted", words))
+    def _evict(self, each: _QueuedJob, message: str) -> None:
+        self._set_conditions(each, Evicted=("True", "Preempted", message))
 
-    def _admit(self, each: _Queued) -> None:
-        again = {"Evicted": ("False", "QuotaReserved", "Previously: Preempted")} if each.has("Evicted") else {}
+    def _admit(self, each: _QueuedJob) -> None:
+        requeued = {"Evicted": ("False", "QuotaReserved", "Previously: Preempted")} if each.has("Evicted") else {}
         reserved = ("True", "QuotaReserved", f"Quota reserved in ClusterQueue {each.queue}")
-        self._tell(each, QuotaReserved=reserved, Admitted=("True", "Admitted", "The workload is admitted"), **again)
+        self._set_conditions(
+            each, QuotaReserved=reserved, Admitted=("True", "Admitted", "The workload is admitted"), **requeued
+        )
 
-    def _refuse(self, each: _Queued, reason: str, words: str) -> None:
+    def _set_pending(self, each: _QueuedJob, reason: str, message: str) -> None:
         if not each.has("Finished"):
-            self._tell(each, QuotaReserved=("False", reason, words))
+            self._set_conditions(each, QuotaReserved=("False", reason, message))
 
-    def _tell(self, each: _Queued, **conditions: tuple[str, str, str]) -> None:
-        """Conditions of the Workload, written if they differ."""
+    def _set_conditions(self, each: _QueuedJob, **conditions: tuple[str, str, str]) -> None:
+        """ForwardedWrite conditions of the Workload if they differ."""
         old = {c["type"]: c for c in each.workload.get("status", {}).get("conditions", [])}
         new = {
             type_: {"type": type_, "status": status, "reason": reason, "message": message}
@@ -268,15 +271,15 @@ class Kueue:
         name = each.workload["metadata"]["name"]
         each.workload = self.api.patch(self.workloads, name, body, self.namespace, "status")
 
-    def _start_job(self, each: _Queued) -> None:
+    def _resume_job(self, each: _QueuedJob) -> None:
         template = each.workload["spec"]["podSets"][0]["template"]["spec"]
         tolerations = template.get("tolerations", []) + FLAVOR["tolerations"]
         pod = {"nodeSelector": FLAVOR["nodeSelector"], "tolerations": tolerations}
         labels = {POD_SET: "main"}
         self._patch_job(each, {"spec": {"suspend": False, "template": {"metadata": {"labels": labels}, "spec": pod}}})
-        self.let_go.append(each.job["metadata"]["name"])
+        self.resumed.append(each.job["metadata"]["name"])
 
-    def _stop_job(self, each: _Queued) -> None:
+    def _suspend_job(self, each: _QueuedJob) -> None:
         if each.is_suspended:
             return
         self._patch_job(each, {"metadata": {"annotations": {STOPPING: "true"}}, "spec": {"suspend": True}})
@@ -288,8 +291,8 @@ class Kueue:
         restored = {"template": {"metadata": {"labels": {POD_SET: None}}, "spec": pod}}
         self._patch_job(each, {"metadata": {"annotations": {STOPPING: None}}, "spec": restored})
 
-    def _patch_job(self, each: _Queued, body: dict[str, Any], subresource: str = "") -> None:
-        """Against the very version that was looked at."""
+    def _patch_job(self, each: _QueuedJob, body: dict[str, Any], subresource: str = "") -> None:
+        """Patch a Job with the resourceVersion that was read as a precondition."""
         metadata = body.setdefault("metadata", {})
         metadata["resourceVersion"] = each.job["metadata"]["resourceVersion"]
         each.job = self.api.patch(JOBS, each.job["metadata"]["name"], body, self.namespace, subresource)
@@ -308,6 +311,6 @@ def _is_deleting(raw: Object) -> bool:
     return "deletionTimestamp" in raw["metadata"]
 
 
-def _order(each: _Queued) -> tuple[int, str, str]:
+def _order(each: _QueuedJob) -> tuple[int, str, str]:
     metadata = each.workload["metadata"]
     return -each.workload["spec"]["priority"], metadata["creationTimestamp"], metadata["name"]

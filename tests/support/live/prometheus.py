@@ -1,4 +1,4 @@
-"""A real Prometheus that discovers its targets by the chart's PodMonitor and ServiceMonitor, without their operator."""
+"""A real Prometheus that discovers its targets as the chart's PodMonitor and ServiceMonitor define."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ import yaml
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prometheus:
+    """A running Prometheus server."""
+
     url: str
 
     def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
-        """The vector of an expression."""
+        """Return the vector of an expression."""
         arguments = {"query": expression} | ({} if at is None else {"time": str(at)})
         with urllib.request.urlopen(f"{self.url}/api/v1/query?{urllib.parse.urlencode(arguments)}") as answer:
             result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
         return result
 
     def query_range(self, expression: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
-        """The matrix of an expression between two times, in seconds since 1970."""
+        """Return the matrix of an expression between two Unix times in seconds."""
         arguments = {"query": expression, "start": start, "end": end, "step": step}
         with urllib.request.urlopen(f"{self.url}/api/v1/query_range?{urllib.parse.urlencode(arguments)}") as answer:
             result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
@@ -42,7 +44,7 @@ class Prometheus:
 def start_prometheus(
     folder: Path, kubeconfig: str, monitors: list[dict[str, Any]], namespaces: list[str]
 ) -> Iterator[Prometheus]:
-    """prometheus with the chart's rules as scrape configuration; ended with the block."""
+    """Start Prometheus with the scrape configuration of some monitors; stop it at the end."""
     if shutil.which("prometheus") is None:
         pytest.skip(
             "prometheus is not installed: put one with discovery of Kubernetes on PATH (`make cluster` builds it)"
@@ -65,7 +67,7 @@ def start_prometheus(
             stderr=log,
         )
     try:
-        _await_ready(f"http://127.0.0.1:{port}/-/ready", folder / "log")
+        _wait_until_ready(f"http://127.0.0.1:{port}/-/ready", folder / "log")
         yield Prometheus(url=f"http://127.0.0.1:{port}")
     finally:
         process.terminate()
@@ -73,7 +75,7 @@ def start_prometheus(
 
 
 def render_monitors(chart: Path, release: str, system: str) -> list[dict[str, Any]]:
-    """The chart's PodMonitor and ServiceMonitor."""
+    """Return the chart's PodMonitor and ServiceMonitor."""
     flags = ["--set", "metrics.podMonitor.enabled=true", "--set", "metrics.serviceMonitor.enabled=true"]
     command = ["helm", "template", release, str(chart), "-n", system, "--kube-version=1.34.0", *flags]
     rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -82,36 +84,40 @@ def render_monitors(chart: Path, release: str, system: str) -> list[dict[str, An
 
 
 def build_scrape_config(monitor: dict[str, Any], kubeconfig: str, namespaces: list[str]) -> dict[str, Any]:
-    """What Prometheus' operator would make of a monitor: labels and port select, then its own relabelings."""
+    """Return the scrape configuration that the Prometheus Operator generates from a monitor."""
     is_pod = monitor["kind"] == "PodMonitor"
     role, prefix = ("pod", "__meta_kubernetes_pod") if is_pod else ("endpoints", "__meta_kubernetes_service")
     (endpoint,) = monitor["spec"]["podMetricsEndpoints" if is_pod else "endpoints"]
     port = "__meta_kubernetes_pod_container_port_name" if is_pod else "__meta_kubernetes_endpoint_port_name"
     selected = monitor["spec"]["selector"]["matchLabels"]
-    keep = [_keep(f"{prefix}_label_{_label(name)}", value) for name, value in selected.items()]
+    keep = [_build_keep_rule(f"{prefix}_label_{_to_label_name(name)}", value) for name, value in selected.items()]
     return {
         "job_name": f"{monitor['kind']}/{monitor['metadata']['name']}",
         "metrics_path": endpoint.get("path", "/metrics"),
         "honor_labels": endpoint.get("honorLabels", False),
         "kubernetes_sd_configs": [{"role": role, "kubeconfig_file": kubeconfig, "namespaces": {"names": namespaces}}],
-        "relabel_configs": [*keep, _keep(port, endpoint["port"]), *map(_snake, endpoint.get("relabelings", []))],
+        "relabel_configs": [
+            *keep,
+            _build_keep_rule(port, endpoint["port"]),
+            *map(_to_snake_case, endpoint.get("relabelings", [])),
+        ],
     }
 
 
-def _keep(label: str, value: str) -> dict[str, Any]:
+def _build_keep_rule(label: str, value: str) -> dict[str, Any]:
     return {"action": "keep", "source_labels": [label], "regex": value}
 
 
-def _label(name: str) -> str:
+def _to_label_name(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def _snake(rule: dict[str, Any]) -> dict[str, Any]:
+def _to_snake_case(rule: dict[str, Any]) -> dict[str, Any]:
     names = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
     return {names.get(key, key): value for key, value in rule.items()}
 
 
-def _await_ready(url: str, log: Path) -> None:
+def _wait_until_ready(url: str, log: Path) -> None:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:

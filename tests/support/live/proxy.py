@@ -1,7 +1,7 @@
-"""A reverse proxy before a real API server that does to requests what networks and overloaded servers do.
+"""A reverse proxy in front of a real API server that injects the faults of networks and overloaded servers.
 
-TLS and credentials towards the server, plain HTTP towards the operator, which gets a kubeconfig of its own. What
-happens is drawn by `api_faults.py`, or asked for by a test: a cut network, silent watches. It runs in a thread.
+It uses TLS and credentials towards the server and plain HTTP towards the operator, which gets a kubeconfig of its own.
+Faults are drawn by `api_faults.py`; tests can also cut the network and hang watches. It runs in a thread.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import aiohttp
 from aiohttp import web
 
 from sailvl_operator.cluster.credentials import load_credentials
-from tests.support.live.api_faults import Dice
+from tests.support.live.api_faults import FaultSchedule
 
 T = TypeVar("T")
 
-_NOT_PASSED_ON = {"host", "connection", "transfer-encoding", "content-length", "accept-encoding", "authorization"}
-_REFUSALS = {
+_HOP_HEADERS = {"host", "connection", "transfer-encoding", "content-length", "accept-encoding", "authorization"}
+_ERRORS = {
     "conflict": (409, "Conflict"),
     "too_many": (429, "TooManyRequests"),
     "error": (503, "ServiceUnavailable"),
@@ -35,7 +35,7 @@ _REFUSALS = {
 }
 
 
-class Background:
+class BackgroundLoop:
     """An event loop in a thread."""
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class Background:
         self._thread.start()
 
     def call(self, work: Coroutine[Any, Any, T], seconds: float = 30.0) -> T:
-        """Its result, or its exception."""
+        """Run a coroutine in the loop and return its result, or raise its exception."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
 
     def close(self) -> None:
-        """Ends what still runs in it."""
+        """Cancel all tasks and stop the thread."""
         self.call(self._cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -62,44 +62,44 @@ class Background:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Write:
-    """A write that reached the API server, and its answer."""
+class ForwardedWrite:
+    """A write that reached the API server, with the status of its response."""
 
     seconds: float
-    """Since the proxy began."""
+    """Time since the proxy was started."""
     method: str
     path: str
-    about: str
-    """The object's name; of a collection, its selector."""
+    subject: str
+    """The name of the object, or the selector of a collection."""
     status: int
 
 
 @dataclass(kw_only=True)
 class _Cut:
-    """Between the cut and the mending of the network."""
+    """A network failure that lasts until it is restored."""
 
     is_silent: bool
-    healed: asyncio.Event = field(default_factory=asyncio.Event)
+    restored: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class FaultyProxy:
-    """Use as a context manager; `kubeconfig` leads through it, as whoever the given one makes of its bearer."""
+    """Use as a context manager; `kubeconfig` leads through the proxy, with the identity of the given one."""
 
     def __init__(
         self, kubeconfig: str, folder: Path, *, seed: int = 0, page_size: int = 0, watch_seconds: int = 0
     ) -> None:
-        """Lists come in pages of so many objects, and watches end after so many seconds; 0: as they are asked for."""
+        """Limit the size of pages and the duration of watches; with 0 they are what the client requests."""
         self._credentials = load_credentials(kubeconfig)
         self._page_size, self._watch_seconds = page_size, watch_seconds
-        self.dice = Dice(seed)
-        self.writes: list[Write] = []
+        self.schedule = FaultSchedule(seed)
+        self.writes: list[ForwardedWrite] = []
         self.kubeconfig = folder / f"proxy-{seed}.conf"
         self._cut: _Cut | None = None
         self._open: dict[int, web.Request] = {}
         self._watches: set[asyncio.Event] = set()
 
     def __enter__(self) -> FaultyProxy:
-        self._background = Background()
+        self._background = BackgroundLoop()
         port = self._background.call(self._start())
         self.kubeconfig.write_text(json.dumps(_build_kubeconfig(port)))
         return self
@@ -109,28 +109,28 @@ class FaultyProxy:
         self._background.close()
 
     def cut(self, *, silent: bool) -> None:
-        """The network goes: connections are reset, or (silent) stay open while nothing comes through."""
-        self._background.call(self._begin_cut(silent))
+        """Cut the network: connections are reset or, if silent, stay open without any data."""
+        self._background.call(self._start_cut(silent))
 
-    def heal(self) -> None:
-        """It is back; of what was held back, that goes on whose sender still waits for it."""
-        self._background.call(self._end_cut())
+    def restore(self) -> None:
+        """Restore the network; requests whose clients still wait continue."""
+        self._background.call(self._restore())
 
     def hang_watches(self) -> None:
-        """All watches that are open now stay so, and nothing comes by them any more."""
-        self._background.call(self._silence())
+        """Keep all open watches open without further events."""
+        self._background.call(self._hang_watches())
 
-    async def _begin_cut(self, silent: bool) -> None:
+    async def _start_cut(self, silent: bool) -> None:
         self._cut = _Cut(is_silent=silent)
         for request in () if silent else tuple(self._open.values()):
             _reset(request)
 
-    async def _end_cut(self) -> None:
+    async def _restore(self) -> None:
         cut, self._cut = self._cut, None
         if cut is not None:
-            cut.healed.set()
+            cut.restored.set()
 
-    async def _silence(self) -> None:
+    async def _hang_watches(self) -> None:
         for is_silent in self._watches:
             is_silent.set()
 
@@ -150,7 +150,7 @@ class FaultyProxy:
         return int(self._runner.addresses[0][1])
 
     async def _stop(self) -> None:
-        await self._begin_cut(silent=False)
+        await self._start_cut(silent=False)
         await self._runner.cleanup()
         await self._session.close()
 
@@ -158,38 +158,38 @@ class FaultyProxy:
         body, kind = await request.read(), _classify(request)
         self._open[id(request)] = request
         try:
-            if not await self._gets_through(request):
+            if not await self._passes_network(request):
                 return _reset(request)
-            fault, chances = self.dice.draw(kind, request.method, request.path, request.query_string)
+            fault, rng = self.schedule.draw(kind, request.method, request.path, request.query_string)
             if fault == "slow":
-                await asyncio.sleep(chances.uniform(0.2, self.dice.faults.slow_seconds))
+                await asyncio.sleep(rng.uniform(0.2, self.schedule.rates.slow_seconds))
             if kind == "watch":
-                return await self._answer_watch(request, fault, chances)
+                return await self._answer_watch(request, fault, rng)
             return await self._answer(request, body, kind, fault)
         except (aiohttp.ClientError, ConnectionError):
-            return _reset(request)  # the API server is not there, or whoever asked has gone
+            return _reset(request)  # the API server or the client is gone
         finally:
             del self._open[id(request)]
 
-    async def _gets_through(self, request: web.Request) -> bool:
-        """Whether the network is there, or comes back while somebody still waits."""
+    async def _passes_network(self, request: web.Request) -> bool:
+        """Return whether the network works, or is restored while the client still waits."""
         while (cut := self._cut) is not None:
             if not cut.is_silent:
                 return False
-            await cut.healed.wait()
-        return _is_waited_for(request)
+            await cut.restored.wait()
+        return _has_client(request)
 
     async def _answer(self, request: web.Request, body: bytes, kind: str, fault: str) -> web.StreamResponse:
         if fault == "reset_before":
             return _reset(request)
-        if fault in _REFUSALS and fault != "error_after":
-            return _refuse(fault)
+        if fault in _ERRORS and fault != "error_after":
+            return _build_error(fault)
         response = await self._forward(request, body, kind)
-        if fault == "reset_after" or not await self._gets_through(request):
+        if fault == "reset_after" or not await self._passes_network(request):
             return _reset(request)
         if fault == "error_after":
-            return _refuse(fault)
-        return _half(response) if fault == "truncated" else response
+            return _build_error(fault)
+        return _truncate(response) if fault == "truncated" else response
 
     async def _forward(self, request: web.Request, body: bytes, kind: str) -> web.Response:
         url, options = self._redirect(request, "limit", self._page_size)
@@ -197,47 +197,47 @@ class FaultyProxy:
             answer = await response.read()
         if kind == "write":
             self.writes.append(
-                Write(
-                    seconds=self.dice.seconds(),
+                ForwardedWrite(
+                    seconds=self.schedule.seconds(),
                     method=request.method,
                     path=request.path,
-                    about=_find_subject(request, body),
+                    subject=_find_subject(request, body),
                     status=response.status,
                 )
             )
-        return web.Response(status=response.status, body=answer, headers=_pass_on(response.headers))
+        return web.Response(status=response.status, body=answer, headers=_forward_headers(response.headers))
 
     def _redirect(self, request: web.Request, limit: str, value: int) -> tuple[str, dict[str, Any]]:
-        """Where a request goes and with what; a parameter that limits it is lowered to a value other than 0."""
+        """Return URL and options of the forwarded request; lower a limiting parameter to `value` unless that is 0."""
         query = dict(request.query)
         if value and limit in query:
             query[limit] = str(min(value, int(query[limit])))
-        return self._credentials.server + request.path, {"params": query, "headers": _pass_on(request.headers)}
+        return self._credentials.server + request.path, {"params": query, "headers": _forward_headers(request.headers)}
 
-    async def _answer_watch(self, request: web.Request, fault: str, chances: random.Random) -> web.StreamResponse:
+    async def _answer_watch(self, request: web.Request, fault: str, rng: random.Random) -> web.StreamResponse:
         if fault == "reset_before":
             return _reset(request)
-        if fault in ("too_many", "error") or (fault == "gone" and chances.random() < 0.5):
-            return _refuse(fault)
+        if fault in ("too_many", "error") or (fault == "gone" and rng.random() < 0.5):
+            return _build_error(fault)
         if fault in ("gone", "error_event"):
-            return await _tell_error(request, fault)
+            return await _stream_error(request, fault)
         url, options = self._redirect(request, "timeoutSeconds", self._watch_seconds)
         async with self._session.get(url, **options) as upstream:
-            answer = web.StreamResponse(status=upstream.status, headers=_pass_on(upstream.headers))
+            answer = web.StreamResponse(status=upstream.status, headers=_forward_headers(upstream.headers))
             await answer.prepare(request)
             lines = _Lines(upstream.content, self._watches)
-            is_whole = await self._stream(request, lines, answer, fault, whole_lines=chances.randrange(4))
+            is_whole = await self._stream(request, lines, answer, fault, whole_lines=rng.randrange(4))
             return answer if is_whole else _reset(request)
 
     async def _stream(
         self, request: web.Request, lines: _Lines, answer: web.StreamResponse, fault: str, *, whole_lines: int
     ) -> bool:
-        """Events; a fault comes after some whole ones. False: whoever watches must not think that this is the end."""
+        """Forward events and inject a fault after some of them; return False if the connection must be reset."""
         number = 0
         if fault == "hanging" and not whole_lines:
             lines.is_silent.set()
         async for line in lines:
-            if not await self._gets_through(request):
+            if not await self._passes_network(request):
                 return False
             if fault == "cut" and number == whole_lines:
                 await answer.write(line[: len(line) // 2])
@@ -246,13 +246,13 @@ class FaultyProxy:
             number += 1
             if fault == "hanging" and number == whole_lines:
                 lines.is_silent.set()
-        while lines.is_silent.is_set() and _is_waited_for(request):
+        while lines.is_silent.is_set() and _has_client(request):
             await asyncio.sleep(0.1)
         return not lines.is_silent.is_set()
 
 
 class _Lines:
-    """The lines of a watch, until it ends or has to be silent."""
+    """The lines of a watch, until it ends or hangs."""
 
     def __init__(self, stream: aiohttp.StreamReader, watches: set[asyncio.Event]) -> None:
         self._stream, self._watches = stream, watches
@@ -272,15 +272,15 @@ class _Lines:
             self._watches.discard(self.is_silent)
 
     async def _read(self) -> bytes:
-        ways = [asyncio.ensure_future(self._stream.readany()), asyncio.ensure_future(self.is_silent.wait())]
+        futures = [asyncio.ensure_future(self._stream.readany()), asyncio.ensure_future(self.is_silent.wait())]
         try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            return b"" if self.is_silent.is_set() else await ways[0]
+            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+            return b"" if self.is_silent.is_set() else await futures[0]
         finally:
-            for way in ways:
-                way.cancel()
+            for future in futures:
+                future.cancel()
                 with suppress(asyncio.CancelledError, aiohttp.ClientError):
-                    await way
+                    await future
 
 
 def _build_kubeconfig(port: int) -> dict[str, Any]:
@@ -311,26 +311,26 @@ def _find_subject(request: web.Request, body: bytes) -> str:
     return request.query.get("labelSelector") or request.path.removesuffix("/status").rpartition("/")[2]
 
 
-def _is_waited_for(request: web.Request) -> bool:
+def _has_client(request: web.Request) -> bool:
     return request.transport is not None and not request.transport.is_closing()
 
 
-def _pass_on(headers: Any) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name.lower() not in _NOT_PASSED_ON}
+def _forward_headers(headers: Any) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower() not in _HOP_HEADERS}
 
 
 def _status(fault: str) -> dict[str, Any]:
-    code, reason = _REFUSALS[fault]
+    code, reason = _ERRORS[fault]
     return {"kind": "Status", "apiVersion": "v1", "code": code, "reason": reason, "message": f"injected {reason}"}
 
 
-def _refuse(fault: str) -> web.Response:
+def _build_error(fault: str) -> web.Response:
     headers = {"Retry-After": "1"} if fault == "too_many" else None
-    return web.json_response(_status(fault), status=_REFUSALS[fault][0], headers=headers)
+    return web.json_response(_status(fault), status=_ERRORS[fault][0], headers=headers)
 
 
-async def _tell_error(request: web.Request, fault: str) -> web.StreamResponse:
-    """A watch whose first event is an error."""
+async def _stream_error(request: web.Request, fault: str) -> web.StreamResponse:
+    """Answer with a watch whose first event is an error."""
     answer = web.StreamResponse(headers={"Content-Type": "application/json"})
     await answer.prepare(request)
     await answer.write(json.dumps({"type": "ERROR", "object": _status(fault)}).encode() + b"\n")
@@ -343,8 +343,8 @@ def _reset(request: web.Request) -> web.Response:
     return web.Response()
 
 
-def _half(response: web.Response) -> web.Response:
-    """As if it were whole."""
+def _truncate(response: web.Response) -> web.Response:
+    """Return the first half of a response with a matching Content-Length."""
     body = response.body
     assert isinstance(body, bytes)
     return web.Response(status=response.status, body=body[: len(body) // 2], content_type="application/json")

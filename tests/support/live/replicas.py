@@ -1,4 +1,4 @@
-"""`sailvl operator` as child processes, and a witness who watches what they make of runs."""
+"""`sailvl operator` as child processes, and an independent record of the attempts that they start."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.errors import ApiError
-from tests.support.live.api import until
-from tests.support.live.proxy import Background
+from tests.support.live.api import wait_until
+from tests.support.live.proxy import BackgroundLoop
 
 ROOT = Path(__file__).parents[3]
-QUICK: dict[str, object] = {
+FAST_FLAGS: dict[str, object] = {
     "failure-settle-seconds": 1,
     "backoff-seconds": 1,
     "lease-duration-seconds": 4,
     "lease-renew-deadline-seconds": 3,
     "lease-renew-interval-seconds": 1,
 }
-"""Flags."""
+"""Flags with short times, for tests."""
 
 _CALL = "import sys; from sailvl_operator.cli.main import main; sys.exit(main())"
 
 
-class Replica:
-    """One process. Use as a context manager: what still runs at the end must end well when it is told to."""
+class OperatorReplica:
+    """One operator process. Use as a context manager: if the process still runs at the end, it must exit with 0."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Replica:
     ) -> None:
         scope = {"namespaces": ",".join(namespaces), "lease-namespace": namespaces[0], "identity": identity}
         given = {name.replace("_", "-"): value for name, value in flags.items()}
-        self._flags = QUICK | scope | given
+        self._flags = FAST_FLAGS | scope | given
         self._command = [*before, sys.executable, "-c", f"{prelude}\n{_CALL}", "operator"]
         self._environment = os.environ | {
             "KUBECONFIG": str(kubeconfig),
@@ -64,6 +64,7 @@ class Replica:
         self.start()
 
     def start(self) -> None:
+        """Start the process on a free metrics port."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -73,20 +74,24 @@ class Replica:
                 [*self._command, *flags], env=self._environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
 
-    def until_ready(self) -> None:
-        until(lambda: self.get("/readyz") == "ok", told=self.last_words)
+    def wait_until_ready(self) -> None:
+        """Wait until the readiness probe succeeds."""
+        wait_until(lambda: self.get("/readyz") == "ok", describe=self.read_log_tail)
 
-    def until_leading(self, seconds: float = 30.0) -> None:
-        until(self.is_leading, seconds, told=self.last_words)
+    def wait_until_leading(self, seconds: float = 30.0) -> None:
+        """Wait until the process holds the lease."""
+        wait_until(self.is_leading, seconds, describe=self.read_log_tail)
 
     def is_leading(self) -> bool:
-        return self.metric("sailvl_operator_leading") == 1
+        """Return whether the process holds the lease."""
+        return self.read_metric("sailvl_operator_leading") == 1
 
     def is_alive(self) -> bool:
+        """Return whether the process runs."""
         return self.process.poll() is None
 
     def get(self, path: str) -> str:
-        """The answer's text, also of a probe that fails; empty: there is none."""
+        """Return the text of a response, also of a failing probe, or an empty string if there is none."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=2) as answer:
                 return str(answer.read().decode())
@@ -96,31 +101,32 @@ class Replica:
         except OSError:
             return ""
 
-    def metric(self, name: str) -> float:
-        """The sum of its series."""
+    def read_metric(self, name: str) -> float:
+        """Return the sum of all series whose name and labels begin with `name`."""
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
-    def end(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Its exit code."""
-        self.process.send_signal(how)
+    def stop(self, signal_: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal, wait for the end of the process and return its exit code."""
+        self.process.send_signal(signal_)
         return self.process.wait(timeout=20)
 
-    def last_words(self) -> str:
+    def read_log_tail(self) -> str:
+        """Return the end of the log."""
         return self.log.read_text()[-4000:]
 
-    def __enter__(self) -> Replica:
+    def __enter__(self) -> OperatorReplica:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.is_alive():
-            code = self.end(signal.SIGTERM if kind is None else signal.SIGKILL)
-            assert kind is not None or code == 0, self.last_words()
+            code = self.stop(signal.SIGTERM if kind is None else signal.SIGKILL)
+            assert kind is not None or code == 0, self.read_log_tail()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Made:
-    """A Job, as it was first seen."""
+class _CreatedJob:
+    """A Job at its first observation."""
 
     uid: str
     stage: str
@@ -128,17 +134,17 @@ class _Made:
     version: int
 
 
-class Witness:
-    """Watches the Jobs and runs of namespaces past any proxy, from now on. Use as a context manager."""
+class AttemptRecorder:
+    """Records Jobs and runs of some namespaces from now on, without any proxy. Use as a context manager."""
 
     def __init__(self, kubeconfig: str, namespaces: Sequence[str]) -> None:
         self._credentials, self._namespaces = load_credentials(kubeconfig), namespaces
-        self._jobs: dict[tuple[str, str], dict[str, _Made]] = defaultdict(dict)
-        self._noted: dict[tuple[str, str, str, int], int] = {}
+        self._jobs: dict[tuple[str, str], dict[str, _CreatedJob]] = defaultdict(dict)
+        self._status_versions: dict[tuple[str, str, str, int], int] = {}
         self._watches: list[asyncio.Future[None]] = []
 
-    def __enter__(self) -> Witness:
-        self._background = Background()
+    def __enter__(self) -> AttemptRecorder:
+        self._background = BackgroundLoop()
         self._background.call(self._start())
         return self
 
@@ -148,19 +154,20 @@ class Witness:
         for watch in self._watches:
             assert watch.cancelled(), watch.exception()
 
-    def attempts(self, namespace: str, run: str) -> dict[str, list[int]]:
-        """Of each stage the attempts for which a Job was ever made, as often as one was."""
+    def list_attempts(self, namespace: str, run: str) -> dict[str, list[int]]:
+        """Return the attempts of each stage, one entry per Job that was ever created."""
         found: dict[str, list[int]] = defaultdict(list)
         for job in self._jobs[namespace, run].values():
             found[job.stage].append(job.attempt)
         return {stage: sorted(attempts) for stage, attempts in found.items()}
 
-    def find_unnoted(self, namespace: str, run: str) -> list[str]:
-        """Later attempts whose Job was made before the status had their number."""
+    def list_unrecorded_attempts(self, namespace: str, run: str) -> list[str]:
+        """Return the later attempts whose Job was created before the status showed their number."""
         return [
             f"{job.stage} {job.attempt}"
             for job in self._jobs[namespace, run].values()
-            if job.attempt > 1 and self._noted.get((namespace, run, job.stage, job.attempt), job.version) >= job.version
+            if job.attempt > 1
+            and self._status_versions.get((namespace, run, job.stage, job.attempt), job.version) >= job.version
         ]
 
     async def _start(self) -> None:
@@ -177,30 +184,30 @@ class Witness:
         return version
 
     async def _watch(self, resource: Resource, namespace: str, selector: str, version: str) -> None:
-        see = self._see_job if resource is resources.JOBS else self._see_run
+        record = self._record_job if resource is resources.JOBS else self._record_run
         while True:
             try:
                 events = self._client.watch(resource, namespace, selector=selector, resource_version=version)
                 async for type_, raw in events:
                     version = raw["metadata"]["resourceVersion"]
                     if type_ != "BOOKMARK":
-                        see(raw)
+                        record(raw)
             except ApiError:
                 await asyncio.sleep(0.1)
 
-    def _see_job(self, raw: dict[str, Any]) -> None:
+    def _record_job(self, raw: dict[str, Any]) -> None:
         metadata = raw["metadata"]
         labels, key = metadata["labels"], (metadata["namespace"], metadata["labels"][names.LABEL_RUN])
-        made = _Made(
+        created = _CreatedJob(
             uid=metadata["uid"],
             stage=labels[names.LABEL_STAGE],
             attempt=int(labels[names.LABEL_ATTEMPT]),
             version=int(metadata["resourceVersion"]),
         )
-        self._jobs[key].setdefault(made.uid, made)
+        self._jobs[key].setdefault(created.uid, created)
 
-    def _see_run(self, raw: dict[str, Any]) -> None:
+    def _record_run(self, raw: dict[str, Any]) -> None:
         metadata = raw["metadata"]
         for stage in raw.get("status", {}).get("stages", []):
             key = metadata["namespace"], metadata["name"], stage["name"], stage.get("attempt", 0)
-            self._noted.setdefault(key, int(metadata["resourceVersion"]))
+            self._status_versions.setdefault(key, int(metadata["resourceVersion"]))

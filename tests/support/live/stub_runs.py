@@ -1,6 +1,4 @@
-"""What tests of the operator on a real cluster share: stub workers, namespaces with a volume that the test can read,
-the operator that serves them, and runs.
-"""
+"""Runs of stub workers on a real cluster, with namespaces whose volumes the test can read, and their operator."""
 
 from __future__ import annotations
 
@@ -20,14 +18,14 @@ from typing import Any
 import pytest
 
 from sailvl_operator.cluster.resources import EVENTS, JOBS, PODS, RUNS, SERVICES
-from tests.support.live.api import CLAIMS, NAMESPACES, VOLUMES, Api, Object, build_object, until
-from tests.support.live.replicas import Replica
+from tests.support.live.api import CLAIMS, NAMESPACES, VOLUMES, ClusterApi, Object, build_object, wait_until
+from tests.support.live.replicas import OperatorReplica
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "tests/cluster/stub_worker.sh"
 RUN_LABEL = "sailvl.dev/run"
 
-_BUILD = """
+_BUILD_SCRIPT = """
 set -eu; export STORAGE_DRIVER=overlay
 c=$(buildah from scratch)
 buildah copy -q "$c" /bin/busybox /bin/busybox >/dev/null
@@ -38,64 +36,72 @@ buildah push -q --tls-verify=false "$2" "docker://$2"
 """
 
 
-def build_image(registry: str) -> str:
-    """The stub worker's image in the cluster's registry, named by its content: nodes keep what they have pulled."""
+def build_stub_image(registry: str) -> str:
+    """Push the stub worker's image to the registry; its tag is a hash of its content, so that nodes can cache it."""
     if given := os.environ.get("SAILVL_STUB_IMAGE"):
         return given
     if not shutil.which("buildah"):
         pytest.skip("buildah builds the stub worker's image; or name one with SAILVL_STUB_IMAGE")
-    tag = hashlib.sha256((_BUILD + SCRIPT.read_text()).encode()).hexdigest()[:12]
+    tag = hashlib.sha256((_BUILD_SCRIPT + SCRIPT.read_text()).encode()).hexdigest()[:12]
     image = f"{registry}/sailvl-stub-worker:{tag}"
     done = subprocess.run(
-        ["bash", "-c", _BUILD, "bash", SCRIPT, image], check=False, capture_output=True, text=True, timeout=120
+        ["bash", "-c", _BUILD_SCRIPT, "bash", SCRIPT, image], check=False, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """A namespace whose claim `data` is a folder of this machine."""
+class Workspace:
+    """A namespace whose claim `data` is a folder on the host."""
 
-    api: Api
+    api: ClusterApi
     namespace: str
     storage: Path
     image: str
 
     def add_volume(self, name: str, claim: str, **source: Any) -> None:
-        """A PersistentVolume for a claim of this namespace; where it is not said, in a folder of the storage."""
+        """Add a PersistentVolume for a claim of this namespace; by default it is a folder of the storage."""
         folder = self.storage / claim
         if not source:
             folder.mkdir(exist_ok=True)
             folder.chmod(0o777)
         body = build_object("PersistentVolume", name, labels={"test": self.namespace})
-        spec = {"claimRef": {"name": claim, "namespace": self.namespace}, "capacity": {"storage": "1Gi"}} | _COMMON
+        spec = {
+            "claimRef": {"name": claim, "namespace": self.namespace},
+            "capacity": {"storage": "1Gi"},
+        } | _STATIC_STORAGE
         spec["hostPath"] = {"path": str(folder)} | source
         self.api.create(VOLUMES, body | {"spec": spec})
 
     def add_claim(self, name: str, volume: str = "") -> None:
-        spec = {"resources": {"requests": {"storage": "1Gi"}}} | _COMMON | ({"volumeName": volume} if volume else {})
+        """Add a claim, bound to a volume if one is named."""
+        spec = (
+            {"resources": {"requests": {"storage": "1Gi"}}}
+            | _STATIC_STORAGE
+            | ({"volumeName": volume} if volume else {})
+        )
         body = build_object("PersistentVolumeClaim", name, namespace=self.namespace)
         self.api.create(CLAIMS, body | {"spec": spec})
 
 
-_COMMON: Object = {"storageClassName": "static", "accessModes": ["ReadWriteMany"]}
-"""A class without a provisioner: claims and volumes are bound to each other by name."""
+_STATIC_STORAGE: Object = {"storageClassName": "static", "accessModes": ["ReadWriteMany"]}
+"""The storage class has no provisioner: claims and volumes are bound by name."""
 
 
 @contextmanager
-def open_place(api: Api, image: str, *, prefix: str = "stub") -> Iterator[Place]:
-    """A namespace under the restricted Pod Security Standard, deleted afterwards with its volumes."""
+def open_workspace(api: ClusterApi, image: str, *, prefix: str = "stub") -> Iterator[Workspace]:
+    """Create a namespace under the restricted Pod Security Standard; delete it with its volumes afterwards."""
     name = f"{prefix}-{uuid.uuid4().hex[:6]}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     api.create(NAMESPACES, build_object("Namespace", name, labels=labels))
     with tempfile.TemporaryDirectory(prefix="sailvl-", ignore_cleanup_errors=True) as folder:
-        place = Place(api=api, namespace=name, storage=Path(folder), image=image)
-        place.add_volume(name, "data")
-        place.add_claim("data", name)
+        workspace = Workspace(api=api, namespace=name, storage=Path(folder), image=image)
+        workspace.add_volume(name, "data")
+        workspace.add_claim("data", name)
         try:
-            until(lambda: (api.get(CLAIMS, "data", name) or {})["status"].get("phase") == "Bound")
-            yield place
+            wait_until(lambda: (api.get(CLAIMS, "data", name) or {})["status"].get("phase") == "Bound")
+            yield workspace
         finally:
             api.delete(NAMESPACES, name)
             for volume in api.list(VOLUMES, selector=f"test={name}"):
@@ -103,20 +109,20 @@ def open_place(api: Api, image: str, *, prefix: str = "stub") -> Iterator[Place]
 
 
 @contextmanager
-def open_operator(kubeconfig: str, places: Sequence[Place], folder: Path) -> Iterator[Replica]:
-    """The operator of these namespaces, soon to ask why runs don't start."""
-    namespaces = [place.namespace for place in places]
-    with Replica(kubeconfig, namespaces, folder, diagnostics_interval=1, grace_seconds=30) as operator:
-        operator.until_ready()
+def open_operator(kubeconfig: str, workspaces: Sequence[Workspace], folder: Path) -> Iterator[OperatorReplica]:
+    """Run an operator for some namespaces, with fast start diagnostics."""
+    namespaces = [workspace.namespace for workspace in workspaces]
+    with OperatorReplica(kubeconfig, namespaces, folder, diagnostics_interval=1, grace_seconds=30) as operator:
+        operator.wait_until_ready()
         yield operator
 
 
-class Run:
-    """One SailVLRun of stub workers; if only their number is given, they are named draw-a, draw-b and so on."""
+class StubRun:
+    """One SailVLRun of stub workers. If `stages` is a number, the stages are named draw-a, draw-b and so on."""
 
     def __init__(
         self,
-        place: Place,
+        workspace: Workspace,
         name: str,
         stub: str = "hold",
         *,
@@ -125,99 +131,112 @@ class Run:
         workers: Object | None = None,
         **spec: Any,
     ) -> None:
-        self.place, self.api, self.name = place, place.api, name
+        self.workspace, self.api, self.name = workspace, workspace.api, name
         if isinstance(stages, int):
             stages = [build_stage(f"draw-{letter}") for letter in "abcd"[:stages]]
-        usual = {"image": place.image, "storage": {"volumeClaim": "data"}, "model": {"preset": "tiny"}}
+        usual = {"image": workspace.image, "storage": {"volumeClaim": "data"}, "model": {"preset": "tiny"}}
         spec = usual | {"stages": stages} | spec
-        spec["workers"] = {"nodes": nodes, "gpusPerNode": 0} | (workers or {}) | self.env(stub)
-        body = build_object("SailVLRun", name, RUNS.api_version, namespace=place.namespace, spec=spec)
+        spec["workers"] = {"nodes": nodes, "gpusPerNode": 0} | (workers or {}) | self.build_env(stub)
+        body = build_object("SailVLRun", name, RUNS.api_version, namespace=workspace.namespace, spec=spec)
         self.uid = self.api.create(RUNS, body)["metadata"]["uid"]
 
     @staticmethod
-    def env(stub: str) -> Object:
+    def build_env(stub: str) -> Object:
+        """Return the part of `workers` that selects the behaviour of the stub workers."""
         return {"env": [{"name": "STUB", "value": stub}]}
 
     @property
     def raw(self) -> Object:
-        return self.api.get(RUNS, self.name, self.place.namespace) or {}
+        """The stored run; empty if it does not exist."""
+        return self.api.get(RUNS, self.name, self.workspace.namespace) or {}
 
     @property
     def status(self) -> Object:
+        """The run's status; empty before the first."""
         return self.raw.get("status", {})
 
     def edit(self, **spec: Any) -> None:
-        self.api.patch(RUNS, self.name, {"spec": spec}, self.place.namespace)
+        """Change fields of the spec."""
+        self.api.patch(RUNS, self.name, {"spec": spec}, self.workspace.namespace)
 
     def annotate(self, **annotations: str | None) -> None:
-        self.api.patch(RUNS, self.name, {"metadata": {"annotations": annotations}}, self.place.namespace)
+        """Set annotations; None removes one."""
+        self.api.patch(RUNS, self.name, {"metadata": {"annotations": annotations}}, self.workspace.namespace)
 
-    def ask(self, stage: str) -> None:
-        """As `kubectl annotate svr NAME sailvl.dev/restart-stage=STAGE` does; waits until it is taken off."""
+    def request_restart(self, stage: str) -> None:
+        """Annotate the run with sailvl.dev/restart-stage and wait until the operator has removed the annotation."""
         self.annotate(**{"sailvl.dev/restart-stage": stage})
-        until(lambda: not self.raw["metadata"].get("annotations"))
+        wait_until(lambda: not self.raw["metadata"].get("annotations"))
 
     def delete(self) -> None:
-        self.api.delete(RUNS, self.name, self.place.namespace)
+        """Delete the run."""
+        self.api.delete(RUNS, self.name, self.workspace.namespace)
 
     def release(self, stage: str = "draw-a") -> None:
-        """Lets workers of the mode `until` end."""
-        (self.place.storage / "data" / f"{self.name}.{stage}").touch()
+        """Let the workers of the mode `until` succeed."""
+        (self.workspace.storage / "data" / f"{self.name}.{stage}").touch()
 
     def stage(self, index: int = 0) -> Object:
+        """Return the status of a stage."""
         stages = self.status.get("stages", [])
         return stages[index] if stages else {"name": "", "state": "", "attempt": 0}
 
-    def at(self, index: int = 0) -> tuple[str, int]:
-        """State and attempt of a stage."""
+    def stage_state(self, index: int = 0) -> tuple[str, int]:
+        """Return state and attempt of a stage."""
         stage = self.stage(index)
         return stage["state"], stage.get("attempt", 0)
 
     def condition(self, type_: str) -> tuple[str, str, str]:
-        """Status, reason and message."""
+        """Return status, reason and message of a condition."""
         found = next((c for c in self.status.get("conditions", []) if c["type"] == type_), None)
         return ("", "", "") if found is None else (found["status"], found["reason"], found["message"])
 
     def is_true(self, type_: str) -> bool:
+        """Return whether a condition is true."""
         return self.condition(type_)[0] == "True"
 
-    def children(self, resource: Any) -> list[Object]:
-        return self.api.list(resource, self.place.namespace, f"{RUN_LABEL}={self.name}")
+    def list_owned(self, resource: Any) -> list[Object]:
+        """Return the run's objects of a kind."""
+        return self.api.list(resource, self.workspace.namespace, f"{RUN_LABEL}={self.name}")
 
-    def count_children(self) -> int:
-        return sum(len(self.children(resource)) for resource in (JOBS, PODS, SERVICES))
+    def count_owned(self) -> int:
+        """Return the number of the run's Jobs, pods and Services."""
+        return sum(len(self.list_owned(resource)) for resource in (JOBS, PODS, SERVICES))
 
     @property
     def jobs(self) -> list[str]:
-        return sorted(job["metadata"]["name"] for job in self.children(JOBS))
+        """The names of the run's Jobs."""
+        return sorted(job["metadata"]["name"] for job in self.list_owned(JOBS))
 
     @property
     def journal(self) -> list[str]:
-        """What its workers did: stage, attempt, index, word."""
-        path = self.place.storage / "data" / f"{self.name}.journal"
+        """What the stub workers logged: stage, attempt, index and event."""
+        path = self.workspace.storage / "data" / f"{self.name}.journal"
         return path.read_text().splitlines() if path.exists() else []
 
-    def until_at(self, state: str, attempt: int = 1, *, index: int = 0, seconds: float = 120.0) -> None:
-        until(lambda: self.at(index) == (state, attempt), seconds, told=self.describe)
+    def wait_for_stage(self, state: str, attempt: int = 1, *, index: int = 0, seconds: float = 120.0) -> None:
+        """Wait until a stage has a state and an attempt."""
+        wait_until(lambda: self.stage_state(index) == (state, attempt), seconds, describe=self.describe)
 
-    def until_true(self, type_: str, seconds: float = 120.0) -> str:
-        """The condition's reason, once it is True."""
-        until(lambda: self.is_true(type_), seconds, told=self.describe)
+    def wait_for_condition(self, type_: str, seconds: float = 120.0) -> str:
+        """Wait until a condition is true and return its reason."""
+        wait_until(lambda: self.is_true(type_), seconds, describe=self.describe)
         return self.condition(type_)[1]
 
     def describe(self) -> str:
-        """For the message of a test that fails."""
+        """Return status, Jobs, pods and journal, for the message of a failing test."""
         pods = [
             (pod["metadata"]["name"], pod["metadata"].get("deletionTimestamp"), pod["status"])
-            for pod in self.children(PODS)
+            for pod in self.list_owned(PODS)
         ]
         return json.dumps({"status": self.status, "jobs": self.jobs, "pods": pods, "journal": self.journal}, indent=1)
 
-    def events(self) -> list[str]:
-        """Reasons of the events that tell of it."""
+    def list_event_reasons(self) -> list[str]:
+        """Return the reasons of the run's Events."""
         fields = f"involvedObject.name={self.name},involvedObject.uid={self.uid}"
-        return [event["reason"] for event in self.api.list(EVENTS, self.place.namespace, fields=fields)]
+        return [event["reason"] for event in self.api.list(EVENTS, self.workspace.namespace, fields=fields)]
 
 
 def build_stage(name: str, **fields: Any) -> Object:
+    """Return the spec of a stage."""
     return {"name": name, "curate": {"sources": [{"format": "procedural", "samples": 8}]}} | fields

@@ -25,15 +25,15 @@ from sailvl_operator.settings import (
 from tests.support.chart import (
     CHART,
     KUBERNETES,
-    RUN_RIGHTS,
+    RUN_PERMISSIONS,
     SCENARIOS,
+    build_lease_permissions,
     find_helm,
     flatten_rules,
-    get_pod,
-    lease_rights,
+    get_pod_template,
+    get_values_path,
     render,
     run_helm,
-    values_file,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -62,7 +62,7 @@ KINDS = {
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_chart_passes_helm_lint(scenario: str) -> None:
-    done = run_helm("lint", "--strict", str(CHART), "--kube-version", KUBERNETES, "-f", values_file(scenario))
+    done = run_helm("lint", "--strict", str(CHART), "--kube-version", KUBERNETES, "-f", get_values_path(scenario))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -87,7 +87,7 @@ def test_crd_of_the_chart_is_the_generated_one() -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_pod_meets_the_restricted_security_standard(scenario: str) -> None:
-    spec = get_pod(scenario)["spec"]
+    spec = get_pod_template(scenario)["spec"]
     [container] = spec["containers"]
     assert spec["securityContext"] == {
         "runAsNonRoot": True,
@@ -107,7 +107,7 @@ def test_pod_meets_the_restricted_security_standard(scenario: str) -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_probes_and_service_use_the_same_port(scenario: str) -> None:
-    [container] = get_pod(scenario)["spec"]["containers"]
+    [container] = get_pod_template(scenario)["spec"]["containers"]
     assert container["ports"] == [{"name": "http", "containerPort": HealthSettings().port, "protocol": "TCP"}]
     probes = {name: container[name]["httpGet"] for name in ("livenessProbe", "readinessProbe", "startupProbe")}
     assert probes == {
@@ -154,7 +154,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("scenario", SETTINGS)
 def test_flags_are_parsed_into_the_expected_settings(scenario: str) -> None:
-    [container] = get_pod(scenario)["spec"]["containers"]
+    [container] = get_pod_template(scenario)["spec"]["containers"]
     assert "command" not in container, "the image's entrypoint is `sailvl`"
     verb, *flags = container["args"]
     parser = argparse.ArgumentParser()
@@ -172,12 +172,12 @@ def test_flags_are_parsed_into_the_expected_settings(scenario: str) -> None:
     ],
 )
 def test_image_reference(scenario: str, image: str) -> None:
-    assert get_pod(scenario)["spec"]["containers"][0]["image"] == image
+    assert get_pod_template(scenario)["spec"]["containers"][0]["image"] == image
 
 
 def test_user_values_are_passed_to_the_pod() -> None:
-    values = yaml.safe_load(Path(values_file("everything")).read_text())
-    template = get_pod("everything")
+    values = yaml.safe_load(Path(get_values_path("everything")).read_text())
+    template = get_pod_template("everything")
     passed = ("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName")
     assert {name: template["spec"][name] for name in passed} == {name: values[name] for name in passed}
     assert template["spec"]["imagePullSecrets"] == values["imagePullSecrets"]
@@ -192,7 +192,11 @@ def rights_by_namespace(scenario: str) -> dict[str, Any]:
     """Return the rules of the service account of the pods by namespace; "" stands for the whole cluster."""
     objects = render(scenario)
     rules = {(o["kind"], o["metadata"]["name"], o["metadata"].get("namespace", "")): o.get("rules") for o in objects}
-    account = {"kind": "ServiceAccount", "name": get_pod(scenario)["spec"]["serviceAccountName"], "namespace": "sail"}
+    account = {
+        "kind": "ServiceAccount",
+        "name": get_pod_template(scenario)["spec"]["serviceAccountName"],
+        "namespace": "sail",
+    }
     found: dict[str, Any] = {}
     for binding in (o for o in objects if o["kind"].endswith("RoleBinding")):
         assert binding["subjects"] == [account]
@@ -205,12 +209,16 @@ def rights_by_namespace(scenario: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("scenario", "expected"),
     [
-        ("default", {"": RUN_RIGHTS, "sail": lease_rights("train-sailvl-operator")}),
+        ("default", {"": RUN_PERMISSIONS, "sail": build_lease_permissions("train-sailvl-operator")}),
         (
             "namespaced",
-            {"team-a": RUN_RIGHTS, "team-b": RUN_RIGHTS, "sail": lease_rights("train-sailvl-operator")},
+            {
+                "team-a": RUN_PERMISSIONS,
+                "team-b": RUN_PERMISSIONS,
+                "sail": build_lease_permissions("train-sailvl-operator"),
+            },
         ),
-        ("everything", {"team-a": RUN_RIGHTS, "sail": lease_rights("sail-trainer")}),
+        ("everything", {"team-a": RUN_PERMISSIONS, "sail": build_lease_permissions("sail-trainer")}),
         ("given-rights", {}),
     ],
 )
@@ -221,7 +229,7 @@ def test_rbac_rules_by_namespace(scenario: str, expected: dict[str, Any]) -> Non
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_pod_uses_the_service_account(scenario: str) -> None:
     accounts = [o["metadata"]["name"] for o in render(scenario) if o["kind"] == "ServiceAccount"]
-    assert get_pod(scenario)["spec"]["serviceAccountName"] in (accounts or ["given"])
+    assert get_pod_template(scenario)["spec"]["serviceAccountName"] in (accounts or ["given"])
 
 
 INVALID_VALUES = [

@@ -17,7 +17,7 @@ from sailvl_operator.core.desired.service import build_service
 from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
 from sailvl_trainer.rank.metrics import TrainerMetrics
 from tests.support.builders.operator import build_run
-from tests.support.chart import SCENARIOS, find, find_helm, get_pod, render, render_text
+from tests.support.chart import SCENARIOS, find_helm, find_object, get_pod_template, render, render_text
 
 pytestmark = pytest.mark.skipif(
     find_helm() is None, reason="helm is neither in PATH nor built (`make cluster` builds it)"
@@ -30,7 +30,7 @@ def is_selected(selector: dict[str, str], labels: dict[str, str]) -> bool:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_selectors_match_only_the_operator(scenario: str) -> None:
-    objects, pod = render(scenario), get_pod(scenario)["metadata"]["labels"]
+    objects, pod = render(scenario), get_pod_template(scenario)["metadata"]["labels"]
     selectors = [o["spec"]["selector"] for o in objects if o["kind"] in ("Deployment", "PodDisruptionBudget")]
     services = [o["spec"]["selector"] for o in objects if o["kind"] == "Service"]
     for selector in [s["matchLabels"] for s in selectors] + services:
@@ -41,7 +41,7 @@ def test_selectors_match_only_the_operator(scenario: str) -> None:
 
 def test_service_monitor_matches_the_service() -> None:
     objects = render("monitored")
-    monitor, service = find(objects, "ServiceMonitor"), find(objects, "Service")
+    monitor, service = find_object(objects, "ServiceMonitor"), find_object(objects, "Service")
     assert is_selected(monitor["spec"]["selector"]["matchLabels"], service["metadata"]["labels"])
     [endpoint] = monitor["spec"]["endpoints"]
     assert endpoint == {"port": service["spec"]["ports"][0]["name"], "path": "/metrics", "interval": "15s"} | {
@@ -51,7 +51,7 @@ def test_service_monitor_matches_the_service() -> None:
 
 
 def test_pod_monitor_matches_workers_in_all_namespaces() -> None:
-    monitor = find(render("monitored"), "PodMonitor")["spec"]
+    monitor = find_object(render("monitored"), "PodMonitor")["spec"]
     worker = build_service(namespace="team", run=build_run().name, owner_uid="uid")["spec"]
     assert monitor["selector"]["matchLabels"] == {names.LABEL_MANAGED_BY: names.FIELD_MANAGER}
     assert is_selected(monitor["selector"]["matchLabels"], worker["selector"])
@@ -94,13 +94,13 @@ def describe_series() -> dict[str, set[str]]:
 def list_queries() -> Iterator[tuple[str, str]]:
     """Yield the title and the PromQL expression of every panel and alert."""
     objects = render("monitored")
-    dashboard = json.loads(find(objects, "ConfigMap")["data"]["sailvl.json"])
+    dashboard = json.loads(find_object(objects, "ConfigMap")["data"]["sailvl.json"])
     for panel in dashboard["panels"]:
         yield from ((panel["title"], target["expr"]) for target in panel.get("targets", ()))
     for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
             yield variable["name"], variable["definition"]
-    for group in find(objects, "PrometheusRule")["spec"]["groups"]:
+    for group in find_object(objects, "PrometheusRule")["spec"]["groups"]:
         yield from ((rule["alert"], rule["expr"]) for rule in group["rules"])
 
 
@@ -121,11 +121,11 @@ def test_every_query_uses_existing_series_and_labels() -> None:
 
 def test_legends_and_annotations_use_labels_of_the_query() -> None:
     objects = render("monitored")
-    dashboard = json.loads(find(objects, "ConfigMap")["data"]["sailvl.json"])
+    dashboard = json.loads(find_object(objects, "ConfigMap")["data"]["sailvl.json"])
     texts = [
         (t["expr"], t["legendFormat"], r"\{\{(\w+)\}\}") for p in dashboard["panels"] for t in p.get("targets", ())
     ]
-    for group in find(objects, "PrometheusRule")["spec"]["groups"]:
+    for group in find_object(objects, "PrometheusRule")["spec"]["groups"]:
         texts += [(r["expr"], " ".join(r["annotations"].values()), r"\$labels\.(\w+)") for r in group["rules"]]
     for query, text, pattern in texts:
         grouping = {label.strip() for by in re.findall(r"\bby \(([^)]*)\)", query) for label in by.split(",")}
@@ -140,7 +140,7 @@ PANELS = [
 
 
 def test_dashboard_has_all_panels_without_overlap() -> None:
-    config = find(render("monitored"), "ConfigMap")
+    config = find_object(render("monitored"), "ConfigMap")
     assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert config["metadata"]["annotations"] == {"grafana_folder": "Training"}
     panels = json.loads(config["data"]["sailvl.json"])["panels"]
@@ -157,7 +157,7 @@ def test_dashboard_has_all_panels_without_overlap() -> None:
 
 
 def test_alerts_are_complete_and_select_this_release() -> None:
-    rules = [r for g in find(render("monitored"), "PrometheusRule")["spec"]["groups"] for r in g["rules"]]
+    rules = [r for g in find_object(render("monitored"), "PrometheusRule")["spec"]["groups"] for r in g["rules"]]
     assert len({rule["alert"] for rule in rules}) == len(rules)
     for rule in rules:
         assert rule["labels"]["severity"] in ("info", "warning", "critical")
