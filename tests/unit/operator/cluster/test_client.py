@@ -1,4 +1,4 @@
-"""The client against an API server that pages, refuses and disconnects."""
+"""The client against an API server with pages, errors and broken connections."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CALLS: Counter[tuple[str, int]] = Counter()
 
 
 class Token:
-    """A kubernetes Configuration whose token file is rotated."""
+    """A Configuration of the kubernetes package whose token changes with each read."""
 
     def __init__(self, host: str) -> None:
         self.host, self.reads, self.username = host, 0, ""
@@ -58,7 +58,7 @@ def make(name: str, **labels: str) -> dict:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}}
 
 
-async def test_a_list_comes_in_pages(world):
+async def test_list_is_read_in_pages(world):
     for i in range(5):
         world.api.put("pods", make(f"p{i}", app="x" if i != 1 else "y"))
     pages = [
@@ -69,7 +69,7 @@ async def test_a_list_comes_in_pages(world):
     assert CALLS == {("list", 200): 2}
 
 
-async def test_a_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
+async def test_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
     first = world.api.put("pods", make("old"))
     world.api.put("pods", make("new") | {"spec": {"long": "x" * 300_000}})
     world.api.put("pods", make("other") | {"metadata": {"name": "other", "namespace": "elsewhere"}})
@@ -80,7 +80,7 @@ async def test_a_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
     assert len(seen[0][1]["spec"]["long"]) == 300_000
 
 
-async def test_changes_in_quick_succession_are_read_together(world, monkeypatch):
+async def test_changes_in_quick_succession_are_read_in_batches(world, monkeypatch):
     pauses = []
     pause = watch_stream._pause_after
 
@@ -107,18 +107,18 @@ async def test_changes_in_quick_succession_are_read_together(world, monkeypatch)
 @pytest.mark.parametrize(
     ("read", "is_whole", "waits"),
     [
-        pytest.param(5_000, True, True, id="a change"),
-        pytest.param(5_000, False, False, id="a part of one"),
-        pytest.param(100_000, True, False, id="a flood"),
+        pytest.param(5_000, True, True, id="one change"),
+        pytest.param(5_000, False, False, id="part of a line"),
+        pytest.param(100_000, True, False, id="large read"),
     ],
 )
-async def test_a_watch_waits_only_when_it_has_caught_up(read, is_whole, waits):
+async def test_reader_pauses_only_when_it_has_caught_up(read, is_whole, waits):
     began = asyncio.get_running_loop().time()
     await watch_stream._pause_after(read, is_whole=is_whole)
     assert (asyncio.get_running_loop().time() - began >= watch_stream.BATCH_SECONDS) is waits
 
 
-async def test_a_server_may_stand_behind_a_path():
+async def test_server_url_may_have_a_path():
     paths = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -143,8 +143,8 @@ async def test_a_server_may_stand_behind_a_path():
     [(resources.JOBS, wire.Job), (resources.PODS, wire.Pod), (resources.SERVICES, wire.Service)],
     ids=lambda value: getattr(value, "plural", ""),
 )
-async def test_a_bookmark_need_not_be_of_the_shape(world, resource, decode_as):
-    """What a real one looks like stands in tests/cluster/test_watches.py."""
+async def test_bookmark_need_not_match_the_decoded_type(world, resource, decode_as):
+    """Bookmarks of a real API server are tested in tests/cluster/test_watches.py."""
     world.api.watch_seconds = 0.05
     seen = [e async for e in world.client.watch(resource, resource_version="1", decode_as=decode_as)]
     assert [(type_, set(o["metadata"])) for type_, o in seen] == [
@@ -152,7 +152,7 @@ async def test_a_bookmark_need_not_be_of_the_shape(world, resource, decode_as):
     ]
 
 
-async def test_a_version_that_is_too_old_is_gone(world):
+async def test_expired_version_raises_gone(world):
     world.api.compact()
     with pytest.raises(Gone):
         [e async for e in world.client.watch(resources.PODS, resource_version="1")]
@@ -161,15 +161,15 @@ async def test_a_version_that_is_too_old_is_gone(world):
 @pytest.mark.parametrize(
     ("status", "times", "error", "calls"),
     [
-        pytest.param(503, 2, None, {("create", 503): 2, ("create", 200): 1}, id="passes within the tries"),
-        pytest.param(500, 9, ServerError, {("create", 500): 3}, id="does not pass"),
+        pytest.param(503, 2, None, {("create", 503): 2, ("create", 200): 1}, id="succeeds within the tries"),
+        pytest.param(500, 9, ServerError, {("create", 500): 3}, id="fails after the last try"),
         pytest.param(429, 9, TooManyRequests, {("create", 429): 3}, id="too many requests"),
-        pytest.param(403, 9, Forbidden, {("create", 403): 1}, id="forbidden is final"),
-        pytest.param(409, 9, Conflict, {("create", 409): 1}, id="a conflict is final"),
-        pytest.param(401, 1, None, {("create", 401): 1, ("create", 200): 1}, id="an expired token is read again"),
+        pytest.param(403, 9, Forbidden, {("create", 403): 1}, id="forbidden is not retried"),
+        pytest.param(409, 9, Conflict, {("create", 409): 1}, id="conflict is not retried"),
+        pytest.param(401, 1, None, {("create", 401): 1, ("create", 200): 1}, id="expired token is read again"),
     ],
 )
-async def test_only_what_passes_is_tried_again(world, status, times, error, calls):
+async def test_only_transient_errors_are_retried(world, status, times, error, calls):
     world.api.injected_errors = [InjectedError(method="POST", path_end="/pods", status=status, times=times)]
     if error is None:
         await world.client.create(resources.PODS, "team", make("p"))
@@ -181,7 +181,7 @@ async def test_only_what_passes_is_tried_again(world, status, times, error, call
     assert world.token.reads == (2 if status == 401 else 1)
 
 
-async def test_retry_after_is_waited_for(world):
+async def test_retry_after_is_respected(world):
     world.api.injected_errors = [InjectedError(method="GET", path_end="/p", status=429, headers={"Retry-After": "1"})]
     world.api.put("pods", make("p"))
     started = asyncio.get_running_loop().time()
@@ -189,7 +189,7 @@ async def test_retry_after_is_waited_for(world):
     assert asyncio.get_running_loop().time() - started >= 1
 
 
-async def test_preconditions(world):
+async def test_failed_precondition_raises_conflict(world):
     pod = world.api.put("pods", make("p"))
     stale = {"metadata": {"resourceVersion": "1"}, "status": {"phase": "Failed"}}
     with pytest.raises(Conflict):
@@ -202,7 +202,7 @@ async def test_preconditions(world):
     assert world.api.list_objects("pods") == []
 
 
-async def test_a_collection_is_deleted_by_labels_with_a_grace(world):
+async def test_collection_is_deleted_by_labels_with_a_grace_period(world):
     world.api.put("pods", make("a", job="x"))
     world.api.put("pods", make("b", job="y"))
     await world.client.delete_collection(resources.PODS, "team", selector="job=x", grace_seconds=1)
@@ -210,14 +210,14 @@ async def test_a_collection_is_deleted_by_labels_with_a_grace(world):
     assert world.api.requests[-1][3] == {"gracePeriodSeconds": 1}
 
 
-async def test_server_side_apply_names_its_manager(world):
+async def test_server_side_apply_names_the_field_manager(world):
     world.api.put("pods", make("p"))
     await world.client.server_side_apply(resources.PODS, "team", "p", {"spec": {"nodeName": "n"}})
     assert world.api.list_objects("pods")[0]["spec"] == {"nodeName": "n"}
     assert world.api.requests[-1][2] == {"fieldManager": "sailvl-operator", "force": "true"}
 
 
-async def test_no_server_is_unreachable():
+async def test_refused_connection_raises_unreachable():
     config = ClientConfig(backoff_seconds=0.001, max_tries=2)
     async with Client(Credentials(Token("http://127.0.0.1:9")), config) as client:
         with pytest.raises(Unreachable, match="get /api/v1/namespaces/team/pods/p"):
@@ -228,7 +228,7 @@ async def test_no_server_is_unreachable():
 
 @asynccontextmanager
 async def answering(*bodies: bytes):
-    """A client of a server that gives these answers, the last one for ever."""
+    """Yield a client of a server that sends these responses, and repeats the last one."""
     given = list(bodies)
 
     async def answer(_: web.Request) -> web.Response:
@@ -244,7 +244,7 @@ async def answering(*bodies: bytes):
         yield client
 
 
-async def test_an_answer_that_was_cut_is_asked_for_again():
+async def test_truncated_response_is_requested_again():
     async with answering(b'{"metadata": {"na', b"[]", b'{"metadata": {}}') as client:
         assert await client.get(resources.PODS, "team", "p") == {"metadata": {}}
     async with answering(b'{"metadata": {"na') as client:
@@ -253,33 +253,31 @@ async def test_an_answer_that_was_cut_is_asked_for_again():
 
 
 @pytest.mark.parametrize(
-    ("line", "error", "words"),
+    ("line", "error", "message"),
     [
-        pytest.param(b'{"type": "ADDED", "obj\n', Unreachable, "an event is malformed", id="a broken line"),
-        pytest.param(b'{"kind": "Status"}\n', Unreachable, "an event is malformed", id="something else"),
+        pytest.param(b'{"type": "ADDED", "obj\n', Unreachable, "an event is malformed", id="malformed line"),
+        pytest.param(b'{"kind": "Status"}\n', Unreachable, "an event is malformed", id="not an event"),
         pytest.param(
-            b'{"type": "ERROR", "object": {"code": 500, "message": "etcd"}}\n', ServerError, "etcd", id="its trouble"
+            b'{"type": "ERROR", "object": {"code": 500, "message": "etcd"}}\n', ServerError, "etcd", id="server error"
         ),
-        pytest.param(
-            b'{"type": "ERROR", "object": {"reason": "Expired"}}\n', Gone, "watch", id="expired, by its reason"
-        ),
+        pytest.param(b'{"type": "ERROR", "object": {"reason": "Expired"}}\n', Gone, "watch", id="expired version"),
     ],
 )
-async def test_a_watch_that_cannot_go_on(line, error, words):
+async def test_watch_ends_with_the_error_of_the_event(line, error, message):
     event = b'{"type": "ADDED", "object": {"metadata": {"name": "p"}}}\n'
     async with answering(event + line) as client:
         watch = client.watch(resources.PODS, resource_version="1")
         assert await anext(watch) == ("ADDED", {"metadata": {"name": "p"}})
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=message):
             await anext(watch)
 
 
-async def test_a_line_without_its_end_is_no_event():
+async def test_incomplete_last_line_is_dropped():
     async with answering(b'{"type": "ADDED", "object": {}}\n{"type": "ADDED", "object": {}}') as client:
         assert [e async for e in client.watch(resources.PODS, resource_version="1")] == [("ADDED", {})]
 
 
-async def test_who_may_not_write_only_reads(world):
+async def test_client_without_the_lease_only_reads(world):
     world.api.put("pods", make("p"))
     world.client.may_write = lambda: False
     with pytest.raises(ApiError, match="the lease of this replica has expired"):
@@ -288,16 +286,16 @@ async def test_who_may_not_write_only_reads(world):
     assert dict(CALLS) == {("get", 200): 1}
 
 
-async def test_its_clock_follows_the_server(world):
+async def test_clock_follows_the_date_of_responses(world):
     world.api.put("pods", make("p"))
-    ours = world.client._clock
-    ours._wall = lambda: 0.0
-    assert ours.now() == 0.0
+    clock = world.client._clock
+    clock._wall = lambda: 0.0
+    assert clock.now() == 0.0
     await world.client.get(resources.PODS, "team", "p")
-    assert ours.now() > 1_700_000_000
+    assert clock.now() > 1_700_000_000
 
 
-async def test_connections_notice_that_the_peer_is_gone(world):
+async def test_connections_detect_a_lost_peer(world):
     world.api.put("pods", make("p"))
     await world.client.get(resources.PODS, "team", "p")
     [[(protocol, _)]] = world.client._session.connector._conns.values()

@@ -1,4 +1,4 @@
-"""The informer against an API server whose watches end, expire and miss things."""
+"""The informer against an API server whose watches end, expire and miss events."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ async def until(condition) -> None:
 
 
 def pods(world) -> dict[str, bool]:
-    """Which are known, and whether they are gone."""
+    """Return the stored pods of the run, and whether they are deleted."""
     return {p.name: p.is_gone for p in world.children.pods.get(KEY)}
 
 
-async def test_lists_pages_and_then_watches():
+async def test_informer_lists_all_pages_and_then_watches():
     async with watching(pods=5) as world:
         assert pods(world) == {f"p{i}": False for i in range(5)}
         assert set(world.changes) == {KEY}
@@ -76,7 +76,7 @@ async def test_lists_pages_and_then_watches():
         await until(lambda: len(pods(world)) == 6)
 
 
-async def test_the_last_state_of_a_deleted_pod_stays_until_it_is_forgotten():
+async def test_last_state_of_a_deleted_pod_is_kept_until_it_is_forgotten():
     ended = {"containerStatuses": [{"name": "worker", "state": {"terminated": {"exitCode": 64, "message": "why"}}}]}
     async with watching(pods=1) as world:
         world.api.put("pods", make_pod("p0", phase="Failed", **ended))
@@ -90,7 +90,7 @@ async def test_the_last_state_of_a_deleted_pod_stays_until_it_is_forgotten():
         assert pods(world) == {}
 
 
-async def test_what_was_missed_is_found_by_a_new_list():
+async def test_missed_changes_are_found_by_the_next_list():
     async with watching(pods=3) as world:
         del world.api.objects["pods"]["team", "p1"]
         world.api.put("pods", make_pod("p9", index=9))
@@ -100,7 +100,7 @@ async def test_what_was_missed_is_found_by_a_new_list():
         await until(lambda: pods(world) == {"p0": False, "p1": True, "p2": False, "p9": False})
 
 
-async def test_a_watch_that_ends_is_resumed_without_a_list():
+async def test_ended_watch_is_resumed_without_a_list():
     async with watching(pods=1) as world:
         lists = sum("watch" not in query for _, _, query, _ in world.api.requests)
         world.api.break_watches()
@@ -110,7 +110,7 @@ async def test_a_watch_that_ends_is_resumed_without_a_list():
         assert ("pods", "timeout") in world.restarts
 
 
-async def test_a_deleted_job_stays_as_gone_and_late_answers_do_not_bring_it_back():
+async def test_late_response_does_not_restore_a_deleted_job():
     labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo", names.LABEL_STAGE: "curate"}
     async with watching() as world:
         job = world.api.put("jobs", {"metadata": {"name": "j", "labels": labels}, "spec": {}})
@@ -124,13 +124,13 @@ async def test_a_deleted_job_stays_as_gone_and_late_answers_do_not_bring_it_back
         assert world.children.jobs.get(KEY) == []
 
 
-async def test_a_standby_collects_no_evidence():
+async def test_standby_does_not_keep_deleted_pods():
     async with watching(pods=2, is_leading=False) as world:
         world.api.remove_named("pods", "p0")
         await until(lambda: pods(world) == {"p1": False})
 
 
-def test_a_list_that_was_asked_for_before_our_own_post_takes_nothing_away():
+def test_object_created_during_a_list_is_kept():
     labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo"}
     jobs = [{"metadata": {"name": n, "uid": n, "namespace": "team", "labels": labels}, "spec": {}} for n in "abc"]
     store = Children(Any, namespaces=(), on_change=lambda _: None, count_restart=lambda *_: None).jobs
@@ -138,12 +138,12 @@ def test_a_list_that_was_asked_for_before_our_own_post_takes_nothing_away():
     for job in jobs[:2]:
         store.put(job)
     known = store.uids("")
-    store.put_created(jobs[2])  # while the list is under way
+    store.put_created(jobs[2])  # while the list request is in flight
     store.replace_all([parse_job(jobs[0])], namespace="", known=known)
     assert {job.name: job.is_gone for job in store.get(KEY)} == {"a": False, "b": True, "c": False}
 
 
-async def test_only_the_given_namespaces_are_seen():
+async def test_only_the_given_namespaces_are_watched():
     async with watching("team", "other") as world:
         for namespace in ("team", "other", "third"):
             pod = make_pod("p")
@@ -153,7 +153,7 @@ async def test_only_the_given_namespaces_are_seen():
         assert {p.namespace for p in world.children.pods} == {"team", "other"}
 
 
-async def test_ages_grow_while_nothing_is_heard():
+async def test_ages_grow_while_no_data_arrives():
     async with watching() as world:
         await asyncio.sleep(0.1)
         ages = dict(world.children.ages())
@@ -161,7 +161,7 @@ async def test_ages_grow_while_nothing_is_heard():
         assert all(age >= 0.1 for age in ages.values())
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["an event without news", "a change"])
+@pytest.mark.parametrize("same", [True, False], ids=["irrelevant change", "relevant change"])
 async def test_only_changes_of_the_record_are_reported(same):
     async with watching(pods=1) as world:
         await until(lambda: world.changes)

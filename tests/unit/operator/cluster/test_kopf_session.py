@@ -1,4 +1,4 @@
-"""What kopf gets to read of answers that would end it."""
+"""Responses that would end kopf, and what its session makes of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Rotated(AnonymousConfiguration):
 
 @pytest.fixture
 async def world():
-    """One answer to everything."""
+    """A server with one response to all requests."""
     world = SimpleNamespace(status=200, body=b"{}", tokens=[], refused=0)
 
     async def answer(request: web.Request) -> web.Response:
@@ -65,14 +65,16 @@ def lines(*events: object) -> bytes:
     ("status", "body", "seen"),
     [
         pytest.param(200, lines(ADDED, ADDED), [ADDED, ADDED], id="events"),
-        pytest.param(200, lines(ADDED) + lines(ADDED)[:9], [ADDED], id="half a line is dropped"),
-        pytest.param(200, lines(ADDED, EXPIRED), [ADDED, EXPIRED], id="an expired version is kopf's to mend"),
-        pytest.param(410, b"{}", [EXPIRED], id="also where it is the answer itself"),
-        pytest.param(200, lines(TROUBLE), "500 InternalError: etcd", id="the server's own trouble"),
-        pytest.param(200, b'{"type": "ADD\n' + lines(ADDED), "an event is malformed", id="a broken line"),
+        pytest.param(200, lines(ADDED) + lines(ADDED)[:9], [ADDED], id="incomplete last line is dropped"),
+        pytest.param(200, lines(ADDED, EXPIRED), [ADDED, EXPIRED], id="expired version is passed on"),
+        pytest.param(410, b"{}", [EXPIRED], id="expired version as HTTP status"),
+        pytest.param(200, lines(TROUBLE), "500 InternalError: etcd", id="server error ends the watch"),
+        pytest.param(
+            200, b'{"type": "ADD\n' + lines(ADDED), "an event is malformed", id="malformed line ends the watch"
+        ),
     ],
 )
-async def test_a_watch(world, status, body, seen):
+async def test_watch_passes_on_what_kopf_can_handle(world, status, body, seen):
     world.status, world.body = status, body
     if isinstance(seen, str):
         with pytest.raises(aiohttp.ClientPayloadError, match=seen):
@@ -82,16 +84,16 @@ async def test_a_watch(world, status, body, seen):
 
 
 @pytest.mark.parametrize(
-    ("body", "broken"),
+    ("body", "is_malformed"),
     [
-        pytest.param(b'{"items": [{"a": 1}]}', False, id="whole"),
-        pytest.param(b'{"items": [{"a": ', True, id="cut"),
-        pytest.param(b"<html>", True, id="something else"),
+        pytest.param(b'{"items": [{"a": 1}]}', False, id="complete"),
+        pytest.param(b'{"items": [{"a": ', True, id="truncated"),
+        pytest.param(b"<html>", True, id="not JSON"),
     ],
 )
-async def test_a_broken_answer_is_a_broken_connection(world, body, broken):
+async def test_malformed_response_is_a_failed_connection(world, body, is_malformed):
     world.body = body
-    if broken:
+    if is_malformed:
         with pytest.raises(aiohttp.ClientConnectionError, match="the response is malformed"):
             await world.session.get(world.url)
     else:
@@ -100,7 +102,7 @@ async def test_a_broken_answer_is_a_broken_connection(world, body, broken):
 
 
 @pytest.mark.parametrize("refused", [0, 1, 2])
-async def test_an_expired_token_is_read_again_once(world, refused):
+async def test_expired_token_is_read_again_once(world, refused):
     world.refused = refused
     if refused == 2:
         with pytest.raises(aiohttp.ClientConnectionError, match="401"):
@@ -111,13 +113,13 @@ async def test_an_expired_token_is_read_again_once(world, refused):
     assert world.tokens == [f"Bearer token-{n + 1}" for n in range(min(refused, 1) + 1)]
 
 
-async def test_other_refusals_are_left_to_kopf(world):
+async def test_other_errors_are_passed_on(world):
     world.status = 503
     async with world.session.get(world.url) as response:
         assert response.status == 503
 
 
-async def test_changes_that_are_known_are_left_out(world):
+async def test_known_changes_are_filtered_out(world):
     def event(type_: str, version: int) -> dict:
         return {"type": type_, "object": {"metadata": {"namespace": "n", "name": "a", "resourceVersion": str(version)}}}
 

@@ -1,4 +1,4 @@
-"""Leader election against an API server, on a clock of its own."""
+"""Leader election against an API server, with a fake clock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Clock:
 
 @asynccontextmanager
 async def candidates(*identities: str):
-    """Leaderships of several processes over one API server and one clock."""
+    """Candidates of several processes that share one API server and one clock."""
     api, clock = FakeApiServer(), Clock()
     async with AsyncExitStack() as stack:
         url = await stack.enter_async_context(serve(api))
@@ -53,7 +53,7 @@ async def is_acquired(leadership: Leadership, seconds: float = 0.2) -> bool:
     return leadership.is_leading
 
 
-async def test_the_first_one_leads_and_the_second_waits_until_the_lease_has_not_moved_for_its_duration():
+async def test_standby_leads_after_the_lease_was_not_renewed_for_its_duration():
     async with candidates("a", "b") as (api, clock, (a, b)):
         assert await is_acquired(a)
         assert not await is_acquired(b)
@@ -64,7 +64,7 @@ async def test_the_first_one_leads_and_the_second_waits_until_the_lease_has_not_
         assert holder(api) == ("b", 2)
 
 
-async def test_a_renewed_lease_is_not_taken():
+async def test_renewed_lease_is_not_taken():
     async with candidates("a", "b") as (api, clock, (a, b)):
         assert await is_acquired(a)
         assert not await is_acquired(b)
@@ -79,17 +79,17 @@ async def test_a_renewed_lease_is_not_taken():
         assert holder(api) == ("a", 1)
 
 
-async def take_by_hand(api: FakeApiServer, holder: str) -> None:
-    """As another client would."""
+async def set_holder(api: FakeApiServer, holder: str) -> None:
+    """Set the holder, as another client would."""
     lease = copy.deepcopy(api.list_objects("leases")[0])
     lease["spec"]["holderIdentity"] = holder
     api.put("leases", lease)
 
 
-async def test_who_is_overtaken_ends():
+async def test_leader_exits_when_another_replica_takes_the_lease():
     async with candidates("a") as (api, _, (a,)):
         assert await is_acquired(a)
-        await take_by_hand(api, "b")
+        await set_holder(api, "b")
         with pytest.raises(LeaseLost, match="taken by another replica"):
             await a.keep()
         assert not a.is_leading
@@ -97,7 +97,7 @@ async def test_who_is_overtaken_ends():
         assert holder(api) == ("b", 1)
 
 
-async def test_who_finds_its_lease_removed_ends():
+async def test_leader_exits_when_the_lease_is_deleted():
     async with candidates("a") as (api, _, (a,)):
         assert await is_acquired(a)
         api.remove_named("leases", "sailvl-operator")
@@ -105,7 +105,7 @@ async def test_who_finds_its_lease_removed_ends():
             await a.keep()
 
 
-async def test_who_stood_still_for_too_long_writes_nothing_more():
+async def test_paused_leader_writes_nothing_after_the_deadline():
     async with candidates("a", "b") as (api, clock, (a, b)):
         assert await is_acquired(a)
         assert not await is_acquired(b)
@@ -118,19 +118,19 @@ async def test_who_stood_still_for_too_long_writes_nothing_more():
         assert (api.list_objects("pods"), holder(api)) == ([], ("b", 2))
 
 
-@pytest.mark.parametrize("lost", [1, 3], ids=["once", "again and again"])
-async def test_a_renewal_whose_answer_is_lost_is_no_loss(lost):
+@pytest.mark.parametrize("lost", [1, 3], ids=["once", "repeatedly"])
+async def test_lost_response_of_a_renewal_does_not_lose_the_lease(lost):
     async with candidates("a") as (api, _, (a,)):
         assert await is_acquired(a)
         for _ in range(lost):
-            await take_by_hand(api, "a")  # our own write, of which we know nothing
+            await set_holder(api, "a")  # our own write, whose response was lost
             await a._renew()
-        await take_by_hand(api, "a")
+        await set_holder(api, "a")
         await a.release()
         assert holder(api) == ("", 2)
 
 
-async def test_a_release_does_not_hold_up_the_end():
+async def test_release_is_limited_in_time():
     async with candidates("a") as (api, _, (a,)):
         assert await is_acquired(a)
         api.injected_errors = [
@@ -141,7 +141,7 @@ async def test_a_release_does_not_hold_up_the_end():
         assert holder(api) == ("a", 1)
 
 
-async def test_who_cannot_renew_ends_before_the_lease_runs_out():
+async def test_leader_that_cannot_renew_exits_before_the_lease_expires():
     async with candidates("a") as (api, clock, (a,)):
         assert await is_acquired(a)
         api.injected_errors = [
@@ -155,7 +155,7 @@ async def test_who_cannot_renew_ends_before_the_lease_runs_out():
             await keeping
 
 
-async def test_a_released_lease_is_free_at_once():
+async def test_released_lease_can_be_taken_at_once():
     async with candidates("a", "b") as (api, _, (a, b)):
         assert await is_acquired(a)
         await a.release()

@@ -1,4 +1,4 @@
-"""What is read of Jobs and pods, and what their earlier state adds."""
+"""Parsing of Jobs and pods to records, and the times that their earlier state adds."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def raw(labels: dict[str, str], **status: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("number", ["x", "-1", "", "1.5"])
-def test_anybody_s_labels_are_read(number: str) -> None:
+def test_labels_with_any_value_are_parsed(number: str) -> None:
     labels = {names.LABEL_RUN: "demo", names.LABEL_ATTEMPT: number, names.LABEL_COMPLETION_INDEX: number}
     assert (parse_pod(raw(labels)).attempt, parse_pod(raw(labels)).index, parse_job(raw(labels)).attempt) == (0, 0, 0)
 
 
-def test_a_job_in_a_queue_has_not_started() -> None:
-    """The Job controller writes the start time some time after the queue let go."""
+def test_queued_job_has_not_started() -> None:
+    """The Job controller writes the start time some time after the admission."""
     queued = {names.LABEL_KUEUE_QUEUE: "team"}
     assert parse_job(raw(queued)).started == 0.0
     assert parse_job(raw(queued, startTime="2026-01-01T00:15:00Z")).started == 1767226500.0
     assert parse_job(raw({})).started == 1767225600.0
 
 
-def test_a_silence_that_passes_was_no_end() -> None:
+def test_temporary_silence_of_a_node_is_not_an_end() -> None:
     silent = stamp_pod(build_pod("a", is_ready=False), build_pod("a"), 5.0)
     assert silent.ended_seen == 5.0
     assert stamp_pod(replace(silent, ended_seen=0.0), silent, 6.0).ended_seen == 5.0
@@ -47,7 +47,7 @@ def test_a_silence_that_passes_was_no_end() -> None:
     assert stamp_pod(ended, back, 9.0).ended_seen == 9.0
 
 
-def test_a_container_that_comes_to_run_waits_no_more() -> None:
+def test_running_container_has_no_waiting_reason() -> None:
     waiting = build_pod("a", phase="Pending", is_ready=False, waiting_reason="CreateContainerConfigError")
     stamped = stamp_pod(waiting, None, 5.0)
     assert stamped.ended_seen == 5.0
@@ -56,25 +56,25 @@ def test_a_container_that_comes_to_run_waits_no_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pod", "is_calm"),
+    ("pod", "is_routine"),
     [
-        pytest.param(build_pod("a"), True, id="it runs"),
-        pytest.param(build_pod("a", phase="Pending", is_ready=False), True, id="it starts"),
-        pytest.param(build_pod("a", phase="Pending", waiting_reason="ContainerCreating"), True, id="it is being made"),
-        pytest.param(build_pod("a", is_ready=False, ended_seen=5.0), False, id="it fell silent"),
-        pytest.param(build_pod("a", terminated=build_end(0)), False, id="it is done"),
-        pytest.param(build_pod("a", is_deleting=True), False, id="it is deleted"),
-        pytest.param(build_pod("a", is_gone=True), False, id="it is gone"),
-        pytest.param(build_pod("a", disrupted="TerminationByKubelet"), False, id="it is evicted"),
-        pytest.param(build_pod("a", unschedulable="0/2 nodes are available"), False, id="it finds no node"),
-        pytest.param(build_pod("a", waiting_reason="ImagePullBackOff"), False, id="it can't start"),
+        pytest.param(build_pod("a"), True, id="running"),
+        pytest.param(build_pod("a", phase="Pending", is_ready=False), True, id="pending"),
+        pytest.param(build_pod("a", phase="Pending", waiting_reason="ContainerCreating"), True, id="creating"),
+        pytest.param(build_pod("a", is_ready=False, ended_seen=5.0), False, id="silent node"),
+        pytest.param(build_pod("a", terminated=build_end(0)), False, id="terminated"),
+        pytest.param(build_pod("a", is_deleting=True), False, id="being deleted"),
+        pytest.param(build_pod("a", is_gone=True), False, id="deleted"),
+        pytest.param(build_pod("a", disrupted="TerminationByKubelet"), False, id="evicted"),
+        pytest.param(build_pod("a", unschedulable="0/2 nodes are available"), False, id="unschedulable"),
+        pytest.param(build_pod("a", waiting_reason="ImagePullBackOff"), False, id="image pull fails"),
     ],
 )
-def test_pods_of_which_only_has_to_be_told(pod: PodRecord, is_calm: bool) -> None:
-    assert is_routine_pod(pod) is is_calm
+def test_pods_that_need_no_action_are_routine(pod: PodRecord, is_routine: bool) -> None:
+    assert is_routine_pod(pod) is is_routine
 
 
-def test_a_job_that_was_just_let_go_hasn_t_started_yet() -> None:
+def test_job_that_was_just_admitted_has_not_started() -> None:
     job = raw({names.LABEL_RUN: "demo"}, conditions=[{"type": "Suspended", "status": "True"}])
     assert parse_job(job).started == 0.0
     job["status"] = {"conditions": [{"type": "Suspended", "status": "False"}], "startTime": CREATED}
@@ -84,13 +84,13 @@ def test_a_job_that_was_just_let_go_hasn_t_started_yet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "is_calm"),
+    ("fields", "is_routine"),
     [
-        pytest.param({}, True, id="it is there"),
-        pytest.param({"is_suspended": True}, False, id="it is suspended"),
-        pytest.param({"queue": "team"}, False, id="a queue's"),
-        pytest.param({"is_deleting": True}, False, id="it is deleted"),
+        pytest.param({}, True, id="created"),
+        pytest.param({"is_suspended": True}, False, id="suspended"),
+        pytest.param({"queue": "team"}, False, id="queued"),
+        pytest.param({"is_deleting": True}, False, id="being deleted"),
     ],
 )
-def test_jobs_of_which_only_has_to_be_told(fields: dict[str, Any], is_calm: bool) -> None:
-    assert is_routine_job(build_job("a", **fields)) is is_calm
+def test_jobs_that_need_no_action_are_routine(fields: dict[str, Any], is_routine: bool) -> None:
+    assert is_routine_job(build_job("a", **fields)) is is_routine

@@ -1,4 +1,4 @@
-"""Whose time it is: ours, unless the API server's answers contradict it."""
+"""Clock of the operator, bounded by the Date headers of the API server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOW = 1_800_000_000.0
 
 
 class World:
-    """A server, and a process whose clock is off by some seconds."""
+    """An API server, and a process whose clock is wrong by some seconds."""
 
     def __init__(self, skew: float) -> None:
         self.skew, self.server, self.elapsed = skew, NOW, 500.0
@@ -23,7 +23,7 @@ class World:
         self.elapsed += seconds
 
     def ask(self, *, there: float = 0.1, back: float = 0.1) -> None:
-        """A request that takes so many seconds."""
+        """Send a request that takes some seconds."""
         sent = self.elapsed
         self.tick(there)
         date = formatdate(int(self.server), usegmt=True)
@@ -34,22 +34,22 @@ class World:
 @pytest.mark.parametrize(
     ("skew", "off"),
     [
-        pytest.param(0.0, (0.0, 0.0), id="agrees"),
-        pytest.param(0.05, (0.05, 0.05), id="a little off, within what the answers allow for"),
+        pytest.param(0.0, (0.0, 0.0), id="correct"),
+        pytest.param(0.05, (0.05, 0.05), id="wrong within the bounds"),
         pytest.param(7200.0, (-0.2, 1.2), id="hours ahead"),
         pytest.param(-7200.0, (-1.2, 0.2), id="hours behind"),
     ],
 )
-def test_it_is_ours_as_far_as_the_server_allows(skew, off):
+def test_own_clock_is_clamped_to_the_bounds(skew, off):
     world = World(skew)
-    assert world.clock.now() == NOW + skew, "nothing was heard yet"
+    assert world.clock.now() == NOW + skew, "no response yet"
     world.tick(0.5)
     world.ask()
     world.tick(1000.0)
     assert off[0] - 1e-6 <= world.clock.now() - world.server <= off[1] + 1e-6
 
 
-def test_it_grows_more_exact_with_each_answer():
+def test_bounds_narrow_with_each_response():
     world = World(7200.0)
     for _ in range(10):
         world.tick(0.37)
@@ -57,7 +57,7 @@ def test_it_grows_more_exact_with_each_answer():
     assert abs(world.clock.now() - world.server) < 0.2
 
 
-def test_a_server_whose_clock_is_set_is_followed():
+def test_changed_server_clock_is_followed():
     world = World(0.0)
     world.ask()
     world.server += 600.0
@@ -67,7 +67,7 @@ def test_a_server_whose_clock_is_set_is_followed():
 
 
 @pytest.mark.parametrize("date", [None, "", "yesterday"])
-def test_what_cannot_be_read_says_nothing(date):
+def test_invalid_date_is_ignored(date):
     world = World(7200.0)
     world.clock.observe_date(date, sent=1.0, received=1.1)
     assert world.clock.now() == NOW + 7200.0

@@ -1,4 +1,4 @@
-"""The engine against an API server: whole runs, and what happens when writes fail half-way or the world is old."""
+"""The controller against an API server: whole runs, failing writes, and stale observations."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ async def world():
 
 
 def spread() -> dict[str, Any]:
-    """The good run with two workers in its first stage."""
+    """Build a valid run with two workers in its first stage."""
     document = build_document()
     document["spec"]["stages"][0]["workers"] = {"nodes": 2}
     return document
 
 
-async def test_a_run_starts_with_its_first_job_and_its_service(world):
+async def test_first_job_and_service_are_created(world):
     await world.apply(spread())
     await world.until(lambda: world.api.list_names("jobs"))
     await world.until_idle()
@@ -42,21 +42,21 @@ async def test_a_run_starts_with_its_first_job_and_its_service(world):
     assert {e["reason"] for e in world.api.list_objects("events")} == {"StageStarted"}
 
 
-async def test_a_lone_worker_needs_no_service(world):
+async def test_single_worker_needs_no_service(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.until_idle()
     assert world.api.list_names("services") == set()
 
 
-async def test_a_removed_service_is_made_again(world):
+async def test_deleted_service_is_created_again(world):
     await world.apply(spread())
     await world.until(lambda: world.api.list_names("services"))
     world.api.remove_named("services", "demo")
     await world.until(lambda: world.api.list_names("services"))
 
 
-async def test_a_later_attempt_is_in_the_status_before_its_job_exists(world):
+async def test_status_names_a_later_attempt_before_its_job_exists(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.add_pods("curate")
@@ -68,8 +68,8 @@ async def test_a_later_attempt_is_in_the_status_before_its_job_exists(world):
     assert writes.index("status") < writes.index("jobs")
 
 
-async def test_starts_come_before_other_writes(world):
-    """Ten runs at once: every Job is there before the first status."""
+async def test_jobs_of_new_runs_are_created_before_statuses_are_written(world):
+    """Of ten runs that are created at once, all Jobs are created first."""
     for number in range(10):
         document = build_document()
         document["metadata"]["name"] = f"run-{number}"
@@ -82,8 +82,8 @@ async def test_starts_come_before_other_writes(world):
     assert writes.count("status") == 10
 
 
-async def test_what_a_run_waits_for_doesn_t_wait_with_its_writes(world):
-    """A worker fails in a rush: the cause is decided in time, and the next attempt follows."""
+async def test_deferred_writes_do_not_delay_a_restart(world):
+    """If a worker fails under backpressure, its cause is decided in time and the next attempt starts."""
     await world.apply(build_document(stages=build_document()["spec"]["stages"][2:3]))
     await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("knowledge", nodes=2)
@@ -93,7 +93,7 @@ async def test_what_a_run_waits_for_doesn_t_wait_with_its_writes(world):
     await world.until(lambda: "demo-knowledge-2" in world.api.list_names("jobs"))
 
 
-async def test_a_stage_s_end_doesn_t_wait_since_others_follow_it(world):
+async def test_end_of_a_stage_is_not_deferred(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.list_names("jobs"))
     world.has_backpressure = True
@@ -102,7 +102,7 @@ async def test_a_stage_s_end_doesn_t_wait_since_others_follow_it(world):
     await world.until(lambda: "demo-alignment-1" in world.api.list_names("jobs"))
 
 
-async def test_nothing_is_written_when_nothing_changed(world):
+async def test_unchanged_status_is_not_written(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
@@ -115,7 +115,7 @@ async def test_nothing_is_written_when_nothing_changed(world):
     assert world.api.list_writes()[before:] == []
 
 
-async def test_a_whole_run(world):
+async def test_run_succeeds_after_all_stages(world):
     await world.apply(build_document())
     for stage, nodes in (("curate", 1), ("alignment", 2), ("knowledge", 2), ("evaluate", 1)):
         await world.until(lambda stage=stage: f"demo-{stage}-1" in world.api.list_names("jobs"))
@@ -129,7 +129,7 @@ async def test_a_whole_run(world):
     assert len(world.api.list_names("jobs")) == 4
 
 
-async def test_a_lost_pod_is_followed_by_the_next_attempt_and_the_dead_one_is_cleared(world):
+async def test_lost_pod_starts_the_next_attempt_and_deletes_the_failed_one(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
@@ -142,7 +142,7 @@ async def test_a_lost_pod_is_followed_by_the_next_attempt_and_the_dead_one_is_cl
     assert world.children.pods.get(KEY) == [], "the evidence of a closed attempt is let go"
 
 
-async def test_a_final_failure_ends_the_run_and_its_pods(world):
+async def test_final_failure_ends_the_run_and_deletes_its_pods(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
@@ -152,7 +152,7 @@ async def test_a_final_failure_ends_the_run_and_its_pods(world):
     assert "unknown preset" in world.status.condition("Failed").message
 
 
-async def test_suspend_and_resume(world):
+async def test_run_is_suspended_and_resumed(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
@@ -169,15 +169,13 @@ async def test_suspend_and_resume(world):
 @pytest.mark.parametrize(
     "refusal",
     [
-        pytest.param(InjectedError(method="POST", path_end="/jobs", status=500, times=6), id="the Job"),
-        pytest.param(InjectedError(method="POST", path_end="/services", status=403, times=2), id="the Service"),
-        pytest.param(
-            InjectedError(method="PATCH", path_end="/status", status=409, times=2), id="the status, by a conflict"
-        ),
-        pytest.param(InjectedError(method="PATCH", path_end="/status", status=503, times=6), id="the status"),
+        pytest.param(InjectedError(method="POST", path_end="/jobs", status=500, times=6), id="Job"),
+        pytest.param(InjectedError(method="POST", path_end="/services", status=403, times=2), id="Service"),
+        pytest.param(InjectedError(method="PATCH", path_end="/status", status=409, times=2), id="status, conflict"),
+        pytest.param(InjectedError(method="PATCH", path_end="/status", status=503, times=6), id="status"),
     ],
 )
-async def test_what_fails_is_done_later(world, refusal):
+async def test_failed_write_is_repeated(world, refusal):
     world.api.injected_errors = [refusal]
     await world.apply(spread())
     await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-1"})
@@ -187,8 +185,8 @@ async def test_what_fails_is_done_later(world, refusal):
     assert world.states()["curate"] == ("Starting", 1)
 
 
-async def test_a_refused_start_holds_nothing_else_up(world):
-    """The dead attempt's Job may be what fills the quota."""
+async def test_refused_job_does_not_block_other_writes(world):
+    """The quota may be used up by the Job of the failed attempt, which must still be deleted."""
     await world.apply(build_document(restartPolicy={"maxInfraRestarts": 100}))
     await world.until(lambda: world.api.list_names("jobs"))
     await world.add_pods("curate")
@@ -201,7 +199,7 @@ async def test_a_refused_start_holds_nothing_else_up(world):
     await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-2"})
 
 
-async def test_a_second_operator_doubles_nothing(world):
+async def test_second_controller_creates_no_duplicates(world):
     await world.apply(build_document())
     await world.until(lambda: world.api.list_names("jobs"))
     await world.until_idle()
@@ -216,7 +214,7 @@ async def test_a_second_operator_doubles_nothing(world):
     assert world.states()["curate"] == ("Starting", 1)
 
 
-async def test_a_job_of_a_deleted_run_of_the_same_name_is_not_adopted(world):
+async def test_job_of_a_deleted_run_with_the_same_name_is_not_adopted(world):
     old = {"metadata": {"name": "demo-curate-1", "ownerReferences": [{"uid": "old-run"}]}, "spec": {}}
     world.api.put("jobs", old)
     await world.apply(build_document())
@@ -230,8 +228,8 @@ async def test_a_job_of_a_deleted_run_of_the_same_name_is_not_adopted(world):
     await world.until(lambda: not world.status.is_true("Stuck"))
 
 
-async def test_pods_of_a_deleted_run_of_the_same_name_are_not_its_own(world):
-    """They may even be younger, when the operator saw late that the run had been deleted."""
+async def test_pods_of_a_deleted_run_with_the_same_name_are_ignored(world):
+    """They may even be younger than the run, if the operator learned late of the deletion."""
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     stranger = make_pod("evaluate", 1, 0, "Running")
@@ -241,12 +239,12 @@ async def test_pods_of_a_deleted_run_of_the_same_name_are_not_its_own(world):
     assert world.states()["evaluate"] == ("Pending", 0)
 
 
-async def hear(world, plural: str, **fields: Any) -> None:
-    """Somebody holds the first attempt back and says why; the operator asks around."""
+async def report_and_diagnose(world, plural: str, **fields: Any) -> None:
+    """Report why the first attempt doesn't start, and let the controller diagnose it."""
     await world.apply(build_document(**fields.pop("spec", {})))
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     job = world.api.list_objects("jobs")[0]["metadata"]
-    world.api.put(plural, fields["said_of"](job))
+    world.api.put(plural, fields["build_report"](job))
     await world.diagnostics.diagnose_waiting()
     await world.until_idle()
 
@@ -256,16 +254,18 @@ def make_warning(uid: str, reason: str, message: str) -> dict[str, Any]:
     return about | {"metadata": {"name": f"{uid}.1"}, "reason": reason, "message": message}
 
 
-async def test_what_the_job_controller_is_refused_is_shown(world):
-    words = 'pods "demo-curate-1-0" is forbidden: exceeded quota: gpus'
-    await hear(world, "events", said_of=lambda job: make_warning(job["uid"], "FailedCreate", words))
+async def test_stuck_shows_why_pods_cannot_be_created(world):
+    message = 'pods "demo-curate-1-0" is forbidden: exceeded quota: gpus'
+    await report_and_diagnose(
+        world, "events", build_report=lambda job: make_warning(job["uid"], "FailedCreate", message)
+    )
     stuck = world.status.condition("Stuck")
-    assert (stuck.reason, stuck.message) == ("QuotaExceeded", f"Job demo-curate-1: FailedCreate: {words}")
+    assert (stuck.reason, stuck.message) == ("QuotaExceeded", f"Job demo-curate-1: FailedCreate: {message}")
     await world.add_pods("curate")
     await world.until(lambda: not world.status.is_true("Stuck"))
 
 
-async def test_what_a_kubelet_says_of_a_volume_is_shown(world):
+async def test_stuck_shows_a_failed_mount(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     pod = world.api.put("pods", make_pod("curate", 1, 0, "Pending"))
@@ -276,14 +276,14 @@ async def test_what_a_kubelet_says_of_a_volume_is_shown(world):
     assert world.status.condition("Stuck").reason == "VolumeNotReady"
 
 
-async def test_what_kueue_says_is_shown(world):
+async def test_stuck_shows_why_kueue_does_not_admit_the_job(world):
     def workload(job: dict[str, Any]) -> dict[str, Any]:
         held = {"type": "QuotaReserved", "status": "False", "message": "insufficient unused quota for nvidia.com/gpu"}
         labels = {"kueue.x-k8s.io/job-uid": job["uid"]}
         return {"metadata": {"name": "w", "labels": labels}, "status": {"conditions": [held]}}
 
     workers = {"nodes": 1, "gpusPerNode": 8, "queueName": "team"}
-    await hear(world, "workloads", spec={"workers": workers}, said_of=workload)
+    await report_and_diagnose(world, "workloads", spec={"workers": workers}, build_report=workload)
     stuck = world.status.condition("Stuck")
     assert (stuck.reason, stuck.message) == (
         "Queued",
@@ -291,7 +291,7 @@ async def test_what_kueue_says_is_shown(world):
     )
 
 
-async def test_a_person_s_request_is_carried_out_once_and_taken_off(world):
+async def test_restart_request_is_applied_once_and_its_annotation_removed(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     asked = copy.deepcopy(world.run)
@@ -304,7 +304,7 @@ async def test_a_person_s_request_is_carried_out_once_and_taken_off(world):
     assert world.states()["curate"] == ("Starting", 2) or world.states()["curate"] == ("Restarting", 2)
 
 
-async def test_a_run_past_its_time_is_deleted(world):
+async def test_run_is_deleted_after_its_ttl(world):
     await world.apply(build_document(ttlSecondsAfterFinished=0, stages=build_document()["spec"]["stages"][:1]))
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.add_pods("curate")
@@ -312,7 +312,7 @@ async def test_a_run_past_its_time_is_deleted(world):
     await world.until(lambda: not world.api.list_objects("sailvlruns"))
 
 
-async def test_an_unreadable_spec_is_refused_and_a_mended_one_taken(world):
+async def test_invalid_spec_fails_the_run_until_it_is_fixed(world):
     await world.apply(build_document(model={"preset": "huge"}))
     await world.until(lambda: world.status.is_true("Failed"))
     assert world.status.condition("Failed").reason == "InvalidSpec"
@@ -324,7 +324,7 @@ async def test_an_unreadable_spec_is_refused_and_a_mended_one_taken(world):
     assert not world.status.is_true("Failed")
 
 
-async def test_a_deleted_run_is_forgotten(world):
+async def test_deleted_run_is_forgotten(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.add_pods("curate")
@@ -338,7 +338,7 @@ async def test_a_deleted_run_is_forgotten(world):
     assert len(world.runs) == 0
 
 
-async def test_an_old_event_changes_nothing(world):
+async def test_stale_event_changes_nothing(world):
     await world.apply(build_document())
     first = copy.deepcopy(world.run)
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
@@ -350,7 +350,7 @@ async def test_an_old_event_changes_nothing(world):
     assert int(world.runs.get(KEY).run.resource_version) == int(world.run["metadata"]["resourceVersion"])
 
 
-async def test_series_of_a_run_go_with_it(world):
+async def test_metrics_of_a_deleted_run_disappear(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.until_idle()
