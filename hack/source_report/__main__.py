@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from hack.source_report.draw import draw_functions
 from hack.source_report.glossary import Glossary, read_glossary
 from hack.source_report.language import Occurrence, find_refused
 from hack.source_report.reading_path import FIRST_CALLS, measure_path, trace
@@ -32,9 +33,15 @@ def main() -> None:
     )
     parser.add_argument("--words", action="store_true", help="list the uses of each refused word")
     parser.add_argument("--list", action="store_true", help="list every use of a refused word with its place")
+    parser.add_argument("--draw", type=int, default=0, metavar="N", help="print N functions without their bodies")
+    parser.add_argument("--seed", type=int, default=1, help="seed of --draw")
     options = parser.parse_args()
     root: Path = options.root.resolve()
     sources = {name: read_sources(root, root / folder) for name, folder in PACKAGES.items()}
+    if options.draw:
+        files = {path: text for package in sources.values() for path, text in package.items()}
+        print(f"seed {options.seed}", *draw_functions(files, options.draw, options.seed), sep="\n\n")
+        return
     occurrences = find_all_refused(sources, read_glossary(options.glossary))
     report = measure_sources(root, sources) | measure_language(occurrences) | measure_reconcile(root, options.scenario)
     if options.list:

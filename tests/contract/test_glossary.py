@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hack.source_report.draw import draw_functions
 from hack.source_report.glossary import Glossary, RefusedWord, Scope, parse_glossary, read_glossary
 from hack.source_report.language import Occurrence, find_refused
 from hack.source_report.sizes import collect_functions, find_duplicate_classes, find_sources, find_test_helpers, measure
@@ -220,3 +221,20 @@ def test_files_are_measured_without_package_markers() -> None:
     files = {Path("a/__init__.py"): "x = 1", Path("a/b.py"): "def f(): ...\n\ndef g():\n    return 1\n"}
     sizes = measure(files)
     assert (sizes.files, sizes.lines, sizes.functions, sizes.longest_function) == (1, 4, 2, 2)
+
+
+def test_drawn_functions_show_signature_and_docstring_without_body() -> None:
+    source = '''def count_steps(epochs: int) -> int:
+    """Return the steps of some epochs."""
+    total = 0
+    for _ in range(epochs):
+        total += 1
+    return total
+
+def is_short() -> bool:
+    """Left out, since its body says as much."""
+    return True
+'''
+    sources = {Path("a.py"): source}
+    drawn = ["a.py:1\n    def count_steps(epochs: int) -> int\n        Return the steps of some epochs."]
+    assert draw_functions(sources, 5, seed=1) == drawn
