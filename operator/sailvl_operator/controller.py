@@ -17,7 +17,7 @@ from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import decode_status, encode_status
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
-from sailvl_operator.cluster.apply import Actions, Refused
+from sailvl_operator.cluster.apply import Applier, Refusals
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.merge_patch import build_merge_patch, drop_nulls
 from sailvl_operator.cluster.owned_objects import Children
@@ -28,8 +28,9 @@ from sailvl_operator.cluster.runs import RunEntry, RunKey, RunStore
 from sailvl_operator.cluster.start_diagnostics import StartDiagnostics
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.decision import Decision
+from sailvl_operator.core.invalid_spec import reconcile_unreadable
 from sailvl_operator.core.observe import Observed, PodRecord, observe
-from sailvl_operator.core.reconcile import reconcile, refuse_unreadable
+from sailvl_operator.core.reconcile import reconcile
 from sailvl_operator.core.stage_view import ACTIVE
 from sailvl_operator.errors import (
     REFUSALS,
@@ -43,7 +44,7 @@ from sailvl_operator.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-Action = Callable[[Run, Decision], Awaitable[Refused]]
+Action = Callable[[Run, Decision], Awaitable[Refusals]]
 
 
 class Controller:
@@ -74,7 +75,7 @@ class Controller:
         self._metrics = metrics
         self._defaults = defaults
         self._clock = clock
-        self._actions = Actions(client, children)
+        self._applier = Applier(client, children)
 
     async def run(self, workers: int) -> None:
         """Reconcile keys with `workers` workers until cancelled. Waits for the informers first, since a Job that is
@@ -127,11 +128,11 @@ class Controller:
             self._forget_run(key)
             return "unchanged"
         decision = self._decide(entry, key)
-        refusal = await self._apply(entry.run, decision, self._actions.carry_out)
-        if refusal is None and may_defer and decision.can_wait and self._queue.has_backlog():
+        refusal = await self._apply(entry.run, decision, self._applier.apply)
+        if refusal is None and may_defer and decision.may_be_deferred and self._queue.has_backlog():
             return self._defer_writes(key, decision)
-        if refusal is None and decision.serve:
-            refusal = await self._apply(entry.run, decision, self._actions.serve)
+        if refusal is None and decision.ensure_service:
+            refusal = await self._apply(entry.run, decision, self._applier.ensure_service)
         if refusal is None:
             self._refusals.clear(key)
         else:
@@ -174,7 +175,7 @@ class Controller:
         now = self._clock()
         observed = self._observe(entry.run, key)
         if entry.problem:
-            return refuse_unreadable(entry.run, entry.problem, observed, now=now)
+            return reconcile_unreadable(entry.run, entry.problem, observed, now=now)
         return reconcile(entry.run, observed, now=now, defaults=self._throttled_defaults(), planned=entry.planned)
 
     def _throttled_defaults(self) -> Defaults:

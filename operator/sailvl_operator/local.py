@@ -27,7 +27,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Status, encode_status
 from sailvl_operator.api.types import Run
-from sailvl_operator.core.decision import Attempt, Decision, Event
+from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, Event
 from sailvl_operator.core.desired.workload import build_appdef, count_nodes, encode_document
 from sailvl_operator.core.observe import AttemptKey, JobRecord, Observed, PodRecord, Terminated, observe
 from sailvl_operator.core.reconcile import reconcile
@@ -87,14 +87,14 @@ class LocalRun:
                 decision = reconcile(run, self._observe(), now=time.time(), defaults=defaults)
                 self._apply(decision)
                 watch(self.status, decision.events)
-                if self.status.is_finished and not (decision.clear or decision.end):
+                if self.status.is_finished and not _find_deleted_jobs(decision):
                     break
                 if decision.status is None and not decision.start:
                     time.sleep(POLL_SECONDS)
         return self.status
 
     def _apply(self, decision: Decision) -> None:
-        for job in (*decision.clear, *decision.end):
+        for job in _find_deleted_jobs(decision):
             self._end(self.attempts.pop((job.stage, job.attempt)))
         for attempt in decision.start:
             self._start(attempt)
@@ -132,7 +132,7 @@ class LocalRun:
                 ended_seen=0.0 if end is None else end.finished,
             )
 
-    def _start(self, attempt: Attempt) -> None:
+    def _start(self, attempt: AttemptSpec) -> None:
         document = attempt.document
         name = names.job_name(document.run, document.stage, document.attempt)
         folder = self.folder / "workers" / name
@@ -185,6 +185,14 @@ class LocalRun:
         finally:
             for attempt in self.attempts.values():
                 self._end(attempt)
+
+
+def _find_deleted_jobs(decision: Decision) -> list[JobRecord]:
+    """Return the Jobs whose workers have to be killed; a graceful deletion waits for the end of this process."""
+    return [
+        *decision.get_deleted_jobs(DeletionMode.BEFORE_STARTS),
+        *decision.get_deleted_jobs(DeletionMode.FORCE),
+    ]
 
 
 def localise(app: AppDef, folder: Path, python: str, rendezvous_port: int, metrics_port: int) -> AppDef:

@@ -284,7 +284,7 @@ def test_gate_fails_pauses_or_warns_and_passes_when_relaxed(workspace):
         StubRun(workspace, f"gate-{on_fail.lower()}", "succeed", stages=build_gated_stages("0.9", on_fail))
         for on_fail in ("Stop", "Pause", "Continue")
     )
-    wanted = "stage draw-a: score is 0.5; its gate wants at least 0.9"
+    wanted = "stage draw-a: gate failed: score is 0.5, but must be at least 0.9"
     assert stopped.wait_for_condition("Failed") == "GateFailed"
     assert stopped.condition("Failed")[2] == wanted
     assert paused.wait_for_condition("Stuck") == "GateNotPassed"

@@ -16,8 +16,9 @@ from sailvl_operator.api.types import RestartPolicy
 from sailvl_operator.api.unsupported import find_unsupported_fields
 from sailvl_operator.api.validation import validate
 from sailvl_operator.cli.main import VERBS
-from sailvl_operator.core.failure import _CAUSE_OF_CODE, _PRECEDENCE
-from sailvl_operator.core.restart import budget
+from sailvl_operator.core.evidence import CAUSE_BY_EXIT_CODE
+from sailvl_operator.core.failure import CAUSE_PRECEDENCE
+from sailvl_operator.core.restart_policy import find_budget
 from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
 from sailvl_operator.settings import OPTIONS, OperatorSettings, Option
 from sailvl_trainer.contract import ExitCode
@@ -163,24 +164,24 @@ def test_metrics_tables_match_the_code(titles: list[str], side: dict[str, bool])
 
 def test_causes_are_listed_in_order_of_precedence() -> None:
     rows = read_table(read_section(OPERATIONS, "Causes and budgets"))
-    assert [row[0] for row in rows] == [cause.value for cause in _PRECEDENCE]
+    assert [row[0] for row in rows] == [cause.value for cause in CAUSE_PRECEDENCE]
 
 
 @pytest.mark.parametrize("cause", Cause, ids=str)
 def test_budgets_and_exit_codes_match_the_code(cause: Cause) -> None:
     rows = {row[0]: row[1:] for row in read_table(read_section(OPERATIONS, "Causes and budgets"))}
     seen_as, restarts = rows[cause]
-    assert codes_in(seen_as) == {code for code, known in _CAUSE_OF_CODE.items() if known is cause}
+    assert codes_in(seen_as) == {code for code, known in CAUSE_BY_EXIT_CODE.items() if known is cause}
     policy = RestartPolicy(max_restarts=111, max_infra_restarts=222)
     texts = {None: "any number", 111: "maxRestarts", 222: "maxInfraRestarts"}
-    allowed = budget(cause, policy)
+    allowed = find_budget(cause, policy)
     assert restarts.split(",")[0] == texts.get(allowed, str(allowed))
 
 
 def test_every_exit_code_has_cause_and_advice() -> None:
     rows = read_table(read_section(QUICKSTART, "StageFailed"))
     listed = {code: row[1] for row in rows for code in codes_in(row[0])}
-    assert listed == {int(code): cause.value for code, cause in _CAUSE_OF_CODE.items()}
+    assert listed == {int(code): cause.value for code, cause in CAUSE_BY_EXIT_CODE.items()}
     assert {int(code) for code in ExitCode} - {0} <= set(listed)
 
 

@@ -7,8 +7,8 @@ import pytest
 from hack.source_report.reading_path import FIRST_CALLS, PACKAGES, PLANNING, RECONCILE, ReadingPath, measure_path, trace
 from hack.source_report.scenario import build_scenario
 
-MAX_RETURNS = 35
-MAX_RETURNS_IN_FIRST_CALLS = 16
+MAX_RETURNS = 9
+MAX_RETURNS_IN_FIRST_CALLS = 3
 """Returns of the reading path to a module that it left before; a change may only lower these."""
 
 CORE = PACKAGES[0]

@@ -13,9 +13,10 @@ import pytest
 from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Cause
 from sailvl_operator.core import failure
+from sailvl_operator.core.attempt import build_attempt
 from sailvl_operator.core.desired.workload import build_defaults, build_env, encode_document
 from sailvl_operator.core.observe import Terminated
-from sailvl_operator.core.plan import build_attempt, plan
+from sailvl_operator.core.plan import plan
 from sailvl_trainer import contract
 from sailvl_trainer.contract import (
     METRICS_PORT,

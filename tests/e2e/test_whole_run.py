@@ -111,7 +111,12 @@ def test_kubectl_columns_show_every_stage(whole_run: WholeRun) -> None:
 
 def test_events_describe_the_run(whole_run: WholeRun, kubectl: Kubectl) -> None:
     described = kubectl("-n", whole_run.namespace, "describe", "svr", "demo").stdout
-    for words in ("Stage curate starts", "attempt 2 follows", "Stage evaluate succeeded", "All 7 stages succeeded"):
+    for words in (
+        "Started stage curate (attempt 1)",
+        "restarting as attempt 2",
+        "Stage evaluate succeeded",
+        "All 7 stages succeeded",
+    ):
         assert words in described
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import StageStatus, Status, encode_status
-from sailvl_operator.core.decision import Attempt, Decision, Event
+from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, Event
 from sailvl_operator.core.desired.workload import count_nodes
 from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord, observe
 from sailvl_operator.core.reconcile import reconcile
@@ -19,6 +19,7 @@ from sailvl_trainer.contract import Progress
 from tests.support.builders.operator import build_end, build_job, build_pod, build_result, build_run
 
 DEFAULTS = Defaults(image="trainer:test")
+BEFORE_STARTS, FORCE, GRACEFUL = DeletionMode
 
 
 @dataclass
@@ -40,7 +41,7 @@ class World:
     restart_stage: str = ""
     """The annotation by which a person asks for a restart."""
     is_deleted: bool = False
-    started: list[Attempt] = field(default_factory=list)
+    started: list[AttemptSpec] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     now: float = 1000.0
     generation: int = 1
@@ -60,18 +61,18 @@ class World:
             refusals=self.refusals,
         )
         decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS)
-        for job in (*decision.clear, *decision.end):
+        for job in (*decision.get_deleted_jobs(BEFORE_STARTS), *decision.get_deleted_jobs(FORCE)):
             self.jobs.pop(job.name)
             self.pods = {n: p for n, p in self.pods.items() if (p.stage, p.attempt) != (job.stage, job.attempt)}
         for job, suspend in decision.suspend:
             self.jobs[job.name] = replace(job, is_suspended=suspend, is_suspended_here=suspend)
-        for job in decision.withdraw:
+        for job in decision.get_deleted_jobs(GRACEFUL):
             self.jobs.pop(job.name)
             self.pods = {n: replace(p, is_gone=True) for n, p in self.pods.items()}
         for attempt in decision.start:
             self._start(attempt)
         self.is_deleted = self.is_deleted or decision.delete_run
-        self.restart_stage = "" if decision.take_off_request else self.restart_stage
+        self.restart_stage = "" if decision.clear_restart_request else self.restart_stage
         self.events += decision.events
         self.status = decision.status or self.status
         if self.is_patient and decision.requeue_at is not None and decision.status is None and not decision.start:
@@ -88,7 +89,7 @@ class World:
             pytest.fail("the world never settles: a reconcile undoes another")
         return next((s for s in self.status.stages if s.state not in ("Pending", "Succeeded", "Failed")), None)
 
-    def _start(self, attempt: Attempt) -> None:
+    def _start(self, attempt: AttemptSpec) -> None:
         document, nodes = attempt.document, count_nodes(attempt.workers)
         queue = attempt.workers.queue_name if isinstance(attempt.workers.queue_name, str) else ""
         is_queued = bool(queue)

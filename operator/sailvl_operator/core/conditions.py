@@ -1,54 +1,72 @@
-"""The run as a whole, from the steps of its stages: its conditions, its headline, and whether it is over."""
+"""Build the run's conditions and, with them, its next status.
+
+Conditions follow the Kubernetes API conventions. Succeeded and Failed are final until the run is resumed; every
+condition that isn't true carries the reason of the run's present state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 
-from sailvl_operator.api.status import ConditionType, Reason, StageStatus
+from sailvl_operator.api.status import Condition, ConditionType, Reason, Status
 from sailvl_operator.api.types import Run
-from sailvl_operator.core.gates import Ruling
-from sailvl_operator.core.stage_view import ACTIVE, Step, View
-from sailvl_operator.core.stuck import Stuck, find_stuck
-from sailvl_operator.core.summary import Verdict
-
-Verdicts = dict[ConditionType, Verdict]
+from sailvl_operator.core.restart_request import MAX_REQUEST_LENGTH
+from sailvl_operator.core.run_transition import RunTransition
+from sailvl_operator.core.stage_view import ACTIVE, StageTransition
+from sailvl_operator.core.stuck import Stuck
+from sailvl_operator.core.summary import build_summary
+from sailvl_operator.core.units import format_time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """Where the run stands after all stages took their step."""
+class ConditionValue:
+    """What a condition has to become."""
 
-    views: tuple[View, ...]
-    steps: tuple[Step, ...]
-    rulings: tuple[Ruling, ...] = ()
-    """Of the gates come to so far."""
-    rest: float = inf
-    """Seconds for which the run may be active yet."""
-
-    @property
-    def statuses(self) -> list[StageStatus]:
-        return [step.status for step in self.steps]
-
-    @property
-    def failure(self) -> tuple[Reason, str] | None:
-        """Why the run fails; None: it doesn't."""
-        of_stage = next((step.failure for step in self.steps if step.failure), "")
-        if of_stage:
-            return Reason.STAGE_FAILED, of_stage
-        if self.rest <= 0:
-            return Reason.DEADLINE_EXCEEDED, "the run was active for activeDeadlineSeconds; raise them to go on"
-        stops = (r for r in self.rulings if not r.is_passed and r.on_fail == "Stop")
-        return next(((Reason.GATE_FAILED, f"stage {r.stage}: {r.message}") for r in stops), None)
+    is_true: bool
+    reason: Reason
+    message: str = ""
 
 
-def judge(run: Run, outcome: Outcome) -> Verdicts:
-    """All conditions of a run."""
-    return _judge_stages(run, outcome) | _judge_gates(outcome)
+ConditionValues = dict[ConditionType, ConditionValue]
 
 
-def build_verdicts(
+def build_status(run: Run, old: Status, transition: RunTransition, stuck: Stuck | None, *, now: float) -> Status:
+    """Build the run's next status, except for goodput, which is accounted only if the status is written."""
+    values = _evaluate_run(run, transition, stuck) | _evaluate_gates(transition)
+    is_finished = values[ConditionType.SUCCEEDED].is_true or values[ConditionType.FAILED].is_true
+    headline = values[ConditionType.STUCK if values[ConditionType.STUCK].is_true else ConditionType.RUNNING]
+    return Status(
+        observed_generation=run.generation,
+        start_time=old.start_time or format_time(now),
+        completion_time=(old.completion_time or format_time(now)) if is_finished else "",
+        conditions=build_conditions(old, values, generation=run.generation, now=now),
+        summary=build_summary(transition.stages, reason=headline.reason, goodput=old.summary.goodput),
+        stages=[stage.status for stage in transition.stages],
+        goodput=old.goodput,
+        observed_restart_request=run.restart_stage[:MAX_REQUEST_LENGTH],
+    )
+
+
+def build_conditions(old: Status, values: ConditionValues, *, generation: int, now: float) -> list[Condition]:
+    """Build all conditions in a fixed order; a transition time moves only if True becomes False or the reverse."""
+    conditions = []
+    for type_, value in values.items():
+        known, status = old.condition(type_), "True" if value.is_true else "False"
+        is_same = known is not None and known.status == status
+        conditions.append(
+            Condition(
+                type=type_,
+                status="True" if value.is_true else "False",
+                reason=value.reason,
+                message=value.message[:1024],
+                last_transition_time=known.last_transition_time if known is not None and is_same else format_time(now),
+                observed_generation=generation,
+            )
+        )
+    return conditions
+
+
+def build_values(
     reason: Reason,
     message: str,
     *,
@@ -57,66 +75,50 @@ def build_verdicts(
     running: bool = False,
     suspended: bool = False,
     stuck: Stuck | None = None,
-) -> Verdicts:
-    """The conditions that every run has; those that aren't true say why the run is where it is."""
-    why_stuck = Verdict(is_true=True, reason=stuck[0], message=stuck[1]) if stuck else None
+) -> ConditionValues:
+    """Build the values of the conditions that every run has."""
     return {
-        ConditionType.SUCCEEDED: Verdict(is_true=succeeded, reason=reason, message=message),
-        ConditionType.FAILED: Verdict(is_true=failed, reason=reason, message=message),
-        ConditionType.RUNNING: Verdict(is_true=running, reason=reason, message=message),
-        ConditionType.SUSPENDED: Verdict(is_true=suspended, reason=reason, message=message),
-        ConditionType.STUCK: why_stuck or Verdict(is_true=False, reason=Reason.NOT_STUCK),
+        ConditionType.SUCCEEDED: ConditionValue(is_true=succeeded, reason=reason, message=message),
+        ConditionType.FAILED: ConditionValue(is_true=failed, reason=reason, message=message),
+        ConditionType.RUNNING: ConditionValue(is_true=running, reason=reason, message=message),
+        ConditionType.SUSPENDED: ConditionValue(is_true=suspended, reason=reason, message=message),
+        ConditionType.STUCK: ConditionValue(is_true=True, reason=stuck[0], message=stuck[1])
+        if stuck
+        else ConditionValue(is_true=False, reason=Reason.NOT_STUCK),
     }
 
 
-def is_over(verdicts: Mapping[ConditionType, Verdict]) -> bool:
-    """Succeeded or failed for good."""
-    return verdicts[ConditionType.SUCCEEDED].is_true or verdicts[ConditionType.FAILED].is_true
-
-
-def headline(verdicts: Mapping[ConditionType, Verdict]) -> str:
-    """The word that `kubectl get` shows."""
-    stuck = verdicts[ConditionType.STUCK]
-    return stuck.reason if stuck.is_true else verdicts[ConditionType.RUNNING].reason
-
-
-def _judge_stages(run: Run, outcome: Outcome) -> Verdicts:
-    states = {s.state for s in outcome.statuses}
-    if outcome.failure is not None:
-        reason, message = outcome.failure
-        return build_verdicts(reason, message, failed=True)
-    if states == {"Succeeded"} and all(ruling.opens for ruling in outcome.rulings):
-        message = f"all {len(outcome.statuses)} stages succeeded"
-        return build_verdicts(Reason.COMPLETED, message, succeeded=True)
+def _evaluate_run(run: Run, transition: RunTransition, stuck: Stuck | None) -> ConditionValues:
+    states = {stage.status.state for stage in transition.stages}
+    if transition.failure is not None:
+        reason, message = transition.failure
+        return build_values(reason, message, failed=True)
+    if states == {"Succeeded"} and all(result.is_open for result in transition.gate_results):
+        return build_values(Reason.COMPLETED, f"all {len(transition.stages)} stages succeeded", succeeded=True)
     if run.spec.suspend:
         is_idle = not states & {"Starting", "Running", "Restarting"}
         message = "spec.suspend is true" if is_idle else "the workers save a checkpoint"
-        return build_verdicts(Reason.SUSPENDED, message, suspended=is_idle)
-    return _judge_active(outcome)
-
-
-def _judge_active(outcome: Outcome) -> Verdicts:
-    states = {s.state for s in outcome.statuses}
-    pairs = zip(outcome.views, outcome.statuses, strict=True)
-    active = [_describe(view, status) for view, status in pairs if status.state in ACTIVE]
+        return build_values(Reason.SUSPENDED, message, suspended=is_idle)
+    active = [_describe_stage(stage) for stage in transition.stages if stage.status.state in ACTIVE]
     reason = Reason.RUNNING if "Running" in states else Reason.RESTARTING if "Restarting" in states else Reason.STARTING
-    stuck = find_stuck(outcome.views, outcome.rulings)
-    return build_verdicts(reason, ", ".join(active), running="Running" in states, stuck=stuck)
+    return build_values(reason, ", ".join(active), running="Running" in states, stuck=stuck)
 
 
-def _describe(view: View, status: StageStatus) -> str:
-    words = f"{status.name} is {status.state.lower()}"
-    unheard = view.observed.get(status.name, status.attempt).progress_error
-    if status.state != "Running" or not unheard:
-        return words
-    return f"{words}, how far can't be read ({unheard}); look at NetworkPolicies between the operator and the workers"
+def _describe_stage(transition: StageTransition) -> str:
+    status, error = transition.status, transition.view.attempt.progress_error
+    description = f"{status.name} is {status.state.lower()}"
+    if status.state != "Running" or not error:
+        return description
+    advice = "check NetworkPolicies between the operator and the workers"
+    return f"{description}, but its progress can't be read ({error}); {advice}"
 
 
-def _judge_gates(outcome: Outcome) -> Verdicts:
-    """Of the gates, once one was come to."""
-    if not outcome.rulings:
+def _evaluate_gates(transition: RunTransition) -> ConditionValues:
+    """Return the value of GatesPassed; the condition exists only once a stage with a gate has succeeded."""
+    results = transition.gate_results
+    if not results:
         return {}
-    failed = [f"stage {r.stage}: {r.message}" for r in outcome.rulings if not r.is_passed]
+    failed = [f"stage {r.stage}: {r.message}" for r in results if not r.is_passed]
     reason = Reason.GATE_FAILED if failed else Reason.GATE_PASSED
-    message = "; ".join(failed) or f"{len(outcome.rulings)} of {len(outcome.rulings)} passed"
-    return {ConditionType.GATES_PASSED: Verdict(is_true=not failed, reason=reason, message=message)}
+    message = "; ".join(failed) or f"{len(results)} of {len(results)} passed"
+    return {ConditionType.GATES_PASSED: ConditionValue(is_true=not failed, reason=reason, message=message)}

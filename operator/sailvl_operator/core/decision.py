@@ -1,7 +1,8 @@
-"""What `reconcile` wants done: plain data that the engine (on a cluster) or local mode carries out."""
+"""The result of `reconcile` as plain data; `cluster/apply.py` or local mode executes it."""
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,69 +13,91 @@ from sailvl_trainer.contract import Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Attempt:
-    """One attempt of a stage, ready to start: `desired.workload` turns it into an AppDef, `desired.job` into a Job."""
+class AttemptSpec:
+    """An attempt that is ready to start; `desired.workload` builds its AppDef and `desired.job` its Job."""
 
     document: Stage
-    """What the worker is told."""
+    """Stage config that the workers read."""
     workers: Workers
-    """Merged: the stage's over the run's over the defaults; no field is UNSET that has a default."""
+    """Workers of the stage merged over those of the run and the defaults, so that fields with a default are set."""
     image: str
     image_pull_policy: str
     in_place_restarts: int
+    """Restarts of the ranks within the attempt that its workers may do themselves."""
     stall_timeout_seconds: int
     grace_seconds: int
-    """Between SIGTERM and SIGKILL: time for a checkpoint."""
+    """Seconds between SIGTERM and SIGKILL, in which a worker saves a checkpoint."""
     claim: str
-    """The PersistentVolumeClaim mounted as storage."""
+    """Name of the PersistentVolumeClaim that is mounted as storage."""
     owner_name: str
+    """Name of the run, which owns the Job."""
     owner_uid: str
-    """The run, which owns the Job."""
-    avoid_nodes: tuple[str, ...] = ()
-    """Machines that took so many attempts down that they get none of these workers."""
-    doubted_nodes: tuple[str, ...] = ()
-    """Machines that are chosen last."""
+    excluded_nodes: tuple[str, ...] = ()
+    """Nodes on which no worker may run, because they failed too often."""
+    suspect_nodes: tuple[str, ...] = ()
+    """Nodes that are used only if no other has room, because the last attempt failed there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """A Kubernetes event on the run."""
+    """A Kubernetes event about the run."""
 
     reason: Reason
     message: str
     type: Literal["Normal", "Warning"] = "Normal"
 
 
+class DeletionMode(enum.Enum):
+    """When a Job is deleted, and how long its workers have to exit."""
+
+    BEFORE_STARTS = "BeforeStarts"
+    """Before any attempt is started, with one second of grace: workers of the Job may still come up and use GPUs."""
+    FORCE = "Force"
+    """After attempts were started, with one second of grace: the attempt is dead, and hung ranks would hold GPUs."""
+    GRACEFUL = "Graceful"
+    """After all other writes to Jobs, with the whole grace period, so that workers save a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deletion:
+    """A Job to delete together with its pods."""
+
+    job: JobRecord
+    mode: DeletionMode
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """Attempts are started, then dead ones ended; events and metrics come only after the status was written."""
+    """Everything that one reconcile wants done; an empty decision changes nothing.
 
-    clear: tuple[JobRecord, ...] = ()
-    """Attempts that were given up and might come to life yet: ended before any other is started."""
-    end: tuple[JobRecord, ...] = ()
-    """Dead attempts: their pods deleted with 1 s of grace, then the Jobs. A record without uid: its pods only."""
+    Deletions and starts come in the order of `DeletionMode`; the status is written after them, and events are
+    recorded only once it was written.
+    """
+
+    deletions: tuple[Deletion, ...] = ()
     suspend: tuple[tuple[JobRecord, bool], ...] = ()
-    """Jobs whose `suspend` has to change."""
-    withdraw: tuple[JobRecord, ...] = ()
-    """Jobs to delete, their workers with the whole grace: for a suspension where a queue holds the Job's `suspend`."""
-    start: tuple[Attempt, ...] = ()
-    """First attempts, and later ones whose number is in status already; create the claim where missing, then the
-    Job."""
-    serve: bool = False
-    """The run's Service has to be created."""
+    """Jobs whose `spec.suspend` changes, with the new value."""
+    start: tuple[AttemptSpec, ...] = ()
+    """Attempts whose claim and Job are created. The number of a later attempt is in the written status already."""
+    ensure_service: bool = False
+    """Whether the run's Service has to be created."""
     delete_run: bool = False
-    """The run itself goes, its children with it."""
-    take_off_request: bool = False
-    """The annotation that asked for a restart was acted upon."""
+    """Whether the run is deleted; the garbage collector then deletes its objects."""
+    clear_restart_request: bool = False
+    """Whether the restart annotation is removed, because the status shows that the request was handled."""
     status: Status | None = None
-    """The whole new status; None: nothing changed, nothing is written."""
-    is_pressing: bool = False
-    """Something waits for the status: a later attempt for its number, what follows a stage for its end."""
+    """The complete new status; None if nothing has changed."""
+    is_urgent: bool = False
+    """Whether something waits for the status: a later attempt for its number, or later stages for the end of one."""
     events: tuple[Event, ...] = ()
     requeue_at: float | None = None
-    """Unix seconds at which to look again though nothing happened."""
+    """Unix seconds of the next reconcile if nothing happens before; None if none is needed."""
 
     @property
-    def can_wait(self) -> bool:
-        """Whether there is something to write, and nothing waits for it."""
-        return (self.status is not None or self.serve) and not self.is_pressing
+    def may_be_deferred(self) -> bool:
+        """Whether there is a status or a Service to write, and nothing waits for it."""
+        return (self.status is not None or self.ensure_service) and not self.is_urgent
+
+    def get_deleted_jobs(self, mode: DeletionMode) -> list[JobRecord]:
+        """Return the Jobs that are deleted in a mode."""
+        return [deletion.job for deletion in self.deletions if deletion.mode is mode]

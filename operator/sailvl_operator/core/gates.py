@@ -1,4 +1,4 @@
-"""Whether what follows a stage may begin: its gate's bounds against its result's metrics; called by `reconcile`."""
+"""Evaluate `stages[].gate`: compare a metric of a stage's result with the bounds that later stages require."""
 
 from __future__ import annotations
 
@@ -9,44 +9,49 @@ from msgspec import UNSET
 
 from sailvl_operator.api.types import Gate, Stage
 
-_LISTED = 12
-"""Metrics named where the asked one is missing."""
+_MAX_LISTED_METRICS = 12
+"""Metrics that are listed if the gate's metric is missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ruling:
-    """What became of a gate."""
+class GateResult:
+    """Whether a gate passed, with the metric's value and the bound."""
 
     stage: str
     is_passed: bool
     message: str
     on_fail: str
-    """Stop, Continue or Pause."""
+    """What happens if the gate fails: Stop, Continue or Pause."""
 
     @property
-    def opens(self) -> bool:
-        """Whether the stages behind it may begin."""
+    def is_open(self) -> bool:
+        """Whether later stages may start."""
         return self.is_passed or self.on_fail == "Continue"
 
 
-def rule(stage: Stage, metrics: Mapping[str, str]) -> Ruling | None:
-    """The ruling on a stage that succeeded with these metrics; None: it has no gate."""
+def evaluate_gate(stage: Stage, metrics: Mapping[str, str]) -> GateResult | None:
+    """Evaluate the gate of a stage that succeeded with these metrics; None if it has no gate. NaN passes no gate."""
     gate = stage.gate
     if gate is UNSET:
         return None
-    problem = _find_problem(gate, metrics)
-    words = problem or f"{gate.metric} is {metrics[gate.metric]}, as its gate wants"
-    return Ruling(stage=stage.name, is_passed=not problem, message=words, on_fail=gate.on_fail)
-
-
-def _find_problem(gate: Gate, metrics: Mapping[str, str]) -> str:
-    """Why a gate holds; empty when it opens. NaN passes no gate."""
     if gate.metric not in metrics:
-        known = ", ".join(sorted(metrics)[:_LISTED]) or "none"
-        return f"the result has no metric {gate.metric}, which its gate asks for; it has {known}"
-    value = float(metrics[gate.metric])
-    if gate.at_most is not UNSET and not value <= float(gate.at_most):
-        return f"{gate.metric} is {metrics[gate.metric]}; its gate wants at most {gate.at_most}"
-    if gate.at_least is not UNSET and not value >= float(gate.at_least):
-        return f"{gate.metric} is {metrics[gate.metric]}; its gate wants at least {gate.at_least}"
-    return ""
+        known = ", ".join(sorted(metrics)[:_MAX_LISTED_METRICS]) or "none"
+        message = f"gate failed: the result has no metric {gate.metric}; its metrics are {known}"
+        return GateResult(stage=stage.name, is_passed=False, message=message, on_fail=gate.on_fail)
+    is_passed, message = _compare(gate, metrics[gate.metric])
+    return GateResult(stage=stage.name, is_passed=is_passed, message=message, on_fail=gate.on_fail)
+
+
+def _compare(gate: Gate, text: str) -> tuple[bool, str]:
+    """Return whether a metric's value keeps the gate's bounds, and the comparison as text."""
+    value = float(text)
+    bounds = []
+    if gate.at_most is not UNSET:
+        bounds.append(f"<= {gate.at_most}")
+        if not value <= float(gate.at_most):
+            return False, f"gate failed: {gate.metric} is {text}, but must be at most {gate.at_most}"
+    if gate.at_least is not UNSET:
+        bounds.append(f">= {gate.at_least}")
+        if not value >= float(gate.at_least):
+            return False, f"gate failed: {gate.metric} is {text}, but must be at least {gate.at_least}"
+    return True, f"gate passed: {gate.metric} {text} {' and '.join(bounds)}"

@@ -1,8 +1,8 @@
-"""Where a run's time went: a ledger in the status, settled whenever the status is written for another reason.
+"""Account for the run's time in a goodput ledger: whole seconds by bucket that add up to the wall-clock time.
 
-Between two writes a stage's state doesn't change, so the whole seconds since the last settlement belong to the state as
-it was last written; while workers run, what they say of themselves divides them. Every second is entered once: the
-buckets add up to the wall clock. Called by `reconcile`.
+A stage's state doesn't change between two writes of the status. The seconds since the last write therefore belong to
+the state as it was last written; while workers run, their activity counters divide them. The ledger is brought up to
+date whenever the status is written for another reason.
 """
 
 from __future__ import annotations
@@ -13,77 +13,100 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from sailvl_operator.api.status import ConditionType, Goodput, StageProgress, StageStatus, Status
-from sailvl_operator.core.activities import MAIN, Buckets, count_seconds
-from sailvl_operator.core.desired.workload import count_gpus
-from sailvl_operator.core.failure import was_saved
-from sailvl_operator.core.stage_view import ACTIVE, View
-from sailvl_operator.core.units import apportion, format_time, parse_time
+from sailvl_operator.api.status import ConditionType, Goodput, StageStatus, Status
+from sailvl_operator.api.types import Run
+from sailvl_operator.core.evidence import was_checkpoint_saved
+from sailvl_operator.core.progress import MAIN_BUCKETS, Buckets, count_seconds
+from sailvl_operator.core.stage_view import ACTIVE, StageTransition, StageView
+from sailvl_operator.core.units import format_time, parse_time
 from sailvl_trainer.contract import ExitCode
 
-PRODUCTIVE = ("training", "curating", "evaluating")
+PRODUCTIVE_BUCKETS = ("training", "curating", "evaluating")
+"""Buckets of the time whose results last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry:
-    """What the time since the last settlement was for one stage."""
+class _StageAccount:
+    """The interval since the last accounting, as one stage spent it."""
 
+    status: StageStatus
+    """Next status of the stage, with the unsaved seconds that the next accounting needs."""
     seconds: Buckets
     gpu_seconds: Buckets
-    lost: int
-    """Seconds of training, these or earlier ones, whose steps are done again."""
-    lost_gpu: int
-    status: StageStatus
+    lost_seconds: int = 0
+    """Seconds of training, of this or an earlier interval, whose steps have to be repeated."""
+    lost_gpu_seconds: int = 0
 
 
-def settle(
-    old: Status, views: Sequence[View], statuses: Sequence[StageStatus], *, now: float
-) -> tuple[Goodput, list[StageStatus]]:
-    """The ledger at `now` (Unix seconds), and the stages with what they need of it next time."""
-    since = _last_settlement(old, now)
+def update_goodput(run: Run, old: Status, new: Status, stages: Sequence[StageTransition], *, now: float) -> Status:
+    """Return the new status with goodput at `now`; goodput alone is never a reason to write a status."""
+    if new == old or (old.completion_time and new.completion_time):
+        return new
+    ledger, statuses = account(old, stages, now=now)
+    ledger = _add_cost(ledger, run.spec.price_per_gpu_hour)
+    summary = msgspec.structs.replace(new.summary, goodput=_format_goodput(ledger))
+    return msgspec.structs.replace(new, goodput=ledger, stages=statuses, summary=summary)
+
+
+def account(old: Status, stages: Sequence[StageTransition], *, now: float) -> tuple[Goodput, list[StageStatus]]:
+    """Return the ledger at `now` (Unix seconds) and the statuses of the stages with their unsaved seconds."""
+    since = _find_last_accounting(old, now)
     elapsed = max(0, int(now - since))
-    entries = [_enter(view, status, since, elapsed) for view, status in zip(views, statuses, strict=True)]
-    active = [entry for entry in entries if entry.seconds]
-    spent = _add(*(entry.seconds for entry in active)) or _idle(old, elapsed)
+    accounts = [_account_stage(stage, since, elapsed) for stage in stages]
+    active = [entry for entry in accounts if entry.seconds]
+    spent = _add(*(entry.seconds for entry in active)) or _classify_idle_time(old, elapsed)
     seconds = _add(old.goodput.seconds, apportion(elapsed, spent))
     gpu_seconds = _add(old.goodput.gpu_seconds, *(entry.gpu_seconds for entry in active))
     for entry in active:
-        _move(seconds, entry.lost)
-        _move(gpu_seconds, entry.lost_gpu)
+        _move_to_lost(seconds, entry.lost_seconds)
+        _move_to_lost(gpu_seconds, entry.lost_gpu_seconds)
+    lost_steps = sum(0 if entry.status.progress is None else entry.status.progress.lost_steps for entry in accounts)
     ledger = Goodput(
         settled_at=format_time(since + elapsed),
         seconds={name: value for name, value in seconds.items() if value},
         gpu_seconds={name: value for name, value in gpu_seconds.items() if value},
-        lost_steps=max(old.goodput.lost_steps, sum(_count_lost_steps(entry.status) for entry in entries)),
+        lost_steps=max(old.goodput.lost_steps, lost_steps),
     )
-    return ledger, [entry.status for entry in entries]
+    return ledger, [entry.status for entry in accounts]
 
 
-def share(ledger: Goodput) -> str:
-    """The part of the time, but that of suspension, in which something was done that lasts: a percentage."""
+def apportion(total: int, weights: Mapping[str, int]) -> dict[str, int]:
+    """Split `total` into whole shares in proportion to the weights, by the largest-remainder method.
+
+    The shares add up to `total`. Weights that are all zero count as equal.
+    """
+    known = weights if sum(weights.values()) > 0 else dict.fromkeys(weights, 1)
+    whole = sum(known.values())
+    shares = {name: total * weight // whole for name, weight in known.items()}
+    by_remainder = sorted(known, key=lambda name: (-(total * known[name] % whole), name))
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+def _format_goodput(ledger: Goodput) -> str:
+    """Format the productive share of the time in which the run wasn't suspended, as a percentage."""
     whole = sum(ledger.seconds.values()) - ledger.seconds.get("suspended", 0)
-    useful = sum(ledger.seconds.get(name, 0) for name in PRODUCTIVE)
-    return f"{100 * useful // whole}%" if whole > 0 else ""
+    productive = sum(ledger.seconds.get(name, 0) for name in PRODUCTIVE_BUCKETS)
+    return f"{100 * productive // whole}%" if whole > 0 else ""
 
 
-def price(ledger: Goodput, per_gpu_hour: str | UnsetType) -> Goodput:
-    """The same with the cost of its GPU seconds, and of those in which nothing was done that lasts."""
-    if per_gpu_hour is UNSET:
+def _add_cost(ledger: Goodput, price_per_gpu_hour: str | UnsetType) -> Goodput:
+    """Return the ledger with the cost of all its GPU seconds and of those that weren't productive."""
+    if price_per_gpu_hour is UNSET:
         return ledger
-    useful = sum(ledger.gpu_seconds.get(name, 0) for name in PRODUCTIVE)
     whole = sum(ledger.gpu_seconds.values())
-    return msgspec.structs.replace(
-        ledger, cost=_cost(whole, per_gpu_hour), lost_cost=_cost(whole - useful, per_gpu_hour)
-    )
+    lost = whole - sum(ledger.gpu_seconds.get(name, 0) for name in PRODUCTIVE_BUCKETS)
+    cost, lost_cost = (f"{seconds * float(price_per_gpu_hour) / 3600:.2f}" for seconds in (whole, lost))
+    return msgspec.structs.replace(ledger, cost=cost, lost_cost=lost_cost)
 
 
-def _cost(gpu_seconds: int, per_gpu_hour: str) -> str:
-    return f"{gpu_seconds * float(per_gpu_hour) / 3600:.2f}"
+def _find_last_accounting(old: Status, now: float) -> float:
+    """Return the Unix seconds from which time has to be accounted.
 
-
-def _last_settlement(old: Status, now: float) -> float:
-    """A run that begins, or goes on after it had ended, owes nothing for before, but for the part of a second that was
-    too little for the books at its end."""
+    Accounting starts at `now` for a new or resumed run. The fraction of a second dropped when the run last finished is
+    carried over.
+    """
     settled = parse_time(old.goodput.settled_at)
     if not old.start_time:
         return max(now, settled)
@@ -93,106 +116,107 @@ def _last_settlement(old: Status, now: float) -> float:
     return settled or parse_time(old.start_time)
 
 
-def _enter(view: View, new: StageStatus, since: float, elapsed: int) -> _Entry:
+def _account_stage(transition: StageTransition, since: float, elapsed: int) -> _StageAccount:
+    view, status = transition.view, transition.status
     if view.status.state not in ACTIVE:
-        return _Entry(seconds={}, gpu_seconds={}, lost=0, lost_gpu=0, status=new)
-    seconds = _attribute(view, since, elapsed)
-    unsaved = _count_unsaved(view) + seconds.get("training", 0)
-    is_lost, is_saved = _is_lost(view, new), _is_saved(view, new)
-    progress = new.progress
-    if progress is not None:
-        left = 0 if is_lost or is_saved else unsaved
-        progress = msgspec.structs.replace(progress, unsaved_seconds=left)
-    status = msgspec.structs.replace(new, progress=progress)
+        return _StageAccount(status=status, seconds={}, gpu_seconds={})
+    seconds = _divide_interval(view, since, elapsed)
+    unsaved = seconds.get("training", 0)
+    if view.status.progress is not None:
+        unsaved += view.status.progress.unsaved_seconds
+    is_lost = _is_work_lost(view, status)
+    if status.progress is not None:
+        left = 0 if is_lost or _is_work_saved(view, status) else unsaved
+        status = msgspec.structs.replace(
+            status, progress=msgspec.structs.replace(status.progress, unsaved_seconds=left)
+        )
     lost, gpus = unsaved if is_lost else 0, _count_gpus(view)
-    held = {name: value * gpus for name, value in seconds.items() if name != "queued" or _when_placed(view) is None}
-    return _Entry(
-        seconds=seconds,
-        gpu_seconds=held,
-        lost=lost,
-        lost_gpu=lost * gpus,
+    is_queued = _find_scheduling_time(view) is None
+    return _StageAccount(
         status=status,
+        seconds=seconds,
+        gpu_seconds={name: value * gpus for name, value in seconds.items() if name != "queued" or is_queued},
+        lost_seconds=lost,
+        lost_gpu_seconds=lost * gpus,
     )
 
 
-def _attribute(view: View, since: float, elapsed: int) -> Buckets:
+def _divide_interval(view: StageView, since: float, elapsed: int) -> Buckets:
+    """Return the buckets of an active stage's interval."""
     match view.status.state:
         case "Running":
-            return _divide(view, elapsed)
+            return _divide_by_activity(view, elapsed)
         case "Starting":
-            placed = _when_placed(view)
-            queued = elapsed if placed is None else min(elapsed, max(0, round(placed - since)))
+            scheduled = _find_scheduling_time(view)
+            queued = elapsed if scheduled is None else min(elapsed, max(0, round(scheduled - since)))
             return {"queued": queued, "starting": elapsed - queued}
-        case "Restarting" if view.job is not None and view.job.is_suspended:
+        case "Restarting" if view.attempt.job is not None and view.attempt.job.is_suspended:
             return {"queued": elapsed}
         case state:
             return {state.lower(): elapsed}
 
 
-def _when_placed(view: View) -> float | None:
-    """When the last of its workers was given to a node (Unix seconds); None while one waits for that."""
-    is_whole = len({pod.index for pod in view.pods if pod.placed}) == view.nodes
-    return max(pod.placed for pod in view.pods) if is_whole else None
+def _find_scheduling_time(view: StageView) -> float | None:
+    """Return the Unix seconds at which the last worker was scheduled to a node; None while one waits for that."""
+    pods = view.attempt.pods
+    is_complete = len({pod.index for pod in pods if pod.placed}) == view.nodes
+    return max(pod.placed for pod in pods) if is_complete else None
 
 
-def _divide(view: View, elapsed: int) -> Buckets:
-    """By what the workers did since they were last read; what they don't name is their stage's work, as is all of those
-    that nobody can ask."""
-    seen = view.observed.get(*view.key).progress
-    kind = view.planned.stage.kind
-    if seen is None or seen.phase == "starting":
-        is_known = view.status.progress is not None and view.status.progress.seconds
-        is_at_work = seen is None and (is_known or bool(view.observed.get(*view.key).progress_error))
-        return {MAIN[kind] if is_at_work else "starting": elapsed}
-    before = view.status.progress.seconds if view.status.progress is not None else {}
-    spent = {name: max(0, value - before.get(name, 0)) for name, value in count_seconds(seen, kind).items()}
-    unnamed = max(0, elapsed - sum(spent.values()))
-    spent[MAIN[kind]] = spent.get(MAIN[kind], 0) + unnamed
+def _divide_by_activity(view: StageView, elapsed: int) -> Buckets:
+    """Split the interval by the activity counters that workers reported since the last accounting.
+
+    Time they don't report counts as the stage's main activity; so does everything if the workers can't be reached.
+    """
+    report, kind = view.attempt.progress, view.planned.kind
+    known = {} if view.status.progress is None else view.status.progress.seconds
+    if report is None or report.phase == "starting":
+        is_working = report is None and (known or view.attempt.progress_error)
+        return {MAIN_BUCKETS[kind] if is_working else "starting": elapsed}
+    spent = {name: max(0, value - known.get(name, 0)) for name, value in count_seconds(report, kind).items()}
+    unreported = max(0, elapsed - sum(spent.values()))
+    spent[MAIN_BUCKETS[kind]] = spent.get(MAIN_BUCKETS[kind], 0) + unreported
     return apportion(elapsed, spent)
 
 
-def _is_lost(view: View, new: StageStatus) -> bool:
-    """Whether steps since the checkpoint are done again: after a failure, or when ranks started again in place."""
-    if new.last_failure is not None and new.last_failure != view.status.last_failure:
+def _is_work_lost(view: StageView, new: StageStatus) -> bool:
+    """Return whether steps since the checkpoint are repeated: after a failure, or after ranks restarted in place."""
+    old = view.status
+    if new.last_failure is not None and new.last_failure != old.last_failure:
         return new.last_failure.exit_code != ExitCode.PREEMPTED
-    if view.status.state == "Running" and new.attempt != view.status.attempt:
-        return not was_saved(view.pods)  # a person started it again
+    if old.state == "Running" and new.attempt != old.attempt:  # restarted on request
+        return not was_checkpoint_saved(view.attempt.pods)
     if new.state == "Suspended":
-        return view.status.state != "Suspended" and not was_saved(view.pods)
-    before, after = view.status.progress, new.progress
-    is_same = new.attempt == view.status.attempt
-    return is_same and before is not None and after is not None and after.step < before.step
+        return old.state != "Suspended" and not was_checkpoint_saved(view.attempt.pods)
+    is_same_attempt = new.attempt == old.attempt
+    return (
+        is_same_attempt
+        and old.progress is not None
+        and new.progress is not None
+        and new.progress.step < old.progress.step
+    )
 
 
-def _count_lost_steps(status: StageStatus) -> int:
-    return 0 if status.progress is None else status.progress.lost_steps
-
-
-def _is_saved(view: View, new: StageStatus) -> bool:
-    """Whether nothing is unsaved now: a new checkpoint, an attempt that ended with one, or the stage's end."""
+def _is_work_saved(view: StageView, new: StageStatus) -> bool:
+    """Return whether nothing is unsaved now: a new checkpoint, the end of the attempt with one, or of the stage."""
     return new.state == "Succeeded" or new.checkpoint != view.status.checkpoint or new.attempt != view.status.attempt
 
 
-def _count_unsaved(view: View) -> int:
-    progress: StageProgress | None = view.status.progress
-    return 0 if progress is None else progress.unsaved_seconds
+def _count_gpus(view: StageView) -> int:
+    """Return the GPUs that the stage's workers hold; those of a Job count, since an edited spec may ask for others."""
+    job, pods = view.attempt.job, view.attempt.pods
+    scheduled = {pod.index for pod in pods if pod.placed and not pod.is_gone}
+    nodes = view.nodes if view.status.state == "Running" else len(scheduled)
+    return nodes * (view.planned.gpus_per_node if job is None or job.gpus is None else job.gpus)
 
 
-def _count_gpus(view: View) -> int:
-    """Those that its workers hold."""
-    placed = {pod.index for pod in view.pods if pod.placed and not pod.is_gone}
-    nodes = view.nodes if view.status.state == "Running" else len(placed)
-    known = None if view.job is None else view.job.gpus  # today's spec may ask for others
-    return nodes * (count_gpus(view.planned.workers) if known is None else known)
-
-
-def _idle(old: Status, elapsed: int) -> Buckets:
-    """No stage was active."""
+def _classify_idle_time(old: Status, elapsed: int) -> Buckets:
+    """Return the bucket of an interval in which no stage was active."""
     return {"suspended" if old.is_true(ConditionType.SUSPENDED) else "queued": elapsed}
 
 
-def _move(seconds: Buckets, lost: int) -> None:
-    """From training to lost."""
+def _move_to_lost(seconds: Buckets, lost: int) -> None:
+    """Move seconds from training to lost."""
     moved = min(lost, seconds.get("training", 0))
     if moved:
         seconds["training"] -= moved

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from sailvl_trainer.contract import Progress
+from sailvl_trainer.contract import Progress, Termination
 
 AttemptKey = tuple[str, int]
 """Stage name and attempt number."""
@@ -127,7 +127,8 @@ class AttemptObservation:
     """Error with which the API server refused an object of the attempt."""
 
 
-_NOTHING_OBSERVED = AttemptObservation()
+NOTHING_OBSERVED = AttemptObservation()
+"""Observation of an attempt of which nothing exists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,17 +136,14 @@ class Observed:
     """The observations of one run by attempt."""
 
     attempts: Mapping[AttemptKey, AttemptObservation] = field(default_factory=dict)
+    jobs: tuple[JobRecord, ...] = ()
+    """All Jobs that exist, in the order of stage and attempt."""
     has_service: bool = True
     """Whether the run's Service exists."""
 
     def get(self, stage: str, attempt: int) -> AttemptObservation:
         """Return the observation of an attempt; it is empty if nothing of the attempt exists."""
-        return self.attempts.get((stage, attempt), _NOTHING_OBSERVED)
-
-    @property
-    def jobs(self) -> list[JobRecord]:
-        """All Jobs that exist, in the order of stage and attempt."""
-        return [attempt.job for attempt in self.attempts.values() if attempt.job is not None]
+        return self.attempts.get((stage, attempt), NOTHING_OBSERVED)
 
 
 def observe(
@@ -178,4 +176,15 @@ def observe(
             wait_reason=wait_reasons.get(key, ""),
             refusal=refusals.get(key, ""),
         )
-    return Observed(attempts=attempts, has_service=has_service)
+    existing = tuple(attempt.job for attempt in attempts.values() if attempt.job is not None)
+    return Observed(attempts=attempts, jobs=existing, has_service=has_service)
+
+
+def decode_termination(pod: PodRecord) -> Termination | None:
+    """Return the worker's termination message; None if there is none or it was cut off."""
+    if pod.terminated is None or not pod.terminated.message:
+        return None
+    try:
+        return msgspec.json.decode(pod.terminated.message, type=Termination)
+    except msgspec.MsgspecError:
+        return None

@@ -1,176 +1,185 @@
-"""How an attempt that failed is followed by another, or ends the run: budgets, backoff, nodes to avoid."""
+"""Apply `spec.restartPolicy`: restart a failed attempt, or fail the stage once the budget of the cause is used up.
+
+A restart counts against its budget only as long as the stage has saved no progress since the last failure. Nodes that
+fail too often are excluded from further attempts of the stage.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import hashlib
+from collections.abc import Mapping
 
 import msgspec
 
-from sailvl_operator.api.status import Cause, LastFailure, Reason, StageStatus
-from sailvl_operator.core import restart
+from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.status import Cause, Reason, StageStatus
+from sailvl_operator.api.types import RestartPolicy
 from sailvl_operator.core.decision import Event
-from sailvl_operator.core.failure import Evidence, find_silent, is_node_suspect, was_saved
-from sailvl_operator.core.stage_view import Step, View, next_attempt, read_progress
+from sailvl_operator.core.failure import Diagnosis, Undecided, diagnose_attempt, diagnose_infra_failure
+from sailvl_operator.core.stage_view import StageTransition, StageView
 from sailvl_operator.core.units import format_time
-from sailvl_trainer.contract import ExitCode
 
-_REMEMBERED_NODES = 32
-
-
-def fail_infra(view: View, message: str) -> Step:
-    """An end that no pod can tell of itself."""
-    last = LastFailure(cause=Cause.INFRA, attempt=view.status.attempt, message=message, time=format_time(view.now))
-    return _fail(view, Cause.INFRA, last)
-
-
-def fail_by(view: View, evidence: Evidence, others: Sequence[Evidence]) -> Step:
-    """An end that a pod tells of; `others`: what all pods tell, that one among them."""
-    if evidence.is_peer_lost:
-        return _fail_by_silence(view, evidence, others)
-    last = LastFailure(
-        cause=evidence.cause,
-        attempt=view.status.attempt,
-        rank=evidence.rank,
-        node=evidence.pod.node,
-        exit_code=evidence.exit_code,
-        message=evidence.message,
-        traceback=evidence.traceback,
-        time=format_time(evidence.at or view.now),
-    )
-    suspect = evidence.pod.node if is_node_suspect(evidence, others) else ""
-    newest = max(other.superseded_by for other in others)
-    return _fail(view, evidence.cause, last, suspect=suspect, newest=newest)
+_ADVICE = {
+    Cause.CONFIG: "change the settings named above",
+    Cause.DATA: "fix or remove the record named above",
+    Cause.NON_FINITE: "lower learningRate, or check the data of the last step",
+    Cause.OUT_OF_MEMORY: "raise the memory limit, or lower packTokens or packTiles",
+}
+"""What the user can do about a cause; other causes have no general remedy."""
+_MAX_TRACKED_NODES = 32
+"""Nodes whose failures the status counts, those with the most failures first."""
+_MAX_INHERITED_ATTEMPTS = 10_000
+"""Largest gap in attempt numbers that an earlier run of the same name may leave; a larger number is ignored."""
 
 
-def _fail_by_silence(view: View, evidence: Evidence, others: Sequence[Evidence]) -> Step:
-    """All that told have lost another worker. A dead machine says nothing; the API server learns of it much later."""
-    silent = find_silent(others, view.pods)
-    words = f"worker {evidence.pod.index} on node {evidence.pod.node} lost another: {evidence.message}"
-    if silent is not None:
-        words = f"worker {silent.index} on node {silent.node} fell silent; {words}"
-    last = LastFailure(
-        cause=evidence.cause,
-        attempt=view.status.attempt,
-        node="" if silent is None else silent.node,
-        exit_code=evidence.exit_code if silent is None else None,
-        message=words[:1000],
-        traceback=evidence.traceback,
-        time=format_time(evidence.at or view.now),
-    )
-    return _fail(view, evidence.cause, last, suspect=last.node)
+def restart_failed(view: StageView) -> StageTransition | None:
+    """Restart or fail a stage whose attempt failed; None if no pod has evidence of a failure."""
+    diagnosis = diagnose_attempt(view)
+    if isinstance(diagnosis, Undecided):
+        return StageTransition(view=view, status=view.latest, requeue_at=diagnosis.until)
+    return None if diagnosis is None else restart_or_fail(view, diagnosis)
 
 
-def fail_start(view: View, message: str) -> Step:
-    """The workers never ran together: the machines that were left alone may be the only ones, so all count again."""
-    step = fail_infra(view, message)
-    return replace(step, status=msgspec.structs.replace(step.status, node_failures={}))
+def restart_after_infra_failure(view: StageView, message: str) -> StageTransition:
+    """Restart or fail a stage whose attempt failed without evidence of any pod."""
+    return restart_or_fail(view, diagnose_infra_failure(view, message))
 
 
-def requeue(view: View) -> Step:
-    """A queue took the workers' place: the next attempt queues again, and no budget is charged."""
-    last = LastFailure(
-        cause=Cause.PREEMPTED,
-        attempt=view.status.attempt,
-        exit_code=ExitCode.PREEMPTED if was_saved(view.pods) else ExitCode.TERMINATED,
-        message="the queue gave the place of the workers to others",
-        time=format_time(view.now),
-    )
-    return _fail(view, Cause.PREEMPTED, last)
-
-
-def lose_result(view: View) -> Step:
-    """It succeeded, and its words are gone: the next attempt finds the result."""
-    return fail_infra(view, "the result's message was lost; the stage finds its result on the storage")
-
-
-def restart_by_hand(view: View) -> Step:
-    """A person asked for it: the next attempt at once, with fresh budgets and no machine left alone."""
-    status = msgspec.structs.replace(
-        next_attempt(read_progress(view)),
-        state="Restarting",
-        counted_restarts={},
-        node_failures={},
-        next_attempt_time="",
-        completion_time="",
-    )
-    words = f"Stage {status.name} starts again with attempt {status.attempt}, as asked for"
-    return Step(status=status, events=(Event(reason=Reason.RESTART_REQUESTED, message=words),))
-
-
-def _fail(view: View, cause: Cause, last: LastFailure, *, suspect: str = "", newest: int = 0) -> Step:
-    """The next attempt, or the end of the run. `suspect`: the node that may be at fault; `newest`: the attempt that has
-    cut this one off."""
-    failed = _blame_node(msgspec.structs.replace(read_progress(view), last_failure=last), suspect)
-    if restart.may_restart(cause, _counted_restarts(view, failed), view.run.spec.restart_policy):
-        return _again(view, cause, last.message, failed, newest)
-    status = msgspec.structs.replace(failed, state="Failed", completion_time=format_time(view.now))
+def restart_or_fail(view: StageView, diagnosis: Diagnosis) -> StageTransition:
+    """Return the transition to the next attempt if the budget of the cause allows one, else to Failed."""
+    status = msgspec.structs.replace(view.latest, last_failure=diagnosis.failure)
+    status = _count_node_failure(status, diagnosis.suspect_node)
+    counted = _find_counted_restarts(view, status)
+    if may_restart(Cause(diagnosis.failure.cause), counted, view.run.spec.restart_policy):
+        return _restart(view, status, counted, diagnosis)
+    status = msgspec.structs.replace(status, state="Failed", completion_time=format_time(view.now))
     message = describe_failure(status)
     event = Event(reason=Reason.STAGE_FAILED, message=message, type="Warning")
-    return Step(status=status, events=(event,), failure=message)
+    return StageTransition(view=view, status=status, events=(event,), failure=message)
+
+
+def bump_attempt(status: StageStatus, *, after: int = 0) -> StageStatus:
+    """Return the status with the next attempt number and with the counters of the attempt's workers at zero.
+
+    `after` is an attempt number that the storage knows from an earlier run of the same name; the next number is
+    larger than it.
+    """
+    progress = status.progress and msgspec.structs.replace(status.progress, seconds={}, in_place_restarts=0)
+    is_inherited = status.attempt < after <= status.attempt + _MAX_INHERITED_ATTEMPTS
+    number = (after if is_inherited else status.attempt) + 1
+    return msgspec.structs.replace(status, attempt=number, progress=progress)
 
 
 def describe_failure(status: StageStatus) -> str:
-    """Why a failed stage failed, and what a person can do."""
+    """Describe why a failed stage failed and what the user can do about it."""
     last = status.last_failure
-    assert last is not None, "a stage fails with its last failure noted"
-    hint = restart.advice(Cause(last.cause))
-    words = f"Stage {status.name}, attempt {status.attempt}: {last.cause}: {last.message}"
-    return words[: 1000 - len(hint)] + (f"; {hint}" if hint else "")
+    assert last is not None, "a stage fails with its last failure recorded"
+    advice = _ADVICE.get(Cause(last.cause), "")
+    message = f"Stage {status.name} attempt {status.attempt} failed ({last.cause}): {last.message}"
+    return message[: 1000 - len(advice)] + (f"; {advice}" if advice else "")
 
 
-def _again(view: View, cause: Cause, message: str, status: StageStatus, newest: int) -> Step:
-    counted_restarts = _counted_restarts(view, status)
-    wait = restart.backoff_seconds(
-        cause, counted_restarts, f"{view.run.uid}/{status.name}/{status.attempt}", view.defaults
-    )
-    new = msgspec.structs.replace(
-        next_attempt(status, after=newest),
+def find_budget(cause: Cause, policy: RestartPolicy) -> int | None:
+    """Return how many restarts a cause allows; None means any number."""
+    budgets: dict[Cause, int | None] = {
+        Cause.CONFIG: 0,
+        Cause.DATA: 0,
+        Cause.NON_FINITE: 3,
+        Cause.OUT_OF_MEMORY: 1,
+        Cause.PREEMPTED: None,
+        Cause.INFRA: policy.max_infra_restarts,
+        Cause.STALLED: policy.max_restarts,
+        Cause.CRASH: policy.max_restarts,
+    }
+    return budgets[cause]
+
+
+def may_restart(cause: Cause, counted_restarts: Mapping[str, int], policy: RestartPolicy) -> bool:
+    """Return whether the budget of a cause allows one more restart. Crashes and stalls share a budget."""
+    budget = find_budget(cause, policy)
+    if budget is None:
+        return True
+    causes = (Cause.STALLED, Cause.CRASH) if cause in (Cause.STALLED, Cause.CRASH) else (cause,)
+    return sum(counted_restarts.get(c, 0) for c in causes) < budget
+
+
+def find_excluded_nodes(status: StageStatus, policy: RestartPolicy) -> tuple[str, ...]:
+    """Return the nodes, by name, that have caused `maxFailuresPerNode` failures of a stage."""
+    if not policy.max_failures_per_node:
+        return ()
+    return tuple(sorted(node for node, n in status.node_failures.items() if n >= policy.max_failures_per_node))
+
+
+def _restart(view: StageView, failed: StageStatus, counted: Mapping[str, int], diagnosis: Diagnosis) -> StageTransition:
+    cause, message = Cause(diagnosis.failure.cause), diagnosis.failure.message
+    seed = f"{view.run.uid}/{failed.name}/{failed.attempt}"
+    wait = _choose_backoff_seconds(cause, counted, seed, view.defaults)
+    status = msgspec.structs.replace(
+        bump_attempt(failed, after=diagnosis.superseded_by),
         state="Restarting",
-        restarts=_one_more(status.restarts, cause),
-        counted_restarts=_one_more(counted_restarts, cause),
-        progress_at_last_failure=max(status.progress_at_last_failure, _saved_step(view, status)),
+        restarts=_increment(failed.restarts, cause),
+        counted_restarts=_increment(counted, cause),
+        progress_at_last_failure=max(failed.progress_at_last_failure, _find_saved_step(view, failed)),
         next_attempt_time=format_time(view.now + wait) if wait else "",
     )
-    words = f"Stage {status.name}, attempt {status.attempt}: {cause}: {message}; attempt {new.attempt} follows"
-    event = Event(reason=Reason.RESTARTING, message=words[:1000], type="Warning")
-    return Step(status=new, events=(event, *_tell_avoided(view, new)))
+    text = (
+        f"Stage {failed.name} attempt {failed.attempt} failed ({cause}): {message}; "
+        f"restarting as attempt {status.attempt}"
+    )
+    event = Event(reason=Reason.RESTARTING, message=text[:1000], type="Warning")
+    return StageTransition(view=view, status=status, events=(event, *_report_excluded_nodes(view, status)))
 
 
-def _counted_restarts(view: View, status: StageStatus) -> Mapping[str, int]:
-    """Restarts that count: none when more is saved than at the failure before."""
-    return {} if _saved_step(view, status) > status.progress_at_last_failure else status.counted_restarts
+def _choose_backoff_seconds(cause: Cause, counted: Mapping[str, int], seed: str, defaults: Defaults) -> float:
+    """Return the seconds before the next attempt: none for the first infrastructure failures, else doubling.
+
+    The jitter of up to a quarter is derived from `seed`, so that a restarted operator waits equally long.
+    """
+    if cause in (Cause.PREEMPTED, Cause.INFRA) and counted.get(cause, 0) < 3:
+        return 0.0
+    doubled = defaults.backoff_seconds * 2.0 ** min(counted.get(cause, 0), 10)
+    jitter = hashlib.sha256(seed.encode()).digest()[0] / 255 / 4
+    return float(min(doubled, defaults.backoff_limit_seconds) * (1 + jitter))
 
 
-def _saved_step(view: View, status: StageStatus) -> int:
-    """What a new attempt doesn't do again: steps up to the checkpoint; curation and evaluation keep what they did."""
-    if view.planned.stage.kind in ("curate", "evaluate"):
+def _find_counted_restarts(view: StageView, status: StageStatus) -> Mapping[str, int]:
+    """Return the restarts that count against the budgets: none if the stage saved progress since the last failure."""
+    return {} if _find_saved_step(view, status) > status.progress_at_last_failure else status.counted_restarts
+
+
+def _find_saved_step(view: StageView, status: StageStatus) -> int:
+    """Return the step from which a new attempt continues.
+
+    Training continues from its checkpoint; curation and evaluation keep everything that they have done.
+    """
+    if view.planned.kind in ("curate", "evaluate"):
         return 0 if status.progress is None else status.progress.step
     return 0 if status.checkpoint is None else status.checkpoint.step
 
 
-def _blame_node(status: StageStatus, node: str) -> StageStatus:
+def _count_node_failure(status: StageStatus, node: str) -> StageStatus:
     if not node:
         return status
-    failures = _one_more(status.node_failures, node)
-    worst = sorted(failures, key=lambda name: (-failures[name], name))[:_REMEMBERED_NODES]
+    failures = _increment(status.node_failures, node)
+    worst = sorted(failures, key=lambda name: (-failures[name], name))[:_MAX_TRACKED_NODES]
     return msgspec.structs.replace(status, node_failures={name: failures[name] for name in sorted(worst)})
 
 
-def _tell_avoided(view: View, new: StageStatus) -> tuple[Event, ...]:
+def _report_excluded_nodes(view: StageView, status: StageStatus) -> tuple[Event, ...]:
+    """Return an event for each node that the next attempt excludes and the last one didn't."""
     policy = view.run.spec.restart_policy
-    before = set(restart.avoided_nodes(view.status, policy))
+    known = set(find_excluded_nodes(view.status, policy))
     return tuple(
         Event(
             reason=Reason.NODE_EXCLUDED,
             type="Warning",
-            message=f"Node {node} took {new.node_failures[node]} attempts of stage {new.name} down and gets no more of "
-            "its workers; look at the machine, then annotate the run to start the stage again",
+            message=f"Node {node} caused {status.node_failures[node]} failures of stage {status.name} and is excluded; "
+            "check the node, then restart the stage to use it again",
         )
-        for node in restart.avoided_nodes(new, policy)
-        if node not in before
+        for node in find_excluded_nodes(status, policy)
+        if node not in known
     )
 
 
-def _one_more(counts: Mapping[str, int], name: str) -> dict[str, int]:
+def _increment(counts: Mapping[str, int], name: str) -> dict[str, int]:
     return dict(counts) | {name: counts.get(name, 0) + 1}

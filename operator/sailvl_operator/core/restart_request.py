@@ -1,48 +1,74 @@
-"""What a person asks for by annotation: `sailvl.dev/restart-stage: NAME` starts a stage again.
+"""Restart a stage on request: the user annotates the run with `sailvl.dev/restart-stage: NAME`.
 
-The value is noted in the status with the restart itself, then the annotation is taken off, then the note: so a crash in
-between neither loses the request nor carries it out twice.
+The status records the value together with the restart; then the annotation is removed, and finally the record. A crash
+between two of these writes therefore neither loses a request nor handles it twice.
 """
 
 from __future__ import annotations
+
+import msgspec
 
 from sailvl_operator.api import names
 from sailvl_operator.api.status import ConditionType, Reason, Status
 from sailvl_operator.api.types import Run
 from sailvl_operator.core.decision import Event
+from sailvl_operator.core.restart_policy import bump_attempt
+from sailvl_operator.core.stage_view import StageTransition, StageView
 
-NOTE_LENGTH = 64
+MAX_REQUEST_LENGTH = 64
+"""Letters of the annotation that are compared and recorded."""
+
+_RESTARTABLE = frozenset({"Starting", "Running", "Restarting", "Failed"})
+"""States of a stage that can be restarted on request."""
 
 
 def find_request(run: Run, status: Status) -> str:
-    """The stage to start again; empty: nothing new is asked for."""
-    asked = run.restart_stage[:NOTE_LENGTH]
-    return "" if asked == status.observed_restart_request else asked
+    """Return the stage that the user asks to restart; empty if there is no request or it was handled."""
+    request = run.restart_stage[:MAX_REQUEST_LENGTH]
+    return "" if request == status.observed_restart_request else request
 
 
-def is_to_be_taken_off(run: Run, status: Status) -> bool:
-    """Whether the annotation was acted upon and is still there."""
-    return bool(run.restart_stage) and run.restart_stage[:NOTE_LENGTH] == status.observed_restart_request
+def is_handled(run: Run, status: Status) -> bool:
+    """Return whether the status records the request that the annotation still holds."""
+    return bool(run.restart_stage) and run.restart_stage[:MAX_REQUEST_LENGTH] == status.observed_restart_request
 
 
-def refuse_request(stage: str, status: Status, *, is_suspended: bool) -> tuple[Event, ...]:
-    """Why a stage can't be started again, as an event; nothing when it can."""
-    states = {s.name: s.state for s in status.stages}
-    state = states.get(stage)
-    if state in ("Starting", "Running", "Restarting", "Failed") and not is_suspended:
+def restart_on_request(view: StageView) -> StageTransition | None:
+    """Start a new attempt at once, with full budgets and no excluded node; None if the request can't be served."""
+    if view.status.state not in _RESTARTABLE or view.run.spec.suspend:
+        return None
+    status = msgspec.structs.replace(
+        bump_attempt(view.latest),
+        state="Restarting",
+        counted_restarts={},
+        node_failures={},
+        next_attempt_time="",
+        completion_time="",
+    )
+    message = f"Restarting stage {status.name} as attempt {status.attempt}, as requested"
+    event = Event(reason=Reason.RESTART_REQUESTED, message=message)
+    return StageTransition(view=view, status=status, events=(event,))
+
+
+def explain_refusal(request: str, status: Status, *, is_suspended: bool) -> tuple[Event, ...]:
+    """Return an event that says why a stage can't be restarted; none if it can."""
+    states = {stage.name: stage.state for stage in status.stages}
+    state = states.get(request)
+    if state in _RESTARTABLE and not is_suspended:
         return ()
-    words = {
-        None: f"there is no stage {stage!r}; stages are {', '.join(states) or 'not known yet'}",
-        "Pending": f"stage {stage} has not begun",
-        "Suspended": _why_suspended(stage, status, is_suspended=is_suspended),
-        "Succeeded": f"stage {stage} has its result, which a new attempt would find; create a run with other settings",
+    messages = {
+        None: f"there is no stage {request!r}; stages are {', '.join(states) or 'not known yet'}",
+        "Pending": f"stage {request} has not started",
+        "Succeeded": f"stage {request} has its result, which a new attempt would reuse; "
+        "create a run with other settings",
     }
-    message = f"{names.ANNOTATION_RESTART}: {words.get(state, words['Suspended'])}"
-    return (Event(reason=Reason.RESTART_REQUESTED, message=message[:1000], type="Warning"),)
+    message = messages.get(state) or _explain_suspension(request, status, is_suspended=is_suspended)
+    event_message = f"{names.ANNOTATION_RESTART}: {message}"
+    return (Event(reason=Reason.RESTART_REQUESTED, message=event_message[:1000], type="Warning"),)
 
 
-def _why_suspended(stage: str, status: Status, *, is_suspended: bool) -> str:
+def _explain_suspension(stage: str, status: Status, *, is_suspended: bool) -> str:
     failed = status.condition(ConditionType.FAILED)
     if is_suspended or failed is None:
-        return f"stage {stage} is suspended; set spec.suspend to false, and it goes on"
-    return f"stage {stage} stopped with its run ({failed.message}); mend that, and it goes on"
+        return f"stage {stage} is suspended; set spec.suspend to false to resume it"
+    return f"stage {stage} was suspended because its run failed ({failed.message}); it resumes once that is fixed"

@@ -1,120 +1,98 @@
-"""What one stage's step looks at, and what comes of it; made by `reconcile`, filled in by `stage` and its policies."""
+"""The input and the result of a stage's policies: `StageView` and `StageTransition`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import msgspec
-
 from sailvl_operator.api.defaults import Defaults
-from sailvl_operator.api.status import IN_PLACE, StageCheckpoint, StageProgress, StageStatus
+from sailvl_operator.api.status import StageStatus, Status
 from sailvl_operator.api.types import Run
-from sailvl_operator.core.activities import count_seconds
 from sailvl_operator.core.decision import Event
-from sailvl_operator.core.desired.workload import count_nodes
-from sailvl_operator.core.failure import decode_termination
-from sailvl_operator.core.observe import AttemptKey, JobRecord, Observed, PodRecord
+from sailvl_operator.core.observe import NOTHING_OBSERVED, AttemptObservation, Observed
 from sailvl_operator.core.plan import PlannedStage
-from sailvl_operator.core.units import format_decimal
-from sailvl_trainer.contract import Progress
+from sailvl_operator.core.progress import update_progress
 
-_MOST_LEFT_BEHIND = 10_000
-"""Attempts of a run that had the name before; a number beyond is none."""
 ACTIVE = frozenset({"Starting", "Running", "Restarting", "Suspended"})
+"""States of a stage that has a current attempt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class View:
-    """All that one stage's step looks at."""
+class StageView:
+    """Everything that a stage's policies read."""
 
     run: Run
     planned: PlannedStage
     status: StageStatus
-    observed: Observed
+    """The stage's status as it was last written."""
+    latest: StageStatus
+    """The status with the progress, metrics and checkpoint that the workers have reported since."""
+    attempt: AttemptObservation
+    """Observation of the current attempt; of a Pending stage, of its first attempt."""
+    nodes: int
+    """Workers of the attempt. The Job's own number counts, since edited workers apply to the next attempt."""
     defaults: Defaults
     now: float
-    job: JobRecord | None = None
-    pods: tuple[PodRecord, ...] = ()
-
-    @property
-    def key(self) -> AttemptKey:
-        """Stage and attempt, as `Observed` sorts by."""
-        return self.status.name, self.status.attempt
-
-    @property
-    def nodes(self) -> int:
-        """Pods of the current attempt: the Job's own number, since changed workers wait for the next."""
-        return self.job.nodes if self.job is not None else count_nodes(self.planned.workers)
+    """Time of the reconcile in Unix seconds."""
 
     @property
     def is_running(self) -> bool:
-        """Whether every worker's container runs."""
-        ready = {p.index for p in self.pods if p.is_ready and not p.is_gone and p.terminated is None}
+        """Whether the container of every worker runs and is ready."""
+        ready = {p.index for p in self.attempt.pods if p.is_ready and not p.is_gone and p.terminated is None}
         return len(ready) == self.nodes
 
 
-def look(view: View, status: StageStatus) -> View:
-    """The same stage with another status: its attempt may be another too."""
-    key = status.name, status.attempt
-    found = view.observed.get(*key)
-    return replace(view, status=status, job=found.job, pods=found.pods)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """What became of a stage."""
+class StageTransition:
+    """A stage's next status and the actions that lead there."""
 
+    view: StageView
     status: StageStatus
     events: tuple[Event, ...] = ()
     requeue_at: float | None = None
+    """Unix seconds at which the stage has to be reconciled again."""
     should_start: bool = False
-    """The current attempt's Job has to be created."""
+    """Whether the Job of the current attempt has to be created."""
     suspend: bool | None = None
-    """What the Job's suspend has to become; None: leave it."""
-    should_withdraw: bool = False
-    """The Job has to go, its workers with their whole grace."""
+    """New value of the Job's `spec.suspend`; None leaves it unchanged."""
+    should_delete_job: bool = False
+    """Whether the Job is deleted gracefully, since suspending it would not last."""
     failure: str = ""
-    """Why the run fails because of this stage."""
+    """Why the stage, and with it the run, fails."""
 
 
-def read_progress(view: View) -> StageStatus:
-    """The stage's status with the newest that its workers said of themselves."""
-    seen = view.observed.get(*view.key).progress
-    checkpoint = _find_checkpoint(view, seen)
-    if seen is None:
-        return msgspec.structs.replace(view.status, checkpoint=checkpoint)
-    known = view.status.progress or StageProgress()
-    more = max(0, seen.in_place_restarts - known.in_place_restarts)
-    restarts = view.status.restarts
-    return msgspec.structs.replace(
-        view.status,
-        restarts={**restarts, IN_PLACE: restarts.get(IN_PLACE, 0) + more} if more else restarts,
-        progress=StageProgress(
-            step=seen.step,
-            steps=seen.steps,
-            tokens=seen.tokens,
-            eta_seconds=None if seen.eta_seconds is None else round(seen.eta_seconds),
-            seconds=count_seconds(seen, view.planned.stage.kind),
-            unsaved_seconds=known.unsaved_seconds,
-            lost_steps=max(known.lost_steps, seen.lost_steps),
-            in_place_restarts=max(known.in_place_restarts, seen.in_place_restarts),
-        ),
-        metrics={name: format_decimal(value) for name, value in sorted(seen.metrics.items())[:64]},
-        checkpoint=checkpoint,
-    )
+def build_views(
+    run: Run,
+    planned_stages: Sequence[PlannedStage],
+    status: Status,
+    observed: Observed,
+    *,
+    defaults: Defaults,
+    now: float,
+) -> list[StageView]:
+    """Build one view for each stage in the order of the spec."""
+    statuses = {stage.name: stage for stage in status.stages}
+    views = []
+    for planned in planned_stages:
+        name = planned.stage.name
+        stage = statuses.get(name) or StageStatus(name=name, state="Pending")
+        attempt = observed.attempts.get((name, max(1, stage.attempt)), NOTHING_OBSERVED)
+        has_reports = stage.state not in ("Pending", "Succeeded")
+        views.append(
+            StageView(
+                run=run,
+                planned=planned,
+                status=stage,
+                latest=update_progress(stage, attempt, kind=planned.kind) if has_reports else stage,
+                attempt=attempt,
+                nodes=planned.nodes if attempt.job is None else attempt.job.nodes,
+                defaults=defaults,
+                now=now,
+            )
+        )
+    return views
 
 
-def _find_checkpoint(view: View, seen: Progress | None) -> StageCheckpoint | None:
-    """The newest that the workers tell of: while they run by their progress, at their end by their last words."""
-    words = (decode_termination(pod) for pod in view.pods)
-    told = [seen.checkpoint if seen is not None else None, *(w.checkpoint for w in words if w is not None)]
-    newest = max((c for c in told if c is not None), key=lambda c: c.step, default=None)
-    return view.status.checkpoint if newest is None else StageCheckpoint(step=newest.step, path=newest.path)
-
-
-def next_attempt(status: StageStatus, *, after: int = 0) -> StageStatus:
-    """The next number; its workers' clocks begin at zero. `after`: a number that the storage knows already, of a run
-    that had this one's name."""
-    progress = status.progress and msgspec.structs.replace(status.progress, seconds={}, in_place_restarts=0)
-    known = after if status.attempt < after <= status.attempt + _MOST_LEFT_BEHIND else status.attempt
-    return msgspec.structs.replace(status, attempt=known + 1, progress=progress)
+def with_status(view: StageView, status: StageStatus) -> StageView:
+    """Return the view of the same attempt with another status."""
+    return replace(view, status=status, latest=update_progress(status, view.attempt, kind=view.planned.kind))

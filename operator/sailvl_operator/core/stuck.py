@@ -1,5 +1,7 @@
-"""Why a stage doesn't run, in the words of who holds it back: scheduler, quota, image, volume, admission, queue,
-gate."""
+"""Find out what holds a run back: the scheduler, a quota, an image, a volume, admission, a queue or a gate.
+
+The result is the Stuck condition; its reason tells the user where to act.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,17 @@ from collections.abc import Sequence
 
 from sailvl_operator.api import names
 from sailvl_operator.api.status import Reason
-from sailvl_operator.core.gates import Ruling
+from sailvl_operator.core.gates import GateResult
 from sailvl_operator.core.observe import PodRecord
-from sailvl_operator.core.stage_view import ACTIVE, View
+from sailvl_operator.core.stage_view import ACTIVE, StageView
 
 Stuck = tuple[Reason, str]
-"""Reason and message of the condition."""
+"""Reason and message of the Stuck condition."""
 
-PATIENCE_SECONDS = 5.0
-"""For which a pod may have no node before that is worth a word."""
+UNSCHEDULED_GRACE_SECONDS = 5.0
+"""Seconds for which a pod may have no node before the condition reports it."""
 
-_REASON_OF_WAIT = {
+_REASON_BY_WAITING_REASON = {
     "ErrImagePull": Reason.IMAGE_PULL_FAILED,
     "ImagePullBackOff": Reason.IMAGE_PULL_FAILED,
     "InvalidImageName": Reason.IMAGE_PULL_FAILED,
@@ -27,7 +29,7 @@ _REASON_OF_WAIT = {
     "RunContainerError": Reason.CONTAINER_CONFIG_ERROR,
 }
 
-_REASON_OF_WORDS = (
+_REASON_BY_TEXT = (
     ("exceeded quota", Reason.QUOTA),
     ("failed quota", Reason.QUOTA),
     ("waits for the scheduler", Reason.UNSCHEDULABLE),
@@ -42,73 +44,70 @@ _REASON_OF_WORDS = (
     ("Volume", Reason.VOLUME_NOT_READY),
     ("is forbidden", Reason.FORBIDDEN),
 )
-"""The first that the words of a refusal hold; others: Rejected."""
+"""Reason by a part of an error message; the first match counts, and a message without a match is Rejected."""
 
 
-def find_stuck(views: Sequence[View], rulings: Sequence[Ruling]) -> Stuck | None:
-    """Of the first stage that is held back; None: none is."""
-    waiting = (find_stuck_stage(view) for view in views if view.status.state in ACTIVE)
-    found = next((stuck for stuck in waiting if stuck), None)
-    return found or next((_of_gate(ruling) for ruling in rulings if not ruling.opens), None)
+def find_stuck(views: Sequence[StageView], gate_results: Sequence[GateResult]) -> Stuck | None:
+    """Return what holds back the first stage that can't run, else the gate that isn't open; None if nothing does."""
+    active = (_find_stuck_stage(view) for view in views if view.status.state in ACTIVE)
+    if found := next((stuck for stuck in active if stuck), None):
+        return found
+    return next((_describe_gate(result) for result in gate_results if not result.is_open), None)
 
 
-def find_stuck_stage(view: View) -> Stuck | None:
-    """Of one stage that should run."""
+def is_recently_unscheduled(pod: PodRecord, now: float) -> bool:
+    """Return whether a pod found no node only moments ago; it often gets one as soon as other pods are deleted."""
+    return bool(pod.unschedulable) and now < pod.created + UNSCHEDULED_GRACE_SECONDS
+
+
+def _find_stuck_stage(view: StageView) -> Stuck | None:
     if view.status.state == "Suspended" or view.run.spec.suspend:
         return None
-    refusal = _of_words(view, view.observed.get(*view.key).refusal)
-    if view.status.state == "Running" or refusal:
-        return refusal
-    stuck_pod = _find_stuck_pod(view.pods, view.now)
-    if stuck_pod is not None:
-        reason, words = stuck_pod
-        return reason, f"{words}; a mended spec is taken up by the next attempt: {_at_once(view)}"
-    return _of_words(view, view.observed.get(*view.key).wait_reason) or _of_queue(view)
-
-
-def _at_once(view: View) -> str:
-    return f"annotate {names.ANNOTATION_RESTART}={view.status.name} to start it at once"
-
-
-def is_patient(pod: PodRecord, now: float) -> bool:
-    """Whether a pod without a node is so young that it may get one yet: dead workers' places become free."""
-    return bool(pod.unschedulable) and now < pod.created + PATIENCE_SECONDS
+    if view.attempt.refusal:
+        return _classify_message(view, view.attempt.refusal)
+    if view.status.state == "Running":
+        return None
+    if stuck_pod := _find_stuck_pod(view.attempt.pods, view.now):
+        reason, message = stuck_pod
+        annotation = f"{names.ANNOTATION_RESTART}={view.status.name}"
+        advice = f"fix the spec; it applies to the next attempt. To start one now, annotate {annotation}"
+        return reason, f"{message}; {advice}"
+    if view.attempt.wait_reason:
+        return _classify_message(view, view.attempt.wait_reason)
+    return _describe_queue(view)
 
 
 def _find_stuck_pod(pods: Sequence[PodRecord], now: float) -> Stuck | None:
-    """The first pod that can't start and says so itself."""
+    """Return reason and message of the first pod whose own status says why it can't start."""
     for pod in pods:
-        if pod.is_gone or pod.is_deleting or is_patient(pod, now):
+        if pod.is_gone or pod.is_deleting or is_recently_unscheduled(pod, now):
             continue
         if pod.unschedulable:
-            reason = (
-                Reason.VOLUME_NOT_READY
-                if "persistentvolumeclaim" in pod.unschedulable.lower()
-                else Reason.UNSCHEDULABLE
-            )
+            is_volume = "persistentvolumeclaim" in pod.unschedulable.lower()
+            reason = Reason.VOLUME_NOT_READY if is_volume else Reason.UNSCHEDULABLE
             return reason, f"pod {pod.name}: {pod.unschedulable}"
-        if pod.waiting_reason in _REASON_OF_WAIT:
-            return _REASON_OF_WAIT[pod.waiting_reason], f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
+        if pod.waiting_reason in _REASON_BY_WAITING_REASON:
+            message = f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
+            return _REASON_BY_WAITING_REASON[pod.waiting_reason], message
     return None
 
 
-def _of_words(view: View, words: str) -> Stuck | None:
-    """What the API server, a controller or a kubelet said of the attempt's Job, pods and Service."""
-    if not words:
+def _classify_message(view: StageView, message: str) -> Stuck:
+    """Return the reason that fits a message of the API server, a controller or a kubelet about the attempt."""
+    if view.attempt.job is not None and view.attempt.job.is_suspended:
+        return Reason.QUEUED, message
+    return next((reason for part, reason in _REASON_BY_TEXT if part in message), Reason.REJECTED), message
+
+
+def _describe_queue(view: StageView) -> Stuck | None:
+    job = view.attempt.job
+    if job is None or not job.is_suspended:
         return None
-    if view.job is not None and view.job.is_suspended:
-        return Reason.QUEUED, words
-    return next((reason for part, reason in _REASON_OF_WORDS if part in words), Reason.REJECTED), words
+    if job.queue:
+        return Reason.QUEUED, f"stage {view.status.name} waits in Kueue's queue {job.queue}"
+    return Reason.QUEUED, f"Job {job.name} was suspended externally; it starts when its owner unsuspends it"
 
 
-def _of_queue(view: View) -> Stuck | None:
-    if view.job is None or not view.job.is_suspended:
-        return None
-    if view.job.queue:
-        return Reason.QUEUED, f"stage {view.status.name} waits in Kueue's queue {view.job.queue}"
-    return Reason.QUEUED, f"Job {view.job.name} was suspended by another; it starts when whoever did that lets it go"
-
-
-def _of_gate(ruling: Ruling) -> Stuck:
-    advice = "raise the gate, or set its onFail to Continue, to go on"
-    return Reason.GATE_NOT_PASSED, f"stage {ruling.stage}: {ruling.message}; {advice}"
+def _describe_gate(result: GateResult) -> Stuck:
+    advice = "relax the gate's bound, or set onFail: Continue"
+    return Reason.GATE_NOT_PASSED, f"stage {result.stage}: {result.message}; {advice}"

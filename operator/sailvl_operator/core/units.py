@@ -1,4 +1,4 @@
-"""Parse and format times, counts, decimals and durations, and split whole numbers in proportion.
+"""Parse and format times, counts, decimals and durations.
 
 The spec and the status carry strings, because the Kubernetes API conventions forbid floats; the core computes with
 numbers and Unix seconds.
@@ -6,7 +6,6 @@ numbers and Unix seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -45,17 +44,3 @@ def format_duration(seconds: float) -> str:
         if amount:
             parts.append(f"{amount}{unit}")
     return "".join(parts[:2]) or "0s"
-
-
-def apportion(total: int, weights: Mapping[str, int]) -> dict[str, int]:
-    """Split `total` into whole shares in proportion to the weights, by the largest-remainder method.
-
-    The shares add up to `total`. Weights that are all zero count as equal.
-    """
-    known = weights if sum(weights.values()) > 0 else dict.fromkeys(weights, 1)
-    whole = sum(known.values())
-    shares = {name: total * weight // whole for name, weight in known.items()}
-    by_remainder = sorted(known, key=lambda name: (-(total * known[name] % whole), name))
-    for name in by_remainder[: total - sum(shares.values())]:
-        shares[name] += 1
-    return shares

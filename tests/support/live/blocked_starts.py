@@ -338,7 +338,7 @@ BLOCKED_STARTS = [
     BlockedStart(
         name="gate",
         reason="GateNotPassed",
-        message="stage draw-a: score is 0.5; its gate wants at least 0.9; raise the gate",
+        message="stage draw-a: gate failed: score is 0.5, but must be at least 0.9; relax the gate's bound",
         spec={"stages": [build_stage("draw-a", gate={"metric": "score", "atLeast": "0.9", "onFail": "Pause"})]},
         unblock=lambda workspace, run: run.edit(
             stages=[build_stage("draw-a", gate={"metric": "score", "atLeast": "0.4", "onFail": "Pause"})]

@@ -9,7 +9,7 @@ import msgspec
 from sailvl_operator.api import names
 from sailvl_operator.api.parse import parse_spec
 from sailvl_operator.api.status import ConditionType, Reason, StageStatus, Status
-from sailvl_operator.core.restart import budget
+from sailvl_operator.core.restart_policy import find_budget
 from sailvl_operator.core.units import parse_time
 from tests.support.apiserver.objects import Object
 
@@ -56,7 +56,7 @@ def restarts_stay_within_budget(run: Object, old: Status, new: Status) -> None:
     for before, after in _pair_stages(old, new):
         counted, known = _get_counted_restarts(after), _get_counted_restarts(before)
         for cause in (c for c, n in counted.items() if n > known.get(c, 0)):
-            allowed = budget(cause, policy)
+            allowed = find_budget(cause, policy)
             used = sum(counted.get(c, 0) for c in _list_budget_causes(cause))
             require(
                 allowed is None or used <= allowed,
@@ -70,7 +70,7 @@ def stage_fails_only_after_its_budget(run: Object, old: Status, new: Status) -> 
         last = after.last_failure
         if after.state != "Failed" or before.state == "Failed" or last is None:
             continue
-        allowed = budget(last.cause, policy)
+        allowed = find_budget(last.cause, policy)
         used = sum(_get_counted_restarts(after).get(c, 0) for c in _list_budget_causes(last.cause))
         require(
             allowed is not None and used >= allowed,

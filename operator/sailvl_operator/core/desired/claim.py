@@ -1,4 +1,4 @@
-"""The volume claim of a run whose storage is a template; a run that names a claim brings its own."""
+"""Build the PersistentVolumeClaim of a run whose spec has a claim template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from sailvl_operator.core.desired.metadata import build_labels, build_owner
 
 
 def build_claim(run: Run) -> dict[str, Any] | None:
-    """None: the run names an existing claim. One that is to stay when the run is deleted has no owner."""
+    """Build the claim; None if the run names an existing one.
+
+    A claim that is retained when the run is deleted has no owner reference.
+    """
     template = run.spec.storage.volume_claim_template
     if template is UNSET:
         return None

@@ -1,7 +1,8 @@
-"""Attempt → Indexed Job. One write makes a whole attempt: the stage document rides along as an annotation of the pods.
+"""Build the Indexed Job of an attempt.
 
-`backoffLimitPerIndex: 0` keeps dead pods, the evidence of what happened (backoffLimit 0 deletes them within seconds);
-`podReplacementPolicy: Failed` keeps a resumed Job's pods from meeting those that still terminate.
+One write creates a whole attempt, because the pods carry the stage config as an annotation. `backoffLimitPerIndex: 0`
+keeps failed pods as evidence of the cause (`backoffLimit: 0` deletes them within seconds). `podReplacementPolicy:
+Failed` keeps the pods of a resumed Job from running beside pods that still terminate.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from typing import Any
 from torchx.specs import AppDef
 
 from sailvl_operator.api import names
-from sailvl_operator.core.decision import Attempt
+from sailvl_operator.core.decision import AttemptSpec
 from sailvl_operator.core.desired.metadata import build_attempt_labels, build_owner
 from sailvl_operator.core.desired.pod import build_pod_spec
 from sailvl_operator.core.desired.workload import encode_document
 
 
-def build_job(attempt: Attempt, app: AppDef) -> dict[str, Any]:
-    """The Job of `app`, which `build_appdef` made of the same attempt."""
+def build_job(attempt: AttemptSpec, app: AppDef) -> dict[str, Any]:
+    """Build the Job of an attempt; `app` is the result of `build_appdef` for the same attempt."""
     document = attempt.document
     labels = build_attempt_labels(document.run, document.stage, document.attempt)
     return {
@@ -34,7 +35,7 @@ def build_job(attempt: Attempt, app: AppDef) -> dict[str, Any]:
     }
 
 
-def _build_spec(attempt: Attempt, app: AppDef, labels: dict[str, str]) -> dict[str, Any]:
+def _build_spec(attempt: AttemptSpec, app: AppDef, labels: dict[str, str]) -> dict[str, Any]:
     nodes = app.roles[0].num_replicas
     extra = attempt.workers.labels
     return {
@@ -56,11 +57,11 @@ def _build_spec(attempt: Attempt, app: AppDef, labels: dict[str, str]) -> dict[s
     }
 
 
-def _is_queued(attempt: Attempt) -> bool:
-    """Kueue starts a Job that is created suspended."""
+def _is_queued(attempt: AttemptSpec) -> bool:
+    """Return whether the Job is created suspended, as Kueue requires of the Jobs that it admits."""
     return isinstance(attempt.workers.queue_name, str)
 
 
-def _queue_label(attempt: Attempt) -> dict[str, str]:
+def _queue_label(attempt: AttemptSpec) -> dict[str, str]:
     queue = attempt.workers.queue_name
     return {names.LABEL_KUEUE_QUEUE: queue} if isinstance(queue, str) else {}

@@ -1,5 +1,7 @@
-"""The pods of an attempt, within the `restricted` Pod Security Standard: a numeric user, a read-only root, no
-privileges, no service account token; /tmp and a memory-backed /dev/shm are all they may write besides the storage.
+"""Build the pods of an attempt within the `restricted` Pod Security Standard.
+
+Pods run as a numeric user with a read-only root, no privileges and no service account token. Besides the storage they
+may write only to /tmp and to a memory-backed /dev/shm.
 """
 
 from __future__ import annotations
@@ -10,20 +12,20 @@ import msgspec
 from torchx.specs import Role
 
 from sailvl_operator.api import names
-from sailvl_operator.core.decision import Attempt
+from sailvl_operator.core.decision import AttemptSpec
 from sailvl_operator.core.desired.workload import build_defaults
 from sailvl_trainer.contract import Env
 
 USER = 65532
-"""The image's user; also the group of the storage's files."""
+"""User of the container image, and group of the files on the storage."""
 NODE_LOSS_SECONDS = 20
-"""From a node's silence until its pods are evicted; Kubernetes' default is 300."""
+"""Seconds after which pods of an unreachable node are evicted; the default of Kubernetes is 300."""
 
-_CONTRACT = frozenset(map(str, Env))
+_CONTRACT_VARIABLES = frozenset(map(str, Env))
 
 
-def build_pod_spec(attempt: Attempt, role: Role, job: str) -> dict[str, Any]:
-    """`job`: the Job's name; its pods keep away from each other."""
+def build_pod_spec(attempt: AttemptSpec, role: Role, job: str) -> dict[str, Any]:
+    """Build the pod spec; `job` is the name of the Job, whose pods are spread over the nodes."""
     workers = attempt.workers
     spec: dict[str, Any] = {
         "restartPolicy": "Never",
@@ -53,7 +55,7 @@ def build_pod_spec(attempt: Attempt, role: Role, job: str) -> dict[str, Any]:
     return spec | {name: value for name, value in optional.items() if value is not msgspec.UNSET and value}
 
 
-def _build_container(attempt: Attempt, role: Role) -> dict[str, Any]:
+def _build_container(attempt: AttemptSpec, role: Role) -> dict[str, Any]:
     env_from = attempt.workers.env_from
     container: dict[str, Any] = {
         "name": names.CONTAINER,
@@ -76,16 +78,16 @@ def _build_container(attempt: Attempt, role: Role) -> dict[str, Any]:
     return container
 
 
-def _build_env(attempt: Attempt, role: Role) -> list[dict[str, Any]]:
-    """The user's own can't break the contract."""
+def _build_env(attempt: AttemptSpec, role: Role) -> list[dict[str, Any]]:
+    """Build the variables of a worker. Variables of the contract can't be overridden by the user."""
     references = {
         str(Env.NODE_RANK): f"metadata.labels['{names.LABEL_COMPLETION_INDEX}']",
         str(Env.NODE_NAME): "spec.nodeName",
     }
     given = () if attempt.workers.env is msgspec.UNSET else attempt.workers.env
-    user = [{"name": e.name, "value": e.value} for e in given if e.name not in _CONTRACT]
+    user = [{"name": e.name, "value": e.value} for e in given if e.name not in _CONTRACT_VARIABLES]
     is_imported = attempt.workers.env_from is not msgspec.UNSET and bool(attempt.workers.env_from)
-    own = (build_defaults() if is_imported else {}) | role.env  # a Secret may hold any name
+    own = (build_defaults() if is_imported else {}) | role.env  # a Secret may set any variable
     return [
         *({"name": str(name), "value": value} for name, value in own.items()),
         *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in references.items()),
@@ -93,7 +95,7 @@ def _build_env(attempt: Attempt, role: Role) -> list[dict[str, Any]]:
     ]
 
 
-def _build_resources(attempt: Attempt, role: Role) -> dict[str, Any]:
+def _build_resources(attempt: AttemptSpec, role: Role) -> dict[str, Any]:
     given = attempt.workers.resources
     requests = dict(given.requests) if given is not msgspec.UNSET else {}
     limits = dict(given.limits) if given is not msgspec.UNSET else {}
@@ -111,7 +113,7 @@ def _build_mounts() -> list[dict[str, Any]]:
     ]
 
 
-def _build_volumes(attempt: Attempt) -> list[dict[str, Any]]:
+def _build_volumes(attempt: AttemptSpec) -> list[dict[str, Any]]:
     document = {"path": "stage.json", "fieldRef": {"fieldPath": f"metadata.annotations['{names.ANNOTATION_STAGE}']"}}
     return [
         {"name": "storage", "persistentVolumeClaim": {"claimName": attempt.claim}},
@@ -122,7 +124,7 @@ def _build_volumes(attempt: Attempt) -> list[dict[str, Any]]:
 
 
 def _build_spread(job: str) -> dict[str, Any]:
-    """Workers spread over the nodes where they can; an anti-affinity would cost the scheduler more."""
+    """Prefer to spread workers over the nodes; an anti-affinity would cost the scheduler more."""
     return {
         "maxSkew": 1,
         "topologyKey": "kubernetes.io/hostname",
@@ -131,23 +133,23 @@ def _build_spread(job: str) -> dict[str, Any]:
     }
 
 
-def _build_affinity(attempt: Attempt) -> dict[str, Any]:
-    """The machine that took the last attempt down is chosen last, and those that took too many down not at all."""
+def _build_affinity(attempt: AttemptSpec) -> dict[str, Any]:
+    """Build the affinity that forbids excluded nodes and avoids suspect ones while others have room."""
     node_affinity: dict[str, Any] = {}
-    if attempt.avoid_nodes:
-        terms = [{"matchFields": _other_than(attempt.avoid_nodes)}]
+    if attempt.excluded_nodes:
+        terms = [{"matchFields": _exclude_nodes(attempt.excluded_nodes)}]
         node_affinity["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": terms}
-    if attempt.doubted_nodes:
-        rather = [{"weight": 100, "preference": {"matchFields": _other_than(attempt.doubted_nodes)}}]
-        node_affinity["preferredDuringSchedulingIgnoredDuringExecution"] = rather
+    if attempt.suspect_nodes:
+        preferred = [{"weight": 100, "preference": {"matchFields": _exclude_nodes(attempt.suspect_nodes)}}]
+        node_affinity["preferredDuringSchedulingIgnoredDuringExecution"] = preferred
     return {"nodeAffinity": node_affinity} if node_affinity else {}
 
 
-def _other_than(nodes: tuple[str, ...]) -> list[dict[str, Any]]:
+def _exclude_nodes(nodes: tuple[str, ...]) -> list[dict[str, Any]]:
     return [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in sorted(nodes)]
 
 
-def _build_tolerations(attempt: Attempt) -> list[dict[str, Any]]:
+def _build_tolerations(attempt: AttemptSpec) -> list[dict[str, Any]]:
     given = attempt.workers.tolerations
     lost = [
         {

@@ -1,4 +1,7 @@
-"""The headless Service of a run: DNS names for its workers, also before they are ready, for they meet to become so."""
+"""Build the headless Service of a run, which gives its workers DNS names.
+
+The names exist before the workers are ready, because workers become ready only after their rendezvous.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from sailvl_trainer.contract import METRICS_PORT, RENDEZVOUS_PORT
 
 
 def build_service(*, namespace: str, run: str, owner_uid: str) -> dict[str, Any]:
-    """One for all stages and attempts; pods choose it by their subdomain."""
+    """Build the one Service for all stages and attempts; pods join it by their subdomain."""
     return {
         "apiVersion": "v1",
         "kind": "Service",

@@ -1,4 +1,4 @@
-"""Attempt → torchx AppDef: one description from which the cluster's manifests and local processes both come."""
+"""Build the torchx AppDef of an attempt, from which both the Job and the processes of local mode are made."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torchx.specs import AppDef, Resource, Role, VolumeMount
 
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Workers
-from sailvl_operator.core.decision import Attempt
+from sailvl_operator.core.decision import AttemptSpec
 from sailvl_trainer.contract import METRICS_PORT, RENDEZVOUS_PORT, Env, Stage
 
 ENTRYPOINT = "python"
 ARGS = ("-m", "sailvl_trainer")
 
 
-def build_appdef(attempt: Attempt) -> AppDef:
-    """One role of `nodes` workers, each the elastic agent of its machine."""
+def build_appdef(attempt: AttemptSpec) -> AppDef:
+    """Build the app with one role, whose replicas are the workers."""
     document, nodes = attempt.document, count_nodes(attempt.workers)
     return AppDef(
         name=names.job_name(document.run, document.stage, document.attempt),
@@ -35,9 +35,12 @@ def build_appdef(attempt: Attempt) -> AppDef:
     )
 
 
-def build_env(attempt: Attempt) -> dict[str, str]:
-    """What every worker is told, but for what it takes for granted: each variable is a cost to the API server in every
-    change of every pod. Its index and machine come from where it runs."""
+def build_env(attempt: AttemptSpec) -> dict[str, str]:
+    """Build the environment of a worker.
+
+    Variables that equal the trainer's defaults are omitted: the API server validates each one again on every update of
+    every pod. The worker's index and node are set where it runs.
+    """
     gpus = count_gpus(attempt.workers)
     env: dict[str, str] = {
         Env.STAGE_FILE: f"{names.STAGE_MOUNT}/stage.json",
@@ -53,7 +56,7 @@ def build_env(attempt: Attempt) -> dict[str, str]:
 
 
 def build_defaults() -> dict[str, str]:
-    """What workers take for granted in a pod, spelt out."""
+    """Return the variables that a worker may omit, with the trainer's defaults for a pod."""
     return {
         Env.PROCESSES_PER_NODE: "1",
         Env.DEVICE: "cpu",
@@ -65,8 +68,8 @@ def build_defaults() -> dict[str, str]:
     }
 
 
-def _rendezvous_host(attempt: Attempt) -> str:
-    """The first worker, by the run's Service; one alone needs none."""
+def _rendezvous_host(attempt: AttemptSpec) -> str:
+    """Return the DNS name of the first worker, or localhost if it is the only one and needs no Service."""
     document = attempt.document
     if count_nodes(attempt.workers) == 1:
         return "localhost"
@@ -75,17 +78,17 @@ def _rendezvous_host(attempt: Attempt) -> str:
 
 
 def encode_document(document: Stage) -> str:
-    """The stage document as the JSON that the worker reads."""
+    """Encode the stage config as the JSON that the worker reads."""
     return msgspec.json.encode(document, order="sorted").decode()
 
 
 def count_nodes(workers: Workers) -> int:
-    """Workers of an attempt, merged with the defaults."""
-    assert isinstance(workers.nodes, int), "merge_workers fills it"
+    """Return the number of workers of an attempt; `workers` is merged with the defaults."""
+    assert isinstance(workers.nodes, int), "merge_workers sets it"
     return workers.nodes
 
 
 def count_gpus(workers: Workers) -> int:
-    """GPUs a worker; 0 on the CPU."""
-    assert isinstance(workers.gpus_per_node, int), "merge_workers fills it"
+    """Return the number of GPUs of each worker; 0 if it runs on the CPU."""
+    assert isinstance(workers.gpus_per_node, int), "merge_workers sets it"
     return workers.gpus_per_node

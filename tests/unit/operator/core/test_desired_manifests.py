@@ -11,25 +11,26 @@ import pytest
 from sailvl_operator.api import names
 from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.types import Run
-from sailvl_operator.core.decision import Attempt
+from sailvl_operator.core.attempt import build_attempt
+from sailvl_operator.core.decision import AttemptSpec
 from sailvl_operator.core.desired.claim import build_claim
 from sailvl_operator.core.desired.job import build_job
 from sailvl_operator.core.desired.service import build_service
 from sailvl_operator.core.desired.workload import build_appdef
-from sailvl_operator.core.plan import build_attempt, plan
+from sailvl_operator.core.plan import plan
 from sailvl_trainer.contract import Env
 from tests.support.builders.operator import build_run
 
 OUTPUTS = {"curate": "demo/curate-0", "alignment": "demo/alignment-0", "knowledge": "demo/knowledge-0"}
 
 
-def make_attempt(run: Run, stage: int = 1, **nodes: tuple[str, ...]) -> Attempt:
+def make_attempt(run: Run, stage: int = 1, **nodes: tuple[str, ...]) -> AttemptSpec:
     return build_attempt(
         run, plan(run)[stage], attempt=2, outputs=OUTPUTS, defaults=Defaults(grace_seconds=90), **nodes
     )
 
 
-def make_job(attempt: Attempt) -> dict[str, Any]:
+def make_job(attempt: AttemptSpec) -> dict[str, Any]:
     """As the API server gets it."""
     return json.loads(msgspec.json.encode(build_job(attempt, build_appdef(attempt))))
 
@@ -238,7 +239,7 @@ def test_what_is_taken_for_granted_is_told_where_a_secret_may_say_otherwise():
 
 
 def test_the_machine_of_the_last_failure_is_chosen_last():
-    job = make_job(make_attempt(build_run(), doubted_nodes=("node-a",)))
+    job = make_job(make_attempt(build_run(), suspect_nodes=("node-a",)))
     other = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-a"]}]}
     assert pod_spec(job)["affinity"]["nodeAffinity"] == {
         "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": other}]
@@ -246,7 +247,7 @@ def test_the_machine_of_the_last_failure_is_chosen_last():
 
 
 def test_machines_that_took_many_attempts_down_are_left_alone():
-    job = make_job(make_attempt(build_run(), avoid_nodes=("node-b", "node-a")))
+    job = make_job(make_attempt(build_run(), excluded_nodes=("node-b", "node-a")))
     assert pod_spec(job)["affinity"]["nodeAffinity"] == {
         "requiredDuringSchedulingIgnoredDuringExecution": {
             "nodeSelectorTerms": [

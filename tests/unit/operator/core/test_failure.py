@@ -6,7 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from sailvl_operator.api.status import Cause
-from sailvl_operator.core import failure
+from sailvl_operator.core.evidence import GRACE_SLACK_SECONDS, collect_evidence
+from sailvl_operator.core.failure import find_root_cause, is_node_suspect
 from sailvl_operator.core.observe import PodRecord, Terminated
 from sailvl_trainer.contract import ExitCode
 from tests.support.builders.operator import build_end, build_pod
@@ -56,7 +57,7 @@ def test_cause_by_exit_codes(ends: list[Terminated], cause: Cause, index: int) -
     pods = [
         build_pod("alignment", index=i, phase="Failed", is_ready=False, terminated=end) for i, end in enumerate(ends)
     ]
-    blamed = failure.diagnose(failure.collect_evidence(pods, was_running=True))
+    blamed = find_root_cause(collect_evidence(pods, was_running=True))
     assert (blamed.cause, blamed.pod.index) == (cause, index)
 
 
@@ -77,8 +78,8 @@ SUSPECTS = [
 @pytest.mark.parametrize(("ends", "is_suspect"), SUSPECTS)
 def test_whether_the_machine_may_be_at_fault(ends: list[Terminated], is_suspect: bool) -> None:
     pods = [build_pod("a", index=i, phase="Failed", is_ready=False, terminated=end) for i, end in enumerate(ends)]
-    evidence = failure.collect_evidence(pods, was_running=True)
-    assert failure.is_node_suspect(failure.diagnose(evidence), evidence) is is_suspect
+    evidence = collect_evidence(pods, was_running=True)
+    assert is_node_suspect(find_root_cause(evidence), evidence) is is_suspect
 
 
 PODS = [
@@ -100,59 +101,59 @@ PODS = [
 
 @pytest.mark.parametrize(("pod", "cause"), PODS)
 def test_cause_by_pod(pod: PodRecord, cause: Cause) -> None:
-    assert failure.diagnose(failure.collect_evidence([pod], was_running=True)).cause == cause
+    assert find_root_cause(collect_evidence([pod], was_running=True)).cause == cause
 
 
 def test_one_that_is_evicted_has_its_grace() -> None:
     """Its node lives, and it may be saving a checkpoint; a dead node's can't."""
     evicted = build_pod("a", disrupted="EvictionByEvictionAPI: x", is_deleting=True, ended_seen=100.0, delete_by=220.0)
-    (saving,) = failure.collect_evidence([evicted], was_running=True)
-    assert saving.seen + saving.patience == 220.0 + failure.GRACE_SLACK
+    (saving,) = collect_evidence([evicted], was_running=True)
+    assert saving.seen + saving.min_seconds == 220.0 + GRACE_SLACK_SECONDS
     for pod in (
         replace(evicted, is_ready=False),
         replace(evicted, terminated=build_end(75)),
         replace(evicted, is_gone=True),
     ):
-        assert failure.collect_evidence([pod], was_running=True)[0].patience == 0.0
+        assert collect_evidence([pod], was_running=True)[0].min_seconds == 0.0
 
 
 def test_a_starting_pod_is_no_evidence() -> None:
     pod = build_pod("a", is_ready=False)
-    assert failure.collect_evidence([pod], was_running=False) == []
+    assert collect_evidence([pod], was_running=False) == []
 
 
 def test_a_pod_that_was_made_twice_may_go() -> None:
     second, ended = build_pod("a", uid="second"), build_end(ExitCode.PEER_LOST)
     for first in (build_pod("a", is_gone=True), build_pod("a", is_deleting=True, terminated=ended)):
-        assert failure.collect_evidence([first, second], was_running=True) == []
-        assert failure.collect_evidence([first, replace(second, is_gone=True)], was_running=True)
-        assert failure.collect_evidence([first, replace(second, index=1)], was_running=True)
+        assert collect_evidence([first, second], was_running=True) == []
+        assert collect_evidence([first, replace(second, is_gone=True)], was_running=True)
+        assert collect_evidence([first, replace(second, index=1)], was_running=True)
 
 
 def test_the_worker_names_rank_and_words() -> None:
     end = build_end(1, rank=3, message="RuntimeError: boom")
-    (evidence,) = failure.collect_evidence([build_pod("a", terminated=end)], was_running=True)
+    (evidence,) = collect_evidence([build_pod("a", terminated=end)], was_running=True)
     assert (evidence.rank, evidence.message, evidence.exit_code) == (3, "RuntimeError: boom", 1)
 
 
 def test_a_cut_message_is_shown_as_it_is() -> None:
     end = Terminated(exit_code=1, message='{"exit_code": 1, "mess')
-    (evidence,) = failure.collect_evidence([build_pod("a", terminated=end)], was_running=True)
-    assert evidence.message == 'exit code 1; the last it said: {"exit_code": 1, "mess'
+    (evidence,) = collect_evidence([build_pod("a", terminated=end)], was_running=True)
+    assert evidence.message == 'exit code 1; last log line: {"exit_code": 1, "mess'
     assert evidence.traceback == end.message
 
 
 def test_who_was_killed_says_so_and_not_only_what_its_log_said_before() -> None:
     end = Terminated(exit_code=137, message="step 7 of 64\nrank 1 INFO generated new fontManager\n")
-    (evidence,) = failure.collect_evidence([build_pod("a", terminated=end)], was_running=True)
-    said = "ended by SIGKILL (exit code 137); the last it said: rank 1 INFO generated new fontManager"
+    (evidence,) = collect_evidence([build_pod("a", terminated=end)], was_running=True)
+    said = "terminated by SIGKILL (exit code 137); last log line: rank 1 INFO generated new fontManager"
     assert (evidence.cause, evidence.message) == (Cause.CRASH, said)
     assert evidence.traceback == end.message.strip()
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(137, "ended by SIGKILL (exit code 137)"), (3, "exit code 3"), (255, "exit code 255")]
+    ("code", "words"), [(137, "terminated by SIGKILL (exit code 137)"), (3, "exit code 3"), (255, "exit code 255")]
 )
 def test_who_said_nothing_is_told_by_its_exit_code(code: int, words: str) -> None:
-    (evidence,) = failure.collect_evidence([build_pod("a", terminated=Terminated(exit_code=code))], was_running=True)
+    (evidence,) = collect_evidence([build_pod("a", terminated=Terminated(exit_code=code))], was_running=True)
     assert evidence.message == words

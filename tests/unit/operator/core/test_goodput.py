@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sailvl_operator.api.status import ConditionType
-from sailvl_operator.core.units import apportion
+from sailvl_operator.core.goodput import apportion
 from sailvl_trainer.contract import Checkpoint, ExitCode, Progress
 from tests.support.core_world import World, finish
 
@@ -87,8 +87,8 @@ def test_workers_that_nobody_can_ask_are_at_work() -> None:
     condition = clock.status.condition(ConditionType.RUNNING)
     assert condition is not None
     assert condition.message == (
-        "alignment is running, how far can't be read (port 9400 of pod demo-alignment-1-0: no answer in time); "
-        "look at NetworkPolicies between the operator and the workers"
+        "alignment is running, but its progress can't be read (port 9400 of pod demo-alignment-1-0: no answer in time); "
+        "check NetworkPolicies between the operator and the workers"
     )
     clock.now += 500
     clock.end(0, 1)

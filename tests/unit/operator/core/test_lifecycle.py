@@ -67,8 +67,8 @@ def test_a_gate_says_what_it_wants() -> None:
     assert stuck is not None
     assert (stuck.status, stuck.reason) == ("True", "GateNotPassed")
     assert stuck.message == (
-        "stage alignment: heldOutLoss is 2.4; its gate wants at most 2.1; raise the gate, or set its onFail to "
-        "Continue, to go on"
+        "stage alignment: gate failed: heldOutLoss is 2.4, but must be at most 2.1; relax the gate's bound, or set "
+        "onFail: Continue"
     )
     assert world.status.summary.reason == "GateNotPassed"
     assert world.events[-1].reason == "GateNotPassed"
@@ -162,7 +162,7 @@ def test_a_person_starts_a_running_stage_again() -> None:
 
 REFUSED = [
     pytest.param("nonsense", "there is no stage 'nonsense'; stages are curate, alignment", id="unknown"),
-    pytest.param("evaluate", "stage evaluate has not begun", id="not begun"),
+    pytest.param("evaluate", "stage evaluate has not started", id="not begun"),
 ]
 
 
@@ -226,9 +226,9 @@ def test_a_node_that_fails_often_is_avoided_and_named() -> None:
     for saved in (10, 20):
         fail_at(world, saved=saved, code=139)
     world.settle()
-    assert world.started[-1].avoid_nodes == ("node-0",)
+    assert world.started[-1].excluded_nodes == ("node-0",)
     told = next(e for e in world.events if e.reason == "NodeExcluded")
-    assert told.message.startswith("Node node-0 took 2 attempts of stage knowledge down")
+    assert told.message.startswith("Node node-0 caused 2 failures of stage knowledge and is excluded")
 
 
 def test_where_the_others_don_t_suffice_an_avoided_node_counts_again() -> None:
@@ -238,12 +238,12 @@ def test_where_the_others_don_t_suffice_an_avoided_node_counts_again() -> None:
     world.is_patient = False
     world.now += 100
     world.step()
-    assert world.started[-1].avoid_nodes == ("node-0",)
+    assert world.started[-1].excluded_nodes == ("node-0",)
     world.hold(phase="Pending", is_ready=False, unschedulable="0/2 nodes are available")
     world.now += 1000
     world.settle()
     assert world.stage("knowledge").node_failures == {}
-    assert world.started[-1].avoid_nodes == ()
+    assert world.started[-1].excluded_nodes == ()
 
 
 QUEUED: dict[str, Any] = {

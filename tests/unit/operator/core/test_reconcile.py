@@ -112,10 +112,10 @@ def test_a_worker_that_fell_silent_is_named_not_the_one_that_lost_it() -> None:
     assert stage.last_failure is not None
     assert (stage.last_failure.cause, stage.last_failure.node) == ("Infra", "node-1")
     assert stage.last_failure.message == (
-        "worker 1 on node node-1 fell silent; worker 0 on node node-0 lost another: another rank is gone"
+        "worker 1 (node node-1) stopped responding; worker 0 (node node-0) reported: another rank is gone"
     )
     assert stage.node_failures == {"node-1": 1}
-    assert world.started[-1].doubted_nodes == ("node-1",)
+    assert world.started[-1].suspect_nodes == ("node-1",)
 
 
 def test_a_stall_waits_for_the_other_watchdog() -> None:
@@ -231,7 +231,7 @@ def test_peers_that_vanished_before_they_were_seen() -> None:
     world.settle()
     last = world.stage("knowledge").last_failure
     assert last is not None
-    assert (last.cause, last.message) == ("Infra", "the pod of index 1 was removed from outside")
+    assert (last.cause, last.message) == ("Infra", "pod 1 was deleted externally")
 
 
 def test_pods_that_a_first_job_left_are_an_attempt() -> None:

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 
 from sailvl_operator.api.status import ConditionType, StageCheckpoint, Status, encode_status
 from sailvl_operator.core.decision import Decision
+from sailvl_operator.core.invalid_spec import reconcile_unreadable
 from sailvl_operator.core.observe import observe
-from sailvl_operator.core.reconcile import refuse_unreadable
 from sailvl_trainer.contract import Progress
 from tests.support.builders.operator import SPEC, build_run
 from tests.support.core_world import DEFAULTS, World, finish
@@ -118,7 +118,7 @@ def test_a_job_that_somebody_else_suspends_waits_for_them() -> None:
     stuck = world.status.condition(ConditionType.STUCK)
     assert stuck is not None
     assert (stuck.reason, world.stage("knowledge").attempt) == ("Queued", 1)
-    assert "was suspended by another" in stuck.message
+    assert "was suspended externally" in stuck.message
     world.jobs[name] = replace(world.jobs[name], is_suspended=False, started=world.now)
     world.add_pods(world.jobs[name])
     world.settle()
@@ -208,7 +208,7 @@ def test_a_restart_by_hand_loses_what_was_not_saved() -> None:
 def refuse(world: World) -> Decision:
     """As an older version does, to which a field of the spec is unknown."""
     run = build_run(status=encode_status(world.status), **world.spec)
-    return refuse_unreadable(run, "unknown field", observe(), now=world.now)
+    return reconcile_unreadable(run, "unknown field", observe(), now=world.now)
 
 
 def test_a_version_that_can_t_read_a_run_spoils_nothing() -> None:

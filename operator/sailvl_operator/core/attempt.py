@@ -1,0 +1,118 @@
+"""Build the attempts that start: the stage config for their workers, and everything that their Jobs are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from msgspec import UNSET
+
+from sailvl_operator.api import names
+from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.status import Cause
+from sailvl_operator.api.types import Run
+from sailvl_operator.core import stage_config
+from sailvl_operator.core.decision import AttemptSpec
+from sailvl_operator.core.plan import PlannedStage
+from sailvl_operator.core.restart_policy import find_excluded_nodes
+from sailvl_operator.core.stage_view import StageTransition
+from sailvl_trainer import contract
+
+
+def build_attempts(transitions: Sequence[StageTransition]) -> tuple[AttemptSpec, ...]:
+    """Build the attempts whose Jobs have to be created."""
+    views = [transition.view for transition in transitions]
+    outputs = {view.planned.stage.name: view.status.output or view.planned.directory for view in views}
+    return tuple(_build_next_attempt(transition, outputs) for transition in transitions if transition.should_start)
+
+
+def build_attempt(
+    run: Run,
+    planned: PlannedStage,
+    *,
+    attempt: int,
+    outputs: Mapping[str, str],
+    defaults: Defaults,
+    excluded_nodes: tuple[str, ...] = (),
+    suspect_nodes: tuple[str, ...] = (),
+) -> AttemptSpec:
+    """Build one attempt of a stage; `outputs` are the directories of all stages, relative to the storage."""
+    spec, policy = run.spec, run.spec.restart_policy
+    return AttemptSpec(
+        document=_build_stage_config(run, planned, attempt, outputs, defaults),
+        workers=planned.workers,
+        image=defaults.image if spec.image is UNSET else spec.image,
+        image_pull_policy=spec.image_pull_policy,
+        in_place_restarts=policy.in_place_restarts,
+        stall_timeout_seconds=policy.stall_timeout_seconds,
+        grace_seconds=defaults.grace_seconds,
+        claim=get_claim_name(run),
+        excluded_nodes=excluded_nodes,
+        suspect_nodes=suspect_nodes,
+        owner_name=run.name,
+        owner_uid=run.uid,
+    )
+
+
+def get_claim_name(run: Run) -> str:
+    """Return the name of the claim that the workers mount: the one in the spec, or the one made from its template."""
+    claim = run.spec.storage.volume_claim
+    return names.claim_name(run.name) if claim is UNSET else claim
+
+
+def resolve_path(path: str, root: str) -> str:
+    """Translate a path of the spec to one of the worker: /data is wherever the storage is mounted.
+
+    Other paths, and ids of models, stay as they are.
+    """
+    mount = names.STORAGE_MOUNT
+    return root + path[len(mount) :] if path == mount or path.startswith(mount + "/") else path
+
+
+def _build_next_attempt(transition: StageTransition, outputs: Mapping[str, str]) -> AttemptSpec:
+    """Build the attempt of a transition with the digest and directory that its stage started with.
+
+    An edit of the workers, or a newer version of the operator, could plan the stage differently now.
+    """
+    view, status = transition.view, transition.status
+    last = status.last_failure
+    excluded = find_excluded_nodes(status, view.run.spec.restart_policy)
+    suspects = [last.node] if last is not None and last.cause == Cause.INFRA and last.node else []
+    return build_attempt(
+        view.run,
+        replace(view.planned, digest=status.digest, directory=status.output),
+        attempt=status.attempt,
+        outputs=outputs,
+        defaults=view.defaults,
+        excluded_nodes=excluded,
+        suspect_nodes=tuple(node for node in suspects if node not in excluded),
+    )
+
+
+def _build_stage_config(
+    run: Run, planned: PlannedStage, attempt: int, outputs: Mapping[str, str], defaults: Defaults
+) -> contract.Stage:
+    root = defaults.storage.rstrip("/")
+
+    def locate(stage: str) -> str:
+        return f"{root}/{outputs[stage]}"
+
+    def resolve(path: str) -> str:
+        return resolve_path(path, root)
+
+    return contract.Stage(
+        namespace=run.namespace,
+        run=run.name,
+        stage=planned.stage.name,
+        kind=planned.stage.kind,
+        attempt=attempt,
+        digest=planned.digest,
+        storage=root,
+        output=f"{root}/{planned.directory}",
+        seed=run.spec.seed,
+        start_timeout_seconds=run.spec.restart_policy.start_timeout_seconds,
+        model=stage_config.build_model(run.spec.model, resolve),
+        engine=stage_config.build_engine(run.spec.engine if planned.stage.engine is UNSET else planned.stage.engine),
+        init_from=None if planned.init_from is None else locate(planned.init_from),
+        **stage_config.build_settings(run.spec, planned.stage, locate, resolve),
+    )
