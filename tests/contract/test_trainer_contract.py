@@ -12,11 +12,13 @@ import pytest
 
 from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Cause
-from sailvl_operator.core import failure
 from sailvl_operator.core.attempt import build_attempt
 from sailvl_operator.core.desired.workload import build_defaults, build_env, encode_document
+from sailvl_operator.core.evidence import Evidence, collect_evidence
+from sailvl_operator.core.failure import find_root_cause
 from sailvl_operator.core.observe import Terminated
 from sailvl_operator.core.plan import plan
+from sailvl_operator.core.success import find_result
 from sailvl_trainer import contract
 from sailvl_trainer.contract import (
     METRICS_PORT,
@@ -84,12 +86,12 @@ def test_trainer_starts_one_rank_per_gpu() -> None:
     assert (settings.processes_per_node, settings.device) == (4, "cuda")
 
 
-def end_with(termination: Termination) -> failure.Evidence:
+def end_with(termination: Termination) -> Evidence:
     terminated = Terminated(
         exit_code=termination.exit_code, reason="Error", message=encode_termination(termination).decode(), finished=1.0
     )
     pod = build_pod("alignment", terminated=terminated, phase="Failed")
-    return failure.diagnose(failure.collect_evidence([pod], was_running=True))
+    return find_root_cause(collect_evidence([pod], was_running=True))
 
 
 CAUSES = [
@@ -110,7 +112,7 @@ def test_operator_maps_exit_code_to_cause(code: ExitCode, cause: Cause) -> None:
     said = Termination(exit_code=code, rank=3, message="what to change", traceback="é" * 9000)
     evidence = end_with(said)
     assert (evidence.cause, evidence.rank, evidence.message) == (cause, 3, "what to change")
-    assert evidence.is_peer_lost is (code is ExitCode.PEER_LOST)
+    assert evidence.reports_lost_peer is (code is ExitCode.PEER_LOST)
 
 
 def test_every_exit_code_is_mapped_to_a_cause() -> None:
@@ -130,7 +132,7 @@ def test_operator_drops_metrics_that_are_not_finite() -> None:
     )
     said = Termination(exit_code=0, result=result, checkpoint=Checkpoint(step=1, path="p"))
     terminated = Terminated(exit_code=0, reason="Completed", message=encode_termination(said).decode(), finished=1.0)
-    found = failure.find_result([build_pod("alignment", terminated=terminated)])
+    found = find_result([build_pod("alignment", terminated=terminated)])
     assert found is not None
     assert found.metrics == {"heldOutLoss": 2.0}, "a gate can't be evaluated on NaN"
 

@@ -23,7 +23,7 @@ def complete_stage(view: StageView) -> StageTransition | None:
     """
     if not has_succeeded(view.attempt.pods, view.nodes):
         return None
-    result = _find_result(view.attempt.pods)
+    result = find_result(view.attempt.pods)
     if result is None:
         message = "the termination message is missing; a new attempt will read the result from the storage"
         return restart_after_infra_failure(view, message)
@@ -56,7 +56,7 @@ def has_succeeded(pods: Sequence[PodRecord], nodes: int) -> bool:
     return len(done) == nodes
 
 
-def _find_result(pods: Sequence[PodRecord]) -> Result | None:
+def find_result(pods: Sequence[PodRecord]) -> Result | None:
     """Return the stage's result from the termination message of any worker that has it."""
     terminations = (decode_termination(pod) for pod in pods)
     return next((t.result for t in terminations if t is not None and t.result is not None), None)

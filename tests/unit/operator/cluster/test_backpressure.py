@@ -87,4 +87,4 @@ def test_end_of_a_run_is_not_deferred() -> None:
     at_the_end = reconcile(run, seen, now=world.now + 101, defaults=DEFAULTS)
     assert at_the_end.status is not None
     assert at_the_end.status.is_finished
-    assert not at_the_end.can_wait
+    assert not at_the_end.may_be_deferred

@@ -87,8 +87,8 @@ def test_workers_that_nobody_can_ask_are_at_work() -> None:
     condition = clock.status.condition(ConditionType.RUNNING)
     assert condition is not None
     assert condition.message == (
-        "alignment is running, but its progress can't be read (port 9400 of pod demo-alignment-1-0: no answer in time); "
-        "check NetworkPolicies between the operator and the workers"
+        "alignment is running, but its progress can't be read (port 9400 of pod demo-alignment-1-0: no answer in "
+        "time); check NetworkPolicies between the operator and the workers"
     )
     clock.now += 500
     clock.end(0, 1)
