@@ -1,4 +1,4 @@
-"""How ranks of every kind of stage end: by a mistake, by a full storage, on request; and what comes after it."""
+"""Ranks of every kind of stage end: by a bug, a full volume or a stop request; the next attempt then succeeds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from tests.support.rank_faults import (
 )
 
 pytestmark = pytest.mark.slow
-STOPPED = 75
 
 
 def build_curation(root: Path) -> Stage:
@@ -59,24 +58,24 @@ def build_evaluation(root: Path) -> Stage:
 
 
 Build = Callable[[Path], Stage]
-MISTAKES = [
+BUGS = [
     pytest.param(build_curation, "writing a shard", "writer.write", id="curate"),
     pytest.param(build_training, "step 1", "self._record_step", id="train"),
     pytest.param(build_evaluation, "keeping answers", "kept.add", id="evaluate"),
 ]
 
 
-@pytest.mark.parametrize(("build", "point", "place"), MISTAKES)
-def test_a_mistake_is_told_with_its_place(build: Build, point: str, place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("build", "point", "code"), BUGS)
+def test_bug_is_reported_with_its_traceback(build: Build, point: str, code: str, tmp_path: Path) -> None:
     ranks = Ranks(build(tmp_path / "storage"), 1, [at(point, fail)])
     assert ranks.end() == [1], ranks.log()
-    said = ranks.said()
-    assert (said.exit_code, said.rank, said.message) == (1, 0, "ValueError: a plain mistake")
-    assert place in said.traceback
-    assert said.traceback.endswith("ValueError: a plain mistake\n")
+    ended = ranks.said()
+    assert (ended.exit_code, ended.rank, ended.message) == (1, 0, "ValueError: a plain mistake")
+    assert code in ended.traceback
+    assert ended.traceback.endswith("ValueError: a plain mistake\n")
 
 
-FILLED = [
+WRITES = [
     pytest.param(build_curation, "writing a shard", id="a shard"),
     pytest.param(build_curation, "writing the report of curation", id="the report of curation"),
     pytest.param(build_evaluation, "keeping answers", id="answers"),
@@ -89,8 +88,8 @@ def volume(tmp_path: Path) -> Iterator[Volume]:
     yield from provide_volume(tmp_path, is_disk=False)
 
 
-@pytest.mark.parametrize(("build", "point"), FILLED)
-def test_a_full_volume_leaves_nothing_half_written(build: Build, point: str, volume: Volume, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("build", "point"), WRITES)
+def test_full_volume_leaves_no_partial_output(build: Build, point: str, volume: Volume, tmp_path: Path) -> None:
     stage = build(volume.path)
     ranks = Ranks(stage, 1, [at(point, partial(fill, volume.path))])
     assert ranks.end() == [ExitCode.STORAGE], ranks.log()
@@ -103,22 +102,22 @@ def test_a_full_volume_leaves_nothing_half_written(build: Build, point: str, vol
     (tmp_path / "whole").mkdir()
     whole = build(tmp_path / "whole")
     assert Ranks(whole, 1).end() == [0]
-    assert contents(again) == contents(whole)
+    assert hash_outputs(again) == hash_outputs(whole)
     assert StageFiles(again).read_result().metrics == StageFiles(whole).read_result().metrics
 
 
 @pytest.mark.parametrize("build", [build_curation, build_evaluation], ids=["curate", "evaluate"])
-def test_all_ranks_stop_when_one_is_asked(build: Build, tmp_path: Path) -> None:
+def test_all_ranks_stop_when_one_is_asked_to(build: Build, tmp_path: Path) -> None:
     stage = build(tmp_path / "storage")
     ranks = Ranks(stage, faults=[do_nothing, ask_to_stop])
-    assert ranks.end() == [STOPPED, STOPPED], ranks.log()
+    assert ranks.end() == [ExitCode.PREEMPTED, ExitCode.PREEMPTED], ranks.log()
     assert StageFiles(stage).find_result() is None
     ranks = Ranks(next_attempt(stage))
     assert ranks.end() == [0, 0], ranks.log()
 
 
-def contents(stage: Stage) -> dict[str, str]:
-    """What a stage leaves for others, by digest; a report tells of times and places."""
+def hash_outputs(stage: Stage) -> dict[str, str]:
+    """Return the digests of the files that other stages read; reports, which contain times and paths, are left out."""
     output = Path(stage.output)
     found = (path for part in ("shards", "held-out", "report/predictions.jsonl") for path in list_files(output / part))
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}

@@ -1,27 +1,21 @@
-"""What a rank says of itself, and the server that hands it on."""
+"""A rank's progress document and metrics."""
 
 from __future__ import annotations
 
 import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
-
-import pytest
 
 from sailvl_trainer.contract import (
     Checkpoint,
     Progress,
 )
-from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.telemetry import Telemetry
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.worker.server import start_server
 from tests.support.builders.worker import build_stage
 
 
-def test_progress_goes_on_over_a_restart_in_place(tmp_path: Path) -> None:
+def test_progress_survives_a_restart_in_place(tmp_path: Path) -> None:
     path, stage = tmp_path / "progress.json", build_stage(tmp_path)
     first = Telemetry(stage, path)
     first.update(phase="running", step=3, steps=9, unit="samples", metrics={"loss": 2.0, "odd": float("inf")})
@@ -30,21 +24,21 @@ def test_progress_goes_on_over_a_restart_in_place(tmp_path: Path) -> None:
     first.update(phase="checkpointing", checkpoint=Checkpoint(step=3, path="c"))
     first.update(phase="running", step=4)
 
-    again = decode(Progress, path.read_bytes())
-    assert (again.step, again.steps, again.unit, again.metrics) == (4, 9, "samples", {"loss": 2.0})
+    written = decode(Progress, path.read_bytes())
+    assert (written.step, written.steps, written.unit, written.metrics) == (4, 9, "samples", {"loss": 2.0})
     second = Telemetry(stage, path).progress
-    assert second == replace(again, phase="starting", time=second.time, seconds=second.seconds)
-    assert second.seconds["training"] == again.seconds["training"] >= 0.02
-    assert second.seconds["starting"] >= again.seconds["starting"]
+    assert second == replace(written, phase="starting", time=second.time, seconds=second.seconds)
+    assert second.seconds["training"] == written.seconds["training"] >= 0.02
+    assert second.seconds["starting"] >= written.seconds["starting"]
 
 
-def test_another_attempt_begins_anew(tmp_path: Path) -> None:
+def test_another_attempt_starts_from_zero(tmp_path: Path) -> None:
     path = tmp_path / "progress.json"
     path.write_bytes(encode(Progress(attempt=1, phase="running", step=7)))
     assert Telemetry(build_stage(tmp_path, attempt=2), path).progress.step == 0
 
 
-def test_numbers_have_metrics_of_their_own_and_the_first_rank_alone_tells_of_the_run(tmp_path: Path) -> None:
+def test_only_rank_0_sets_metrics_of_the_run(tmp_path: Path) -> None:
     stage = build_stage(tmp_path)
     labels = {"namespace": "team", "run": "demo", "stage": "curate"}
     first, other = Telemetry(stage, None, rank=0), Telemetry(stage, None, rank=1)
@@ -61,23 +55,3 @@ def test_numbers_have_metrics_of_their_own_and_the_first_rank_alone_tells_of_the
         assert telemetry.registry.get_sample_value("sailvl_samples_total", labels | {"outcome": "kept"}) == 2
         assert telemetry.registry.get_sample_value("sailvl_memory_bytes", labels | {"kind": "resident"})
     assert other.registry.get_sample_value("sailvl_loss", labels) is None
-
-
-def test_the_server_answers(tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path / "scratch")
-    scratch.prepare()
-    server = start_server(0, scratch)
-    port = server.server_address[1]
-    try:
-        with pytest.raises(urllib.request.HTTPError) as missing:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=5)
-        with missing.value as answer:
-            assert answer.code == 404
-        scratch.progress_file.write_bytes(encode(Progress(attempt=2, phase="running")))
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=5) as answer:
-            assert decode(Progress, answer.read()).attempt == 2
-        with pytest.raises(ConfigError, match=f"port {port} for metrics is in use"):
-            start_server(int(port), scratch)
-    finally:
-        server.shutdown()
-        server.server_close()
