@@ -6,7 +6,7 @@ set -euo pipefail
 python=$1 directory=$2
 tree=build/stamps
 
-[ ! -f "$directory/.whole" ] || exit 0
+[ ! -f "$directory/.complete" ] || exit 0
 mkdir -p "$directory/raw/stamps"
 if [ ! -d "$tree/usr" ] && command -v apt-get >/dev/null && command -v dpkg >/dev/null; then
   mkdir -p "$tree"
@@ -17,4 +17,4 @@ stamps=()
 [ ! -d "$tree/usr" ] || stamps=(--stamps "$tree")
 "$python" -m sailvl_trainer.demo.build_data "$directory" "${stamps[@]}" --shapes 1800 --questions 1500
 "$python" -m sailvl_trainer.demo.tiny_lm "$directory/models/tiny-language"
-touch "$directory/.whole"
+touch "$directory/.complete"

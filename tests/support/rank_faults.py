@@ -269,7 +269,7 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
 
 
 def spoil(*samples: int) -> None:
-    """The pictures of these samples are not numbers: a real NaN, on the rank that has one of them."""
+    """Replace the images of these samples by NaN, on the rank that has one of them."""
     original = Batch.to
 
     def to(self: Batch, device: torch.device) -> Batch:

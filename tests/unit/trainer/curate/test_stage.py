@@ -1,4 +1,4 @@
-"""Tests of the whole curate stage: its outputs, equal bytes for any number of ranks, resuming and stopping."""
+"""Tests of the finished curate stage: its outputs, equal bytes for any number of ranks, resuming and stopping."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RANK = Path(__file__).parents[3] / "support/ranks/curate.py"
 
 
 @pytest.fixture(autouse=True)
-def group() -> Iterator[None]:
+def destroy_process_group() -> Iterator[None]:
     """Destroy the process group after every test."""
     yield
     if dist.is_initialized():
@@ -47,15 +47,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(root: Path) -> tuple[Stage, Result, Context]:
-    stage = build_stage(root, name="whole")
+def finished(root: Path) -> tuple[Stage, Result, Context]:
+    stage = build_stage(root, name="finished")
     found = run_stage(stage)
     dist.destroy_process_group()
     return (stage, *found)
 
 
-def test_result_counts_all_items(whole: tuple[Stage, Result, Context]) -> None:
-    _, result, context = whole
+def test_result_counts_all_items(finished: tuple[Stage, Result, Context]) -> None:
+    _, result, context = finished
     metrics = dict(result.metrics)
     assert metrics.pop("heldOut") > 0
     assert metrics.pop("nearDuplicate") + metrics.pop("kept") == 61
@@ -63,14 +63,14 @@ def test_result_counts_all_items(whole: tuple[Stage, Result, Context]) -> None:
     assert metrics.pop("duplicates") == 1 + result.metrics["nearDuplicate"]
     assert metrics == {"duplicate": 1, "unreadable": 2, "noCaption": 1}
     assert (result.steps, result.samples) == (65, result.metrics["kept"])
-    assert (result.kind, result.output, result.digest) == ("curate", "demo/whole", "whole")
+    assert (result.kind, result.output, result.digest) == ("curate", "demo/finished", "finished")
     progress = context.telemetry.progress
     assert (progress.step, progress.steps, progress.unit, progress.samples) == (65, 65, "samples", 65)
     assert {"listing", "verifying", "deciding", "writing", "reporting"} <= set(progress.seconds)
 
 
-def test_shards_hold_the_kept_samples(root: Path, whole: tuple[Stage, Result, Context]) -> None:
-    stage, result, _ = whole
+def test_shards_hold_the_kept_samples(root: Path, finished: tuple[Stage, Result, Context]) -> None:
+    stage, result, _ = finished
     splits: dict[str, list[str]] = {}
     for split in ("shards", "held-out"):
         folder = Path(stage.output) / split
@@ -94,13 +94,13 @@ def test_shards_hold_the_kept_samples(root: Path, whole: tuple[Stage, Result, Co
 
 
 def test_held_out_images_do_not_depend_on_the_order_of_sources(
-    root: Path, whole: tuple[Stage, Result, Context]
+    root: Path, finished: tuple[Stage, Result, Context]
 ) -> None:
     def hash_held_out(stage: Stage) -> set[str]:
         reader = ShardReader(Path(stage.output) / "held-out", "00000")
         return {hashlib.sha256(reader.image(row) or b"").hexdigest() for row in range(len(reader))}
 
-    stage = whole[0]
+    stage = finished[0]
     assert stage.curate is not None
     reversed_ = replace(
         build_stage(root, name="reversed"), curate=replace(stage.curate, sources=stage.curate.sources[::-1])
@@ -109,8 +109,8 @@ def test_held_out_images_do_not_depend_on_the_order_of_sources(
     assert hash_held_out(reversed_) == hash_held_out(stage)
 
 
-def test_report_is_self_contained_and_complete(whole: tuple[Stage, Result, Context]) -> None:
-    stage, result, _ = whole
+def test_report_is_self_contained_and_complete(finished: tuple[Stage, Result, Context]) -> None:
+    stage, result, _ = finished
     report = Path(stage.output) / "report"
     page = (report / "index.html").read_text()
     assert not re.search(r"https?://|src=\"(?!data:)|<script|@import|url\(", page)
@@ -128,16 +128,16 @@ def test_report_is_self_contained_and_complete(whole: tuple[Stage, Result, Conte
     assert facts["tiles"] == [[1.0, result.samples]]
 
 
-def test_second_run_writes_the_same_bytes(root: Path, whole: tuple[Stage, Result, Context]) -> None:
+def test_second_run_writes_the_same_bytes(root: Path, finished: tuple[Stage, Result, Context]) -> None:
     again = build_stage(root, name="again")
     run_stage(again)
-    assert hash_shards(again) == hash_shards(whole[0])
+    assert hash_shards(again) == hash_shards(finished[0])
 
 
 @pytest.mark.parametrize("after", ["list_items", "verify_items", "select_samples", "write_shards", "write_manifests"])
 def test_killed_attempt_is_resumed_after_each_step(
     root: Path,
-    whole: tuple[Stage, Result, Context],
+    finished: tuple[Stage, Result, Context],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     after: str,
@@ -157,21 +157,21 @@ def test_killed_attempt_is_resumed_after_each_step(
     dist.destroy_process_group()
     before = {p: p.stat().st_mtime_ns for p in (Path(killed.output) / "artifacts").rglob("*.parquet")}
     result, _ = run_stage(replace(killed, attempt=2))
-    assert hash_shards(killed) == hash_shards(whole[0])
-    assert result.metrics == whole[1].metrics
+    assert hash_shards(killed) == hash_shards(finished[0])
+    assert result.metrics == finished[1].metrics
     assert {p: p.stat().st_mtime_ns for p in before} == before, "completed work is not repeated"
 
 
-def test_only_missing_artifacts_are_written_again(root: Path, whole: tuple[Stage, Result, Context]) -> None:
+def test_only_missing_artifacts_are_written_again(root: Path, finished: tuple[Stage, Result, Context]) -> None:
     stage = replace(build_stage(root, name="holes"), digest="holes")
-    shutil.copytree(whole[0].output, stage.output)
+    shutil.copytree(finished[0].output, stage.output)
     artifacts = Path(stage.output) / "artifacts"
     for path in (artifacts / "rows" / "000001.parquet", artifacts / "shards" / "00001.json"):
         path.unlink()
     (Path(stage.output) / "shards" / ".00001.tar.77").write_bytes(b"half")
     times = {p: p.stat().st_mtime_ns for p in artifacts.rglob("*") if p.is_file()}
     run_stage(stage)
-    assert hash_shards(stage) == hash_shards(whole[0])
+    assert hash_shards(stage) == hash_shards(finished[0])
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
@@ -189,7 +189,7 @@ def test_stop_finishes_the_current_task_and_keeps_its_result(
     rows: int,
     *,
     root: Path,
-    whole: tuple[Stage, Result, Context],
+    finished: tuple[Stage, Result, Context],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage = build_stage(root, name=f"stop-{name}")
@@ -207,7 +207,7 @@ def test_stop_finishes_the_current_task_and_keeps_its_result(
     dist.destroy_process_group()
     stop.unlink()
     run_stage(replace(stage, attempt=2))
-    assert hash_shards(stage) == hash_shards(whole[0])
+    assert hash_shards(stage) == hash_shards(finished[0])
 
 
 def test_error_counts_outcomes_if_all_images_were_dropped(root: Path) -> None:
@@ -229,10 +229,10 @@ def test_image_deleted_after_verification_is_a_data_error(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_two_ranks_write_the_same_bytes(root: Path, whole: tuple[Stage, Result, Context], tmp_path: Path) -> None:
+def test_two_ranks_write_the_same_bytes(root: Path, finished: tuple[Stage, Result, Context], tmp_path: Path) -> None:
     stage, scratch = build_stage(root, name="two"), tmp_path / "scratch"
     ranks = start_ranks(RANK, stage, 2, scratch)
     assert [rank.wait(120) for rank in ranks] == [0, 0], (scratch / "log-0").read_text()[-2000:]
     results = [json.loads((scratch / f"result-{rank}.json").read_bytes()) for rank in range(2)]
-    assert [result["samples"] for result in results] == [whole[1].samples] * 2
-    assert hash_shards(stage) == hash_shards(whole[0])
+    assert [result["samples"] for result in results] == [finished[1].samples] * 2
+    assert hash_shards(stage) == hash_shards(finished[0])

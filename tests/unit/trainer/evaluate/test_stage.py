@@ -1,4 +1,4 @@
-"""Tests of the whole evaluate stage with an untrained model: outputs, stopping, and answers that never change."""
+"""Tests of the finished evaluate stage with an untrained model: outputs, stopping, and answers that never change."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def read_predictions(stage: Stage) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(root: Path, benchmarks: tuple[BenchmarkConfig, ...]) -> tuple[Stage, Result]:
-    stage = build_stage(root, *benchmarks, run="whole")
+def finished(root: Path, benchmarks: tuple[BenchmarkConfig, ...]) -> tuple[Stage, Result]:
+    stage = build_stage(root, *benchmarks, run="finished")
     return stage, run_stage(stage)
 
 
-def test_result_and_files_hold_all_scores_and_predictions(whole: tuple[Stage, Result]) -> None:
-    stage, result = whole
+def test_result_and_files_hold_all_scores_and_predictions(finished: tuple[Stage, Result]) -> None:
+    stage, result = finished
     assert result.metrics.keys() == {"score", "scoreCustom", "colours", "more"}
     assert (result.steps, result.samples) == (10, 10)
     assert [p["index"] for p in read_predictions(stage)] == [*map(str, range(7)), *map(str, range(3))]
     assert json.loads((Path(stage.output) / "report/scores.json").read_bytes()) == result.metrics
 
 
-def test_report_is_self_contained(whole: tuple[Stage, Result]) -> None:
-    stage, _ = whole
+def test_report_is_self_contained(finished: tuple[Stage, Result]) -> None:
+    stage, _ = finished
     page = (Path(stage.output) / "report/index.html").read_text()
     assert "http" not in page
     assert page.count("data:image/jpeg;base64,") == 8, "two of ten questions have no image"
@@ -74,27 +74,27 @@ def test_report_is_self_contained(whole: tuple[Stage, Result]) -> None:
     assert "expected: yellow" in page
 
 
-def test_answers_do_not_depend_on_the_batch_size(root: Path, whole: tuple[Stage, Result]) -> None:
-    config = whole[0].evaluate
+def test_answers_do_not_depend_on_the_batch_size(root: Path, finished: tuple[Stage, Result]) -> None:
+    config = finished[0].evaluate
     assert config is not None
     stage = build_stage(root, *config.benchmarks, run="alone", batch_size=1)
     run_stage(stage)
-    assert read_predictions(stage) == read_predictions(whole[0])
+    assert read_predictions(stage) == read_predictions(finished[0])
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_same_answers_as_one(root: Path, whole: tuple[Stage, Result]) -> None:
-    stage = replace(whole[0], run="pair", output=str(root / "pair/evaluate"))
+def test_two_ranks_give_the_same_answers_as_one(root: Path, finished: tuple[Stage, Result]) -> None:
+    stage = replace(finished[0], run="pair", output=str(root / "pair/evaluate"))
     ranks = start_ranks(RANK, stage, 2, root / "scratch-pair")
     assert [rank.wait(120) for rank in ranks] == [0, 0], (root / "scratch-pair/log-0").read_text()[-2000:]
-    assert read_predictions(stage) == read_predictions(whole[0])
-    assert json.loads((root / "scratch-pair/result.json").read_bytes())["metrics"] == whole[1].metrics
+    assert read_predictions(stage) == read_predictions(finished[0])
+    assert json.loads((root / "scratch-pair/result.json").read_bytes())["metrics"] == finished[1].metrics
 
 
 def test_answers_before_a_stop_are_reused(
-    root: Path, whole: tuple[Stage, Result], monkeypatch: pytest.MonkeyPatch
+    root: Path, finished: tuple[Stage, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = replace(whole[0], run="stopped", output=str(root / "stopped/evaluate"))
+    stage = replace(finished[0], run="stopped", output=str(root / "stopped/evaluate"))
     answer, answered = generate.Generator.generate_answers, list[str]()
 
     def answer_and_stop(self: generate.Generator, questions: Any, max_tiles: int) -> list[str]:
@@ -108,9 +108,9 @@ def test_answers_before_a_stop_are_reused(
     (cache,) = (Path(stage.output) / "artifacts").iterdir()
     cache.write_bytes(cache.read_bytes() + b'{"benchmark": "colours", "bat')
     assert answered == ["0", "1"]
-    assert run_stage(replace(stage, attempt=2)).metrics == whole[1].metrics
+    assert run_stage(replace(stage, attempt=2)).metrics == finished[1].metrics
     assert answered == [*map(str, range(7)), *map(str, range(3))], "each question is answered once"
-    assert read_predictions(stage) == read_predictions(whole[0])
+    assert read_predictions(stage) == read_predictions(finished[0])
 
 
 def test_caption_loss_is_reported_beside_the_scores(root: Path) -> None:
