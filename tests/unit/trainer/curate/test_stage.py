@@ -1,4 +1,4 @@
-"""Tests of the finished curate stage: its outputs, equal bytes for any number of ranks, resuming and stopping."""
+"""Tests of the whole curate stage: its outputs, equal bytes for any number of ranks, resuming and stopping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the finished evaluate stage with an untrained model: outputs, stopping, and answers that never change."""
+"""Tests of the whole evaluate stage with an untrained model: outputs, stopping, and answers that never change."""
 
 from __future__ import annotations
 
