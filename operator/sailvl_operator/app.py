@@ -24,7 +24,7 @@ from sailvl_operator.cluster.backpressure import StartupBacklog
 from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.lease import Leadership
-from sailvl_operator.cluster.owned_objects import Children
+from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
 from sailvl_operator.cluster.runs import RunKey, RunStore
@@ -50,7 +50,7 @@ class ControllerParts:
     controller: Controller
     runs: RunStore
     queue: WorkQueue[RunKey]
-    children: Children
+    children: OwnedObjects
     auditor: WatchAuditor
     recorder: Recorder
     progress: ProgressReader
@@ -122,8 +122,8 @@ class _Shared:
     queue: WorkQueue[RunKey]
 
 
-def _build_children(shared: _Shared) -> Children:
-    return Children(
+def _build_children(shared: _Shared) -> OwnedObjects:
+    return OwnedObjects(
         shared.client,
         namespaces=shared.settings.api.namespaces,
         on_change=shared.queue.add_debounced,
@@ -156,7 +156,7 @@ def _build_recorder(shared: _Shared) -> Recorder:
     )
 
 
-def _build_progress_reader(shared: _Shared, children: Children) -> ProgressReader:
+def _build_progress_reader(shared: _Shared, children: OwnedObjects) -> ProgressReader:
     return ProgressReader(
         interval_seconds=shared.settings.controller.progress_interval_seconds,
         pods=lambda: children.pods,
@@ -167,7 +167,7 @@ def _build_progress_reader(shared: _Shared, children: Children) -> ProgressReade
     )
 
 
-def _build_diagnostics(shared: _Shared, children: Children, delay_seconds: float) -> StartDiagnostics:
+def _build_diagnostics(shared: _Shared, children: OwnedObjects, delay_seconds: float) -> StartDiagnostics:
     return StartDiagnostics(
         shared.client,
         interval_seconds=shared.settings.controller.diagnostics_interval_seconds,
@@ -180,7 +180,7 @@ def _build_diagnostics(shared: _Shared, children: Children, delay_seconds: float
 
 def _build_controller(
     shared: _Shared,
-    children: Children,
+    children: OwnedObjects,
     progress: ProgressReader,
     diagnostics: StartDiagnostics,
     recorder: Recorder,

@@ -20,7 +20,7 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.apply import Applier, Refusals
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.merge_patch import build_merge_patch, drop_nulls
-from sailvl_operator.cluster.owned_objects import Children
+from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.progress import PROGRESS_WRITES_PER_SECOND, ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
 from sailvl_operator.cluster.refusals import RefusalLog
@@ -55,7 +55,7 @@ class Controller:
         *,
         client: Client,
         runs: RunStore,
-        children: Children,
+        children: OwnedObjects,
         progress: ProgressReader,
         diagnostics: StartDiagnostics,
         recorder: Recorder,

@@ -153,6 +153,15 @@ class LastFailure(Struct, frozen=True, kw_only=True):
     """Time at which the failure was recorded."""
 
 
+class StageGateResult(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Result of a stage's gate."""
+
+    passed: bool
+    """Whether the metric keeps the bounds of the gate."""
+    message: Text
+    """Value of the metric and the bound that it was compared with."""
+
+
 class StageStatus(Struct, frozen=True, kw_only=True):
     """Observed state of one stage."""
 
@@ -191,8 +200,8 @@ class StageStatus(Struct, frozen=True, kw_only=True):
     """Newest complete checkpoint."""
     output: Annotated[str, Meta(max_length=1024)] = ""
     """Output directory of the stage, relative to the storage."""
-    gate: Text = ""
-    """Result of the stage's gate. Empty if the stage has no gate or the gate was not evaluated yet."""
+    gate_result: StageGateResult | None = None
+    """Result of the stage's gate. Absent if the stage has no gate or the gate was not evaluated yet."""
     last_failure: LastFailure | None = None
     """Most recent failure of the stage."""
 

@@ -9,7 +9,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources, wire
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.owned_objects import Children
+from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.parse import parse_job
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode
@@ -32,7 +32,7 @@ Refusals = dict[AttemptKey, OperatorError]
 class Applier:
     """Writes through the client and puts what it has created into the stores at once."""
 
-    def __init__(self, client: Client, children: Children) -> None:
+    def __init__(self, client: Client, children: OwnedObjects) -> None:
         self._client = client
         self._children = children
         self._prepared: dict[str, None] = {}  # UIDs of runs whose claim exists, oldest first

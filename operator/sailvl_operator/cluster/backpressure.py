@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 
-from sailvl_operator.cluster.owned_objects import Children
+from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.core.observe import JobRecord
 
 HIGH_BACKLOG_JOBS = 50
@@ -25,7 +25,7 @@ class StartupBacklog:
 
     def __init__(
         self,
-        children: Children,
+        children: OwnedObjects,
         *,
         clock: Callable[[], float],
         monotonic: Callable[[], float] = time.monotonic,

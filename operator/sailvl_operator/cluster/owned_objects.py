@@ -1,4 +1,4 @@
-"""The Jobs, pods and Services of all runs, kept by informers; the engine's view of what exists."""
+"""The Jobs, pods and Services of all runs: one store for each kind, filled by informers and read by the controller."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _PODS: Kind[PodRecord] = Kind(
 )
 
 
-class Children:
-    """Stores of each kind, and the tasks that fill them."""
+class OwnedObjects:
+    """A store for each kind of owned object, and the informers that fill them."""
 
     def __init__(
         self,
@@ -43,7 +43,12 @@ class Children:
         clock: Callable[[], float] = time.time,
         on_routine_change: Callable[[RunKey], None] | None = None,
     ) -> None:
-        """`on_routine_change` is called instead of `on_change` for changes that need no action."""
+        """Create the stores and informers.
+
+        `namespaces` are those to watch; none means all. `on_change` receives the key of a run whose objects have
+        changed; `on_routine_change` is called instead for changes that need no action. `count_restart` receives the
+        resource and the reason whenever a watch is restarted.
+        """
         self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock, on_routine_change=on_routine_change)
         self.pods: Store[PodRecord] = Store(_PODS, on_change, clock, on_routine_change=on_routine_change)
         self.services: Store[ServiceRecord] = Store(_SERVICES, on_change, clock, on_routine_change=on_routine_change)
@@ -55,7 +60,7 @@ class Children:
         self._informers = watch(_JOBS, self.jobs) + watch(_PODS, self.pods) + watch(_SERVICES, self.services)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run the informers until cancelled."""
         async with asyncio.TaskGroup() as group:
             for informer in self._informers:
                 group.create_task(informer.run(), name=f"informer-{informer.resource}")
@@ -66,16 +71,16 @@ class Children:
         self.jobs.retains_deleted = self.pods.retains_deleted = True
 
     async def wait_synced(self) -> None:
-        """Until every informer has its first list: before that a missing Job means nothing."""
+        """Wait until every informer has its first list; before that, a missing Job doesn't mean that it was deleted."""
         for informer in self._informers:
             await informer.synced.wait()
 
     def is_synced(self) -> bool:
-        """Whether every informer has its first list."""
+        """Return whether every informer has its first list."""
         return all(informer.synced.is_set() for informer in self._informers)
 
     def ages(self) -> Iterator[tuple[str, float]]:
-        """Seconds since each kind's watch last said anything; the oldest where there are several."""
+        """Yield each resource with the longest silence of its watches in seconds."""
         oldest: dict[str, float] = {}
         for informer in self._informers:
             oldest[informer.resource] = max(informer.silent_seconds(), oldest.get(informer.resource, 0.0))

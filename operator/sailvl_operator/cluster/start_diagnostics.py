@@ -15,7 +15,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.status import Status, decode_status
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.owned_objects import Children
+from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.runs import RunKey, RunStore
 from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord
 from sailvl_operator.errors import ApiError, NotFound
@@ -156,7 +156,7 @@ class StartDiagnostics:
         self._on_change(key)
 
 
-def find_waiting(children: Children, runs: RunStore) -> Iterator[WaitingAttempt]:
+def find_waiting(children: OwnedObjects, runs: RunStore) -> Iterator[WaitingAttempt]:
     """Yield the current attempts that have not started."""
     for job in [job for job in children.jobs if not job.is_gone]:
         key = job.namespace, job.run

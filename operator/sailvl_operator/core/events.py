@@ -44,7 +44,7 @@ def _report_in_place_restarts(old: Status, new: Status) -> list[Event]:
 
 def _report_gates(transition: RunTransition) -> list[Event]:
     """Report the gates whose result is new."""
-    known = {stage.view.status.name: stage.view.status.gate for stage in transition.stages}
+    known = {stage.view.status.name: stage.view.status.gate_result for stage in transition.stages}
     return [
         Event(
             reason=Reason.GATE_PASSED if result.is_passed else Reason.GATE_FAILED,
@@ -52,7 +52,7 @@ def _report_gates(transition: RunTransition) -> list[Event]:
             type="Normal" if result.is_passed else "Warning",
         )
         for result in transition.gate_results
-        if known[result.stage] != result.message[:1000]
+        if known[result.stage] != result.to_status()
     ]
 
 

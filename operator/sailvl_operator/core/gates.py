@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from msgspec import UNSET
 
+from sailvl_operator.api.status import StageGateResult
 from sailvl_operator.api.types import Gate, Stage
 
 _MAX_LISTED_METRICS = 12
@@ -27,6 +28,10 @@ class GateResult:
     def is_open(self) -> bool:
         """Whether later stages may start."""
         return self.is_passed or self.on_fail == "Continue"
+
+    def to_status(self) -> StageGateResult:
+        """Return the result as the stage's status shows it."""
+        return StageGateResult(passed=self.is_passed, message=self.message[:1000])
 
 
 def evaluate_gate(stage: Stage, metrics: Mapping[str, str]) -> GateResult | None:

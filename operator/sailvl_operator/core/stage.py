@@ -56,8 +56,8 @@ def advance_stages(
         if view.status.state == "Succeeded" and (gate_result is None or gate_result.is_open):
             done.add(view.status.name)
         may_start = may_start and transition.status.state != "Failed"
-        gate = "" if gate_result is None else gate_result.message[:1000]
-        transitions.append(replace(transition, status=msgspec.structs.replace(transition.status, gate=gate)))
+        shown = None if gate_result is None else gate_result.to_status()
+        transitions.append(replace(transition, status=msgspec.structs.replace(transition.status, gate_result=shown)))
         gate_results += [] if gate_result is None else [gate_result]
     return tuple(transitions), tuple(gate_results)
 

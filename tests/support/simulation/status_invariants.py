@@ -82,7 +82,7 @@ def succeeded_stage_stays_unchanged(run: Object, old: Status, new: Status) -> No
     for before, after in _pair_stages(old, new):
         if before.state == "Succeeded":
             require(
-                msgspec.structs.replace(after, gate=before.gate) == before,
+                msgspec.structs.replace(after, gate_result=before.gate_result) == before,
                 f"{after.name} had succeeded and changed: {before} became {after}",
             )
 

@@ -16,7 +16,7 @@ NOW = 1_000_000.0
 
 
 class Stores:
-    """Records by run, in place of `Children`."""
+    """Records by run, in place of `OwnedObjects`."""
 
     def __init__(self, jobs, pods=()):
         self.jobs = jobs

@@ -12,7 +12,7 @@ import pytest
 from sailvl_operator.api import names
 from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
-from sailvl_operator.cluster.owned_objects import Children
+from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.parse import parse_job
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 
@@ -39,7 +39,7 @@ async def watching(*namespaces: str, pods: int = 0, is_leading: bool = True):
         serve(api) as url,
         Client(Credentials(AnonymousConfiguration(url)), ClientConfig(page_size=2)) as client,
     ):
-        children = Children(
+        children = OwnedObjects(
             client,
             namespaces=namespaces,
             on_change=changes.append,
@@ -133,7 +133,7 @@ async def test_standby_does_not_keep_deleted_pods():
 def test_object_created_during_a_list_is_kept():
     labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo"}
     jobs = [{"metadata": {"name": n, "uid": n, "namespace": "team", "labels": labels}, "spec": {}} for n in "abc"]
-    store = Children(Any, namespaces=(), on_change=lambda _: None, count_restart=lambda *_: None).jobs
+    store = OwnedObjects(Any, namespaces=(), on_change=lambda _: None, count_restart=lambda *_: None).jobs
     store.retains_deleted = True
     for job in jobs[:2]:
         store.put(job)

@@ -57,7 +57,10 @@ def test_a_gate(bounds: dict[str, str], loss: float | None, next_stage: str | No
     assert condition is not None
     assert (condition.status, condition.reason) == (value, reason)
     assert world.started[-1].document.stage == (next_stage or "alignment")
-    assert world.stage("alignment").gate in condition.message or value == "True"
+    result = world.stage("alignment").gate_result
+    assert result is not None
+    assert result.passed == (value == "True")
+    assert result.message in condition.message or result.passed
     assert world.status.is_true(ConditionType.FAILED) == (next_stage is None and "onFail" not in bounds)
 
 
