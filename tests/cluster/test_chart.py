@@ -154,7 +154,7 @@ def _install(image: str, namespace: str, kubeconfig: str) -> None:
         kubeconfig=kubeconfig,
     )
     assert done.returncode == 0, done.stderr
-    assert f"{OPERATOR} serves the SailVLRuns of {namespace}." in done.stdout
+    assert f"{OPERATOR} watches the SailVLRuns of {namespace}" in done.stdout
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

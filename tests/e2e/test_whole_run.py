@@ -36,7 +36,7 @@ def test_run_succeeds(whole_run: WholeRun) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_workers_of_a_stage_run_on_different_nodes(whole_run: WholeRun, name: str) -> None:
+def test_workers_of_each_stage_run_on_different_nodes(whole_run: WholeRun, name: str) -> None:
     last = f"demo-{name}-{whole_run.stage(name)['attempt']}"
     assert len(whole_run.nodes[last]) == 2
 
@@ -111,13 +111,13 @@ def test_kubectl_columns_show_every_stage(whole_run: WholeRun) -> None:
 
 def test_events_describe_the_run(whole_run: WholeRun, kubectl: Kubectl) -> None:
     described = kubectl("-n", whole_run.namespace, "describe", "svr", "demo").stdout
-    for words in (
+    for message in (
         "Started stage curate (attempt 1)",
         "restarting as attempt 2",
         "Stage evaluate succeeded",
         "All 7 stages succeeded",
     ):
-        assert words in described
+        assert message in described
 
 
 def test_workers_have_no_service_account_token(whole_run: WholeRun, kubectl: Kubectl) -> None:

@@ -55,7 +55,7 @@ class InMemoryApiServer(ObjectStore):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._pages: dict[str, tuple[int, list[Object]]] = {}
-        """What is left of each list that is read in pages, with its version, by continue token."""
+        """Version and remaining objects of each list that is read in pages, by continue token."""
 
     def handle(self, method: str, path: str, query: Mapping[str, str], body: Any, *, by: str) -> ApiResponse:
         """Execute one request of a client."""

@@ -16,7 +16,7 @@ import msgspec
 from tests.support.apiserver.objects import Key, Object, copy_object, is_active
 
 Verb = Literal["create", "update", "delete", "remove"]
-"""What a write does; `delete` only marks a pod that its kubelet removes later."""
+"""Effect of a write; `delete` only marks a pod that its kubelet removes later."""
 
 NEW_YEAR_2026 = 1_767_225_600.0
 """The time that a store without a clock stamps on new objects."""

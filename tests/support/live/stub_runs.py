@@ -112,7 +112,7 @@ def open_workspace(api: ClusterApi, image: str, *, prefix: str = "stub") -> Iter
 def open_operator(kubeconfig: str, workspaces: Sequence[Workspace], folder: Path) -> Iterator[OperatorReplica]:
     """Run an operator for some namespaces, with fast start diagnostics."""
     namespaces = [workspace.namespace for workspace in workspaces]
-    with OperatorReplica(kubeconfig, namespaces, folder, diagnostics_interval=1, grace_seconds=30) as operator:
+    with OperatorReplica(kubeconfig, namespaces, folder, diagnostics_interval_seconds=1, grace_seconds=30) as operator:
         operator.wait_until_ready()
         yield operator
 
@@ -210,7 +210,7 @@ class StubRun:
 
     @property
     def journal(self) -> list[str]:
-        """What the stub workers logged: stage, attempt, index and event."""
+        """The lines that the stub workers logged: stage, attempt, index and event."""
         path = self.workspace.storage / "data" / f"{self.name}.journal"
         return path.read_text().splitlines() if path.exists() else []
 

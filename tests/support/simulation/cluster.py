@@ -30,7 +30,7 @@ class SimulatedNode:
     name: str
     unreachable_since: float | None = None
     deferred: list[Callable[[], None]] = field(default_factory=list)
-    """What its kubelet does and reports once it can reach the API server again."""
+    """Actions and reports of its kubelet that wait until it can reach the API server again."""
 
 
 class SimulatedCluster:

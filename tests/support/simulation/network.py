@@ -64,7 +64,7 @@ class Network:
 
 
 class OperatorConnection:
-    """What one operator process has in place of an aiohttp session."""
+    """The connection of one operator process, in place of an aiohttp session."""
 
     def __init__(self, network: Network, *, operator: str) -> None:
         self.network, self.operator = network, operator

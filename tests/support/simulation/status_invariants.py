@@ -89,8 +89,8 @@ def succeeded_stage_stays_unchanged(run: Object, old: Status, new: Status) -> No
 
 def started_stage_keeps_its_digest(run: Object, old: Status, new: Status) -> None:
     for before, after in _pair_stages(old, new):
-        kept = before.digest in ("", after.digest) and before.start_time in ("", after.start_time)
-        require(kept, f"{after.name}'s digest or start changed: {before} became {after}")
+        is_unchanged = before.digest in ("", after.digest) and before.start_time in ("", after.start_time)
+        require(is_unchanged, f"{after.name}'s digest or start changed: {before} became {after}")
 
 
 def finished_run_stays_finished(run: Object, old: Status, new: Status) -> None:

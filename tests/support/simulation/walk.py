@@ -30,7 +30,7 @@ from tests.support.simulation.steps import STEPS
 from tests.support.simulation.users import create_run, remove_obstacles
 from tests.support.simulation.workers import Gang
 
-CALM_SECONDS = 1500.0
+DRAIN_SECONDS = 1500.0
 """Time without faults after which nothing is under way any more."""
 QUIESCENT_SECONDS = 200.0
 """Time in which nothing may be written afterwards; spent twice."""
@@ -239,7 +239,7 @@ class RandomWalk:
         """Stop all faults and wait; then require that nothing is under way and that the operator writes nothing."""
         self._stop_faults()
         for _ in range(6):
-            await self.pass_time(CALM_SECONDS / 6)
+            await self.pass_time(DRAIN_SECONDS / 6)
         self._record("nothing is under way")
         self._check_invariants(QUIESCENT_INVARIANTS)
         writes, version = self.operator_writes, self.api.version

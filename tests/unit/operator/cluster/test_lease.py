@@ -17,7 +17,7 @@ from sailvl_operator.settings import LeaseSettings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, InjectedError, serve
 
 
-class Clock:
+class ManualClock:
     now = 1000.0
 
     def __call__(self) -> float:
@@ -27,7 +27,7 @@ class Clock:
 @asynccontextmanager
 async def candidates(*identities: str):
     """Candidates of several processes that share one API server and one clock."""
-    api, clock = FakeApiServer(), Clock()
+    api, clock = FakeApiServer(), ManualClock()
     async with AsyncExitStack() as stack:
         url = await stack.enter_async_context(serve(api))
 

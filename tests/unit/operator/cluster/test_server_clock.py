@@ -11,7 +11,7 @@ from sailvl_operator.cluster.server_clock import ServerClock
 NOW = 1_800_000_000.0
 
 
-class World:
+class SkewedProcess:
     """An API server, and a process whose clock is wrong by some seconds."""
 
     def __init__(self, skew: float) -> None:
@@ -41,7 +41,7 @@ class World:
     ],
 )
 def test_own_clock_is_clamped_to_the_bounds(skew, off):
-    world = World(skew)
+    world = SkewedProcess(skew)
     assert world.clock.now() == NOW + skew, "no response yet"
     world.tick(0.5)
     world.ask()
@@ -50,7 +50,7 @@ def test_own_clock_is_clamped_to_the_bounds(skew, off):
 
 
 def test_bounds_narrow_with_each_response():
-    world = World(7200.0)
+    world = SkewedProcess(7200.0)
     for _ in range(10):
         world.tick(0.37)
         world.ask(there=0.01, back=0.01)
@@ -58,7 +58,7 @@ def test_bounds_narrow_with_each_response():
 
 
 def test_changed_server_clock_is_followed():
-    world = World(0.0)
+    world = SkewedProcess(0.0)
     world.ask()
     world.server += 600.0
     world.skew = -600.0
@@ -68,6 +68,6 @@ def test_changed_server_clock_is_followed():
 
 @pytest.mark.parametrize("date", [None, "", "yesterday"])
 def test_invalid_date_is_ignored(date):
-    world = World(7200.0)
+    world = SkewedProcess(7200.0)
     world.clock.observe_date(date, sent=1.0, received=1.1)
     assert world.clock.now() == NOW + 7200.0

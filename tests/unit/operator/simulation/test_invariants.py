@@ -101,7 +101,7 @@ def test_violation_is_detected(invariant, old, new):
     assert invariant in find_violated(old, new)
 
 
-def test_every_status_invariant_has_a_violation_here():
+def test_every_status_invariant_is_violated_here():
     assert {invariant.__name__.replace("_", " ") for invariant in STATUS_INVARIANTS} == {n for n, *_ in VIOLATIONS}
 
 
