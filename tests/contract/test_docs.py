@@ -26,7 +26,12 @@ from sailvl_trainer.model.presets import PRESETS, get_preset
 from sailvl_trainer.rank.metrics import TrainerMetrics
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+    ROOT / "tests/README.md",
+]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 ARTIFACTS = {"held-out/", "export/", "models/", "raw/", "sft/", "benchmarks/", "charts/"}
