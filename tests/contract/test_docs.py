@@ -241,7 +241,7 @@ ROOTS = (ROOT, ROOT / "operator/sailvl_operator", ROOT / "trainer/sailvl_trainer
 def test_named_modules_exist(page: Path) -> None:
     """Every `core/observe.py`, `core/` or `tests/unit/operator/core` in backticks is a file or a folder."""
     for name in re.findall(r"`((?:[\w.-]+/)*[\w-]+\.py|(?:[\w-]+/)+)`", page.read_text()):
-        assert any((root / name).exists() for root in ROOTS) or name in ARTIFACTS, name
+        assert any((root / name).exists() for root in (*ROOTS, page.parent)) or name in ARTIFACTS, name
     for name in re.findall(r"pytest(?: -q)?((?: tests/[\w/.]+)+)", page.read_text()):
         assert all((ROOT / path).exists() for path in name.split()), name
 
