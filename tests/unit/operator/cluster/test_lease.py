@@ -55,18 +55,18 @@ async def is_acquired(leadership: Leadership, seconds: float = 0.2) -> bool:
 
 async def test_standby_leads_after_the_lease_was_not_renewed_for_its_duration():
     async with candidates("a", "b") as (api, clock, (a, b)):
-        assert await is_acquired(a)
+        assert await is_acquired(a, 5.0)
         assert not await is_acquired(b)
         clock.now += 14
         assert not await is_acquired(b)
         clock.now += 2
-        assert await is_acquired(b)
+        assert await is_acquired(b, 5.0)
         assert holder(api) == ("b", 2)
 
 
 async def test_renewed_lease_is_not_taken():
     async with candidates("a", "b") as (api, clock, (a, b)):
-        assert await is_acquired(a)
+        assert await is_acquired(a, 5.0)
         assert not await is_acquired(b)
         keeping = asyncio.create_task(a.keep())
         version = api.version
@@ -88,7 +88,7 @@ async def set_holder(api: FakeApiServer, holder: str) -> None:
 
 async def test_leader_exits_when_another_replica_takes_the_lease():
     async with candidates("a") as (api, _, (a,)):
-        assert await is_acquired(a)
+        assert await is_acquired(a, 5.0)
         await set_holder(api, "b")
         with pytest.raises(LeaseLost, match="taken by another replica"):
             await a.keep()
@@ -99,7 +99,7 @@ async def test_leader_exits_when_another_replica_takes_the_lease():
 
 async def test_leader_exits_when_the_lease_is_deleted():
     async with candidates("a") as (api, _, (a,)):
-        assert await is_acquired(a)
+        assert await is_acquired(a, 5.0)
         api.remove_named("leases", "sailvl-operator")
         with pytest.raises(LeaseLost, match="about to be"):
             await a.keep()
@@ -107,12 +107,12 @@ async def test_leader_exits_when_the_lease_is_deleted():
 
 async def test_paused_leader_writes_nothing_after_the_deadline():
     async with candidates("a", "b") as (api, clock, (a, b)):
-        assert await is_acquired(a)
+        assert await is_acquired(a, 5.0)
         assert not await is_acquired(b)
         clock.now += 20
         with pytest.raises(ApiError, match="has expired"):
             await a._client.create(resources.PODS, "team", {"metadata": {"name": "p"}})
-        assert await is_acquired(b)
+        assert await is_acquired(b, 5.0)
         with pytest.raises(LeaseLost, match="lease not renewed"):
             await a.keep()
         assert (api.list_objects("pods"), holder(api)) == ([], ("b", 2))
@@ -121,7 +121,7 @@ async def test_paused_leader_writes_nothing_after_the_deadline():
 @pytest.mark.parametrize("lost", [1, 3], ids=["once", "repeatedly"])
 async def test_lost_response_of_a_renewal_does_not_lose_the_lease(lost):
     async with candidates("a") as (api, _, (a,)):
-        assert await is_acquired(a)
+        assert await is_acquired(a, 5.0)
         for _ in range(lost):
             await set_holder(api, "a")  # our own write, whose response was lost
             await a._renew()
@@ -132,7 +132,7 @@ async def test_lost_response_of_a_renewal_does_not_lose_the_lease(lost):
 
 async def test_release_is_limited_in_time():
     async with candidates("a") as (api, _, (a,)):
-        assert await is_acquired(a)
+        assert await is_acquired(a, 5.0)
         api.injected_errors = [
             InjectedError(method="PUT", path_end="/leases/sailvl-operator", status=409, times=10_000)
         ]
@@ -143,7 +143,7 @@ async def test_release_is_limited_in_time():
 
 async def test_leader_that_cannot_renew_exits_before_the_lease_expires():
     async with candidates("a") as (api, clock, (a,)):
-        assert await is_acquired(a)
+        assert await is_acquired(a, 5.0)
         api.injected_errors = [
             InjectedError(method="PUT", path_end="/leases/sailvl-operator", status=503, times=10_000)
         ]
@@ -157,7 +157,7 @@ async def test_leader_that_cannot_renew_exits_before_the_lease_expires():
 
 async def test_released_lease_can_be_taken_at_once():
     async with candidates("a", "b") as (api, _, (a, b)):
-        assert await is_acquired(a)
+        assert await is_acquired(a, 5.0)
         await a.release()
-        assert await is_acquired(b)
+        assert await is_acquired(b, 5.0)
         assert holder(api) == ("b", 3)
