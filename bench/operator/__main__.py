@@ -17,7 +17,7 @@ from math import inf
 
 from bench import history
 from bench.operator import scenarios
-from bench.operator.control_plane import FLAGS, ControlPlane
+from bench.operator.control_plane import LIMITS, ControlPlane
 from bench.operator.peers import NaiveKopf, SailVL
 
 DEFAULT_RUNS = 1000
@@ -60,8 +60,7 @@ class Report:
 
     def show(self, runs: int) -> None:
         """Print the table of targets, the notes, and the figures as one line of JSON."""
-        flags = "; ".join(f"{name}: {' '.join(given)}" for name, given in FLAGS.items())
-        print(f"\n{runs} runs; {flags}\n")
+        print(f"\n{runs} runs; {LIMITS}\n")
         for key, target in TARGETS.items():
             value = self.figures[key]
             print(

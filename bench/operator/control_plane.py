@@ -1,6 +1,6 @@
-"""A control plane with fake nodes on loopback: etcd, API server, controller manager, scheduler, and kwok as kubelets.
+"""Control plane of the benchmark: the one of the tests, with the scheduler, and kwok in place of kubelets.
 
-Its ports differ from those of `make cluster`, so that both can run. Its folder is removed at the end.
+Its ports are free ones, so that it runs beside the cluster of `make cluster`. Its folder is removed at the end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -27,10 +26,9 @@ from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.cluster.resources import CLAIMS, RUNS, Resource
 from sailvl_operator.errors import ApiError
 from sailvl_trainer.contract import METRICS_PORT, Progress
+from tests.support.live.control_plane import ControlPlaneProcesses, ControlPlaneProfile
 
 ROOT = Path(__file__).parents[2]
-API = "https://127.0.0.1:16443"
-ETCD = "http://127.0.0.1:12379"
 POD_ADDRESS = "192.0.2.1"
 """Address of all pods, which is added to this machine while the control plane runs, because Endpoints may not contain a
 loopback address. One server there answers for every worker, with progress of no attempt, so that it is read and changes
@@ -40,25 +38,26 @@ QPS = 500
 GOGC = "400"
 """Garbage collection target of the Go programs, which share the cores with the operator: trade memory for CPU."""
 
-FLAGS = {
-    "all": [f"GOGC={GOGC}"],
-    "controller-manager": [f"--kube-api-qps={QPS}", f"--kube-api-burst={QPS * 3 // 2}"],
-    "scheduler": [f"--kube-api-qps={QPS}", f"--kube-api-burst={QPS * 3 // 2}"],
-}
+CLIENT_LIMITS = {"kube_api_qps": QPS, "kube_api_burst": QPS * 3 // 2}
+
+PROFILE = ControlPlaneProfile(
+    api_server={"advertise_address": "127.0.0.1", "endpoint_reconciler_type": "none"},
+    controller_manager={
+        "controllers": "*,-node-lifecycle-controller",  # the leases of fake nodes are never renewed
+        "use_service_account_credentials": "true",
+        "pvclaimbinder_sync_period": "1s",
+        **CLIENT_LIMITS,
+    },
+    scheduler=CLIENT_LIMITS,
+    environment={"GOGC": GOGC},
+)
+LIMITS = f"GOGC={GOGC}; controller manager and scheduler: --kube-api-qps={QPS} --kube-api-burst={QPS * 3 // 2}"
 """Flags that differ from Kubernetes' defaults and limit how fast pods are created; printed with the results."""
 
 NODE_KIND = Resource(api_version="v1", plural="nodes")
 ACCOUNT_KIND = Resource(api_version="v1", plural="serviceaccounts")
 VOLUME_KIND = Resource(api_version="v1", plural="persistentvolumes")
 
-_CERTIFICATES = """
-set -euo pipefail
-source "$HACK/pki.sh"
-authority
-certificate apiserver /CN=kube-apiserver "DNS:localhost,DNS:kubernetes,DNS:kubernetes.default,IP:127.0.0.1,IP:10.97.0.1"
-for who in admin:/O=system:masters/CN=admin controller-manager:/CN=system:kube-controller-manager \
-  scheduler:/CN=system:kube-scheduler; do credentials "${who%%:*}" "${who#*:}"; done
-"""
 _READY = """
 apiVersion: kwok.x-k8s.io/v1alpha1
 kind: Stage
@@ -121,9 +120,9 @@ class ControlPlane:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sailvl-bench-"))
-        self.kubeconfig = self.folder / "pki/admin.conf"
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._bin = Path(subprocess.check_output([ROOT / "hack/cluster/build.sh"], text=True).strip().splitlines()[-1])
+        self._plane = ControlPlaneProcesses(self._bin, self.folder, PROFILE)
+        self.kubeconfig = self._plane.kubeconfig
         self._workers: web.AppRunner
         self.client: Client
 
@@ -131,8 +130,7 @@ class ControlPlane:
         try:
             _set_pod_address("replace")
             self._workers = await _serve_progress()
-            self._start_all()
-            await self._await_ready()
+            await asyncio.to_thread(self._plane.start)
             credentials = load_credentials(str(self.kubeconfig), "")
             self.client = await Client(credentials, ClientConfig(connections=64)).__aenter__()
             await self._define()
@@ -150,55 +148,23 @@ class ControlPlane:
 
     def cpu_seconds(self) -> dict[str, float]:
         """Return the CPU seconds of each component so far."""
-        return {name: cpu_seconds(process.pid) for name, process in self._processes.items()}
+        return {name: cpu_seconds(process.pid) for name, process in self._plane.processes.items()}
 
     def count_changes(self) -> Counter[str]:
         """Return the changes so far by kind, from the API server's metrics: a watch would disturb the measurement."""
-        metrics = self._ask("/metrics")
+        metrics = self._get("/metrics")
         pattern = r'^apiserver_watch_cache_events_received_total{group="[^"]*",resource="([^"]*)"} (\S+)'
         found = re.findall(pattern, metrics, re.M)
         return Counter({name.partition(".")[0]: round(float(count)) for name, count in found})
 
-    def _ask(self, path: str) -> str:
-        """Return the body of a GET request with the administrator's certificate."""
-        trust = create_default_context(cafile=str(self.folder / "pki/ca.crt"))
-        trust.load_cert_chain(self.folder / "pki/admin.crt", self.folder / "pki/admin.key")
-        with urllib.request.urlopen(f"{API}{path}", context=trust, timeout=30) as answer:
+    def _get(self, path: str) -> str:
+        """Return the body of a GET request to the API server."""
+        trust = create_default_context(cafile=str(self._plane.certificate_authority))
+        headers = {"Authorization": f"Bearer {self._plane.token}"}
+        request = urllib.request.Request(f"{self._plane.server}{path}", headers=headers)
+        with urllib.request.urlopen(request, context=trust, timeout=30) as answer:
             body: bytes = answer.read()
             return body.decode()
-
-    def _start_all(self) -> None:
-        pki = self.folder / "pki"
-        pki.mkdir()
-        environment = os.environ | {"PKI": str(pki), "API": API, "HACK": str(ROOT / "hack/cluster")}
-        subprocess.run(["bash", "-c", _CERTIFICATES], env=environment, check=True, capture_output=True)
-        (self.folder / "kwok.yaml").write_text(_READY.replace("POD_ADDRESS", POD_ADDRESS))
-        self._start("etcd", *_etcd(self.folder))
-        self._start("kube-apiserver", *_api_server(pki))
-        for name in ("controller-manager", "scheduler"):
-            self._start(f"kube-{name}", *_component(pki, name), *FLAGS[name], *_EXTRA.get(name, ()))
-
-    def _start(self, name: str, *flags: str) -> None:
-        with (self.folder / f"{name}.log").open("wb") as log:
-            self._processes[name] = subprocess.Popen(
-                [self._bin / name, *flags],
-                env=os.environ | {"GOGC": GOGC},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    async def _await_ready(self) -> None:
-        end = time.monotonic() + 90
-        while True:
-            try:
-                await asyncio.to_thread(self._ask, "/readyz")
-                return
-            except OSError:
-                if time.monotonic() > end:
-                    log = (self.folder / "kube-apiserver.log").read_text()[-2000:]
-                    raise RuntimeError(f"the API server is not ready after 90 s:\n{log}") from None
-                await asyncio.sleep(0.3)
 
     async def _define(self) -> None:
         """Create the nodes and the CustomResourceDefinition, then start kwok."""
@@ -206,12 +172,13 @@ class ControlPlane:
         crd = ROOT / "crds/sailvlruns.yaml"
         kubectl: list[str | Path] = [self._bin / "kubectl", f"--kubeconfig={self.kubeconfig}"]
         subprocess.run([*kubectl, "apply", "--server-side", "-f", crd], check=True, capture_output=True)
-        await self._await(lambda: self._lists(RUNS))
-        await self._await(lambda: self.client.get(ACCOUNT_KIND, "default", "default"))
+        await self._wait_for(lambda: self._lists(RUNS))
+        await self._wait_for(lambda: self.client.get(ACCOUNT_KIND, "default", "default"))
         await self._add_storage()
-        config = str(self.folder / "kwok.yaml")
-        flags = ["--manage-all-nodes=true", f"--kubeconfig={self.kubeconfig}", f"--config={config}"]
-        self._start("kwok", *flags, "--server-address=127.0.0.1:11247")
+        config = self.folder / "kwok.yaml"
+        config.write_text(_READY.replace("POD_ADDRESS", POD_ADDRESS))
+        flags = {"manage_all_nodes": "true", "kubeconfig": self.kubeconfig, "config": config}
+        self._plane.start_program("kwok", flags | {"server_address": "127.0.0.1:11247"})
 
     async def _add_node(self, number: int) -> None:
         capacity = {"cpu": "1000", "memory": "1000Gi", "pods": "1000"}
@@ -230,7 +197,7 @@ class ControlPlane:
         await self.client.create(VOLUME_KIND, "", {"metadata": {"name": "sail-data"}, "spec": common | volume})
         wanted = {"volumeName": "sail-data", "resources": {"requests": {"storage": "1Ti"}}}
         await self.client.create(CLAIMS, "default", {"metadata": {"name": "sail-data"}, "spec": common | wanted})
-        await self._await(self._is_bound)
+        await self._wait_for(self._is_bound)
 
     async def _lists(self, resource: Resource) -> bool:
         async for _ in self.client.list_pages(resource):
@@ -241,21 +208,19 @@ class ControlPlane:
         claim = await self.client.get(CLAIMS, "default", "sail-data")
         return bool(claim.get("status", {}).get("phase") == "Bound")
 
-    async def _await(self, look: Callable[[], Awaitable[object]]) -> None:
+    async def _wait_for(self, request: Callable[[], Awaitable[object]]) -> None:
         """Wait until a request to the API server returns a true value."""
         async with asyncio.timeout(60):
             while True:
                 try:
-                    if await look():
+                    if await request():
                         return
                 except ApiError:
                     pass
                 await asyncio.sleep(0.3)
 
     def _stop(self) -> None:
-        for process in reversed(self._processes.values()):
-            process.kill()
-            process.wait()
+        self._plane.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
         _set_pod_address("delete")
 
@@ -288,50 +253,3 @@ def cpu_seconds(pid: int) -> float:
     """Return the user and system time of a process so far, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-_EXTRA = {
-    "controller-manager": [
-        "--use-service-account-credentials=true",
-        "--pvclaimbinder-sync-period=1s",
-        "--controllers=*,-node-lifecycle-controller",  # the leases of fake nodes are never renewed
-    ]
-}
-
-
-def _etcd(folder: Path) -> list[str]:
-    peers = "http://127.0.0.1:12380"
-    return [
-        f"--data-dir={folder}/etcd",
-        "--unsafe-no-fsync",
-        f"--listen-client-urls={ETCD}",
-        f"--advertise-client-urls={ETCD}",
-        f"--listen-peer-urls={peers}",
-        f"--initial-advertise-peer-urls={peers}",
-        f"--initial-cluster=default={peers}",
-    ]
-
-
-def _api_server(pki: Path) -> list[str]:
-    return [
-        f"--etcd-servers={ETCD}",
-        "--secure-port=16443",
-        "--bind-address=127.0.0.1",
-        "--advertise-address=127.0.0.1",
-        "--endpoint-reconciler-type=none",
-        f"--client-ca-file={pki}/ca.crt",
-        f"--tls-cert-file={pki}/apiserver.crt",
-        f"--tls-private-key-file={pki}/apiserver.key",
-        f"--service-account-key-file={pki}/sa.pub",
-        f"--service-account-signing-key-file={pki}/sa.key",
-        "--service-account-issuer=https://kubernetes.default.svc",
-        "--service-cluster-ip-range=10.97.0.0/16",
-        "--authorization-mode=RBAC",
-    ]
-
-
-def _component(pki: Path, name: str) -> list[str]:
-    shared = [f"--kubeconfig={pki}/{name}.conf", "--leader-elect=false", "--secure-port=0"]
-    if name == "scheduler":
-        return shared
-    return [*shared, f"--service-account-private-key-file={pki}/sa.key", f"--root-ca-file={pki}/ca.crt"]
