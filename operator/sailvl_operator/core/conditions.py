@@ -1,4 +1,4 @@
-"""Build the run's conditions and, with them, its next status.
+"""Build the run's conditions and its next status from the transitions of its stages.
 
 Conditions follow the Kubernetes API conventions. Succeeded and Failed are final until the run is resumed; every
 condition that isn't true carries the reason of the run's present state.
@@ -7,11 +7,12 @@ condition that isn't true carries the reason of the run's present state.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from sailvl_operator.api.status import Condition, ConditionType, Reason, Status
 from sailvl_operator.api.types import Run
+from sailvl_operator.core.gates import GateResult
 from sailvl_operator.core.restart_request import MAX_REQUEST_LENGTH
-from sailvl_operator.core.run_transition import RunTransition
 from sailvl_operator.core.stage_view import ACTIVE, StageTransition
 from sailvl_operator.core.stuck import Stuck
 from sailvl_operator.core.summary import build_summary
@@ -19,8 +20,30 @@ from sailvl_operator.core.units import format_time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunTransition:
+    """The transitions of all stages, and what they mean for the run."""
+
+    stages: tuple[StageTransition, ...]
+    """One transition for each stage in the order of the spec."""
+    gate_results: tuple[GateResult, ...] = ()
+    """Results of the gates of all stages that have succeeded."""
+    active_seconds_left: float = inf
+    """Seconds for which the run may still be active."""
+
+    @property
+    def failure(self) -> tuple[Reason, str] | None:
+        """Reason and message of the run's failure; None if it doesn't fail."""
+        if stage_failure := next((stage.failure for stage in self.stages if stage.failure), ""):
+            return Reason.STAGE_FAILED, stage_failure
+        if self.active_seconds_left <= 0:
+            return Reason.DEADLINE_EXCEEDED, "the run was active for activeDeadlineSeconds; raise it to resume the run"
+        failed = (r for r in self.gate_results if not r.is_passed and r.on_fail == "Stop")
+        return next(((Reason.GATE_FAILED, f"stage {r.stage}: {r.message}") for r in failed), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ConditionValue:
-    """What a condition has to become."""
+    """Wanted status, reason and message of a condition."""
 
     is_true: bool
     reason: Reason

@@ -6,9 +6,9 @@ from typing import Literal
 
 from sailvl_operator.api.status import IN_PLACE, ConditionType, Reason, Status
 from sailvl_operator.api.types import Run
+from sailvl_operator.core.conditions import RunTransition
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.restart_request import explain_refusal, find_request
-from sailvl_operator.core.run_transition import RunTransition
 
 _FINAL_CONDITIONS: tuple[tuple[ConditionType, Literal["Normal", "Warning"]], ...] = (
     (ConditionType.SUCCEEDED, "Normal"),

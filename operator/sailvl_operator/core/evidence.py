@@ -44,7 +44,7 @@ errors about other files, so the pattern includes the command."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """What one pod shows about the end of its attempt."""
+    """Cause, exit code and message that one pod shows about the end of its attempt."""
 
     cause: Cause
     pod: PodRecord

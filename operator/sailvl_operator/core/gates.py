@@ -22,7 +22,7 @@ class GateResult:
     is_passed: bool
     message: str
     on_fail: str
-    """What happens if the gate fails: Stop, Continue or Pause."""
+    """Effect of a failed gate: Stop, Continue or Pause."""
 
     @property
     def is_open(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -12,7 +12,7 @@ from sailvl_operator.api.types import Run
 from sailvl_operator.api.unsupported import find_unsupported_fields
 from sailvl_operator.core.attempt import build_attempts
 from sailvl_operator.core.cleanup import find_deletions
-from sailvl_operator.core.conditions import build_status
+from sailvl_operator.core.conditions import RunTransition, build_status
 from sailvl_operator.core.deadlines import find_active_seconds_left
 from sailvl_operator.core.decision import Decision
 from sailvl_operator.core.events import collect_events
@@ -22,7 +22,6 @@ from sailvl_operator.core.invalid_spec import reconcile_invalid
 from sailvl_operator.core.observe import Observed
 from sailvl_operator.core.plan import PlannedStage, plan
 from sailvl_operator.core.restart_request import find_request, is_handled
-from sailvl_operator.core.run_transition import RunTransition
 from sailvl_operator.core.stage import advance_stages
 from sailvl_operator.core.stage_view import ACTIVE, build_views
 from sailvl_operator.core.status_throttle import find_deferral
@@ -56,6 +55,9 @@ def reconcile(
     views = build_views(run, planned or plan(run), old, observed, defaults=defaults, now=now)
     stages, gates = advance_stages(views, request=find_request(run, old), is_suspended=run.spec.suspend)
 
+    # Find out what holds the run back: the scheduler, a quota, an image, a volume, a queue or a gate.
+    stuck = find_stuck(views, gates)
+
     # The run fails if a stage or a gate does, or if it has been active for activeDeadlineSeconds.
     seconds_left = find_active_seconds_left(run, old, stages, now=now)
     transition = RunTransition(stages=stages, gate_results=gates, active_seconds_left=seconds_left)
@@ -64,23 +66,21 @@ def reconcile(
     if transition.failure is not None:
         transition = replace(transition, stages=tuple(map(suspend_with_run, transition.stages)))
 
-    # Derive conditions and summary from the stages, and find out what holds them back.
-    new = build_status(run, old, transition, find_stuck(views, gates), now=now)
+    # Derive conditions and summary from the stages.
+    new = build_status(run, old, transition, stuck, now=now)
 
-    # Progress alone is written only now and then; with everything else that is written, goodput is brought up to date.
+    # Progress alone is written only now and then. Any status that is written has its goodput brought up to date.
     deferred_until = find_deferral(old, new, interval=defaults.progress_seconds, now=now)
     new = old if deferred_until is not None else update_goodput(run, old, new, transition.stages, now=now)
 
-    # The writes: Jobs to delete, suspend and create, the Service, the restart annotation, the status, then events.
-    decision = _build_decision(run, old, new, transition, observed)
-    if new.is_finished:
-        return decision
-    times = [deferred_until, now + seconds_left if seconds_left < inf else None]
-    times += [stage.requeue_at for stage in transition.stages]
-    return replace(decision, requeue_at=min((t for t in times if t is not None), default=None))
+    # Decide on Jobs to delete, suspend and create, the Service, the restart annotation, the status and its events.
+    requeue_at = _find_earliest([deferred_until, now + seconds_left, *(s.requeue_at for s in transition.stages)])
+    return _build_decision(run, old, new, transition, observed, requeue_at=None if new.is_finished else requeue_at)
 
 
-def _build_decision(run: Run, old: Status, new: Status, transition: RunTransition, observed: Observed) -> Decision:
+def _build_decision(
+    run: Run, old: Status, new: Status, transition: RunTransition, observed: Observed, *, requeue_at: float | None
+) -> Decision:
     stages = transition.stages
     has_peers = any(stage.status.state in ACTIVE and stage.view.nodes > 1 for stage in stages)
     is_urgent = new.is_finished or any(_is_awaited(stage.view.status, stage.status) for stage in stages)
@@ -93,7 +93,13 @@ def _build_decision(run: Run, old: Status, new: Status, transition: RunTransitio
         status=None if new == old else new,
         is_urgent=is_urgent,
         events=collect_events(run, old, new, transition),
+        requeue_at=requeue_at,
     )
+
+
+def _find_earliest(times: Iterable[float | None]) -> float | None:
+    """Return the earliest of the times that are set and finite."""
+    return min((time for time in times if time is not None and time < inf), default=None)
 
 
 def _is_awaited(old: StageStatus, new: StageStatus) -> bool:

@@ -25,7 +25,7 @@ _ADVICE = {
     Cause.NON_FINITE: "lower learningRate, or check the data of the last step",
     Cause.OUT_OF_MEMORY: "raise the memory limit, or lower packTokens or packTiles",
 }
-"""What the user can do about a cause; other causes have no general remedy."""
+"""Advice to the user by cause; other causes have no general remedy."""
 _MAX_TRACKED_NODES = 32
 """Nodes whose failures the status counts, those with the most failures first."""
 _MAX_INHERITED_ATTEMPTS = 10_000

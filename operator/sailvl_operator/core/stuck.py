@@ -1,6 +1,6 @@
 """Find out what holds a run back: the scheduler, a quota, an image, a volume, admission, a queue or a gate.
 
-The result is the Stuck condition; its reason tells the user where to act.
+The result is the Stuck condition; its reason shows the user where to act.
 """
 
 from __future__ import annotations
