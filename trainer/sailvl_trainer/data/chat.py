@@ -116,10 +116,10 @@ def truncate(encoded: EncodedDialogue, length: int, image_context: int) -> Encod
     image = np.flatnonzero(ids_T == image_context)
     if image.size and image[-1] + 2 > length:  # 2: the token itself and </img>
         first, end = int(image[0]) - 1, int(image[-1]) + 2
-        kept = np.r_[0 : length - (end - first), first:end]
+        indices = np.r_[0 : length - (end - first), first:end]
     else:
-        kept = np.arange(length)
-    return EncodedDialogue(input_ids_T=ids_T[kept], labels_T=labels_T[kept])
+        indices = np.arange(length)
+    return EncodedDialogue(input_ids_T=ids_T[indices], labels_T=labels_T[indices])
 
 
 def _spans(chat: ChatTokenizer, messages: tuple[Message, ...], image_tokens: int) -> Iterator[tuple[list[int], bool]]:

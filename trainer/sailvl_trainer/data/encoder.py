@@ -20,8 +20,7 @@ from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.model.presets import Preset
 
 LENGTHS = np.dtype([("tokens", np.int32), ("tiles", np.int16), ("is_truncated", np.bool_)])
-"""Lengths of a sample: tokens in its pack, image tokens included; tiles with the thumbnail; whether it was
-truncated."""
+"""Lengths of a sample: its tokens, image tokens included; its tiles with the thumbnail; whether it is truncated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

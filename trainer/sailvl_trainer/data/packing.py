@@ -53,8 +53,8 @@ class _OpenPacks:
 def pack_best_fit(tokens_W: np.ndarray, tiles_W: np.ndarray, pack_tokens: int, pack_tiles: int) -> list[list[int]]:
     """Pack samples by best fit; return the packs as lists of indices 0..W-1.
 
-    1. Place the large samples, largest first, each into the fullest pack with room, else into a new one. 2. Place the
-    small samples likewise, in the order given.
+    1. Place the large samples, largest first, each into the fullest pack with room, else into a new one.
+    2. Place the small samples likewise, in the order given.
 
     Small samples are not sorted: samples of one length come from one source, so sorted packs would make a step's loss
     and gradient those of a single source. The price is 0.3 % of the capacity where all samples are text (ADR 9). A

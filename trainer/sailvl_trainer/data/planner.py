@@ -1,8 +1,8 @@
 """The order of the data as pure functions: samples → windows → packs → optimizer steps.
 
-1. An epoch is a pseudorandom permutation of blocks of neighbouring samples, cut into windows of equal size. 2. A
-window's samples are shuffled and packed, and the packs are shuffled. 3. Consecutive packs form the window's optimizer
-steps.
+1. An epoch is a pseudorandom permutation of blocks of neighbouring samples, divided into windows of equal size.
+2. A window's samples are shuffled and packed, and the packs are shuffled.
+3. Consecutive packs form the window's optimizer steps.
 
 A window is computed from its number alone, so memory doesn't grow with the data set, and a position is three numbers.
 The position holds no world size: a step is a set of packs, assigned to any number of ranks, so that a resume with
@@ -133,8 +133,10 @@ class Planner:
         return round(steps * self.windows / len(windows)), self.tokens
 
     def num_steps(self, seed: int, *, epochs: float | None = None, tokens: int | None = None) -> int:
-        """Return the optimizer steps of a budget in epochs or tokens. Epochs may differ by a step, so each is
-        counted."""
+        """Return the optimizer steps of a budget, in which each epoch is counted: they may differ by a step.
+
+        Raises ConfigError unless exactly one of `epochs` and `tokens` is given, and positive.
+        """
         if (epochs is None) == (tokens is None):
             raise ConfigError(f"epochs is {epochs} and tokens is {tokens}; set exactly one of them")
         budget = epochs if epochs is not None else (tokens or 0) / self.tokens

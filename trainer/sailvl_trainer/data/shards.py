@@ -183,8 +183,10 @@ class ShardWriter:
         }
 
     def _add(self, name: str, data: bytes) -> int:
-        """Add a member and return the offset of its data. Headers hold no time and no owner, so equal samples give
-        equal tars."""
+        """Add a member and return the offset of its data.
+
+        Headers hold neither time nor owner, so that equal samples give equal tars.
+        """
         entry = tarfile.TarInfo(name)
         entry.size = len(data)
         with translate_storage_errors(self.directory / self.name):
@@ -193,8 +195,10 @@ class ShardWriter:
         return self._tar.offset - padded
 
     def _publish(self) -> None:
-        """Rename the tar first: if a later writer has deleted the temporary file, this one fails before changing
-        anything."""
+        """Rename the tar, then write the index.
+
+        If a later writer has deleted the temporary file, this one fails at the rename, before it changes anything.
+        """
         digest, target = _hash_file(self._temporary), self.directory / f"{self.name}.tar"
         os.replace(self._temporary, target)
         sync_directory(self.directory)

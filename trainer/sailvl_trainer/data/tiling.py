@@ -1,5 +1,4 @@
-"""Images cut into tiles, as InternVL2 does (arXiv 2404.16821, §3): the grid of the closest aspect ratio, and a
-thumbnail.
+"""Dynamic tiling of images as in InternVL2 (arXiv 2404.16821, §3): the closest aspect ratio, and a thumbnail.
 
 Called by the encoder (grids of many images at once), by collate and by evaluation. Suffixes: N tiles, H = W =
 image_size, S images, G grids.
@@ -20,8 +19,10 @@ SCALE, SHIFT = 1.0 / (255.0 * STD), -MEAN / STD
 
 
 def choose_grid(width: int, height: int, max_tiles: int, image_size: int) -> tuple[int, int]:
-    """Return columns and rows of the grid with the closest aspect ratio; on a tie, the larger if the image fills half
-    of it."""
+    """Return columns and rows of the grid with the closest aspect ratio.
+
+    On a tie, the larger grid wins if the image fills at least half of it.
+    """
     cols_S, rows_S = choose_grids(np.array([width]), np.array([height]), max_tiles, image_size)
     return int(cols_S[0]), int(rows_S[0])
 
@@ -51,8 +52,7 @@ def count_tiles(grid: tuple[int, int]) -> int:
 
 
 def cut_tiles(image: Image.Image, grid: tuple[int, int], image_size: int) -> np.ndarray:
-    """Return float32 tiles of shape (N, 3, H, W), normalised with ImageNet's statistics; row by row, the thumbnail
-    last."""
+    """Return an image's tiles row by row, the thumbnail last; float32 (N, 3, H, W), normalised as ImageNet."""
     cols, rows = grid
     size = image_size
     resized = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
@@ -69,7 +69,6 @@ def cut_tiles(image: Image.Image, grid: tuple[int, int], image_size: int) -> np.
 
 @lru_cache(maxsize=32)
 def _all_grids(max_tiles: int) -> np.ndarray:
-    """Return all (columns, rows) with at most `max_tiles` tiles, small ones first: a later one wins a tie only if
-    filled."""
+    """Return the (columns, rows) of all grids with at most `max_tiles` tiles, in ascending size."""
     grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
     return np.array(sorted(grids, key=lambda g: (g[0] * g[1], g)), dtype=np.int64)

@@ -1,5 +1,4 @@
-"""Builds a preset's model, transformers' InternVL, from random weights, pretrained parts, or an earlier stage's
-export."""
+"""Builds transformers' InternVL for a preset, from random weights, pretrained parts, or an earlier stage's export."""
 
 from __future__ import annotations
 
@@ -42,8 +41,10 @@ def build_config(preset: Preset, tokenizer: PreTrainedTokenizerFast) -> InternVL
 def build_model(
     model: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, init_from: Path | None = None, seed: int = 0
 ) -> InternVLForConditionalGeneration:
-    """Return the model in float32 on the CPU, equal on every rank. Raises ConfigError if weights don't fit the
-    preset."""
+    """Return the model in float32 on the CPU, equal on every rank.
+
+    Raises ConfigError if weights can't be loaded or don't fit the preset.
+    """
     if init_from is not None:
         return make_features_contiguous(_load(InternVLForConditionalGeneration, init_from))
     torch.manual_seed(seed)

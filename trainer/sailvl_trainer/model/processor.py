@@ -1,5 +1,4 @@
-"""Writes the configuration of transformers' InternVLProcessor, so that it tiles images and formats dialogues as
-training."""
+"""Configures transformers' InternVLProcessor to tile images and format dialogues as training does."""
 
 from __future__ import annotations
 

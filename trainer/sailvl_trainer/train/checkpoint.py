@@ -137,8 +137,10 @@ def save_checkpoint(folder: Path, fragments: Iterable[Fragment], *, digest: str,
 
 
 def read_checkpoint_manifest(folder: Path, digest: str) -> CheckpointManifest:
-    """Return the manifest. Raises DataError if the folder holds no complete checkpoint of the stage with this
-    digest."""
+    """Return the manifest of a checkpoint of the stage with this digest.
+
+    Raises DataError if the folder holds no complete checkpoint, or one of another stage.
+    """
     try:
         manifest = decode(CheckpointManifest, (folder / MANIFEST_FILE).read_bytes())
     except (OSError, ValueError) as error:
@@ -189,9 +191,11 @@ def delete_old_checkpoints(files: StageFiles, attempt: int, keep: int) -> list[P
     """
     if find_newest_attempt(files) > attempt:
         return []
-    kept = {files.storage / checkpoint.path for checkpoint in list(iter_checkpoints(files, attempt))[: max(1, keep)]}
+    retained = {
+        files.storage / checkpoint.path for checkpoint in list(iter_checkpoints(files, attempt))[: max(1, keep)]
+    }
     folders = (f for n in range(1, attempt + 1) for f in files.checkpoint_dir(n, 0).parent.glob("step-*"))
-    deleted = [folder for folder in folders if folder not in kept]
+    deleted = [folder for folder in folders if folder not in retained]
     for folder in deleted:
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

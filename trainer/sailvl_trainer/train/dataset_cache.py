@@ -1,12 +1,13 @@
-"""Opens a data set whose sample lengths are measured once, by all ranks together, and cached below the stage's
-directory.
+"""Opens data sets whose sample lengths are measured once, by all ranks together, and cached on the storage.
 
-1. If the lengths are in the cache, every rank maps them, and nothing else is read. 2. Otherwise the ranks count the
-tokens of those shards whose index was counted by another tokenizer. Each shard is a task that one rank claims, and its
-counts are a file of their own, so that a start that is killed continues where it was. 3. The first rank computes all
-lengths from the indexes and the counts, writes them to the cache and deletes the counts.
+1. If the lengths are in the cache, every rank maps them, and nothing else is read.
+2. Otherwise the ranks count the tokens of those shards whose index was counted by another tokenizer. Each shard is a
+   task that one rank claims, and its counts are a file of their own, so that an interrupted start can be continued.
+3. The first rank computes all lengths from the indexes and the counts, writes them to the cache and deletes the counts.
 
-The cache is keyed by the hash of the shards, the tokenizer and the tiling. Images are never read. Heartbeats continue
+The price of an empty cache is one more pass over the shards' indexes, by all ranks, even if nothing has to be counted.
+
+The cache is keyed by a hash of the shards, the tokenizer and the tiling. Images are never read. Heartbeats continue
 throughout, and a stop request is obeyed after the shard in progress.
 """
 

@@ -1,4 +1,4 @@
-"""What a training stage builds before its first step: tokenizer, model, datasets, planner and the number of steps."""
+"""Builds what a training stage needs before its first step: tokenizer, model, datasets, planner, number of steps."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ class TrainingSetup:
 
 
 def prepare(context: Context, config: TrainConfig) -> TrainingSetup:
-    """Build everything that training needs. COLLECTIVE. Raises ConfigError or DataError for settings that can't
-    work."""
+    """Build everything that training needs. COLLECTIVE.
+
+    Raises ConfigError for settings that can't work, DataError for data that can't be used.
+    """
     stage = context.stage
     init_from = None if stage.init_from is None else Path(stage.init_from) / EXPORT_DIR
     tokenizer, preset = load_tokenizer(stage.model, init_from), get_preset(stage.model.preset)

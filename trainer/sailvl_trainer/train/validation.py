@@ -1,5 +1,4 @@
-"""The validation loss: mean cross-entropy per loss token on held-out samples, over all ranks. The API's
-`heldOutLoss`."""
+"""The validation loss (`heldOutLoss` in the API): mean cross-entropy per loss token on held-out samples."""
 
 from __future__ import annotations
 

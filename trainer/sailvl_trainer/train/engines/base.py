@@ -14,13 +14,12 @@ from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.rank.distributed import all_gather_object
 
 STATE_KEYS = ("weight", "exp_avg", "exp_avg_sq")
-"""What is saved for each trainable parameter: the float32 weight and AdamW's two moments."""
+"""Tensors that are saved for each trainable parameter: the float32 weight and AdamW's two moments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fragment:
-    """The contiguous slice of one flattened parameter that this rank owns; every engine describes its shards this
-    way."""
+    """The contiguous slice of one flattened parameter that this rank owns; the same format for every engine."""
 
     name: str
     """Parameter name."""

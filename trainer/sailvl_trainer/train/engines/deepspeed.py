@@ -20,8 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class DeepSpeedEngine:
-    """Implements `Engine`. DeepSpeed averages gradients over the ranks; losses are scaled by the world size to undo
-    it."""
+    """Implements `Engine`.
+
+    DeepSpeed averages gradients over the ranks, so losses are scaled by the world size to obtain their sum.
+    """
 
     def __init__(self, module: nn.Module, engine: EngineConfig, config: TrainConfig, *, device: torch.device) -> None:
         import deepspeed
