@@ -28,6 +28,7 @@ import torch
 from sailvl_trainer.contract import Env, Stage, Termination
 from sailvl_trainer.curate import stage as curate
 from sailvl_trainer.data.collate import Batch
+from sailvl_trainer.data.loader import LoadedStep
 from sailvl_trainer.data.shards import ShardInfo, ShardReader, ShardWriter
 from sailvl_trainer.data.token_counts import TokenCountFiles
 from sailvl_trainer.evaluate import stage as evaluate
@@ -270,15 +271,16 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
 
 def spoil(*samples: int) -> None:
     """Replace the images of these samples by NaN, on the rank that has one of them."""
-    original = Batch.to
+    original = trainer.Trainer.train_step
 
-    def to(self: Batch, device: torch.device) -> Batch:
-        batch = original(self, device)
-        if set(batch.samples) & set(samples):
-            return replace(batch, pixels_N3HW=torch.full_like(batch.pixels_N3HW, float("nan")))
-        return batch
+    def train_step(self: trainer.Trainer, step: LoadedStep) -> None:
+        batches = [with_nan(batch) if set(batch.samples) & set(samples) else batch for batch in step.batches]
+        original(self, replace(step, batches=batches))
 
-    Batch.to = to  # type: ignore[method-assign]
+    def with_nan(batch: Batch) -> Batch:
+        return replace(batch, pixels_N3HW=torch.full_like(batch.pixels_N3HW, float("nan")))
+
+    trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
 def log_counted(path: Path) -> None:

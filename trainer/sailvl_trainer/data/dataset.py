@@ -50,12 +50,12 @@ class ShardDataset:
         return int(self.lengths_S["tokens"].sum(dtype=np.int64))
 
     @cached_property
-    def most_tiles(self) -> int:
+    def max_tiles(self) -> int:
         """Number of tiles of the image that has the most."""
         return int(self.lengths_S["tiles"].max(initial=0))
 
     @cached_property
-    def truncated(self) -> int:
+    def truncated_samples(self) -> int:
         """Number of samples that are longer than a pack and are truncated."""
         return int(self.lengths_S["is_truncated"].sum())
 
@@ -116,10 +116,10 @@ def build_dataset(shards: ShardList, encoder: SampleEncoder, lengths_S: np.ndarr
         fingerprint=compute_fingerprint(shards, encoder),
         tokens_per_tile=encoder.preset.tokens_per_tile,
     )
-    if dataset.truncated:
+    if dataset.truncated_samples:
         logger.warning(
             "%d of %d samples are longer than packTokens (%d) and are truncated",
-            dataset.truncated, len(dataset), encoder.pack_tokens,
+            dataset.truncated_samples, len(dataset), encoder.pack_tokens,
         )  # fmt: skip
     return dataset
 

@@ -171,9 +171,9 @@ def build_planner(
     """Return the planner of a dataset. Raises ConfigError if the dataset is empty, or an image can't fit a pack."""
     if len(dataset) == 0:
         raise ConfigError("the data set is empty; see the curation report")
-    if dataset.most_tiles > pack_tiles:
+    if dataset.max_tiles > pack_tiles:
         raise ConfigError(
-            f"an image has {dataset.most_tiles} tiles but packTiles is {pack_tiles}; raise packTiles or lower maxTiles"
+            f"an image has {dataset.max_tiles} tiles but packTiles is {pack_tiles}; raise packTiles or lower maxTiles"
         )
     if window_samples is None:
         samples_per_step = packs_per_step * pack_tokens * len(dataset) / dataset.tokens

@@ -1,7 +1,8 @@
-"""From a prepared set to batches: labels, packing without leakage, pictures where they belong, pictures shuffled."""
+"""From shards to batches: lengths, labels, packs without leakage, images, skipped steps, validation batches."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -63,7 +64,7 @@ def write_set(directory: Path, samples: list[Sample]) -> Path:
     return directory
 
 
-def test_a_pack_gives_the_logits_of_its_samples_alone(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+def test_hidden_states_of_pack_equal_those_of_single_samples(dataset: ShardDataset, encoder: SampleEncoder) -> None:
     model = PackedModel(build_model(TINY, encoder.tokenizer, seed=1)).eval()
     pack = tuple(range(5))
 
@@ -80,7 +81,7 @@ def test_a_pack_gives_the_logits_of_its_samples_alone(dataset: ShardDataset, enc
         at += length
 
 
-def test_no_label_crosses_from_one_sample_to_the_next(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+def test_labels_do_not_cross_sample_boundaries(dataset: ShardDataset, encoder: SampleEncoder) -> None:
     batch = collate(dataset, encoder, tuple(range(5)))
     ends = np.cumsum(dataset.lengths_S["tokens"][:5]) - 1
     assert (batch.labels_1T[0][torch.from_numpy(ends)] == IGNORE_INDEX).all()
@@ -89,27 +90,27 @@ def test_no_label_crosses_from_one_sample_to_the_next(dataset: ShardDataset, enc
     assert int((batch.position_ids_1T[0] == 0).sum()) == 6  # five samples and the padding
 
 
-def test_labels_are_the_next_positions(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+def test_labels_are_shifted_by_one(dataset: ShardDataset, encoder: SampleEncoder) -> None:
     batch = collate(dataset, encoder, tuple(range(5)))
     at = torch.nonzero(batch.labels_1T[0] != IGNORE_INDEX)[:, 0]
     assert torch.equal(batch.labels_1T[0][at], batch.input_ids_1T[0][at + 1])
     assert batch.loss_tokens == len(at) > 0
 
 
-def test_every_picture_has_its_positions(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+def test_each_tile_has_its_image_tokens(dataset: ShardDataset, encoder: SampleEncoder) -> None:
     batch = collate(dataset, encoder, tuple(range(5)))
     context = encoder.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
     assert int((batch.input_ids_1T == context).sum()) == 16 * len(batch.pixels_N3HW)
     assert batch.tiles == len(batch.pixels_N3HW) == 5
 
 
-def test_a_pack_without_pictures_still_has_a_tile(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+def test_pack_without_images_has_one_black_tile(dataset: ShardDataset, encoder: SampleEncoder) -> None:
     empty = collate(dataset, encoder, ())
     assert empty.pixels_N3HW.shape == (1, 3, 112, 112)
     assert (empty.loss_tokens, empty.tokens, empty.tiles) == (0, 0, 0)
 
 
-def test_words_alone_make_a_sample(tmp_path: Path, encoder: SampleEncoder) -> None:
+def test_text_only_sample_is_collated(tmp_path: Path, encoder: SampleEncoder) -> None:
     turns = (Message(role="user", content="What is red and blue?"), Message(role="assistant", content="purple"))
     write_set(tmp_path, [Sample(key="a", image=None, suffix="", messages=turns)])
     batch = collate(build_dataset(list_shards([tmp_path], "shards"), encoder), encoder, (0,))
@@ -124,31 +125,34 @@ def build_long(words_before: int, words_after: int) -> Sample:
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 900), (900, 0), (500, 500), (498, 0)])
-def test_a_long_sample_is_cut_and_its_picture_kept(
+def test_long_sample_is_truncated_but_keeps_its_image(
     tmp_path: Path, encoder: SampleEncoder, before: int, after: int
 ) -> None:
     write_set(tmp_path, [build_long(before, after), draw_question(0, 1, 1)])
     dataset = build_dataset(list_shards([tmp_path], "shards"), encoder)
     context = encoder.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
-    assert dataset.truncated == 1
+    assert dataset.truncated_samples == 1
     batch = collate(dataset, encoder, (0,))
     assert batch.tokens == encoder.pack_tokens
     assert int((batch.input_ids_1T == context).sum()) == 16
 
 
-def test_a_sample_of_just_the_length_is_not_cut(tmp_path: Path, encoder: SampleEncoder) -> None:
+def test_sample_of_exactly_pack_tokens_is_not_truncated(tmp_path: Path, encoder: SampleEncoder) -> None:
     write_set(tmp_path, [draw_question(0, 1, 1)])
     length = build_dataset(list_shards([tmp_path], "shards"), encoder).tokens
-    assert build_dataset(list_shards([tmp_path], "shards"), replace(encoder, pack_tokens=length)).truncated == 0
-    assert build_dataset(list_shards([tmp_path], "shards"), replace(encoder, pack_tokens=length - 1)).truncated == 1
+    assert build_dataset(list_shards([tmp_path], "shards"), replace(encoder, pack_tokens=length)).truncated_samples == 0
+    assert (
+        build_dataset(list_shards([tmp_path], "shards"), replace(encoder, pack_tokens=length - 1)).truncated_samples
+        == 1
+    )
 
 
-def test_a_pack_too_short_for_a_tile_is_refused(encoder: SampleEncoder) -> None:
+def test_pack_tokens_below_two_tiles_raise_config_error(encoder: SampleEncoder) -> None:
     with pytest.raises(ConfigError, match=r"packTokens is 16.* at least 32"):
         replace(encoder, pack_tokens=16)
 
 
-def test_a_pack_with_too_few_tiles_is_refused(tmp_path: Path, encoder: SampleEncoder) -> None:
+def test_pack_tiles_below_largest_image_raise_config_error(tmp_path: Path, encoder: SampleEncoder) -> None:
     write_set(tmp_path, [draw_question(0, 1, 1)])
     dataset = build_dataset(list_shards([tmp_path], "shards"), encoder)
     with pytest.raises(ConfigError, match="packTiles is 0"):
@@ -169,7 +173,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("change", "words"), BROKEN)
-def test_a_broken_record_is_named(
+def test_broken_record_raises_data_error_naming_shard_and_record(
     tmp_path: Path, encoder: SampleEncoder, change: dict[str, object], words: str
 ) -> None:
     with ShardWriter(tmp_path / "shards", "00007") as writer:
@@ -192,12 +196,18 @@ def test_collate_reads_each_image_once(
 ) -> None:
     read: list[tuple[str, int]] = []
     read_slice = ShardReader._slice
-    monkeypatch.setattr(ShardReader, "_slice", lambda self, *what: (read.append(what), read_slice(self, *what))[1])
+
+    def note_and_read(self: ShardReader, part: str, row: int) -> bytes:
+        if threading.current_thread() is threading.main_thread():  # loaders of other tests may still be decoding
+            read.append((part, row))
+        return read_slice(self, part, row)
+
+    monkeypatch.setattr(ShardReader, "_slice", note_and_read)
     collate(dataset, encoder, (4, 2, 7))
     assert Counter(read) == {(part, row): 1 for part in ("image", "json") for row in (4, 2, 7)}
 
 
-def test_counted_and_uncounted_shards_give_the_same_index(
+def test_stored_and_new_token_counts_give_equal_lengths(
     tmp_path: Path, dataset: ShardDataset, encoder: SampleEncoder
 ) -> None:
     samples = [dataset.locate(sample)[0].sample(dataset.locate(sample)[1]) for sample in range(len(dataset))]
@@ -207,7 +217,7 @@ def test_counted_and_uncounted_shards_give_the_same_index(
     assert np.array_equal(uncounted.lengths_S, dataset.lengths_S)
 
 
-def test_the_fingerprint_knows_the_data_and_the_lengths(
+def test_fingerprint_depends_on_data_and_pack_length(
     prepared: Path, dataset: ShardDataset, encoder: SampleEncoder
 ) -> None:
     shorter = build_dataset(list_shards([prepared], "shards"), replace(encoder, pack_tokens=256))
@@ -218,7 +228,9 @@ def test_the_fingerprint_knows_the_data_and_the_lengths(
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_ranks_share_an_epoch(dataset: ShardDataset, encoder: SampleEncoder, planner: Planner, world_size: int) -> None:
+def test_each_sample_is_loaded_once_per_epoch_over_all_ranks(
+    dataset: ShardDataset, encoder: SampleEncoder, planner: Planner, world_size: int
+) -> None:
     steps, _ = planner.count_steps(seed=0)
     seen = Counter[int]()
     for rank in range(world_size):
@@ -229,7 +241,9 @@ def test_ranks_share_an_epoch(dataset: ShardDataset, encoder: SampleEncoder, pla
     assert seen == Counter(range(len(dataset)))
 
 
-def test_loading_goes_on_where_it_stopped(dataset: ShardDataset, encoder: SampleEncoder, planner: Planner) -> None:
+def test_resumed_loader_yields_the_same_batches(
+    dataset: ShardDataset, encoder: SampleEncoder, planner: Planner
+) -> None:
     def load(state: object, number: int) -> list[Batch]:
         loaded = load_steps(planner, dataset, encoder, state, rank=0, world_size=1)  # type: ignore[arg-type]
         return [batch for step in islice(loaded, number) for batch in step.batches]
@@ -242,7 +256,7 @@ def test_loading_goes_on_where_it_stopped(dataset: ShardDataset, encoder: Sample
         assert torch.equal(one.pixels_N3HW, other.pixels_N3HW)
 
 
-def test_steps_that_are_left_out_are_planned_and_not_read(
+def test_skipped_steps_are_planned_but_not_read(
     dataset: ShardDataset, encoder: SampleEncoder, planner: Planner
 ) -> None:
     state, skips = planner.first_position(0), (Skip(first=4, last=5, step=4, failures=2),)
@@ -262,7 +276,7 @@ def held_out(dataset: ShardDataset, encoder: SampleEncoder, **changes: object) -
     return list(load_validation_batches(dataset, encoder, **(options | changes)))  # type: ignore[arg-type]
 
 
-def test_shuffled_pictures_keep_every_length(dataset: ShardDataset, encoder: SampleEncoder) -> None:
+def test_shuffled_images_keep_all_lengths(dataset: ShardDataset, encoder: SampleEncoder) -> None:
     plain, shuffled = held_out(dataset, encoder), held_out(dataset, encoder, shuffle_images=True)
     for one, other in zip(plain, shuffled, strict=True):
         assert torch.equal(one.input_ids_1T, other.input_ids_1T)
@@ -274,14 +288,16 @@ def test_shuffled_pictures_keep_every_length(dataset: ShardDataset, encoder: Sam
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-def test_ranks_share_the_held_out_samples(dataset: ShardDataset, encoder: SampleEncoder, world_size: int) -> None:
+def test_each_validation_sample_is_loaded_once_over_all_ranks(
+    dataset: ShardDataset, encoder: SampleEncoder, world_size: int
+) -> None:
     ranks = [held_out(dataset, encoder, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     seen = sorted(s for batches in ranks for batch in batches for s in batch.samples)
     assert seen == sample_subset(len(dataset), 30).tolist()
 
 
-def test_shuffled_pictures_are_cut_to_the_samples_own_tiles(tmp_path: Path) -> None:
+def test_shuffled_images_are_tiled_by_the_grid_of_their_sample(tmp_path: Path) -> None:
     tall = SampleEncoder(tokenizer=load_tokenizer(TINY), preset=get_preset("tiny"), max_tiles=4, pack_tokens=512)
     samples = [draw_question(0, i, 1) for i in range(4)]
     with ShardWriter(tmp_path / "shards", "00000") as writer:

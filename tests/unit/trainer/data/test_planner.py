@@ -1,4 +1,4 @@
-"""Every sample exactly once an epoch: over restarts, and over changed numbers of ranks; and packs that are full."""
+"""Planning: each sample once per epoch, exact resume, any world size, step counts, and how packs are filled."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def rest_of_epoch(planner: Planner, state: DataPosition) -> list[PlannedStep]:
 
 @pytest.mark.parametrize("window", [10_000, 300, 64], ids=["one window", "some windows", "as many as there can be"])
 @pytest.mark.parametrize("samples", [1, 63, 64, 65, SAMPLES])
-def test_every_sample_once_an_epoch(samples: int, window: int) -> None:
+def test_each_sample_is_planned_once_per_epoch(samples: int, window: int) -> None:
     planner = build_planner(samples, window=window)
     state = planner.first_position(seed=1)
     for epoch in range(2):
@@ -63,7 +63,7 @@ def test_every_sample_once_an_epoch(samples: int, window: int) -> None:
         assert (state.epoch, state.window, state.cursor) == (epoch + 1, 0, 0)
 
 
-def test_a_restart_at_any_step_goes_on_exactly() -> None:
+def test_resume_at_any_step_yields_the_remaining_steps() -> None:
     planner = build_planner()
     whole = rest_of_epoch(planner, planner.first_position(seed=1))
     for done in range(1, len(whole)):
@@ -72,7 +72,7 @@ def test_a_restart_at_any_step_goes_on_exactly() -> None:
 
 
 @pytest.mark.parametrize("worlds", [(1, 2), (3, 1), (2, 8), (5, 4)])
-def test_another_number_of_ranks_goes_on_with_each_sample_once(worlds: tuple[int, int]) -> None:
+def test_resume_with_another_world_size_uses_each_sample_once(worlds: tuple[int, int]) -> None:
     planner, seen = build_planner(), Counter[int]()
     whole = len(rest_of_epoch(planner, planner.first_position(seed=1)))
     state = planner.first_position(seed=1)
@@ -86,7 +86,7 @@ def test_another_number_of_ranks_goes_on_with_each_sample_once(worlds: tuple[int
     assert state.epoch == 1
 
 
-def test_epochs_differ_and_seeds_differ() -> None:
+def test_order_differs_by_epoch_and_seed() -> None:
     planner = build_planner(window=10_000)
     first = planner.first_position(seed=1)
 
@@ -98,12 +98,12 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert packs(first) != packs(planner.first_position(seed=2))
 
 
-def test_other_data_is_refused() -> None:
+def test_position_of_other_data_raises_config_error() -> None:
     with pytest.raises(ConfigError, match="give the stage a new name"):
         next(build_planner().plan_steps(DataPosition(seed=1, fingerprint="other")))
 
 
-def test_the_plan_needs_the_memory_of_a_window() -> None:
+def test_planning_memory_is_bounded_by_the_window() -> None:
     planner = replace(
         build_planner(),
         samples=300_000_000,
@@ -129,7 +129,7 @@ COUNTED = [
 
 
 @pytest.mark.parametrize(("budget", "epochs"), COUNTED)
-def test_the_steps_of_a_budget(budget: dict[str, float], epochs: float | None) -> None:
+def test_num_steps_matches_the_budget(budget: dict[str, float], epochs: float | None) -> None:
     planner = build_planner()
     steps = list(islice(planner.plan_steps(planner.first_position(seed=1)), planner.num_steps(1, **budget)))
     done = sum(step.tokens for step in steps) / planner.tokens
@@ -139,12 +139,12 @@ def test_the_steps_of_a_budget(budget: dict[str, float], epochs: float | None) -
 
 
 @pytest.mark.parametrize("budget", [{}, {"epochs": 1.0, "tokens": 5}, {"epochs": 0.0}, {"tokens": -1}])
-def test_no_budget_is_refused(budget: dict[str, float]) -> None:
+def test_missing_or_ambiguous_budget_raises_config_error(budget: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="set"):
         build_planner().num_steps(1, **budget)
 
 
-def test_the_steps_of_many_windows_are_estimated() -> None:
+def test_steps_of_many_windows_are_estimated_within_one_percent() -> None:
     planner = build_planner(20_000, window=100)
     exact = len(rest_of_epoch(planner, planner.first_position(seed=1)))
     assert planner.windows > 64
@@ -162,18 +162,18 @@ CUTS = [
 
 
 @pytest.mark.parametrize(("packs", "size", "steps"), CUTS)
-def test_steps_are_of_like_size(packs: int, size: int, steps: list[int]) -> None:
+def test_split_window_shares_a_small_remainder(packs: int, size: int, steps: list[int]) -> None:
     assert split_window(packs, size) == steps
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))
 @settings(max_examples=50, deadline=None)
-def test_a_permutation_has_everything_once(n: int, key: int) -> None:
+def test_permute_is_a_permutation(n: int, key: int) -> None:
     assert np.array_equal(np.sort(permute(np.arange(n), n, (key,))), np.arange(n))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 16])
-def test_every_pack_goes_to_one_rank_and_work_is_even(world_size: int) -> None:
+def test_assign_to_ranks_balances_cost(world_size: int) -> None:
     packs = [(i,) for i in range(60)]
     costs = np.random.default_rng(0).uniform(0.5, 1, 60).tolist()
     microsteps = assign_to_ranks(packs, costs, world_size)
@@ -189,7 +189,7 @@ def test_every_pack_goes_to_one_rank_and_work_is_even(world_size: int) -> None:
     st.integers(64, 128),
 )
 @settings(max_examples=60, deadline=None)
-def test_packs_keep_both_budgets_and_lose_nothing(samples: list[tuple[int, int]], budget: int) -> None:
+def test_packs_respect_both_budgets_and_hold_every_sample(samples: list[tuple[int, int]], budget: int) -> None:
     tokens, tiles = (np.array(column) for column in zip(*samples, strict=True))
     packs = pack_best_fit(tokens, tiles, budget, 4)
     assert Counter(s for pack in packs for s in pack) == Counter(range(len(samples)))
@@ -198,7 +198,7 @@ def test_packs_keep_both_budgets_and_lose_nothing(samples: list[tuple[int, int]]
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 3)), min_size=1, max_size=40))
 @settings(max_examples=60, deadline=None)
-def test_packing_is_best_fit_as_one_would_do_it_by_hand(samples: list[tuple[int, int]]) -> None:
+def test_packing_equals_a_naive_best_fit(samples: list[tuple[int, int]]) -> None:
     tokens, tiles = (np.array(column) for column in zip(*samples, strict=True))
     free: list[tuple[int, int]] = []
     sizes = [max(t / 64, n / 4) for t, n in zip(tokens, tiles, strict=True)]
@@ -227,12 +227,14 @@ FILLS = [
 
 
 @pytest.mark.parametrize(("tokens", "tiles", "pack_tokens", "pack_tiles", "least"), FILLS)
-def test_packs_are_full(tokens: np.ndarray, tiles: np.ndarray, pack_tokens: int, pack_tiles: int, least: float) -> None:
+def test_packs_are_filled_above_the_threshold(
+    tokens: np.ndarray, tiles: np.ndarray, pack_tokens: int, pack_tiles: int, least: float
+) -> None:
     packs = pack_best_fit(tokens, tiles, pack_tokens, pack_tiles)
     assert tokens.sum() / (len(packs) * pack_tokens) >= least
 
 
-def test_packs_of_short_samples_are_as_mixed_as_the_data() -> None:
+def test_packs_of_small_samples_mix_sources_as_by_chance() -> None:
     rng = np.random.default_rng(0)
     is_long = rng.random(4000) < 0.3
     tokens = np.where(is_long, rng.integers(50, 70, 4000), rng.integers(25, 40, 4000))

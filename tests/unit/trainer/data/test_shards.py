@@ -1,4 +1,4 @@
-"""Shards: read back whole, written whole or not at all, and named when something is wrong with them."""
+"""Shards: written completely or not at all, read back unchanged, damage reported."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def write_shard(directory: Path, name: str = "00000", samples: int = 5) -> Shard
     return write_shard_manifest(directory, [writer.info])
 
 
-def test_a_shard_reads_back_what_was_written(tmp_path: Path) -> None:
+def test_shard_reads_back_the_samples_written(tmp_path: Path) -> None:
     write_shard(tmp_path)
     reader = ShardReader(tmp_path, "00000")
     assert [reader.sample(row) for row in range(5)] == [draw_question(0, i, 3) for i in range(5)]
     assert reader.column("width").tolist() == [112] * 5
 
 
-def test_a_shard_is_a_plain_webdataset_tar(tmp_path: Path) -> None:
+def test_shard_is_a_plain_webdataset_tar(tmp_path: Path) -> None:
     write_shard(tmp_path, samples=2)
     with tarfile.open(tmp_path / "00000.tar") as tar:
         names = tar.getnames()
@@ -51,12 +51,12 @@ def test_a_shard_is_a_plain_webdataset_tar(tmp_path: Path) -> None:
         assert picture.read() == draw_question(0, 0, 3).image
 
 
-def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
+def test_equal_samples_give_equal_hashes(tmp_path: Path) -> None:
     manifests = [write_shard(tmp_path / folder) for folder in ("a", "b")]
     assert manifests[0] == manifests[1] == read_shard_manifest(tmp_path / "a")
 
 
-def test_a_long_name_is_kept(tmp_path: Path) -> None:
+def test_key_longer_than_a_tar_header_is_kept(tmp_path: Path) -> None:
     sample = replace(draw_question(0, 0, 1), key="k" * 240)
     with ShardWriter(tmp_path, "00000") as writer:
         writer.write(sample)
@@ -66,7 +66,7 @@ def test_a_long_name_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["a.b", "a/b", "", "q1-0000000"], ids=["dot", "slash", "empty", "taken"])
-def test_a_key_that_webdataset_would_split_is_refused(tmp_path: Path, key: str) -> None:
+def test_duplicate_or_splittable_key_raises_value_error(tmp_path: Path, key: str) -> None:
     with ShardWriter(tmp_path, "00000") as writer:
         writer.write(draw_question(0, 0, 1))
         with pytest.raises(ValueError, match="sample key"):
@@ -75,7 +75,7 @@ def test_a_key_that_webdataset_would_split_is_refused(tmp_path: Path, key: str) 
     assert writer.info.samples == 1
 
 
-def test_an_interrupted_shard_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_writer_leaves_no_file(tmp_path: Path) -> None:
     def write_half() -> None:
         with ShardWriter(tmp_path, "00000") as writer:
             writer.write(draw_question(0, 0, 1))
@@ -86,7 +86,7 @@ def test_an_interrupted_shard_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_cleared_and_never_published(tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_deleted_and_never_published(tmp_path: Path) -> None:
     killed = ShardWriter(tmp_path, "00000")
     killed.write(draw_question(0, 9, 1))
     manifest = write_shard(tmp_path)
@@ -119,7 +119,9 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "named"), DAMAGES)
-def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], object], named: str) -> None:
+def test_damaged_shard_raises_data_error_naming_it(
+    tmp_path: Path, damage: Callable[[Path], object], named: str
+) -> None:
     write_shard(tmp_path)
     damage(tmp_path / "00000.tar")
     with pytest.raises(DataError, match=named):
@@ -128,12 +130,12 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], objec
         verify_shards(tmp_path)
 
 
-def test_a_folder_without_a_set_is_named(tmp_path: Path) -> None:
+def test_folder_without_manifest_raises_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no set of shards"):
         read_shard_manifest(tmp_path)
 
 
-def test_a_pool_keeps_few_shards_open(tmp_path: Path) -> None:
+def test_pool_evicts_the_least_recently_used_shard(tmp_path: Path) -> None:
     for name in ("00000", "00001", "00002"):
         write_shard(tmp_path, name, samples=1)
     pool = ShardPool([(tmp_path, f"0000{i}") for i in range(3)], limit=2)
@@ -144,7 +146,7 @@ def test_a_pool_keeps_few_shards_open(tmp_path: Path) -> None:
     assert first.sample(0) == draw_question(0, 0, 3)
 
 
-def test_columns_are_mapped_not_copied(tmp_path: Path) -> None:
+def test_numeric_columns_are_memory_mapped(tmp_path: Path) -> None:
     write_shard(tmp_path)
     column = ShardReader(tmp_path, "00000").column("image_offset")
     assert isinstance(column, np.ndarray)
@@ -152,7 +154,7 @@ def test_columns_are_mapped_not_copied(tmp_path: Path) -> None:
     assert not column.flags.owndata
 
 
-def test_a_picture_without_a_size_is_measured(tmp_path: Path) -> None:
+def test_image_size_is_read_from_the_header_if_not_given(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20)).save(buffer, "PNG")
     with ShardWriter(tmp_path, "00000") as writer:

@@ -1,4 +1,4 @@
-"""Pretrained parts come in from folders; what does not fit is refused in words."""
+"""Building a model from pretrained parts; parts that don't fit raise ConfigError."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_pretrained_language_model_is_taken_and_the_rest_is_seeded(language: Path) -> None:
+def test_pretrained_language_model_is_loaded_and_the_rest_initialised_from_the_seed(language: Path) -> None:
     config = ModelConfig(preset="tiny", language=str(language))
     built = build_model(config, load_tokenizer(config), seed=3).state_dict()
     fresh = build_model(TINY, load_tokenizer(TINY), seed=3).state_dict()
@@ -35,7 +35,7 @@ def test_a_pretrained_language_model_is_taken_and_the_rest_is_seeded(language: P
     assert all("language_model" in name or "lm_head" in name for name in other)
 
 
-def test_a_pretrained_vision_tower_is_taken(tmp_path: Path) -> None:
+def test_pretrained_vision_tower_is_loaded(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
     tower = build_model(TINY, tokenizer, seed=5).model.vision_tower
     tower.save_pretrained(tmp_path / "vision")
@@ -45,7 +45,7 @@ def test_a_pretrained_vision_tower_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["vision", "language"])
-def test_a_part_of_another_size_names_the_field(field: str, tmp_path: Path) -> None:
+def test_part_of_another_size_raises_config_error_naming_the_field(field: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
     config = build_config(get_preset("tiny"), tokenizer)
     config.vision_config.hidden_size = config.text_config.hidden_size = 64
@@ -60,12 +60,12 @@ def test_a_part_of_another_size_names_the_field(field: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("field", ["vision", "language"])
-def test_a_folder_without_a_model_is_named(field: str, tmp_path: Path) -> None:
+def test_folder_without_a_model_raises_config_error_naming_it(field: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=str(tmp_path)):
         build_model(ModelConfig(preset="tiny", **{field: str(tmp_path)}), load_tokenizer(TINY))
 
 
-def test_a_large_preset_needs_a_language_model_for_its_vocabulary() -> None:
+def test_large_preset_without_language_model_raises_config_error() -> None:
     with pytest.raises(ConfigError, match=r"model\.language is not set: preset sail-vl-2b"):
         load_tokenizer(ModelConfig(preset="sail-vl-2b"))
 

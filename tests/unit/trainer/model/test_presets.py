@@ -1,4 +1,4 @@
-"""The presets have the published sizes; an export loads without code of ours and answers."""
+"""Presets match the published sizes; an export is loaded by transformers and prepares inputs as training does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("name", "millions", "widths"), PUBLISHED)
-def test_parameters_are_as_published(name: str, millions: tuple[float, ...], widths: tuple[int, int]) -> None:
+def test_parameter_counts_match_the_published_ones(
+    name: str, millions: tuple[float, ...], widths: tuple[int, int]
+) -> None:
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(build_config(get_preset(name), load_tokenizer(TINY)))
     connector = model.model.multi_modal_projector
@@ -49,7 +51,7 @@ def test_parameters_are_as_published(name: str, millions: tuple[float, ...], wid
 
 
 @pytest.mark.parametrize("name", ["sail-vl-2b", "sail-vl2-2b"])
-def test_a_tile_fills_as_many_positions_as_the_preset_says(name: str) -> None:
+def test_tile_fills_tokens_per_tile(name: str) -> None:
     small = replace(get_preset(name), vision=get_preset(name).vision | {"num_hidden_layers": 1})
     small = replace(small, text=small.text | {"num_hidden_layers": 1, "vocab_size": 700})
     with torch.device("meta"):
@@ -62,7 +64,7 @@ def test_a_tile_fills_as_many_positions_as_the_preset_says(name: str) -> None:
     assert features.pooler_output.shape == (2, small.tokens_per_tile, small.text["hidden_size"])
 
 
-def test_an_unknown_preset_names_the_known_ones() -> None:
+def test_unknown_preset_raises_config_error_listing_the_presets() -> None:
     with pytest.raises(ConfigError, match="sail-vl-2b, sail-vl-8b, sail-vl2-2b, tiny"):
         get_preset("huge")
 
@@ -79,20 +81,20 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("parts", "modules"), PARTS)
-def test_what_learns(parts: tuple[str, ...], modules: set[str]) -> None:
+def test_set_trainable_freezes_all_other_parts(parts: tuple[str, ...], modules: set[str]) -> None:
     model = build_model(TINY, load_tokenizer(TINY))
     learning = set_trainable(model, parts)  # type: ignore[arg-type]
     assert {name.split(".")[1] for name in learning} == modules
 
 
-def test_the_same_seed_gives_the_same_weights() -> None:
+def test_same_seed_gives_same_weights() -> None:
     tokenizer = load_tokenizer(TINY)
     a, b, c = (build_model(TINY, tokenizer, seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
 
 
-def test_an_export_loads_and_generates(tmp_path: Path) -> None:
+def test_export_is_loaded_by_transformers_and_generates(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
     model = build_model(TINY, tokenizer, seed=1)
     export_model(model, tokenizer, get_preset("tiny"), tmp_path / "export")
@@ -107,7 +109,7 @@ def test_an_export_loads_and_generates(tmp_path: Path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
-def test_an_exports_chat_template_is_the_one_of_training(tmp_path: Path) -> None:
+def test_exported_chat_template_equals_the_training_template(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
     export_model(build_model(TINY, tokenizer), tokenizer, get_preset("tiny"), tmp_path / "export")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "export")
@@ -117,7 +119,7 @@ def test_an_exports_chat_template_is_the_one_of_training(tmp_path: Path) -> None
     assert len(loaded) == len(tokenizer)
 
 
-def test_an_exports_processor_prepares_as_training_does(tmp_path: Path) -> None:
+def test_exported_processor_prepares_inputs_as_training_does(tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="transformers' InternVLProcessor needs torchvision")
     tokenizer = load_tokenizer(TINY)
     export_model(build_model(TINY, tokenizer), tokenizer, get_preset("tiny"), tmp_path / "export")

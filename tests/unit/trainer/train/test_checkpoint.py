@@ -1,4 +1,4 @@
-"""Checkpoints: what one partition wrote another reads, what is torn is refused, what no resume needs goes."""
+"""Checkpoints: loaded into any partition, damage detected, old ones deleted along the lineage."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write(folder: Path, fragments: list[Fragment]) -> None:
 
 
 @pytest.mark.parametrize("cuts", [1, 2, 4])
-def test_any_partition_reads_it_back(cuts: int, tmp_path: Path) -> None:
+def test_checkpoint_is_loaded_into_any_partition(cuts: int, tmp_path: Path) -> None:
     write(tmp_path / "c", build_fragments(1))
     manifest = read_checkpoint_manifest(tmp_path / "c", "d")
     fragments = build_fragments(cuts, fill=-1.0)
@@ -69,13 +69,13 @@ def test_any_partition_reads_it_back(cuts: int, tmp_path: Path) -> None:
         assert all(torch.equal(found.tensors[key], expected.tensors[key]) for key in STATE_KEYS)
 
 
-def test_a_gap_is_never_written(tmp_path: Path) -> None:
+def test_gap_between_slices_fails_before_the_manifest(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"a\.weight"):
         write(tmp_path / "c", build_fragments(1)[1:] + build_fragments(2)[1:2])
     assert not (tmp_path / "c" / MANIFEST_FILE).exists()
 
 
-def test_what_a_killed_predecessor_left_is_cleared(tmp_path: Path) -> None:
+def test_files_of_a_killed_save_are_deleted(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     folder.mkdir()
     (folder / "rank-00007.safetensors").write_bytes(b"half")
@@ -83,7 +83,7 @@ def test_what_a_killed_predecessor_left_is_cleared(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [MANIFEST_FILE, "rank-00000.safetensors"]
 
 
-def test_frozen_and_learning_parameters_may_not_change(tmp_path: Path) -> None:
+def test_changed_trainable_parameters_raise_config_error(tmp_path: Path) -> None:
     write(tmp_path / "c", build_fragments(1))
     manifest = read_checkpoint_manifest(tmp_path / "c", "d")
     with pytest.raises(ConfigError, match=r"frozen in this stage: \['a\.bias'\]"):
@@ -102,14 +102,16 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "error", "words"), DAMAGES)
-def test_a_damaged_checkpoint_is_refused(damage: object, error: type[TrainerError], words: str, tmp_path: Path) -> None:
+def test_damaged_checkpoint_raises_data_error(
+    damage: object, error: type[TrainerError], words: str, tmp_path: Path
+) -> None:
     write(tmp_path, build_fragments(1))
     damage(tmp_path)  # type: ignore[operator]
     with pytest.raises(error, match=words):
         load_checkpoint(tmp_path, read_checkpoint_manifest(tmp_path, "d"), build_fragments(1))
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_flipped_bit_raises_data_error(tmp_path: Path) -> None:
     write(tmp_path, build_fragments(1))
     path = tmp_path / "rank-00000.safetensors"
     data = bytearray(path.read_bytes())
@@ -119,7 +121,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
         load_checkpoint(tmp_path, read_checkpoint_manifest(tmp_path, "d"), build_fragments(1))
 
 
-def test_another_stages_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_stage_raises_data_error(tmp_path: Path) -> None:
     write(tmp_path, build_fragments(1))
     with pytest.raises(DataError, match="expected 1 and other"):
         read_checkpoint_manifest(tmp_path, "other")
@@ -139,7 +141,7 @@ HISTORIES = [
 
 
 @pytest.mark.parametrize(("history", "attempt", "keep", "left"), HISTORIES)
-def test_pruning(
+def test_delete_old_checkpoints_keeps_the_newest_of_the_lineage(
     history: dict[int, tuple[tuple[int, int] | None, list[int], list[int]]],
     attempt: int,
     keep: int,

@@ -1,4 +1,4 @@
-"""Lengths of samples that another tokenizer counted: one pass of all ranks, which resumes, and reads no image."""
+"""Token counts of data counted by another tokenizer: one resumable pass of all ranks that reads no image."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_other_pack_length_is_measured_into_a_cache_of_its_own(
     context: Context, uncounted: Path, encoder: SampleEncoder
 ) -> None:
     datasets = [open_shards(context, uncounted, replace(encoder, pack_tokens=tokens)) for tokens in (256, 40)]
-    assert [dataset.truncated for dataset in datasets] == [0, len(datasets[1])]
+    assert [dataset.truncated_samples for dataset in datasets] == [0, len(datasets[1])]
     assert len(list_cache(context)) == 2
 
 

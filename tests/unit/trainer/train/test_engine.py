@@ -1,4 +1,4 @@
-"""The engine's step, against one loss over the whole step and torch's AdamW."""
+"""The engine's step equals one loss over the whole step with torch's AdamW; frozen parameters stay untouched."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("parts", "clip"), PARTS)
-def test_the_engine_steps_as_plain_adamw_does(
+def test_engine_step_equals_plain_adamw(
     parts: tuple[Part, ...], clip: float, dataset: ShardDataset, encoder: SampleEncoder, tmp_path: Path
 ) -> None:
     config = build_stage(tmp_path, clip_norm=clip, train=parts).train
@@ -85,7 +85,7 @@ def test_the_engine_steps_as_plain_adamw_does(
             torch.testing.assert_close(p, q, atol=0.01 * 2 * RATE, rtol=0, msg=name)
 
 
-def test_what_learns_in_secret_is_found(encoder: SampleEncoder, tmp_path: Path) -> None:
+def test_check_frozen_detects_gradient_and_optimizer_state(encoder: SampleEncoder, tmp_path: Path) -> None:
     config = build_stage(tmp_path).train
     assert config is not None
     model = build(encoder)

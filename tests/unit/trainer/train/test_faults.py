@@ -1,4 +1,4 @@
-"""Two ranks of a training stage, killed or stopped at each of its points: the next attempt changes no bit."""
+"""Two ranks of a training stage, killed or stopped at each point: the next attempt gives a bit-identical outcome."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def outcome(stage: Stage) -> tuple[int, int, int, dict[str, float]]:
     return result.steps, result.tokens, result.samples, result.metrics
 
 
-def require_same(stage: Stage, whole: Stage, attempt: int) -> None:
+def assert_same_outcome(stage: Stage, whole: Stage, attempt: int) -> None:
     """To the bit, and every sample of the two epochs used twice."""
     assert weights(stage) == weights(whole)
     assert outcome(stage) == outcome(whole)
@@ -70,7 +70,7 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("point", "rank", "saved"), KILLS)
-def test_a_killed_rank_costs_time_and_nothing_else(
+def test_outcome_after_a_killed_rank_is_identical(
     point: str, rank: int, saved: int | None, root: Path, whole: Stage
 ) -> None:
     stage = build_stage(root, run=f"killed-{point}")
@@ -83,15 +83,15 @@ def test_a_killed_rank_costs_time_and_nothing_else(
     newest = StageFiles(stage).find_newest_checkpoint(1)
     assert (None if newest is None else newest.step) == saved
     finish(next_attempt(stage))
-    require_same(stage, whole, attempt=2)
+    assert_same_outcome(stage, whole, attempt=2)
 
 
-def test_a_rank_killed_between_its_result_and_the_memo_has_a_result(root: Path, whole: Stage) -> None:
+def test_rank_killed_before_the_result_is_shared_has_a_result(root: Path, whole: Stage) -> None:
     stage = build_stage(root, run="killed-memo")
     assert Ranks(stage, faults=[at("before the memo", die), do_nothing]).end()[0] == -signal.SIGKILL
     finish(next_attempt(stage))
     assert find_newest_attempt(StageFiles(stage)) == 1, "the next attempt found it"
-    require_same(stage, whole, attempt=1)
+    assert_same_outcome(stage, whole, attempt=1)
 
 
 STOPS = [
@@ -105,7 +105,9 @@ STOPS = [
 
 
 @pytest.mark.parametrize(("point", "code", "saved"), STOPS)
-def test_a_stop_loses_nothing(point: str, code: int, saved: int | None, root: Path, whole: Stage) -> None:
+def test_outcome_after_a_stop_request_is_identical(
+    point: str, code: int, saved: int | None, root: Path, whole: Stage
+) -> None:
     """Only one of the ranks is asked."""
     stage = build_stage(root, run=f"stopped-{point}")
     ranks = Ranks(stage, faults=[do_nothing, at(point, ask_to_stop)])
@@ -115,7 +117,7 @@ def test_a_stop_loses_nothing(point: str, code: int, saved: int | None, root: Pa
     if code:
         assert [ranks.said(n).checkpoint for n in (0, 1)] == [newest, newest]
         finish(next_attempt(stage))
-    require_same(stage, whole, attempt=2 if code else 1)
+    assert_same_outcome(stage, whole, attempt=2 if code else 1)
 
 
 LIVES_ON = [
@@ -127,9 +129,7 @@ LIVES_ON = [
 
 
 @pytest.mark.parametrize(("point", "later"), LIVES_ON)
-def test_an_attempt_that_is_cut_off_and_lives_on_harms_nothing(
-    point: str, later: str, root: Path, whole: Stage
-) -> None:
+def test_superseded_attempt_that_continues_changes_nothing(point: str, later: str, root: Path, whole: Stage) -> None:
     """Its first rank is held at a point, the next attempt comes to a later one; then the first one goes on."""
     stage = build_stage(root, run=f"cut-off-{point}", keep_checkpoints=1)
     first = Ranks(stage, faults=[at(point, pause), do_nothing])
@@ -145,7 +145,7 @@ def test_an_attempt_that_is_cut_off_and_lives_on_harms_nothing(
     assert tree(files) == listed, "it wrote nothing and took nothing away"
     signal_first(second, signal.SIGCONT)
     assert second.end() == [0, 0], second.log()
-    require_same(stage, whole, attempt=2)
+    assert_same_outcome(stage, whole, attempt=2)
     assert files.read_result().attempt == 2
 
 

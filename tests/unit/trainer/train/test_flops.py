@@ -1,4 +1,4 @@
-"""The counted arithmetic against torch's own counter, for everything that may learn."""
+"""Counted FLOPs match torch's own counter for every choice of trainable parts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build_batch(image_token: int) -> Batch:
         pytest.param(("language",), id="language"),
     ],
 )
-def test_it_is_what_torch_counts(learning: tuple[Part, ...]) -> None:
+def test_flops_match_the_torch_flop_counter(learning: tuple[Part, ...]) -> None:
     config = ModelConfig(preset="tiny")
     model = build_model(config, load_tokenizer(config), init_from=None, seed=0)
     set_trainable(model, learning)
@@ -56,10 +56,10 @@ def test_it_is_what_torch_counts(learning: tuple[Part, ...]) -> None:
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_a_known_device_has_its_data_sheets_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_device_has_the_peak_of_its_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     assert get_peak_flops(torch.device("cuda"), is_bf16=True) == PEAK_FLOPS["H100 PCIe"]
 
 
-def test_an_unknown_device_is_measured() -> None:
+def test_unknown_device_is_measured() -> None:
     assert get_peak_flops(torch.device("cpu"), is_bf16=False) > 1e9

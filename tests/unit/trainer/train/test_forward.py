@@ -1,4 +1,4 @@
-"""The forward on packs, against the plainest code that does the same."""
+"""The forward pass on packs equals a plain implementation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(encoder: SampleEncoder) -> PackedModel:
     return PackedModel(build_model(TINY, encoder.tokenizer, seed=1))
 
 
-def test_packed_logits_are_those_of_the_samples_alone(
+def test_packed_logits_equal_those_of_single_samples(
     model: PackedModel, dataset: ShardDataset, encoder: SampleEncoder
 ) -> None:
     pack = (7, 2, 5, 11)
@@ -49,7 +49,7 @@ def test_packed_logits_are_those_of_the_samples_alone(
         at += length
 
 
-def test_the_loss_is_that_of_all_logits_masked(
+def test_loss_equals_masked_loss_of_all_logits(
     model: PackedModel, dataset: ShardDataset, encoder: SampleEncoder
 ) -> None:
     batch = collate(dataset, encoder, (0, 1, 2))
@@ -60,7 +60,7 @@ def test_the_loss_is_that_of_all_logits_masked(
     assert batch.loss_tokens == int((batch.labels_1T != IGNORE_INDEX).sum()) > 0
 
 
-def test_an_empty_pack_has_no_loss_but_reaches_all_that_learns(
+def test_empty_pack_has_zero_loss_but_gradients_for_all_trainable_parameters(
     model: PackedModel, dataset: ShardDataset, encoder: SampleEncoder
 ) -> None:
     loss = model(**collate(dataset, encoder, ()).model_inputs)
@@ -72,7 +72,7 @@ def test_an_empty_pack_has_no_loss_but_reaches_all_that_learns(
 
 
 @pytest.mark.parametrize("pack", [pytest.param((0, 1), id="pictures"), pytest.param((), id="none")])
-def test_the_vision_tower_runs_once(
+def test_vision_tower_runs_once_per_batch(
     pack: tuple[int, ...], model: PackedModel, dataset: ShardDataset, encoder: SampleEncoder
 ) -> None:
     calls: list[int] = []

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is no number, made for real: what is left out, and what stays the same."""
+"""A real NaN in loss or gradient: which data is skipped, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weights(stage: Stage) -> bytes:
     return (StageFiles(stage).export / "model.safetensors").read_bytes()
 
 
-def require_all_told(stage: Stage, attempt: int, whole: dict[int, list[int]]) -> None:
+def assert_every_sample_is_accounted_for(stage: Stage, attempt: int, whole: dict[int, list[int]]) -> None:
     """Every step has the samples that it always had, and they are trained or left out: none is missing."""
     files = StageFiles(stage)
     trained, skipped = read_trained_samples(files, attempt), read_skipped_samples(files, attempt)
@@ -49,7 +49,7 @@ def require_all_told(stage: Stage, attempt: int, whole: dict[int, list[int]]) ->
     assert result.metrics["skippedSamples"] == sum(map(len, skipped.values()))
 
 
-def test_a_bad_batch_is_left_out_and_the_rest_is_as_it_was(root: Path, whole: dict[int, list[int]]) -> None:
+def test_batch_with_nan_loss_is_skipped_and_other_steps_are_unchanged(root: Path, whole: dict[int, list[int]]) -> None:
     """In both epochs: two failures of their own, on the one of two ranks that has the sample."""
     stage = build_stage(root, run="spoilt")
     files, again = StageFiles(stage), 8 if set(whole[4]) & set(whole[8]) else 7
@@ -71,11 +71,11 @@ def test_a_bad_batch_is_left_out_and_the_rest_is_as_it_was(root: Path, whole: di
         assert lineage is not None
         assert (lineage.start and lineage.start.step, lineage.skips) == (step, left_out)
     assert codes == [0, 0]
-    require_all_told(stage, 3, whole)
+    assert_every_sample_is_accounted_for(stage, 3, whole)
     assert set(read_skipped_samples(files, 3)) == {4, again}
 
 
-def test_a_kill_after_the_skip_changes_no_bit(root: Path, whole: dict[int, list[int]]) -> None:
+def test_kill_after_a_skipped_step_does_not_change_the_weights(root: Path, whole: dict[int, list[int]]) -> None:
     """The optimizer's clock counts updates: with that of the steps, the resumed run would differ."""
     ends = {}
     for name in ("plain", "killed"):
@@ -93,7 +93,7 @@ def test_a_kill_after_the_skip_changes_no_bit(root: Path, whole: dict[int, list[
     assert ends["plain"] == ends["killed"]
 
 
-def test_weights_that_went_bad_earlier_are_left_behind(root: Path, whole: dict[int, list[int]]) -> None:
+def test_repeated_failure_resumes_before_the_ruined_checkpoint(root: Path, whole: dict[int, list[int]]) -> None:
     """Every step saves, so the newest checkpoint is a ruined one: leaving out what comes after it can't help."""
     stage = build_stage(root, run="exploded", checkpoint_steps=1, keep_checkpoints=3)
     files, fault = StageFiles(stage), partial(explode, 4)
@@ -111,11 +111,11 @@ def test_weights_that_went_bad_earlier_are_left_behind(root: Path, whole: dict[i
     lineage = read_lineage(files, 3)
     assert lineage is not None
     assert (lineage.start and lineage.start.step, lineage.skips) == (3, (Skip(first=4, last=6, step=5, failures=2),))
-    require_all_told(stage, 3, whole)
+    assert_every_sample_is_accounted_for(stage, 3, whole)
     assert set(read_skipped_samples(files, 3)) == {4, 5, 6}
 
 
-def test_a_model_that_is_broken_from_the_start_says_so(root: Path) -> None:
+def test_non_finite_validation_loss_raises_before_export(root: Path) -> None:
     stage = build_stage(root, run="broken", learning_rate=1e30, warmup_ratio=0.0, epochs=0.1)
     ranks = Ranks(stage, 1)
     assert ranks.end() == [NON_FINITE], ranks.log()

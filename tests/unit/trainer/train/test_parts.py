@@ -1,4 +1,4 @@
-"""The small parts of training: schedule, optimizer groups, meter, ledger, which engine."""
+"""Learning-rate schedule, optimizer groups, step timer, sample log and choice of engine."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ RATES = [
 
 
 @pytest.mark.parametrize(("warmup", "floor", "steps", "expected"), RATES)
-def test_learning_rates(warmup: float, floor: float, steps: int, expected: dict[int, float], tmp_path: Path) -> None:
+def test_schedule_warms_up_linearly_then_follows_a_cosine(
+    warmup: float, floor: float, steps: int, expected: dict[int, float], tmp_path: Path
+) -> None:
     stage = build_stage(tmp_path, learning_rate=2.0, warmup_ratio=warmup, min_learning_rate_ratio=floor)
     assert stage.train is not None
     rate = build_schedule(stage.train, steps)
     assert {step: rate(step) / 2 for step in expected} == pytest.approx(expected, abs=1e-9)
 
 
-def test_vectors_do_not_decay_and_what_is_frozen_is_not_there(tmp_path: Path) -> None:
+def test_optimizer_decays_trainable_matrices_only(tmp_path: Path) -> None:
     config = build_stage(tmp_path, weight_decay=0.1).train
     assert config is not None
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2), torch.nn.Linear(2, 3))
@@ -58,14 +60,14 @@ UNBUILT = [
 
 
 @pytest.mark.parametrize(("engine", "words"), UNBUILT)
-def test_an_engine_that_is_not_built_yet_says_what_to_write(engine: EngineConfig, words: str, tmp_path: Path) -> None:
+def test_unsupported_engine_raises_config_error(engine: EngineConfig, words: str, tmp_path: Path) -> None:
     config = build_stage(tmp_path).train
     assert config is not None
     with pytest.raises(ConfigError, match=words):
         build_engine(torch.nn.Linear(1, 1), engine, config, device=torch.device("cpu"))
 
 
-def test_the_meter_tells_where_a_step_went() -> None:
+def test_step_timer_reports_phases_and_rates() -> None:
     timer = StepTimer(world_size=2, pack_tokens=100, peak_flops=10.0, _previous_end=10.0)
     with timer.phase("forward"):
         pass
@@ -77,7 +79,7 @@ def test_the_meter_tells_where_a_step_went() -> None:
     assert timer.mean_step_seconds == pytest.approx(1.9)
 
 
-def test_the_ledger_follows_the_lineage(tmp_path: Path) -> None:
+def test_sample_log_follows_the_lineage_of_attempts(tmp_path: Path) -> None:
     files = StageFiles(build_stage(tmp_path))
     starts = {1: None, 2: Checkpoint(step=2, path="checkpoints/attempt-0001/step-00000002")}
     for attempt, start in starts.items():

@@ -1,4 +1,4 @@
-"""Which data is left out after a loss that was no number: one batch, then ranges that double, back and forward."""
+"""Skipped ranges after non-finite losses: one batch first, then ranges that double."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("skips", "step", "steps", "expected"), CASES)
-def test_what_is_left_out(skips: tuple[Skip, ...], step: int, steps: int, expected: tuple[Skip, ...]) -> None:
+def test_skip_window_widens_with_repeated_failures(
+    skips: tuple[Skip, ...], step: int, steps: int, expected: tuple[Skip, ...]
+) -> None:
     assert widen_skip_window(skips, step, steps) == expected
 
 
@@ -64,5 +66,5 @@ LENGTHS = [
 
 
 @pytest.mark.parametrize(("steps", "lengths"), LENGTHS)
-def test_ranges_double(steps: int, lengths: list[int]) -> None:
+def test_skip_length_doubles_with_each_failure(steps: int, lengths: list[int]) -> None:
     assert [skip_length(failures, steps) for failures in (1, 2, 3, 4)] == lengths

@@ -1,4 +1,4 @@
-"""A whole stage alone in this process: what it leaves, how it stops, and that going on changes nothing."""
+"""A whole training stage in this process: its result, its export, stop and resume."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def carry_out(stage: Stage) -> Result:
+def run_stage(stage: Stage) -> Result:
     return run(build_single_process_context(stage, scratch=Path(stage.output) / "scratch"))
 
 
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Result:
     """Never interrupted."""
-    return carry_out(build_stage(root, run="whole"))
+    return run_stage(build_stage(root, run="whole"))
 
 
 def weights(root: Path, name: str) -> bytes:
@@ -59,7 +59,7 @@ def interrupt(stage: Stage, step: int, monkeypatch: pytest.MonkeyPatch) -> Preem
     return stopped.value
 
 
-def test_a_stage_lowers_the_held_out_loss_and_says_so(root: Path, whole: Result) -> None:
+def test_stage_lowers_and_reports_the_validation_loss(root: Path, whole: Result) -> None:
     losses = {"loss", "heldOutLossBefore", "heldOutLoss", "heldOutLossShuffled"}
     assert whole.metrics.keys() == losses | {"skippedSamples"}
     assert whole.metrics["skippedSamples"] == 0
@@ -73,7 +73,7 @@ def test_a_stage_lowers_the_held_out_loss_and_says_so(root: Path, whole: Result)
 @pytest.mark.parametrize(
     "stop", [pytest.param(2, id="between checkpoints"), pytest.param(-1, id="after the last step")]
 )
-def test_a_stop_saves_and_going_on_changes_no_bit(
+def test_stop_saves_a_checkpoint_and_the_resume_is_bit_identical(
     stop: int, root: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = stop if stop > 0 else whole.steps
@@ -81,23 +81,23 @@ def test_a_stop_saves_and_going_on_changes_no_bit(
     stopped = interrupt(stage, step, monkeypatch)
     assert stopped.checkpoint is not None
     assert stopped.checkpoint.step == step
-    resumed = carry_out(replace(stage, attempt=2))
+    resumed = run_stage(replace(stage, attempt=2))
     assert resumed.metrics == whole.metrics
     assert weights(root, stage.run) == weights(root, "whole")
     used = Counter(s for samples in read_trained_samples(StageFiles(stage), last_attempt=2).values() for s in samples)
     assert used == dict.fromkeys(range(SAMPLES), 2)
 
 
-def test_the_next_stage_starts_from_the_export(root: Path, whole: Result) -> None:
+def test_next_stage_starts_from_the_export(root: Path, whole: Result) -> None:
     first = StageFiles(build_stage(root, run="whole"))
     stage = replace(build_stage(root, run="next", train=("connector",), epochs=0.1), init_from=str(first.output))
-    assert carry_out(stage).metrics["heldOutLossBefore"] == pytest.approx(whole.metrics["heldOutLoss"], abs=1e-5)
+    assert run_stage(stage).metrics["heldOutLossBefore"] == pytest.approx(whole.metrics["heldOutLoss"], abs=1e-5)
     before, after = _load(first.export), _load(StageFiles(stage).export)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == [name for name in before if "multi_modal_projector" in name], "the rest is as it was, to the bit"
 
 
-def test_a_loss_that_is_not_finite_names_the_step(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_gradient_raises_naming_the_step(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[float] = []
 
     def explode(self: DeepSpeedEngine, learning_rate: float) -> float:
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_names_the_step(root: Path, monkeypatch: pytes
 
     monkeypatch.setattr(DeepSpeedEngine, "step", explode)
     with pytest.raises(NonFiniteError, match=r"gradient norm is inf at step 2 of \d+; .*lower learningRate"):
-        carry_out(build_stage(root, run="exploding"))
+        run_stage(build_stage(root, run="exploding"))
 
 
 BUDGETS = [
@@ -116,9 +116,11 @@ BUDGETS = [
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_a_budget_is_tokens_or_epochs(budget: dict[str, Any], root: Path) -> None:
+def test_budget_without_exactly_one_of_tokens_and_epochs_raises_config_error(
+    budget: dict[str, Any], root: Path
+) -> None:
     with pytest.raises(ConfigError, match="exactly one"):
-        carry_out(build_stage(root, run="budget", **budget))
+        run_stage(build_stage(root, run="budget", **budget))
 
 
 def _load(export: Path) -> dict[str, torch.Tensor]:

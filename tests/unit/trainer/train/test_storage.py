@@ -1,4 +1,4 @@
-"""A storage that is full, broken or gone in the middle of a stage: what is said, what stays whole, what follows."""
+"""A volume that is full, broken or unmounted during a stage: the message, what stays intact, and the retry."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def disk(tmp_path: Path) -> Iterator[Volume]:
     yield from provide_volume(tmp_path, is_disk=True)
 
 
-def require_whole(stage: Stage, attempt: int) -> None:
+def assert_no_partial_files(stage: Stage, attempt: int) -> None:
     """Nothing that is there by its name is half a thing, and every sample was used twice."""
     files = StageFiles(stage)
     used = Counter(s for samples in read_trained_samples(files, attempt).values() for s in samples)
@@ -81,7 +81,7 @@ FILLED = [
 
 
 @pytest.mark.parametrize("case", FILLED)
-def test_a_full_volume_is_named_and_room_on_it_is_all_that_is_needed(
+def test_full_volume_is_reported_and_a_retry_succeeds_once_space_is_freed(
     case: tuple[str, int | None, str], memory: Volume, data: Path, expected: bytes
 ) -> None:
     stage, (point, saved, path) = build(memory.path, data), case
@@ -98,7 +98,7 @@ def test_a_full_volume_is_named_and_room_on_it_is_all_that_is_needed(
     assert Ranks(second, 1).end() == [ExitCode.STORAGE], "it is full still"
     (memory.path / BALLAST).unlink()
     assert finish(next_attempt(second)) == expected
-    require_whole(stage, 3)
+    assert_no_partial_files(stage, 3)
 
 
 def assert_matches(words: str, text: str) -> None:
@@ -114,7 +114,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("point", "lose"), BROKEN)
-def test_a_volume_that_goes_comes_back_with_all_that_was_saved(
+def test_lost_volume_is_reported_and_a_retry_resumes_once_it_is_back(
     point: str, lose: object, disk: Volume, data: Path, expected: bytes
 ) -> None:
     stage = build(disk.path, data)
@@ -125,4 +125,4 @@ def test_a_volume_that_goes_comes_back_with_all_that_was_saved(
     assert not os.listdir(disk.path), "nothing was written where it had been"
     disk.mount()
     assert finish(next_attempt(stage)) == expected
-    require_whole(stage, 2)
+    assert_no_partial_files(stage, 2)

@@ -1,4 +1,4 @@
-"""Training on several ranks: what a kill takes away, and that the number of ranks changes nothing that matters."""
+"""Training on several ranks: resume after kills, and independence of the world size."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def weights(root: Path, run: str) -> bytes:
     return (StageFiles(build_stage(root, run=run)).export / "model.safetensors").read_bytes()
 
 
-def test_a_kill_costs_time_and_nothing_else(root: Path, whole: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_after_killing_all_ranks_is_bit_identical(
+    root: Path, whole: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = build_stage(root, run="killed")
     kill(root, stage, 2, 5, monkeypatch)
     assert train(root, replace(stage, attempt=2), 2) == whole[3:], "equal to the bit from the checkpoint of step 3 on"
@@ -67,11 +69,11 @@ def test_a_kill_costs_time_and_nothing_else(root: Path, whole: list[float], monk
     assert used == dict.fromkeys(range(SAMPLES), 2), "two epochs: every sample twice"
 
 
-def test_the_number_of_ranks_does_not_change_the_losses(root: Path, whole: list[float]) -> None:
+def test_losses_do_not_depend_on_the_world_size(root: Path, whole: list[float]) -> None:
     assert train(root, build_stage(root, run="alone"), 1) == pytest.approx(whole, abs=2e-4)
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_three(
+def test_checkpoint_of_two_ranks_resumes_on_three(
     root: Path, whole: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = build_stage(root, run="grown")
