@@ -1,6 +1,6 @@
-"""Ranks that meet a fault, for tests: whole ones, forked from a process that has imported all: they start at once.
+"""Real ranks with an injected fault, forked from a process that has imported everything, so that they start at once.
 
-A fault is a function of this module, called in the rank before its main; it bends one thing at one point.
+A fault is a function of this module, called in the rank before its main; it patches one function.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.train import checkpoint, stage, trainer
 
 LIMIT = 120
-"""Seconds that ranks may take."""
+"""Longest time in seconds that ranks may take."""
 LATE_IMPORTS = ["deepspeed", "duckdb", "transformers.models.internvl.modeling_internvl", "torch._dynamo"]
-"""What ranks import where they need it; tests themselves don't wait for it."""
+"""Modules that ranks import late, for the fork server; importing them in tests would take seconds."""
 BALLAST, SIZE = "ballast", "64M"
 EXT4_IOC_SHUTDOWN = 0x8004587D
 """<linux/ext4.h>"""
 CLOSE_SECONDS = 5
-"""For the neighbours of a rank that died."""
+"""Seconds in which the peers of a dead rank may exit by themselves."""
 Fault = Callable[[], None]
 
 
-class Ranks:
-    """The ranks of one attempt, without a worker around them."""
+class FaultyRanks:
+    """The ranks of one attempt, without a worker; some of them with a fault."""
 
     def __init__(self, document: Stage, world_size: int = 2, faults: Sequence[Fault] = ()) -> None:
-        """`faults`: by rank, or one for all."""
+        """Start the ranks. `faults` has one fault per rank, or one for all ranks."""
         beside = Path(document.storage)  # the storage itself may go in a test
         self.folder = beside.with_name(f"{beside.name}-ranks") / f"{document.run}-{document.attempt}"
         self.folder.mkdir(parents=True)
@@ -71,12 +71,15 @@ class Ranks:
         own = self.folder / f"rank-{rank}"
         Scratch(own).prepare()
         environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank), Env.SCRATCH: str(own)}
-        process = _server().Process(target=_be_rank, args=(environment, own, fault))
+        process = _server().Process(target=_run_rank, args=(environment, own, fault))
         process.start()
         return process
 
-    def end(self) -> list[int]:
-        """Exit codes, by rank; of a signal, its number below 0. A dead one ends its neighbours, as agents do."""
+    def wait_for_codes(self) -> list[int]:
+        """Wait for all ranks and return their exit codes, -N for signal N.
+
+        If a rank fails, its peers are terminated after a while, as the agent does.
+        """
         sentinels = [process.sentinel for process in self.processes]
         connection.wait(sentinels, LIMIT)
         for process in self.processes:
@@ -85,21 +88,21 @@ class Ranks:
         for process in self.processes:
             process.join(LIMIT)
         codes = [process.exitcode for process in self.processes]
-        assert None not in codes, self.log()
+        assert None not in codes, self.read_logs()
         return codes  # type: ignore[return-value]  # none is None
 
-    def said(self, rank: int = 0) -> Termination:
-        """The last words of a rank that failed."""
+    def read_termination(self, rank: int = 0) -> Termination:
+        """Return the termination of a rank that failed."""
         message: dict[str, str] = decode(dict[str, str], (self.folder / f"rank-{rank}" / "words").read_bytes())
         return decode(Termination, message["message"])
 
-    def log(self) -> str:
-        """Of all ranks."""
+    def read_logs(self) -> str:
+        """Return the end of the logs of all ranks."""
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("rank-*/log")))
 
 
 class Volume:
-    """A small disk of its own; `is_disk`: ext4, which can break down, and keeps what was brought to it."""
+    """A small volume: a tmpfs or, if `is_disk`, an ext4 file system that can fail and keeps what was synced to it."""
 
     def __init__(self, folder: Path, *, is_disk: bool) -> None:
         self.path, self._image = folder / "storage", folder / "image"
@@ -111,16 +114,16 @@ class Volume:
             self._arguments = ["-o", "loop", str(self._image)]
 
     def mount(self) -> None:
-        """Raises CalledProcessError where that isn't allowed."""
+        """Mount the volume. Raises CalledProcessError if this isn't allowed."""
         subprocess.run(["mount", *self._arguments, self.path], check=True, capture_output=True)
 
-    def unmount(self) -> None:
-        """If it is there still."""
+    def unmount_volume(self) -> None:
+        """Unmount the volume, if it is mounted."""
         subprocess.run(["umount", self.path], check=False, capture_output=True)
 
 
 def provide_volume(folder: Path, *, is_disk: bool) -> Iterator[Volume]:
-    """Mounted, and unmounted at the end; the test is skipped where that isn't allowed."""
+    """Yield a mounted volume and unmount it at the end; skip the test if mounting isn't allowed."""
     try:
         volume = Volume(folder, is_disk=is_disk)
         volume.mount()
@@ -131,7 +134,7 @@ def provide_volume(folder: Path, *, is_disk: bool) -> Iterator[Volume]:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return int(probe.getsockname()[1])
@@ -139,7 +142,7 @@ def free_port() -> int:
 
 @cache
 def _server() -> ForkServerContext:
-    """It starts once in a test process. It finds what it imports by the environment alone."""
+    """Start the fork server, once per test process; it finds its imports through the environment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *LATE_IMPORTS])
     with pytest.MonkeyPatch.context() as patch:
@@ -149,8 +152,8 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _be_rank(environment: dict[str, str], own: Path, fault: Fault) -> None:
-    """In the forked process."""
+def _run_rank(environment: dict[str, str], own: Path, fault: Fault) -> None:
+    """Run a rank in the forked process."""
     log = os.open(own / "log", os.O_WRONLY | os.O_CREAT, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -162,56 +165,56 @@ def _be_rank(environment: dict[str, str], own: Path, fault: Fault) -> None:
 
 
 def do_nothing() -> None:
-    """The rank meets no fault."""
+    """Inject no fault."""
 
 
-def die() -> None:
-    """As the kernel or a person ends it."""
+def kill_process() -> None:
+    """Kill this process with SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def ask_to_stop() -> None:
-    """As the worker's entry does when SIGTERM arrives."""
+def request_stop() -> None:
+    """Create the stop file, as the worker does when SIGTERM arrives."""
     Scratch(Path(os.environ[Env.SCRATCH])).stop_file.touch()
 
 
-def pause() -> None:
-    """As a machine that is cut off, or a debugger, holds it: until SIGCONT."""
+def stop_process() -> None:
+    """Stop this process until SIGCONT, as a debugger does or a machine that loses its network."""
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def fail() -> None:
-    """A mistake in the code."""
+def raise_bug() -> None:
+    """Raise the error of a bug."""
     raise ValueError("a plain mistake")
 
 
-def fill(volume: Path) -> None:
-    """Somebody else's data takes all the room."""
+def fill_volume(volume: Path) -> None:
+    """Fill the volume with other data."""
     with suppress(OSError), (volume / BALLAST).open("wb") as file:
         while True:
             file.write(b"x" * 4096)
             file.flush()
 
 
-def break_down(volume: Path) -> None:
-    """As a disk that dies: from now on, all that is asked of the ext4 volume is answered by EIO."""
+def shut_down_volume(volume: Path) -> None:
+    """Make every access to the ext4 volume fail with EIO from now on, as a broken disk does."""
     folder = os.open(volume, os.O_RDONLY)
     fcntl.ioctl(folder, EXT4_IOC_SHUTDOWN, struct.pack("I", 1))
     os.close(folder)
 
 
-def unmount(volume: Path) -> None:
-    """It is gone, for whoever looks for a file by its name."""
+def unmount_volume(volume: Path) -> None:
+    """Detach the volume, so that its files are no longer found by their paths."""
     subprocess.run(["umount", "-l", volume], check=True)
 
 
-def at(point: str, do: Callable[[], None]) -> Fault:
-    """Do something once a rank has come to a point, which is one of POINTS or `step N`: after that step."""
+def inject_at(point: str, do: Callable[[], None]) -> Fault:
+    """Return a fault that calls a function at a point: one of POINTS, or `step N` for the end of that step."""
     assert point in POINTS or point.startswith("step "), point
-    return partial(_bend, point, do)
+    return partial(_inject, point, do)
 
 
-def _bend(point: str, do: Callable[[], None]) -> None:
+def _inject(point: str, do: Callable[[], None]) -> None:
     if point.startswith("step "):
         _after(trainer.Trainer, "_record_step", do, lambda self, *_: self.state.step == int(point[5:]))
         return
@@ -228,24 +231,24 @@ def _bend(point: str, do: Callable[[], None]) -> None:
 def _before(owner: Any, name: str, do: Callable[[], None], is_now: Callable[..., bool]) -> None:
     original = getattr(owner, name)
 
-    def bent(*args: Any, **options: Any) -> Any:
+    def patched(*args: Any, **options: Any) -> Any:
         if is_now(*args):
             do()
         return original(*args, **options)
 
-    setattr(owner, name, bent)
+    setattr(owner, name, patched)
 
 
 def _after(owner: Any, name: str, do: Callable[[], None], is_now: Callable[..., bool]) -> None:
     original = getattr(owner, name)
 
-    def bent(*args: Any, **options: Any) -> Any:
+    def patched(*args: Any, **options: Any) -> Any:
         result = original(*args, **options)
         if is_now(*args):
             do()
         return result
 
-    setattr(owner, name, bent)
+    setattr(owner, name, patched)
 
 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
@@ -264,12 +267,12 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "exporting": (export, "write_processor", 1, True),
     "exported": (stage, "export_model", 1, False),
     "before the result": (layout.StageFiles, "write_result", 1, True),
-    "before the memo": (layout, "write_atomic", 1, False),
+    "before the result pointer": (layout, "write_atomic", 1, False),
 }
-"""What is called there, which call of it, and whether the fault comes before it or after."""
+"""Owner and name of the function at a point, number of the call, and whether the fault comes before or after it."""
 
 
-def spoil(*samples: int) -> None:
+def make_images_nan(*samples: int) -> None:
     """Replace the images of these samples by NaN, on the rank that has one of them."""
     original = trainer.Trainer.train_step
 
@@ -295,8 +298,8 @@ def log_counted(path: Path) -> None:
     TokenCountFiles.count = count  # type: ignore[method-assign]
 
 
-def explode(step: int) -> None:
-    """The update of a step ruins the weights, which are numbers still; from the next step on, the loss is none."""
+def ruin_weights(step: int) -> None:
+    """Ruin the weights, which stay finite, in the update of a step, so that the next step's loss isn't finite."""
     original = trainer.Trainer.train_step
 
     def train(self: trainer.Trainer, loaded: Any) -> None:
@@ -310,12 +313,12 @@ def explode(step: int) -> None:
     trainer.Trainer.train_step = train  # type: ignore[method-assign]
 
 
-def both(one: Fault, other: Fault) -> None:
-    """Two faults."""
+def combine_faults(one: Fault, other: Fault) -> None:
+    """Inject two faults."""
     one()
     other()
 
 
 def next_attempt(document: Stage) -> Stage:
-    """The same stage once more."""
+    """Return the stage config of the next attempt."""
     return replace(document, attempt=document.attempt + 1)

@@ -14,15 +14,15 @@ from sailvl_trainer.storage.layout import StageFiles
 from tests.support.builders import evaluation, training
 from tests.support.rank_faults import (
     BALLAST,
-    Ranks,
+    FaultyRanks,
     Volume,
-    ask_to_stop,
-    at,
     do_nothing,
-    fail,
-    fill,
+    fill_volume,
+    inject_at,
     next_attempt,
     provide_volume,
+    raise_bug,
+    request_stop,
 )
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def build_training(root: Path) -> Stage:
 
 def build_evaluation(root: Path) -> Stage:
     evaluation.export_untrained(root)
-    questions = evaluation.build_questions(root / "colours.tsv")
+    questions = evaluation.write_questions(root / "colours.tsv")
     return evaluation.build_stage(root, evaluation.build_benchmark(questions))
 
 
@@ -67,9 +67,9 @@ BUGS = [
 
 @pytest.mark.parametrize(("build", "point", "code"), BUGS)
 def test_bug_is_reported_with_its_traceback(build: Build, point: str, code: str, tmp_path: Path) -> None:
-    ranks = Ranks(build(tmp_path / "storage"), 1, [at(point, fail)])
-    assert ranks.end() == [1], ranks.log()
-    ended = ranks.said()
+    ranks = FaultyRanks(build(tmp_path / "storage"), 1, [inject_at(point, raise_bug)])
+    assert ranks.wait_for_codes() == [1], ranks.read_logs()
+    ended = ranks.read_termination()
     assert (ended.exit_code, ended.rank, ended.message) == (1, 0, "ValueError: a plain mistake")
     assert code in ended.traceback
     assert ended.traceback.endswith("ValueError: a plain mistake\n")
@@ -91,17 +91,17 @@ def volume(tmp_path: Path) -> Iterator[Volume]:
 @pytest.mark.parametrize(("build", "point"), WRITES)
 def test_full_volume_leaves_no_partial_output(build: Build, point: str, volume: Volume, tmp_path: Path) -> None:
     stage = build(volume.path)
-    ranks = Ranks(stage, 1, [at(point, partial(fill, volume.path))])
-    assert ranks.end() == [ExitCode.STORAGE], ranks.log()
-    assert f"the volume {volume.path} is full: " in ranks.said().message
+    ranks = FaultyRanks(stage, 1, [inject_at(point, partial(fill_volume, volume.path))])
+    assert ranks.wait_for_codes() == [ExitCode.STORAGE], ranks.read_logs()
+    assert f"the volume {volume.path} is full: " in ranks.read_termination().message
     assert StageFiles(stage).find_result() is None
     (volume.path / BALLAST).unlink()
     again = next_attempt(stage)
-    ranks = Ranks(again, 1)
-    assert ranks.end() == [0], ranks.log()
+    ranks = FaultyRanks(again, 1)
+    assert ranks.wait_for_codes() == [0], ranks.read_logs()
     (tmp_path / "whole").mkdir()
     whole = build(tmp_path / "whole")
-    assert Ranks(whole, 1).end() == [0]
+    assert FaultyRanks(whole, 1).wait_for_codes() == [0]
     assert hash_outputs(again) == hash_outputs(whole)
     assert StageFiles(again).read_result().metrics == StageFiles(whole).read_result().metrics
 
@@ -109,11 +109,11 @@ def test_full_volume_leaves_no_partial_output(build: Build, point: str, volume: 
 @pytest.mark.parametrize("build", [build_curation, build_evaluation], ids=["curate", "evaluate"])
 def test_all_ranks_stop_when_one_is_asked_to(build: Build, tmp_path: Path) -> None:
     stage = build(tmp_path / "storage")
-    ranks = Ranks(stage, faults=[do_nothing, ask_to_stop])
-    assert ranks.end() == [ExitCode.PREEMPTED, ExitCode.PREEMPTED], ranks.log()
+    ranks = FaultyRanks(stage, faults=[do_nothing, request_stop])
+    assert ranks.wait_for_codes() == [ExitCode.PREEMPTED, ExitCode.PREEMPTED], ranks.read_logs()
     assert StageFiles(stage).find_result() is None
-    ranks = Ranks(next_attempt(stage))
-    assert ranks.end() == [0, 0], ranks.log()
+    ranks = FaultyRanks(next_attempt(stage))
+    assert ranks.wait_for_codes() == [0, 0], ranks.read_logs()
 
 
 def hash_outputs(stage: Stage) -> dict[str, str]:

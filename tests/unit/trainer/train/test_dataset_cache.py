@@ -25,7 +25,17 @@ from sailvl_trainer.rank.context import Context, build_single_process_context
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.train.dataset_cache import HEARTBEAT_ROWS, INDEX_DIR, open_dataset
 from tests.support.builders.training import build_set, build_stage, build_uncounted_set
-from tests.support.rank_faults import Ranks, Volume, at, both, die, fill, log_counted, next_attempt, provide_volume
+from tests.support.rank_faults import (
+    FaultyRanks,
+    Volume,
+    combine_faults,
+    fill_volume,
+    inject_at,
+    kill_process,
+    log_counted,
+    next_attempt,
+    provide_volume,
+)
 
 SHARDS = 5
 
@@ -229,7 +239,7 @@ def test_full_volume_while_counting_is_a_storage_error(
     volume: Volume, tmp_path: Path, uncounted: Path, encoder: SampleEncoder
 ) -> None:
     context = build_single_process_context(build_stage(volume.path), scratch=tmp_path / "scratch")
-    fill(volume.path)
+    fill_volume(volume.path)
     with pytest.raises(StorageError, match=rf"the volume {volume.path} is full"):
         open_shards(context, uncounted, encoder)
 
@@ -254,8 +264,8 @@ def read_tokens(stage: Stage) -> int:
 @pytest.mark.parametrize("world_size", [2, 3], ids=["two ranks", "more ranks than held-out shards"])
 def test_each_shard_is_counted_on_one_rank(world_size: int, tmp_path: Path, uncounted: Path) -> None:
     stage = build_stage(tmp_path / "storage", data=(str(uncounted),))
-    ranks = Ranks(stage, world_size, [partial(log_counted, tmp_path / "log")])
-    assert ranks.end() == [0] * world_size, ranks.log()
+    ranks = FaultyRanks(stage, world_size, [partial(log_counted, tmp_path / "log")])
+    assert ranks.wait_for_codes() == [0] * world_size, ranks.read_logs()
     assert read_log(tmp_path / "log") == ALL_ONCE
     lengths = build_lengths(uncounted)
     assert read_tokens(stage) == 2 * lengths["tokens"].sum(), "two epochs"
@@ -272,13 +282,13 @@ def test_killed_rank_ends_the_others_and_the_next_attempt_counts_the_rest(
 ) -> None:
     stage, log = build_stage(tmp_path / "storage", data=(str(uncounted),)), partial(log_counted, tmp_path / "log")
     faults: list[Callable[[], None]] = [log, log]
-    faults[rank] = partial(both, log, at("counting tokens", die))
-    ranks = Ranks(stage, 2, faults)
-    codes = ranks.end()
-    assert codes[rank] == -signal.SIGKILL, ranks.log()
-    assert codes[1 - rank] in (76, -signal.SIGTERM), ranks.log()
-    second = Ranks(next_attempt(stage), 2, [log])
-    assert second.end() == [0, 0], second.log()
+    faults[rank] = partial(combine_faults, log, inject_at("counting tokens", kill_process))
+    ranks = FaultyRanks(stage, 2, faults)
+    codes = ranks.wait_for_codes()
+    assert codes[rank] == -signal.SIGKILL, ranks.read_logs()
+    assert codes[1 - rank] in (76, -signal.SIGTERM), ranks.read_logs()
+    second = FaultyRanks(next_attempt(stage), 2, [log])
+    assert second.wait_for_codes() == [0, 0], second.read_logs()
     assert read_log(tmp_path / "log") == ALL_ONCE
     assert read_tokens(stage) == 2 * build_lengths(uncounted)["tokens"].sum()
 
@@ -286,11 +296,11 @@ def test_killed_rank_ends_the_others_and_the_next_attempt_counts_the_rest(
 @pytest.mark.slow
 def test_volume_that_fills_up_while_counting_is_named(volume: Volume, uncounted: Path) -> None:
     stage = build_stage(volume.path, data=(str(uncounted),))
-    ranks = Ranks(stage, 2, [at("counting tokens", partial(fill, volume.path))])
-    codes = ranks.end()
-    assert ExitCode.STORAGE in codes, ranks.log()
+    ranks = FaultyRanks(stage, 2, [inject_at("counting tokens", partial(fill_volume, volume.path))])
+    codes = ranks.wait_for_codes()
+    assert ExitCode.STORAGE in codes, ranks.read_logs()
     failed = codes.index(ExitCode.STORAGE)
-    assert f"the volume {volume.path} is full" in ranks.said(failed).message
+    assert f"the volume {volume.path} is full" in ranks.read_termination(failed).message
     (volume.path / "ballast").unlink()
-    second = Ranks(next_attempt(stage), 2)
-    assert second.end() == [0, 0], second.log()
+    second = FaultyRanks(next_attempt(stage), 2)
+    assert second.wait_for_codes() == [0, 0], second.read_logs()

@@ -14,7 +14,16 @@ from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import find_newest_attempt
 from sailvl_trainer.train.sample_log import read_trained_samples
 from tests.support.builders.training import SAMPLES, build_set, build_stage
-from tests.support.rank_faults import Fault, Ranks, ask_to_stop, at, die, do_nothing, next_attempt, pause
+from tests.support.rank_faults import (
+    Fault,
+    FaultyRanks,
+    do_nothing,
+    inject_at,
+    kill_process,
+    next_attempt,
+    request_stop,
+    stop_process,
+)
 
 pytestmark = pytest.mark.slow
 STOPPED, LOST = 75, (76, -signal.SIGTERM)
@@ -36,8 +45,8 @@ def whole(root: Path) -> Stage:
 
 
 def finish(stage: Stage) -> None:
-    ranks = Ranks(stage)
-    assert ranks.end() == [0, 0], ranks.log()
+    ranks = FaultyRanks(stage)
+    assert ranks.wait_for_codes() == [0, 0], ranks.read_logs()
 
 
 def weights(stage: Stage) -> bytes:
@@ -75,11 +84,11 @@ def test_outcome_after_a_killed_rank_is_identical(
 ) -> None:
     stage = build_stage(root, run=f"killed-{point}")
     faults: list[Fault] = [do_nothing, do_nothing]
-    faults[rank] = at(point, die)
-    ranks = Ranks(stage, faults=faults)
-    codes = ranks.end()
-    assert codes[rank] == -signal.SIGKILL, ranks.log()
-    assert codes[1 - rank] in LOST, ranks.log()
+    faults[rank] = inject_at(point, kill_process)
+    ranks = FaultyRanks(stage, faults=faults)
+    codes = ranks.wait_for_codes()
+    assert codes[rank] == -signal.SIGKILL, ranks.read_logs()
+    assert codes[1 - rank] in LOST, ranks.read_logs()
     newest = StageFiles(stage).find_newest_checkpoint(1)
     assert (None if newest is None else newest.step) == saved
     finish(next_attempt(stage))
@@ -88,7 +97,8 @@ def test_outcome_after_a_killed_rank_is_identical(
 
 def test_rank_killed_before_the_result_is_shared_has_a_result(root: Path, whole: Stage) -> None:
     stage = build_stage(root, run="killed-memo")
-    assert Ranks(stage, faults=[at("before the memo", die), do_nothing]).end()[0] == -signal.SIGKILL
+    ranks = FaultyRanks(stage, faults=[inject_at("before the result pointer", kill_process), do_nothing])
+    assert ranks.wait_for_codes()[0] == -signal.SIGKILL
     finish(next_attempt(stage))
     assert find_newest_attempt(StageFiles(stage)) == 1, "the next attempt found it"
     assert_same_outcome(stage, whole, attempt=1)
@@ -110,12 +120,12 @@ def test_outcome_after_a_stop_request_is_identical(
 ) -> None:
     """Only one of the ranks is asked."""
     stage = build_stage(root, run=f"stopped-{point}")
-    ranks = Ranks(stage, faults=[do_nothing, at(point, ask_to_stop)])
-    assert ranks.end() == [code, code], ranks.log()
+    ranks = FaultyRanks(stage, faults=[do_nothing, inject_at(point, request_stop)])
+    assert ranks.wait_for_codes() == [code, code], ranks.read_logs()
     newest = StageFiles(stage).find_newest_checkpoint(1)
     assert (None if newest is None else newest.step) == saved
     if code:
-        assert [ranks.said(n).checkpoint for n in (0, 1)] == [newest, newest]
+        assert [ranks.read_termination(n).checkpoint for n in (0, 1)] == [newest, newest]
         finish(next_attempt(stage))
     assert_same_outcome(stage, whole, attempt=2 if code else 1)
 
@@ -132,19 +142,19 @@ LIVES_ON = [
 def test_superseded_attempt_that_continues_changes_nothing(point: str, later: str, root: Path, whole: Stage) -> None:
     """Its first rank is held at a point, the next attempt comes to a later one; then the first one goes on."""
     stage = build_stage(root, run=f"cut-off-{point}", keep_checkpoints=1)
-    first = Ranks(stage, faults=[at(point, pause), do_nothing])
+    first = FaultyRanks(stage, faults=[inject_at(point, stop_process), do_nothing])
     await_stopped(first)
     files = StageFiles(stage)
-    second = Ranks(next_attempt(stage), faults=[at(later, pause), do_nothing])
+    second = FaultyRanks(next_attempt(stage), faults=[inject_at(later, stop_process), do_nothing])
     await_stopped(second)
     listed = tree(files)
     signal_first(first, signal.SIGCONT)
-    codes = first.end()
-    assert codes[0] == STOPPED, first.log()
-    assert "attempt 2 has begun" in first.said().message
+    codes = first.wait_for_codes()
+    assert codes[0] == STOPPED, first.read_logs()
+    assert "attempt 2 has claimed the stage" in first.read_termination().message
     assert tree(files) == listed, "it wrote nothing and took nothing away"
     signal_first(second, signal.SIGCONT)
-    assert second.end() == [0, 0], second.log()
+    assert second.wait_for_codes() == [0, 0], second.read_logs()
     assert_same_outcome(stage, whole, attempt=2)
     assert files.read_result().attempt == 2
 
@@ -155,18 +165,18 @@ def tree(files: StageFiles) -> set[str]:
     return {name for name in found if ".export." not in name}
 
 
-def await_stopped(ranks: Ranks) -> None:
+def await_stopped(ranks: FaultyRanks) -> None:
     process = ranks.processes[0]
     path = Path(f"/proc/{process.pid}/stat")
     for _ in range(1200):
-        assert process.is_alive(), ranks.log()
+        assert process.is_alive(), ranks.read_logs()
         if path.read_text().rpartition(")")[2].split()[0] == "T":
             return
         process.join(0.05)
-    pytest.fail(ranks.log())
+    pytest.fail(ranks.read_logs())
 
 
-def signal_first(ranks: Ranks, number: signal.Signals) -> None:
+def signal_first(ranks: FaultyRanks, number: signal.Signals) -> None:
     pid = ranks.processes[0].pid
     assert pid is not None
     os.kill(pid, number)

@@ -12,7 +12,15 @@ from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import read_lineage, read_non_finite
 from sailvl_trainer.train.sample_log import read_skipped_samples, read_trained_samples
 from tests.support.builders.training import build_set, build_stage
-from tests.support.rank_faults import Ranks, at, both, die, explode, next_attempt, spoil
+from tests.support.rank_faults import (
+    FaultyRanks,
+    combine_faults,
+    inject_at,
+    kill_process,
+    make_images_nan,
+    next_attempt,
+    ruin_weights,
+)
 
 pytestmark = pytest.mark.slow
 NON_FINITE = 66
@@ -29,8 +37,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(root: Path) -> dict[int, list[int]]:
     """The samples of every step, where all goes well."""
     stage = build_stage(root, run="whole")
-    ranks = Ranks(stage)
-    assert ranks.end() == [0, 0], ranks.log()
+    ranks = FaultyRanks(stage)
+    assert ranks.wait_for_codes() == [0, 0], ranks.read_logs()
     return read_trained_samples(StageFiles(stage), 1)
 
 
@@ -54,9 +62,9 @@ def test_batch_with_nan_loss_is_skipped_and_other_steps_are_unchanged(root: Path
     stage = build_stage(root, run="spoilt")
     files, again = StageFiles(stage), 8 if set(whole[4]) & set(whole[8]) else 7
     bad = min(set(whole[4]) & set(whole[again]))
-    first = Ranks(stage, faults=[partial(spoil, bad)])
-    assert first.end() == [NON_FINITE, NON_FINITE], first.log()
-    assert first.said().message == (
+    first = FaultyRanks(stage, faults=[partial(make_images_nan, bad)])
+    assert first.wait_for_codes() == [NON_FINITE, NON_FINITE], first.read_logs()
+    assert first.read_termination().message == (
         "the loss is nan at step 4 of 8; the next attempt will skip the data of step 4; if it happens again, check "
         "that data, or lower learningRate"
     )
@@ -66,7 +74,7 @@ def test_batch_with_nan_loss_is_skipped_and_other_steps_are_unchanged(root: Path
     )
     for step, left_out in ((3, skips[:1]), (6, skips)):
         stage = next_attempt(stage)
-        codes = Ranks(stage, faults=[partial(spoil, bad)]).end()
+        codes = FaultyRanks(stage, faults=[partial(make_images_nan, bad)]).wait_for_codes()
         lineage = read_lineage(files, stage.attempt)
         assert lineage is not None
         assert (lineage.start and lineage.start.step, lineage.skips) == (step, left_out)
@@ -80,14 +88,15 @@ def test_kill_after_a_skipped_step_does_not_change_the_weights(root: Path, whole
     ends = {}
     for name in ("plain", "killed"):
         stage = build_stage(root, run=f"clock-{name}", epochs=1.0)
-        fault = partial(spoil, whole[2][0])
-        assert Ranks(stage, 1, faults=[fault]).end() == [NON_FINITE]
+        fault = partial(make_images_nan, whole[2][0])
+        assert FaultyRanks(stage, 1, faults=[fault]).wait_for_codes() == [NON_FINITE]
         last = next_attempt(stage)
         if name == "killed":
-            assert Ranks(last, 1, faults=[partial(both, fault, at("step 4", die))]).end()[0] < 0
+            faults = [partial(combine_faults, fault, inject_at("step 4", kill_process))]
+            assert FaultyRanks(last, 1, faults=faults).wait_for_codes()[0] < 0
             assert StageFiles(stage).find_newest_checkpoint(2) is not None
             last = next_attempt(last)
-        assert Ranks(last, 1, faults=[fault]).end() == [0]
+        assert FaultyRanks(last, 1, faults=[fault]).wait_for_codes() == [0]
         assert set(read_skipped_samples(StageFiles(stage), last.attempt)) == {2}
         ends[name] = weights(stage)
     assert ends["plain"] == ends["killed"]
@@ -96,18 +105,18 @@ def test_kill_after_a_skipped_step_does_not_change_the_weights(root: Path, whole
 def test_repeated_failure_resumes_before_the_ruined_checkpoint(root: Path, whole: dict[int, list[int]]) -> None:
     """Every step saves, so the newest checkpoint is a ruined one: leaving out what comes after it can't help."""
     stage = build_stage(root, run="exploded", checkpoint_steps=1, keep_checkpoints=3)
-    files, fault = StageFiles(stage), partial(explode, 4)
+    files, fault = StageFiles(stage), partial(ruin_weights, 4)
     starts = []
     for _ in range(2):
-        ranks = Ranks(stage, 1, faults=[fault])
-        assert ranks.end() == [NON_FINITE], ranks.log()
+        ranks = FaultyRanks(stage, 1, faults=[fault])
+        assert ranks.wait_for_codes() == [NON_FINITE], ranks.read_logs()
         lineage, failure = read_lineage(files, stage.attempt), read_non_finite(files, stage.attempt)
         assert lineage is not None
         assert failure is not None
         starts.append((lineage.start and lineage.start.step, failure.step))
         stage = next_attempt(stage)
     assert starts == [(None, 5), (4, 6)]
-    assert Ranks(stage, 1, faults=[fault]).end() == [0]
+    assert FaultyRanks(stage, 1, faults=[fault]).wait_for_codes() == [0]
     lineage = read_lineage(files, 3)
     assert lineage is not None
     assert (lineage.start and lineage.start.step, lineage.skips) == (3, (Skip(first=4, last=6, step=5, failures=2),))
@@ -117,7 +126,7 @@ def test_repeated_failure_resumes_before_the_ruined_checkpoint(root: Path, whole
 
 def test_non_finite_validation_loss_raises_before_export(root: Path) -> None:
     stage = build_stage(root, run="broken", learning_rate=1e30, warmup_ratio=0.0, epochs=0.1)
-    ranks = Ranks(stage, 1)
-    assert ranks.end() == [NON_FINITE], ranks.log()
-    assert "the held-out loss is " in ranks.said().message
+    ranks = FaultyRanks(stage, 1)
+    assert ranks.wait_for_codes() == [NON_FINITE], ranks.read_logs()
+    assert "the held-out loss is " in ranks.read_termination().message
     assert not StageFiles(stage).export.exists()

@@ -17,14 +17,14 @@ from sailvl_trainer.train.sample_log import read_trained_samples
 from tests.support.builders.training import SAMPLES, build_set, build_stage
 from tests.support.rank_faults import (
     BALLAST,
-    Ranks,
+    FaultyRanks,
     Volume,
-    at,
-    break_down,
-    fill,
+    fill_volume,
+    inject_at,
     next_attempt,
     provide_volume,
-    unmount,
+    shut_down_volume,
+    unmount_volume,
 )
 
 pytestmark = pytest.mark.slow
@@ -47,8 +47,8 @@ def build(storage: Path, data: Path) -> Stage:
 
 
 def finish(stage: Stage) -> bytes:
-    ranks = Ranks(stage, 1)
-    assert ranks.end() == [0], ranks.log()
+    ranks = FaultyRanks(stage, 1)
+    assert ranks.wait_for_codes() == [0], ranks.read_logs()
     return (StageFiles(stage).export / "model.safetensors").read_bytes()
 
 
@@ -86,16 +86,16 @@ def test_full_volume_is_reported_and_a_retry_succeeds_once_space_is_freed(
 ) -> None:
     stage, (point, saved, path) = build(memory.path, data), case
     files = StageFiles(stage)
-    ranks = Ranks(stage, 1, [at(point, partial(fill, memory.path))])
-    assert ranks.end() == [ExitCode.STORAGE], ranks.log()
+    ranks = FaultyRanks(stage, 1, [inject_at(point, partial(fill_volume, memory.path))])
+    assert ranks.wait_for_codes() == [ExitCode.STORAGE], ranks.read_logs()
     words = rf"^the volume {memory.path} is full: \d+(\.\d)? [KM]?i?B of 64\.0 MiB free .* while writing \S*{path};"
-    assert_matches(words, ranks.said().message)
+    assert_matches(words, ranks.read_termination().message)
     newest = files.find_newest_checkpoint(1)
     assert (None if newest is None else newest.step) == saved
     assert files.find_result() is None
 
     second = next_attempt(stage)
-    assert Ranks(second, 1).end() == [ExitCode.STORAGE], "it is full still"
+    assert FaultyRanks(second, 1).wait_for_codes() == [ExitCode.STORAGE], "it is full still"
     (memory.path / BALLAST).unlink()
     assert finish(next_attempt(second)) == expected
     assert_no_partial_files(stage, 3)
@@ -106,10 +106,10 @@ def assert_matches(words: str, text: str) -> None:
 
 
 BROKEN = [
-    pytest.param("step 5", break_down, id="training, it breaks down"),
-    pytest.param("exporting", break_down, id="exporting, it breaks down"),
-    pytest.param("step 5", unmount, id="training, it is unmounted"),
-    pytest.param("evaluating after", unmount, id="evaluating, it is unmounted"),
+    pytest.param("step 5", shut_down_volume, id="training, it breaks down"),
+    pytest.param("exporting", shut_down_volume, id="exporting, it breaks down"),
+    pytest.param("step 5", unmount_volume, id="training, it is unmounted"),
+    pytest.param("evaluating after", unmount_volume, id="evaluating, it is unmounted"),
 ]
 
 
@@ -118,9 +118,11 @@ def test_lost_volume_is_reported_and_a_retry_resumes_once_it_is_back(
     point: str, lose: object, disk: Volume, data: Path, expected: bytes
 ) -> None:
     stage = build(disk.path, data)
-    ranks = Ranks(stage, 1, [at(point, partial(lose, disk.path))])  # type: ignore[call-overload]
-    assert ranks.end() == [ExitCode.STORAGE], ranks.log()
-    assert_matches(rf"^the volume of {disk.path}\S* is unavailable .*; check that it is mounted", ranks.said().message)
+    ranks = FaultyRanks(stage, 1, [inject_at(point, partial(lose, disk.path))])  # type: ignore[call-overload]
+    assert ranks.wait_for_codes() == [ExitCode.STORAGE], ranks.read_logs()
+    assert_matches(
+        rf"^the volume of {disk.path}\S* is unavailable .*; check that it is mounted", ranks.read_termination().message
+    )
     disk.unmount()
     assert not os.listdir(disk.path), "nothing was written where it had been"
     disk.mount()
