@@ -50,7 +50,7 @@ class ControllerParts:
     controller: Controller
     runs: RunStore
     queue: WorkQueue[RunKey]
-    children: OwnedObjects
+    owned_objects: OwnedObjects
     auditor: WatchAuditor
     recorder: Recorder
     progress: ProgressReader
@@ -91,21 +91,9 @@ def build_controller(
         runs=RunStore(),
         queue=WorkQueue(queue_config, has_backpressure=should_defer, monotonic=monotonic),
     )
-    children = _build_children(shared)
-    backlog = StartupBacklog(children, clock=clock)
-    recorder = _build_recorder(shared)
-    progress = _build_progress_reader(shared, children)
-    diagnostics = _build_diagnostics(shared, children, diagnostics_delay_seconds)
-    return ControllerParts(
-        controller=_build_controller(shared, children, progress, diagnostics, recorder),
-        runs=shared.runs,
-        queue=shared.queue,
-        children=children,
-        auditor=_build_auditor(shared),
-        recorder=recorder,
-        progress=progress,
-        diagnostics=diagnostics,
-    )
+    owned_objects = _build_owned_objects(shared)
+    backlog = StartupBacklog(owned_objects, clock=clock)
+    return _build_parts(shared, owned_objects, diagnostics_delay_seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +110,23 @@ class _Shared:
     queue: WorkQueue[RunKey]
 
 
-def _build_children(shared: _Shared) -> OwnedObjects:
+def _build_parts(shared: _Shared, owned_objects: OwnedObjects, diagnostics_delay_seconds: float) -> ControllerParts:
+    recorder = _build_recorder(shared)
+    progress = _build_progress_reader(shared, owned_objects)
+    diagnostics = _build_diagnostics(shared, owned_objects, diagnostics_delay_seconds)
+    return ControllerParts(
+        controller=_build_controller(shared, owned_objects, progress, diagnostics, recorder),
+        runs=shared.runs,
+        queue=shared.queue,
+        owned_objects=owned_objects,
+        auditor=_build_auditor(shared),
+        recorder=recorder,
+        progress=progress,
+        diagnostics=diagnostics,
+    )
+
+
+def _build_owned_objects(shared: _Shared) -> OwnedObjects:
     return OwnedObjects(
         shared.client,
         namespaces=shared.settings.api.namespaces,
@@ -156,10 +160,10 @@ def _build_recorder(shared: _Shared) -> Recorder:
     )
 
 
-def _build_progress_reader(shared: _Shared, children: OwnedObjects) -> ProgressReader:
+def _build_progress_reader(shared: _Shared, owned_objects: OwnedObjects) -> ProgressReader:
     return ProgressReader(
         interval_seconds=shared.settings.controller.progress_interval_seconds,
-        pods=lambda: children.pods,
+        pods=lambda: owned_objects.pods,
         on_change=shared.queue.add,
         count=lambda outcome: shared.metrics.progress_reads.labels(outcome).inc(),
         has_backpressure=shared.has_backpressure,
@@ -167,11 +171,11 @@ def _build_progress_reader(shared: _Shared, children: OwnedObjects) -> ProgressR
     )
 
 
-def _build_diagnostics(shared: _Shared, children: OwnedObjects, delay_seconds: float) -> StartDiagnostics:
+def _build_diagnostics(shared: _Shared, owned_objects: OwnedObjects, delay_seconds: float) -> StartDiagnostics:
     return StartDiagnostics(
         shared.client,
         interval_seconds=shared.settings.controller.diagnostics_interval_seconds,
-        find_attempts=lambda: find_waiting(children, shared.runs),
+        find_attempts=lambda: find_waiting(owned_objects, shared.runs),
         on_change=shared.queue.add,
         delay_seconds=delay_seconds,
         monotonic=shared.monotonic,
@@ -180,7 +184,7 @@ def _build_diagnostics(shared: _Shared, children: OwnedObjects, delay_seconds: f
 
 def _build_controller(
     shared: _Shared,
-    children: OwnedObjects,
+    owned_objects: OwnedObjects,
     progress: ProgressReader,
     diagnostics: StartDiagnostics,
     recorder: Recorder,
@@ -188,7 +192,7 @@ def _build_controller(
     return Controller(
         client=shared.client,
         runs=shared.runs,
-        children=children,
+        owned_objects=owned_objects,
         progress=progress,
         diagnostics=diagnostics,
         recorder=recorder,
@@ -223,7 +227,7 @@ class App:
         registry.register(
             OperatorCollector(
                 queue=lambda: (self.parts.queue.depth(), self.parts.queue.oldest_seconds()),
-                watches=self.parts.children.ages,
+                watches=self.parts.owned_objects.ages,
                 is_leading=self._is_leading,
             )
         )
@@ -242,7 +246,7 @@ class App:
         """Run the watches from the start, also on a standby; run the controller only while this replica leads."""
         try:
             async with asyncio.TaskGroup() as group:
-                parts = self.parts.children.run(), self.parts.auditor.run(), self._lead()
+                parts = self.parts.owned_objects.run(), self.parts.auditor.run(), self._lead()
                 tasks = [group.create_task(part) for part in parts]
 
                 def stop() -> None:
@@ -287,13 +291,13 @@ class App:
 
     def _liveness_errors(self) -> list[str]:
         return health.liveness_errors(
-            silent_watches=self.parts.children.ages(),
+            silent_watches=self.parts.owned_objects.ages(),
             missing_events_seconds=self.parts.auditor.stale_seconds(),
             oldest_key_seconds=self.parts.queue.oldest_seconds() if self._is_leading() else 0.0,
         )
 
     def _readiness_errors(self) -> list[str]:
-        return health.readiness_errors(is_synced=self.parts.children.is_synced())
+        return health.readiness_errors(is_synced=self.parts.owned_objects.is_synced())
 
     def _is_leading(self) -> bool:
         return self.leadership.is_leading or not self._settings.lease.enabled

@@ -55,7 +55,7 @@ class Controller:
         *,
         client: Client,
         runs: RunStore,
-        children: OwnedObjects,
+        owned_objects: OwnedObjects,
         progress: ProgressReader,
         diagnostics: StartDiagnostics,
         recorder: Recorder,
@@ -66,7 +66,7 @@ class Controller:
     ) -> None:
         self._client = client
         self._runs = runs
-        self._children = children
+        self._owned_objects = owned_objects
         self._progress = progress
         self._diagnostics = diagnostics
         self._refusals = RefusalLog()
@@ -75,13 +75,13 @@ class Controller:
         self._metrics = metrics
         self._defaults = defaults
         self._clock = clock
-        self._applier = Applier(client, children)
+        self._applier = Applier(client, owned_objects)
 
     async def run(self, workers: int) -> None:
         """Reconcile keys with `workers` workers until cancelled. Waits for the informers first, since a Job that is
         missing from the stores is taken for deleted."""
-        await self._children.wait_synced()
-        self._children.retain_deleted()
+        await self._owned_objects.wait_synced()
+        self._owned_objects.retain_deleted()
         self._queue.start()
         async with asyncio.TaskGroup() as group:
             for number in range(workers):
@@ -185,9 +185,9 @@ class Controller:
 
     def _observe(self, run: Run, key: RunKey) -> Observed:
         """Observe the objects that this run owns; a deleted run of the same name may have left others."""
-        jobs = (job for job in self._children.jobs.get(key) if job.owner_uid == run.uid)
-        has_service = any(service.owner_uid == run.uid for service in self._children.services.get(key))
-        pods = (pod for pod in self._children.pods.get(key) if _is_pod_of(run, pod))
+        jobs = (job for job in self._owned_objects.jobs.get(key) if job.owner_uid == run.uid)
+        has_service = any(service.owner_uid == run.uid for service in self._owned_objects.services.get(key))
+        pods = (pod for pod in self._owned_objects.pods.get(key) if _is_pod_of(run, pod))
         return observe(
             jobs,
             pods,
@@ -241,8 +241,8 @@ class Controller:
     def _forget_run(self, key: RunKey) -> None:
         """Drop everything that is stored of a deleted run. The garbage collector deletes its objects."""
         self._queue.cancel_timer(key)
-        self._children.jobs.forget(key, lambda _: True)
-        self._children.pods.forget(key, lambda _: True)
+        self._owned_objects.jobs.forget(key, lambda _: True)
+        self._owned_objects.pods.forget(key, lambda _: True)
         self._progress.forget(key, lambda *_: True)
         self._diagnostics.forget(key)
         self._refusals.clear(key)
@@ -255,8 +255,8 @@ class Controller:
             status = current.get(stage)
             return status is None or attempt < status.attempt or status.state in ("Succeeded", "Failed")
 
-        self._children.jobs.forget(key, lambda job: is_closed(job.stage, job.attempt))
-        self._children.pods.forget(key, lambda pod: is_closed(pod.stage, pod.attempt))
+        self._owned_objects.jobs.forget(key, lambda job: is_closed(job.stage, job.attempt))
+        self._owned_objects.pods.forget(key, lambda pod: is_closed(pod.stage, pod.attempt))
         self._progress.forget(key, is_closed)
 
 

@@ -43,7 +43,7 @@ class ControllerWorld:
             diagnostics_delay_seconds=0.0,
             has_backpressure=lambda: self.has_backpressure,
         )
-        self.runs, self.queue, self.children = self.parts.runs, self.parts.queue, self.parts.children
+        self.runs, self.queue, self.owned_objects = self.parts.runs, self.parts.queue, self.parts.owned_objects
         self.controller, self.diagnostics = self.parts.controller, self.parts.diagnostics
 
     async def apply(self, document: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ async def running():
         Client(Credentials(AnonymousConfiguration(url)), ClientConfig(backoff_seconds=0.001)) as client,
     ):
         world = ControllerWorld(api, client)
-        parts = [world.children.run(), world.parts.recorder.run(), world.controller.run(2)]
+        parts = [world.owned_objects.run(), world.parts.recorder.run(), world.controller.run(2)]
         tasks = [asyncio.create_task(part) for part in parts]
         try:
             yield world

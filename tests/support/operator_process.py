@@ -69,7 +69,7 @@ class OperatorProcess:
     def start(self) -> None:
         """Start all tasks of the process."""
         parts = self.parts
-        running = [parts.children.run(), parts.auditor.run(), parts.recorder.run(), parts.diagnostics.run()]
+        running = [parts.owned_objects.run(), parts.auditor.run(), parts.recorder.run(), parts.diagnostics.run()]
         running += [parts.controller.run(_WORKERS)]
         running += [self._watch_runs(scope) for scope in self.namespaces or ("",)]
         if self._read_progress is not None:

@@ -32,9 +32,9 @@ Refusals = dict[AttemptKey, OperatorError]
 class Applier:
     """Writes through the client and puts what it has created into the stores at once."""
 
-    def __init__(self, client: Client, children: OwnedObjects) -> None:
+    def __init__(self, client: Client, owned_objects: OwnedObjects) -> None:
         self._client = client
-        self._children = children
+        self._owned_objects = owned_objects
         self._prepared: dict[str, None] = {}  # UIDs of runs whose claim exists, oldest first
 
     async def apply(self, run: Run, decision: Decision) -> Refusals:
@@ -63,7 +63,7 @@ class Applier:
         Raises ApiError or NameConflict.
         """
         service = build_service(namespace=run.namespace, run=run.name, owner_uid=run.uid)
-        self._children.services.put_created(await self._create(resources.SERVICES, service, run.uid, wire.Service))
+        self._owned_objects.services.put_created(await self._create(resources.SERVICES, service, run.uid, wire.Service))
         return {}
 
     async def _start_all(self, run: Run, attempts: Iterable[AttemptSpec]) -> Refusals:
@@ -100,7 +100,7 @@ class Applier:
     async def _set_suspend(self, job: JobRecord, is_suspended: bool) -> None:
         labels = {names.LABEL_SUSPENDED: "true" if is_suspended else None}
         body = {"metadata": {"uid": job.uid, "labels": labels}, "spec": {"suspend": is_suspended}}
-        self._children.jobs.put(await self._client.patch(resources.JOBS, job.namespace, job.name, body))
+        self._owned_objects.jobs.put(await self._client.patch(resources.JOBS, job.namespace, job.name, body))
 
     async def _ensure_claim(self, run: Run) -> None:
         """Create the run's claim; each process does so once for a run."""
@@ -119,7 +119,7 @@ class Applier:
         if _get_digest(found) not in ("", _get_digest(job)):  # created before an edit of the spec, and no status since
             await self._delete_by_force([parse_job(found)])
             raise Conflict(f"Job {job['metadata']['name']} was created from an outdated spec")
-        self._children.jobs.put_created(found)
+        self._owned_objects.jobs.put_created(found)
 
     async def _create(
         self, resource: Resource, body: dict[str, Any], owner_uid: str, decode_as: wire.ObjectType

@@ -25,12 +25,12 @@ class StartupBacklog:
 
     def __init__(
         self,
-        children: OwnedObjects,
+        owned_objects: OwnedObjects,
         *,
         clock: Callable[[], float],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._children = children
+        self._owned_objects = owned_objects
         self._clock = clock
         self._monotonic = monotonic
         self._is_high, self._checked_at = False, float("-inf")
@@ -45,14 +45,14 @@ class StartupBacklog:
 
     def _count_exceeds_limit(self) -> bool:
         since = self._clock() - YOUNG_SECONDS
-        young = [job for job in self._children.jobs if job.started > since and not _is_inactive(job)]
+        young = [job for job in self._owned_objects.jobs if job.started > since and not _is_inactive(job)]
         self._complete.intersection_update(job.uid for job in young)
         lacking = (job for job in young if job.uid not in self._complete and not self._has_all_pods(job))
         return sum(1 for _ in islice(lacking, HIGH_BACKLOG_JOBS + 1)) > HIGH_BACKLOG_JOBS
 
     def _has_all_pods(self, job: JobRecord) -> bool:
         """Whether all pods of a Job have been created. A positive answer is remembered."""
-        pods = self._children.pods.get((job.namespace, job.run))
+        pods = self._owned_objects.pods.get((job.namespace, job.run))
         created = {pod.index for pod in pods if (pod.stage, pod.attempt) == (job.stage, job.attempt)}
         if len(created) < job.nodes:
             return False

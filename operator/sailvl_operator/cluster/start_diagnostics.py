@@ -156,11 +156,11 @@ class StartDiagnostics:
         self._on_change(key)
 
 
-def find_waiting(children: OwnedObjects, runs: RunStore) -> Iterator[WaitingAttempt]:
+def find_waiting(owned_objects: OwnedObjects, runs: RunStore) -> Iterator[WaitingAttempt]:
     """Yield the current attempts that have not started."""
-    for job in [job for job in children.jobs if not job.is_gone]:
+    for job in [job for job in owned_objects.jobs if not job.is_gone]:
         key = job.namespace, job.run
-        pods = tuple(p for p in children.pods.get(key) if (p.stage, p.attempt) == (job.stage, job.attempt))
+        pods = tuple(p for p in owned_objects.pods.get(key) if (p.stage, p.attempt) == (job.stage, job.attempt))
         entry = runs.get(key)
         if entry is not None and is_waiting(job, pods) and is_current(decode_status(entry.run.status), job):
             yield job, pods

@@ -39,20 +39,20 @@ async def watching(*namespaces: str, pods: int = 0, is_leading: bool = True):
         serve(api) as url,
         Client(Credentials(AnonymousConfiguration(url)), ClientConfig(page_size=2)) as client,
     ):
-        children = OwnedObjects(
+        owned_objects = OwnedObjects(
             client,
             namespaces=namespaces,
             on_change=changes.append,
             count_restart=lambda resource, cause: restarts.append((resource, cause)),
         )
-        task = asyncio.create_task(children.run())
+        task = asyncio.create_task(owned_objects.run())
         try:
             async with asyncio.timeout(10):
-                await children.wait_synced()
+                await owned_objects.wait_synced()
                 await until(lambda: api.open_watches == 3 * max(1, len(namespaces)))
                 if is_leading:
-                    children.retain_deleted()
-                yield SimpleNamespace(api=api, children=children, changes=changes, restarts=restarts)
+                    owned_objects.retain_deleted()
+                yield SimpleNamespace(api=api, owned_objects=owned_objects, changes=changes, restarts=restarts)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -65,7 +65,7 @@ async def until(condition) -> None:
 
 def pods(world) -> dict[str, bool]:
     """Return the stored pods of the run, and whether they are deleted."""
-    return {p.name: p.is_gone for p in world.children.pods.get(KEY)}
+    return {p.name: p.is_gone for p in world.owned_objects.pods.get(KEY)}
 
 
 async def test_informer_lists_all_pages_and_then_watches():
@@ -82,11 +82,11 @@ async def test_last_state_of_a_deleted_pod_is_kept_until_it_is_forgotten():
         world.api.put("pods", make_pod("p0", phase="Failed", **ended))
         world.api.remove_named("pods", "p0")
         await until(lambda: pods(world) == {"p0": True})
-        [pod] = world.children.pods.get(KEY)
+        [pod] = world.owned_objects.pods.get(KEY)
         assert (pod.phase, pod.terminated.exit_code, pod.terminated.message) == ("Failed", 64, "why")
-        world.children.pods.forget(KEY, lambda pod: pod.attempt > 1)
+        world.owned_objects.pods.forget(KEY, lambda pod: pod.attempt > 1)
         assert pods(world) == {"p0": True}
-        world.children.pods.forget(KEY, lambda pod: pod.attempt == 1)
+        world.owned_objects.pods.forget(KEY, lambda pod: pod.attempt == 1)
         assert pods(world) == {}
 
 
@@ -114,14 +114,14 @@ async def test_late_response_does_not_restore_a_deleted_job():
     labels = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: "demo", names.LABEL_STAGE: "curate"}
     async with watching() as world:
         job = world.api.put("jobs", {"metadata": {"name": "j", "labels": labels}, "spec": {}})
-        await until(lambda: world.children.jobs.get(KEY))
+        await until(lambda: world.owned_objects.jobs.get(KEY))
         world.api.remove_named("jobs", "j")
-        await until(lambda: world.children.jobs.get(KEY)[0].is_gone)
-        world.children.jobs.put_created(job)
-        world.children.jobs.put(job)
-        assert [found.is_gone for found in world.children.jobs.get(KEY)] == [True]
-        world.children.jobs.forget(KEY, lambda _: True)
-        assert world.children.jobs.get(KEY) == []
+        await until(lambda: world.owned_objects.jobs.get(KEY)[0].is_gone)
+        world.owned_objects.jobs.put_created(job)
+        world.owned_objects.jobs.put(job)
+        assert [found.is_gone for found in world.owned_objects.jobs.get(KEY)] == [True]
+        world.owned_objects.jobs.forget(KEY, lambda _: True)
+        assert world.owned_objects.jobs.get(KEY) == []
 
 
 async def test_standby_does_not_keep_deleted_pods():
@@ -149,14 +149,14 @@ async def test_only_the_given_namespaces_are_watched():
             pod = make_pod("p")
             pod["metadata"]["namespace"] = namespace
             world.api.put("pods", pod)
-        await until(lambda: len(list(world.children.pods)) == 2)
-        assert {p.namespace for p in world.children.pods} == {"team", "other"}
+        await until(lambda: len(list(world.owned_objects.pods)) == 2)
+        assert {p.namespace for p in world.owned_objects.pods} == {"team", "other"}
 
 
 async def test_ages_grow_while_no_data_arrives():
     async with watching() as world:
         await asyncio.sleep(0.1)
-        ages = dict(world.children.ages())
+        ages = dict(world.owned_objects.ages())
         assert ages.keys() == {"jobs", "pods", "services"}
         assert all(age >= 0.1 for age in ages.values())
 

@@ -139,7 +139,7 @@ async def test_lost_pod_starts_the_next_attempt_and_deletes_the_failed_one(world
     await world.until_idle()
     assert world.states()["curate"] == ("Restarting", 2)
     assert world.status.stages[0].last_failure.cause == "Infra"
-    assert world.children.pods.get(KEY) == [], "the evidence of a closed attempt is let go"
+    assert world.owned_objects.pods.get(KEY) == [], "the evidence of a closed attempt is let go"
 
 
 async def test_final_failure_ends_the_run_and_deletes_its_pods(world):
@@ -204,7 +204,7 @@ async def test_second_controller_creates_no_duplicates(world):
     await world.until(lambda: world.api.list_names("jobs"))
     await world.until_idle()
     other = ControllerWorld(world.api, world.client)
-    tasks = [asyncio.create_task(part) for part in (other.children.run(), other.controller.run(2))]
+    tasks = [asyncio.create_task(part) for part in (other.owned_objects.run(), other.controller.run(2))]
     other.send_event(world.run)
     await other.until_idle()
     for task in tasks:
@@ -270,7 +270,7 @@ async def test_stuck_shows_a_failed_mount(world):
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     pod = world.api.put("pods", make_pod("curate", 1, 0, "Pending"))
     world.api.put("events", make_warning(pod["metadata"]["uid"], "FailedMount", "volume x is gone"))
-    await world.until(lambda: world.children.pods.get(KEY))
+    await world.until(lambda: world.owned_objects.pods.get(KEY))
     await world.diagnostics.diagnose_waiting()
     await world.until(lambda: world.status.is_true("Stuck"))
     assert world.status.condition("Stuck").reason == "VolumeNotReady"
@@ -334,7 +334,7 @@ async def test_deleted_run_is_forgotten(world):
     world.send_event(raw, "DELETED")
     world.api.remove_named("jobs", "demo-curate-1")
     world.api.remove_named("pods", "demo-curate-1-0-x")
-    await world.until(lambda: not list(world.children.pods) and not list(world.children.jobs))
+    await world.until(lambda: not list(world.owned_objects.pods) and not list(world.owned_objects.jobs))
     assert len(world.runs) == 0
 
 
