@@ -1,5 +1,4 @@
-"""A pool of tasks that the ranks of a stage process together; used by curation, and by training
-to count tokens.
+"""A pool of tasks that the ranks of a stage process together; used by curation, and to count tokens for training.
 
 Ranks claim the tasks one by one from a counter in the process group's store, so that faster ranks process more.
 The output of a task must be atomic: after an interruption, a new attempt repeats the tasks without output only.

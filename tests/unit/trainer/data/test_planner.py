@@ -41,7 +41,7 @@ def samples_of(step: PlannedStep) -> tuple[int, ...]:
 
 
 def rest_of_epoch(planner: Planner, state: DataPosition) -> list[PlannedStep]:
-    """The steps that are left of a state's epoch."""
+    """Return the remaining steps of the position's epoch."""
     found = []
     for step in planner.plan_steps(state):
         found.append(step)
@@ -213,7 +213,7 @@ def test_packing_equals_a_naive_best_fit(samples: list[tuple[int, int]]) -> None
 
 
 def build_mixture(samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths as in fine-tuning: log-normal words, 0 to 13 tiles of 256 positions."""
+    """Return tokens and tiles as in fine-tuning: log-normal text, 0 to 13 tiles of 256 tokens."""
     rng = np.random.default_rng(0)
     tiles = rng.choice([0, 1, 3, 5, 7, 13], samples, p=[0.1, 0.3, 0.2, 0.15, 0.15, 0.1])
     return np.minimum(16384, rng.lognormal(5.5, 1, samples).astype(int) + 20 + tiles * 256), tiles

@@ -39,7 +39,7 @@ def group() -> None:
 
 
 def build_fragments(cuts: int, fill: float | None = None) -> list[Fragment]:
-    """Every parameter in `cuts` runs at random places; the numbers count upwards, or are all `fill`."""
+    """Split each parameter into `cuts` slices at random offsets; values count upwards, or are all `fill`."""
     fragments = []
     for name, shape in SHAPES.items():
         numel = torch.Size(shape).numel()

@@ -62,7 +62,7 @@ def context(tmp_path: Path) -> Context:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the shards whose tokens were counted, in order."""
+    """Record the names of the shards whose tokens are counted, in order."""
     names: list[str] = []
     count_shard = TokenCounter.count_shard
 
@@ -128,7 +128,7 @@ def test_counting_reads_no_image(
 
 
 def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Reads of the mapped tar, by what was read."""
+    """Count the reads of the mapped tar by what is read: image or json."""
     read = Counter[str]()
     read_slice = ShardReader._slice
 
@@ -165,7 +165,7 @@ def test_counting_time_is_recorded_as_starting_alone(context: Context, uncounted
 def count_some(
     context: Context, directory: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch, *, shards: int
 ) -> Path:
-    """Fail after so many shards; return the folder of their files."""
+    """Fail after counting `shards` shards; return the folder of their files."""
     done: list[int] = []
     count = TokenCountFiles.count
 
@@ -186,10 +186,12 @@ def count_some(
 def test_start_after_a_killed_one_counts_only_the_remaining_shards(
     context: Context, uncounted: Path, encoder: SampleEncoder, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count_some(context, uncounted, encoder, monkeypatch, shards=3)
+    folder = count_some(context, uncounted, encoder, monkeypatch, shards=3)
+    (folder.parent / f"{folder.name.removesuffix('-tokens')}.{'0' * 32}.tmp").touch()
     counted.clear()
     dataset = open_shards(context, uncounted, encoder)
     assert counted == ["00003", "00004"]
+    assert len(list_cache(context)) == 1, "the temporary file of a killed start is deleted"
     assert np.array_equal(dataset.lengths_S, build_dataset(list_shards([uncounted], "shards"), encoder).lengths_S)
 
 
@@ -208,7 +210,7 @@ DAMAGES = [
 
 @pytest.fixture
 def partly_counted(context: Context, uncounted: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a start that was killed after all shards but one."""
+    """Return the folder of a start that failed before the last shard."""
     return count_some(context, uncounted, encoder, monkeypatch, shards=SHARDS - 1)
 
 

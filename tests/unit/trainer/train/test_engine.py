@@ -27,9 +27,9 @@ TINY, CPU = ModelConfig(preset="tiny"), torch.device("cpu")
 ALL: tuple[Part, ...] = ("vision", "connector", "language")
 
 RATE = 1e-3
-"""Two steps of it; one percent of that may be rounding, where a gradient is next to nothing."""
+"""Two steps are made; an error of one percent of them is allowed, which rounding causes where gradients are tiny."""
 WITHOUT_GRADIENT = "attention.k_proj.bias"
-"""Softmax does not see what is added to all keys: the gradient is rounding alone, and Adam makes steps of its sign."""
+"""Softmax is invariant to a bias of all keys: its gradient is rounding error, but Adam makes full steps by its sign."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +100,7 @@ def test_check_frozen_detects_gradient_and_optimizer_state(encoder: SampleEncode
 
 
 def _train_plainly(model: PackedModel, config: TrainConfig, steps: list[list[Batch]]) -> list[float]:
-    """The gradient norms; one loss over the whole step, no engine."""
+    """Train without an engine, with one loss over the whole step; return the gradient norms."""
     optimizer, norms = build_optimizer(model, config), []
     for batches in steps:
         loss = sum(model(**batch.to(CPU).model_inputs) for batch in batches) / sum(

@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Stage:
-    """Never interrupted."""
+    """A stage that was never interrupted."""
     stage = build_stage(root, run="whole")
     finish(stage)
     return stage
@@ -59,7 +59,7 @@ def outcome(stage: Stage) -> tuple[int, int, int, dict[str, float]]:
 
 
 def assert_same_outcome(stage: Stage, whole: Stage, attempt: int) -> None:
-    """To the bit, and every sample of the two epochs used twice."""
+    """Assert bit-identical weights and result, and that each sample was used in both epochs."""
     assert weights(stage) == weights(whole)
     assert outcome(stage) == outcome(whole)
     used = Counter(s for samples in read_trained_samples(StageFiles(stage), attempt).values() for s in samples)
@@ -118,7 +118,7 @@ STOPS = [
 def test_outcome_after_a_stop_request_is_identical(
     point: str, code: int, saved: int | None, root: Path, whole: Stage
 ) -> None:
-    """Only one of the ranks is asked."""
+    """Only one of the ranks receives the request."""
     stage = build_stage(root, run=f"stopped-{point}")
     ranks = FaultyRanks(stage, faults=[do_nothing, inject_at(point, request_stop)])
     assert ranks.wait_for_codes() == [code, code], ranks.read_logs()
@@ -140,7 +140,7 @@ LIVES_ON = [
 
 @pytest.mark.parametrize(("point", "later"), LIVES_ON)
 def test_superseded_attempt_that_continues_changes_nothing(point: str, later: str, root: Path, whole: Stage) -> None:
-    """Its first rank is held at a point, the next attempt comes to a later one; then the first one goes on."""
+    """Its first rank is paused at a point, the next attempt at a later one; then the superseded one continues."""
     stage = build_stage(root, run=f"cut-off-{point}", keep_checkpoints=1)
     first = FaultyRanks(stage, faults=[inject_at(point, stop_process), do_nothing])
     await_stopped(first)
@@ -152,7 +152,7 @@ def test_superseded_attempt_that_continues_changes_nothing(point: str, later: st
     codes = first.wait_for_codes()
     assert codes[0] == STOPPED, first.read_logs()
     assert "attempt 2 has claimed the stage" in first.read_termination().message
-    assert tree(files) == listed, "it wrote nothing and took nothing away"
+    assert tree(files) == listed, "it neither wrote nor deleted a file"
     signal_first(second, signal.SIGCONT)
     assert second.wait_for_codes() == [0, 0], second.read_logs()
     assert_same_outcome(stage, whole, attempt=2)
@@ -160,7 +160,7 @@ def test_superseded_attempt_that_continues_changes_nothing(point: str, later: st
 
 
 def tree(files: StageFiles) -> set[str]:
-    """What attempts share; a line of the ledger and half an export are an attempt's own."""
+    """List the files that attempts share, without temporary exports."""
     found = {str(path.relative_to(files.output)) for path in files.output.rglob("*")}
     return {name for name in found if ".export." not in name}
 

@@ -20,7 +20,7 @@ LENGTH = 256
 
 
 def build_batch(image_token: int) -> Batch:
-    """A pack of one sample without padding, with two tiles; every position has a label."""
+    """Build a pack of one sample with two tiles, without padding; every token is a loss token."""
     ids_T = torch.arange(10, 10 + LENGTH)
     ids_T[:32] = image_token
     return Batch(

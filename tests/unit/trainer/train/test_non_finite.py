@@ -35,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(root: Path) -> dict[int, list[int]]:
-    """The samples of every step, where all goes well."""
+    """The samples of each step of an undisturbed stage."""
     stage = build_stage(root, run="whole")
     ranks = FaultyRanks(stage)
     assert ranks.wait_for_codes() == [0, 0], ranks.read_logs()
@@ -47,7 +47,7 @@ def weights(stage: Stage) -> bytes:
 
 
 def assert_every_sample_is_accounted_for(stage: Stage, attempt: int, whole: dict[int, list[int]]) -> None:
-    """Every step has the samples that it always had, and they are trained or left out: none is missing."""
+    """Assert that each step has its usual samples, all of them either trained or skipped."""
     files = StageFiles(stage)
     trained, skipped = read_trained_samples(files, attempt), read_skipped_samples(files, attempt)
     assert trained | skipped == whole
@@ -58,7 +58,7 @@ def assert_every_sample_is_accounted_for(stage: Stage, attempt: int, whole: dict
 
 
 def test_batch_with_nan_loss_is_skipped_and_other_steps_are_unchanged(root: Path, whole: dict[int, list[int]]) -> None:
-    """In both epochs: two failures of their own, on the one of two ranks that has the sample."""
+    """The sample fails once per epoch, on one of two ranks: two independent failures."""
     stage = build_stage(root, run="spoilt")
     files, again = StageFiles(stage), 8 if set(whole[4]) & set(whole[8]) else 7
     bad = min(set(whole[4]) & set(whole[again]))
@@ -84,7 +84,7 @@ def test_batch_with_nan_loss_is_skipped_and_other_steps_are_unchanged(root: Path
 
 
 def test_kill_after_a_skipped_step_does_not_change_the_weights(root: Path, whole: dict[int, list[int]]) -> None:
-    """The optimizer's clock counts updates: with that of the steps, the resumed run would differ."""
+    """The optimizer's step count is that of updates; with skipped steps included, the resumed run would differ."""
     ends = {}
     for name in ("plain", "killed"):
         stage = build_stage(root, run=f"clock-{name}", epochs=1.0)
@@ -103,7 +103,7 @@ def test_kill_after_a_skipped_step_does_not_change_the_weights(root: Path, whole
 
 
 def test_repeated_failure_resumes_before_the_ruined_checkpoint(root: Path, whole: dict[int, list[int]]) -> None:
-    """Every step saves, so the newest checkpoint is a ruined one: leaving out what comes after it can't help."""
+    """Each step is saved, so the newest checkpoint holds ruined weights, and skipping later data doesn't help."""
     stage = build_stage(root, run="exploded", checkpoint_steps=1, keep_checkpoints=3)
     files, fault = StageFiles(stage), partial(ruin_weights, 4)
     starts = []

@@ -34,7 +34,7 @@ def run_stage(stage: Stage) -> Result:
 
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Result:
-    """Never interrupted."""
+    """The result of a stage that was never interrupted."""
     return run_stage(build_stage(root, run="whole"))
 
 
@@ -43,7 +43,7 @@ def weights(root: Path, name: str) -> bytes:
 
 
 def interrupt(stage: Stage, step: int, monkeypatch: pytest.MonkeyPatch) -> Preempted:
-    """A stop that is asked for while a step runs."""
+    """Run the stage, request a stop during a step, and return the error."""
     context = build_single_process_context(stage, scratch=Path(stage.output) / f"scratch-{stage.attempt}")
     advance = trainer.Trainer._record_step
 

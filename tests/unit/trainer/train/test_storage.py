@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights where all goes well."""
+    """The weights of an undisturbed stage."""
     stage = build(tmp_path_factory.mktemp("whole") / "storage", data)
     return finish(stage)
 
@@ -54,18 +54,18 @@ def finish(stage: Stage) -> bytes:
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Volume]:
-    """Quick, and full when it is full."""
+    """A tmpfs of limited size."""
     yield from provide_volume(tmp_path, is_disk=False)
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Volume]:
-    """One that can break down, and keeps what was brought to it."""
+    """An ext4 volume that can be made to fail, and keeps what was synced."""
     yield from provide_volume(tmp_path, is_disk=True)
 
 
 def assert_no_partial_files(stage: Stage, attempt: int) -> None:
-    """Nothing that is there by its name is half a thing, and every sample was used twice."""
+    """Assert that no temporary file is left, and that each sample was used in both epochs."""
     files = StageFiles(stage)
     used = Counter(s for samples in read_trained_samples(files, attempt).values() for s in samples)
     assert used == dict.fromkeys(range(SAMPLES), 2)

@@ -19,7 +19,7 @@ from tests.support.builders.training import SAMPLES, build_set, build_stage, sta
 pytestmark = pytest.mark.slow
 RANK = Path(__file__).parents[3] / "support/ranks/train.py"
 LIMIT = 300
-"""Seconds that ranks may take."""
+"""Timeout of the ranks in seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(root: Path, stage: Stage, world_size: int) -> list[float]:
-    """The losses of this attempt's steps."""
+    """Run an attempt; return the losses of its steps."""
     scratch = root / f"scratch-{stage.run}-{stage.attempt}"
     ranks = start_ranks(RANK, stage, world_size, scratch)
     codes = [process.wait(LIMIT) for process in ranks]
@@ -40,7 +40,7 @@ def train(root: Path, stage: Stage, world_size: int) -> list[float]:
 
 
 def kill(root: Path, stage: Stage, world_size: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All ranks die by SIGKILL after a step."""
+    """Run an attempt whose ranks kill themselves after a step."""
     with monkeypatch.context() as patch:
         patch.setitem(os.environ, "KILL_AT", str(step))
         for process in start_ranks(RANK, stage, world_size, root / f"scratch-{stage.run}-{stage.attempt}"):
@@ -50,7 +50,7 @@ def kill(root: Path, stage: Stage, world_size: int, step: int, monkeypatch: pyte
 
 @pytest.fixture(scope="module")
 def whole(root: Path) -> list[float]:
-    """Two ranks, never interrupted."""
+    """The losses of two ranks that were never interrupted."""
     return train(root, build_stage(root, run="whole"), world_size=2)
 
 
@@ -63,7 +63,7 @@ def test_resume_after_killing_all_ranks_is_bit_identical(
 ) -> None:
     stage = build_stage(root, run="killed")
     kill(root, stage, 2, 5, monkeypatch)
-    assert train(root, replace(stage, attempt=2), 2) == whole[3:], "equal to the bit from the checkpoint of step 3 on"
+    assert train(root, replace(stage, attempt=2), 2) == whole[3:], "bit-identical from the checkpoint of step 3"
     assert weights(root, "killed") == weights(root, "whole")
     used = Counter(s for samples in read_trained_samples(StageFiles(stage), last_attempt=2).values() for s in samples)
     assert used == dict.fromkeys(range(SAMPLES), 2), "two epochs: every sample twice"

@@ -1,0 +1,54 @@
+"""The task pool on one rank: each task once, resume, stop requests, and what is recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sailvl_trainer.errors import Preempted
+from sailvl_trainer.rank.context import Context, build_single_process_context
+from sailvl_trainer.rank.distributed_tasks import TaskPool
+from tests.support.builders.training import build_stage
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return build_single_process_context(build_stage(tmp_path), scratch=tmp_path / "scratch")
+
+
+def run_tasks(context: Context, count: int, done: set[int] | None = None) -> list[int]:
+    """The numbers of the tasks that were run."""
+    ran: list[int] = []
+    TaskPool(context).run("counting", count, lambda task: task in (done or set()), ran.append)
+    return ran
+
+
+def test_only_tasks_without_output_are_run(context: Context) -> None:
+    assert run_tasks(context, 4, done={0, 2}) == [1, 3]
+
+
+def test_second_pool_runs_tasks_of_the_same_name(context: Context) -> None:
+    """The store outlives a pool, so each pool has keys of its own."""
+    assert [run_tasks(context, 2) for _ in range(2)] == [[0, 1], [0, 1]]
+
+
+def test_stop_request_is_obeyed_before_the_next_task(context: Context, tmp_path: Path) -> None:
+    def request_stop(task: int) -> None:
+        ran.append(task)
+        (tmp_path / "scratch" / "stop").touch()
+
+    ran: list[int] = []
+    with pytest.raises(Preempted):
+        TaskPool(context).run("counting", 3, lambda _: False, request_stop)
+    assert ran == [0]
+
+
+@pytest.mark.parametrize("phase", ["starting", "running"])
+def test_time_is_recorded_once(phase: str, context: Context) -> None:
+    """Before the stage runs, its time is recorded as `starting` already."""
+    if phase == "running":
+        context.telemetry.update(phase="running")
+    run_tasks(context, 2)
+    activities = {"starting"} if phase == "starting" else {"starting", "counting", "waiting"}
+    assert context.telemetry.progress.seconds.keys() == activities
