@@ -26,6 +26,7 @@ from tests.support.chart import (
     get_values_path,
     run_helm,
 )
+from tests.support.live.api import wait_until
 
 pytestmark = [
     pytest.mark.cluster,
@@ -155,15 +156,6 @@ def _install(image: str, namespace: str, kubeconfig: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert f"{OPERATOR} watches the SailVLRuns of {namespace}" in done.stdout
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Wait until a condition returns something true, and return it."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.5)
-    return found
 
 
 def test_both_replicas_are_ready_and_one_leads(installed: InstalledChart) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.live.api import wait_until
 from tests.support.live.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
@@ -64,13 +64,6 @@ def list_ready_conditions(kubectl: Kubectl) -> dict[str, str]:
     template = '{range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Ready")].status}{"\\n"}{end}'
     listed = kubectl("get", "nodes", "-o", f"jsonpath={template}")
     return dict(line.split("=", 1) for line in listed.stdout.split())
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.5)
 
 
 def test_pods_on_every_node_reach_dns_api_server_and_each_other(

@@ -10,12 +10,13 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.live.api import wait_until
 from tests.support.live.cluster import Cluster
 from tests.support.live.stub_runs import build_stub_image
 
@@ -43,15 +44,6 @@ def kubectl(*arguments: str, body: Any = None, check: bool = True) -> str:
     )
     assert not check or done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
     return done.stdout
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """Wait until a condition returns something true, and return it."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.2)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_deadline_fails_run_and_later_deadline_resumes_it(workspace):
     limit = int(time.time() - parse_time(run.status["startTime"])) + 4
     run.edit(activeDeadlineSeconds=limit)
     assert run.wait_for_condition("Failed") == "DeadlineExceeded"
-    assert run.condition("Failed")[2] == "the run was active for activeDeadlineSeconds; raise them to go on"
+    assert run.condition("Failed")[2] == "the run was active for activeDeadlineSeconds; raise it to resume the run"
     ledger = run.status["goodput"]["seconds"]
     assert limit <= sum(ledger.values()) - ledger.get("queued", 0) <= limit + 2
     wait_until(lambda: run.jobs == [] and run.list_owned(PODS) == [], describe=run.describe)
@@ -162,12 +162,11 @@ def test_deleted_run_saves_and_removes_all_objects(workspace, operator):
 
 
 @pytest.fixture(scope="module")
-def edited(workspace: Workspace, operator: OperatorReplica) -> Iterator[StubRun]:
-    """Create a run whose first stage runs and whose second has not started."""
+def edited(workspace: Workspace, operator: OperatorReplica) -> Iterator[tuple[StubRun, list[str]]]:
+    """Create a run whose first stage runs and whose second has not started; yield it with the uids of its pods."""
     run = StubRun(workspace, "edited", "hold", stages=2)
     run.wait_for_stage("Running")
-    run.pods = [pod["metadata"]["uid"] for pod in run.list_owned(PODS)]
-    yield run
+    yield run, [pod["metadata"]["uid"] for pod in run.list_owned(PODS)]
     run.delete()
 
 
@@ -205,17 +204,18 @@ EDITS = [
 
 
 @pytest.mark.parametrize(("spec", "message"), EDITS)
-def test_edit_of_running_run(spec: Object, message: str, edited: StubRun) -> None:
+def test_edit_of_running_run(spec: Object, message: str, edited: tuple[StubRun, list[str]]) -> None:
+    run, pods = edited
     if message:
         with pytest.raises(ApiStatusError) as error:
-            edited.edit(**spec)
+            run.edit(**spec)
         assert message in str(error.value)
         return
-    edited.edit(**spec)
-    generation = edited.raw["metadata"]["generation"]
-    wait_until(lambda: edited.status.get("observedGeneration") == generation)
-    assert edited.stage_state() == ("Running", 1)
-    assert [pod["metadata"]["uid"] for pod in edited.list_owned(PODS)] == edited.pods
+    run.edit(**spec)
+    generation = run.raw["metadata"]["generation"]
+    wait_until(lambda: run.status.get("observedGeneration") == generation)
+    assert run.stage_state() == ("Running", 1)
+    assert [pod["metadata"]["uid"] for pod in run.list_owned(PODS)] == pods
 
 
 def test_edited_workers_apply_to_next_attempt(workspace):
@@ -263,7 +263,7 @@ def test_restart_request_starts_new_attempt_unless_stage_succeeded(workspace):
     hung.edit(suspend=True)
     hung.wait_for_condition("Suspended")
     hung.request_restart("draw-a")
-    wait_until(lambda: has_event(hung, "RestartRequested", "set spec.suspend to false, and it goes on"))
+    wait_until(lambda: has_event(hung, "RestartRequested", "set spec.suspend to false to resume it"))
     assert hung.stage_state() == ("Suspended", 2)
     hung.delete()
 
