@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sailvl_trainer.contract import Progress
-from tests.support.core_world import World
+from tests.support.core_world import CoreWorld
 
 STAGE = "alignment"
 SETTLED_SECONDS = 300.0
@@ -14,17 +14,17 @@ SETTLED_SECONDS = 300.0
 
 def build_scenario() -> Callable[[], object]:
     """Return a function that reconciles a run of four stages once; the decision restarts the second stage."""
-    world = World()
-    while (stage := world.settle()) is not None and stage.name != STAGE:
-        world.succeed(stage)
+    world = CoreWorld()
+    while (stage := world.run_until_stable()) is not None and stage.name != STAGE:
+        world.succeed_stage(stage)
     world.now += 5
     world.progress[STAGE, 1] = Progress(attempt=1, phase="running", step=5, steps=10, seconds={"training": 4.0})
-    world.step()
-    world.end(0, 1)
-    world.is_patient = False
+    world.reconcile_once()
+    world.end_worker(0, 1)
+    world.advances_time = False
     world.now += SETTLED_SECONDS
 
     def reconcile_once() -> object:
-        return world.step()
+        return world.reconcile_once()
 
     return reconcile_once

@@ -1,7 +1,6 @@
-"""The other edge: the same decisions as on a cluster, carried out on this machine by torchx's local_cwd scheduler.
+"""Run without a cluster: torchx's local_cwd scheduler executes the decisions of `reconcile` on this machine.
 
-The status lies in <root>/<run>/status.json, of the same schema as on a cluster; started again after a kill, a run
-goes on.
+The status is <root>/<run>/status.json and has the schema of a cluster's; a run that was killed resumes from it.
 """
 
 from __future__ import annotations
@@ -35,29 +34,29 @@ from sailvl_trainer.contract import Env, Progress
 
 POLL_SECONDS = 0.5
 REPLICA = "${replica_id}"
-"""torchx's macro for a worker's index."""
+"""Macro of torchx for the index of a worker."""
 
-Watch = Callable[[Status, tuple[Event, ...]], None]
+OnStatus = Callable[[Status, tuple[Event, ...]], None]
 
 
 class LockedError(Exception):
-    """Another process carries this run out."""
+    """Another process executes this run."""
 
 
 @dataclass(slots=True, kw_only=True)
 class LocalAttempt:
-    """One started attempt and the folder with its workers' files."""
+    """A started attempt and the folder with the files of its workers."""
 
     app_id: str
     record: JobRecord
     folder: Path
     ended: dict[int, Terminated] = field(default_factory=dict)
-    """How workers ended, as first seen."""
+    """Terminated state of each worker that has exited, by its index."""
 
 
 @dataclass(slots=True)
 class LocalRun:
-    """One run on this machine, from its file to its end."""
+    """One run on this machine."""
 
     run: Run
     root: Path
@@ -74,19 +73,22 @@ class LocalRun:
 
     @property
     def folder(self) -> Path:
-        """Where the run's own files are, beside its stages."""
+        """Folder of the run's status and of its workers' files, beside the results of its stages."""
         return self.root / self.run.name
 
-    def carry_out(self, watch: Watch) -> Status:
-        """Until the run has finished; `watch` sees every status, and what happened. Raises LockedError."""
-        with self._locked(), self._ending():
+    def run_to_completion(self, on_status: OnStatus) -> Status:
+        """Reconcile until the run has finished, and return its last status.
+
+        `on_status` is called with every status and its events. Raises LockedError if another process executes the run.
+        """
+        with self._locked(), self._killing_workers():
             self._end_orphans()
             defaults = Defaults(image="local", storage=str(self.root), failure_settle_seconds=1.0, backoff_seconds=2.0)
             while not self.status.is_finished or self.attempts:
                 run = msgspec.structs.replace(self.run, status=encode_status(self.status))
                 decision = reconcile(run, self._observe(), now=time.time(), defaults=defaults)
                 self._apply(decision)
-                watch(self.status, decision.events)
+                on_status(self.status, decision.events)
                 if self.status.is_finished and not _find_deleted_jobs(decision):
                     break
                 if decision.status is None and not decision.start:
@@ -160,7 +162,7 @@ class LocalRun:
             _kill_group(replica.proc.pid)
 
     def _end_orphans(self) -> None:
-        """Workers that a killed predecessor left behind; known by their pid and their command line."""
+        """Kill workers that a killed process left behind, which are recognised by their PID and their command line."""
         path = self.folder / "processes.json"
         for pid in json.loads(path.read_bytes()) if path.exists() else ():
             command = Path(f"/proc/{pid}/cmdline")
@@ -174,12 +176,14 @@ class LocalRun:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise LockedError(f"another process carries out {self.run.name} in {self.root}") from None
+                raise LockedError(
+                    f"another process runs {self.run.name} in {self.root}; wait for it or stop it"
+                ) from None
             yield
 
     @contextmanager
-    def _ending(self) -> Iterator[None]:
-        """No worker outlives this process, unless it is killed itself."""
+    def _killing_workers(self) -> Iterator[None]:
+        """Kill all workers when this process ends; only a process that is killed itself leaves workers behind."""
         try:
             yield
         finally:
@@ -196,7 +200,7 @@ def _find_deleted_jobs(decision: Decision) -> list[JobRecord]:
 
 
 def localise(app: AppDef, folder: Path, python: str, rendezvous_port: int, metrics_port: int) -> AppDef:
-    """The cluster's AppDef for processes that share this machine."""
+    """Adapt an AppDef of the cluster to processes that share this machine."""
     (role,) = app.roles
     here = {
         Env.STAGE_FILE: str(folder / "stage.json"),
@@ -233,7 +237,7 @@ def _read_progress(path: Path) -> Progress | None:
 
 
 def _kill_group(pid: int) -> None:
-    """A worker and its ranks: torchx starts each in a session of its own, torch each rank in the worker's."""
+    """Kill a worker and its ranks: torchx starts each worker in a session of its own, and torch the ranks in the worker's."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -254,6 +258,6 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def parse_local(document: dict[str, Any], parse: Callable[[dict[str, Any]], Run]) -> Run:
-    """A run's file as the API server would hand it back: with a uid, a namespace and a generation."""
+    """Parse a run's file after adding the UID, namespace and generation that the API server would set."""
     metadata = {"namespace": "default", "uid": "local", "generation": 1, "resourceVersion": "1"} | document["metadata"]
     return parse(document | {"metadata": metadata})

@@ -1,4 +1,4 @@
-"""A small world for the pure core: it carries decisions out at once, and a test says what becomes of the workers."""
+"""A simulated cluster for the pure core: it applies decisions at once, and a test decides what its workers do."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ BEFORE_STARTS, FORCE, GRACEFUL = DeletionMode
 
 
 @dataclass
-class World:
-    """Jobs and pods that obey; time moves only when nothing is left to do."""
+class CoreWorld:
+    """The status, Jobs and pods of one run, and the time."""
 
     spec: dict[str, object] = field(default_factory=dict)
     status: Status = field(default_factory=Status)
@@ -39,17 +39,17 @@ class World:
     refusals: dict[AttemptKey, str] = field(default_factory=dict)
     """Errors with which the API server refuses objects of attempts."""
     restart_stage: str = ""
-    """The annotation by which a person asks for a restart."""
+    """Value of the restart annotation."""
     is_deleted: bool = False
     started: list[AttemptSpec] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     now: float = 1000.0
     generation: int = 1
-    is_patient: bool = True
-    """Time moves on to what the decision waits for when nothing is left to do."""
+    advances_time: bool = True
+    """Whether the time advances to the requeue time of a decision that changes nothing else."""
 
-    def step(self) -> bool:
-        """One reconcile, carried out; whether anything was to be done."""
+    def reconcile_once(self) -> bool:
+        """Reconcile, apply the decision, and return whether it changed anything."""
         run = build_run(status=encode_status(self.status), generation=self.generation, **self.spec)
         run = msgspec.structs.replace(run, restart_stage=self.restart_stage)
         seen = observe(
@@ -75,18 +75,18 @@ class World:
         self.restart_stage = "" if decision.clear_restart_request else self.restart_stage
         self.events += decision.events
         self.status = decision.status or self.status
-        if self.is_patient and decision.requeue_at is not None and decision.status is None and not decision.start:
+        if self.advances_time and decision.requeue_at is not None and decision.status is None and not decision.start:
             self.now = max(self.now, decision.requeue_at)
             return False
         return decision != Decision(requeue_at=decision.requeue_at)
 
-    def settle(self) -> StageStatus | None:
-        """Reconcile until nothing changes; the stage that is active then."""
+    def run_until_stable(self) -> StageStatus | None:
+        """Reconcile until nothing changes, and return the stage that is active then."""
         for _ in range(50):
-            if not self.step():
+            if not self.reconcile_once():
                 break
         else:
-            pytest.fail("the world never settles: a reconcile undoes another")
+            pytest.fail("the status never becomes stable: one reconcile undoes another")
         return next((s for s in self.status.stages if s.state not in ("Pending", "Succeeded", "Failed")), None)
 
     def _start(self, attempt: AttemptSpec) -> None:
@@ -102,35 +102,35 @@ class World:
             self.add_pods(job)
 
     def add_pods(self, job: JobRecord) -> None:
-        """What the Job controller, the scheduler and the kubelets do with a Job that isn't suspended."""
+        """Create the running pods of a Job that isn't suspended."""
         for index in range(job.nodes):
             pod = build_pod(job.stage, job.attempt, index, created=self.now, placed=self.now)
             self.pods[pod.name] = pod
 
-    def hold(self, **fields: Any) -> None:
-        """What the cluster does with all pods."""
+    def update_pods(self, **fields: Any) -> None:
+        """Set fields of all pods, and reconcile until nothing changes."""
         self.pods = {n: replace(p, **fields) for n, p in self.pods.items()}
-        self.settle()
+        self.run_until_stable()
 
-    def end(self, index: int, exit_code: int, **message: object) -> None:
-        """A worker of the active stage ends."""
+    def end_worker(self, index: int, exit_code: int, **message: object) -> None:
+        """Let a worker of the active stage exit; `message` are fields of its termination message."""
         pod = next(p for p in self.pods.values() if p.index == index and p.terminated is None)
         end = build_end(exit_code, at=self.now, **message)
         phase = "Failed" if exit_code else "Succeeded"
         self.pods[pod.name] = replace(pod, phase=phase, is_ready=False, terminated=end)
 
-    def succeed(self, stage: StageStatus, **result: object) -> None:
-        """All workers of the active stage end well."""
+    def succeed_stage(self, stage: StageStatus, **result: object) -> None:
+        """Let all workers of a stage exit with code 0; `result` are fields of the stage's result."""
         for pod in [p for p in self.pods.values() if p.stage == stage.name and p.terminated is None]:
             own = {"result": build_result(stage.name, **result)} if pod.index == 0 else {}
-            self.end(pod.index, 0, **own)
+            self.end_worker(pod.index, 0, **own)
 
     def stage(self, name: str) -> StageStatus:
-        """A stage's status."""
+        """Return the status of a stage."""
         return next(s for s in self.status.stages if s.name == name)
 
 
-def finish(world: World) -> None:
-    """Let every stage that comes succeed."""
-    while (active := world.settle()) is not None:
-        world.succeed(active)
+def finish_run(world: CoreWorld) -> None:
+    """Let every remaining stage succeed."""
+    while (active := world.run_until_stable()) is not None:
+        world.succeed_stage(active)

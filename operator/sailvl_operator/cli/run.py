@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("\n".join(f"{args.file}: {error}" for error in errors))
         local = LocalRun(parse_local(document, parse_run), args.root)
         with Display(console) as display:
-            status = local.carry_out(display.show)
+            status = local.run_to_completion(display.show)
     except (ValueError, SpecError, LockedError) as error:
         print(f"sailvl run: {error}", file=sys.stderr)
         return 2

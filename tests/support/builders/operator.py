@@ -1,4 +1,4 @@
-"""Builders of test objects: a good run to bend, and the records that a cluster would show of it."""
+"""Builders of the operator's test objects: a valid run, and the records of its Jobs and pods."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPEC: dict[str, Any] = {
 
 
 def build_document(**spec: Any) -> dict[str, Any]:
-    """A good SailVLRun as a user would write it; `spec` replaces fields of its spec."""
+    """Build a valid SailVLRun as a user writes it; `spec` replaces fields of its spec."""
     return {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
@@ -47,7 +47,7 @@ def build_document(**spec: Any) -> dict[str, Any]:
 
 
 def build_run(*, status: dict[str, Any] | None = None, generation: int = 1, **spec: Any) -> Run:
-    """The same, parsed, as the operator holds it."""
+    """Build a valid run as the operator parses it; `spec` replaces fields of its spec."""
     return Run(
         namespace="team",
         name="demo",
@@ -62,7 +62,7 @@ def build_run(*, status: dict[str, Any] | None = None, generation: int = 1, **sp
 
 
 def build_job(stage: str, attempt: int = 1, *, nodes: int = 1, **fields: Any) -> JobRecord:
-    """A Job of the run."""
+    """Build the record of an attempt's Job."""
     name = names.job_name("demo", stage, attempt)
     known = {"uid": f"uid-{name}", "owner_uid": "run-uid", "nodes": nodes, "created": 0.0}
     known["started"] = fields.get("created", 0.0)
@@ -70,7 +70,7 @@ def build_job(stage: str, attempt: int = 1, *, nodes: int = 1, **fields: Any) ->
 
 
 def build_pod(stage: str, attempt: int = 1, index: int = 0, **fields: Any) -> PodRecord:
-    """A pod that runs, unless `fields` say otherwise."""
+    """Build the record of a running pod; `fields` replace its fields."""
     name = f"{names.job_name('demo', stage, attempt)}-{index}"
     known = {"phase": "Running", "is_ready": True, "placed": 1.0, "node": f"node-{index}", "uid": f"uid-{name}"}
     return PodRecord(
@@ -79,12 +79,12 @@ def build_pod(stage: str, attempt: int = 1, index: int = 0, **fields: Any) -> Po
 
 
 def build_end(exit_code: int, *, at: float = 0.0, reason: str = "", **message: Any) -> Terminated:
-    """How a worker ended, in its own words."""
+    """Build the terminated state of a worker; `message` are fields of its termination message."""
     words = json.dumps({"exit_code": exit_code, **message})
     return Terminated(exit_code=exit_code, reason=reason, message=words, finished=at)
 
 
 def build_result(stage: str, **fields: Any) -> dict[str, Any]:
-    """The result that a worker's termination message carries."""
+    """Build a stage's result as a termination message contains it."""
     kind = {"curate": "curate", "alignment": "pretrain", "knowledge": "sft"}.get(stage, "evaluate")
     return {"stage": stage, "kind": kind, "digest": "d", "attempt": 1, "output": f"demo/{stage}-found"} | fields

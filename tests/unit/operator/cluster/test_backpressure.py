@@ -10,7 +10,7 @@ from sailvl_operator.cluster.backpressure import HIGH_BACKLOG_JOBS, YOUNG_SECOND
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.reconcile import reconcile
 from tests.support.builders.operator import build_job, build_pod, build_run
-from tests.support.core_world import DEFAULTS, World
+from tests.support.core_world import DEFAULTS, CoreWorld
 
 NOW = 1_000_000.0
 
@@ -80,8 +80,8 @@ def test_backlog_is_counted_at_most_twice_per_second():
 
 def test_end_of_a_run_is_not_deferred() -> None:
     """Its workers occupy GPUs until the status is written."""
-    world = World(spec={"activeDeadlineSeconds": 100}, is_patient=False)
-    world.settle()
+    world = CoreWorld(spec={"activeDeadlineSeconds": 100}, advances_time=False)
+    world.run_until_stable()
     run = build_run(status=encode_status(world.status), activeDeadlineSeconds=100)
     seen = observe(world.jobs.values(), world.pods.values())
     at_the_end = reconcile(run, seen, now=world.now + 101, defaults=DEFAULTS)

@@ -127,7 +127,7 @@ POD_SPEC = {
 }
 
 
-def test_the_whole_job():
+def test_job_of_an_attempt_is_complete():
     job = make_job(make_attempt(build_run()))
     document = job["spec"]["template"]["metadata"].pop("annotations").pop("sailvl.dev/stage.json")
     assert job == {
@@ -187,13 +187,13 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
             {"queueName": "gold"},
             lambda job: (job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], job["spec"]["suspend"]),
             ("gold", True),
-            id="Kueue starts what is created suspended",
+            id="queued Jobs are created suspended",
         ),
         pytest.param(
             {"labels": {"pod-group": "g", names.LABEL_RUN: "another"}},
             lambda job: job["spec"]["template"]["metadata"]["labels"],
             POD_LABELS | {"pod-group": "g"},
-            id="labels can't replace ours",
+            id="labels of the operator can't be replaced",
         ),
         pytest.param(
             {"nodeSelector": {"zone": "a"}, "priorityClassName": "high", "schedulerName": "volcano"},
@@ -227,18 +227,18 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
         ),
     ],
 )
-def test_workers_settings(workers, look, expected):
+def test_worker_settings_appear_in_the_job(workers, look, expected):
     assert look(bend(**workers)) == expected
 
 
-def test_what_is_taken_for_granted_is_told_where_a_secret_may_say_otherwise():
+def test_env_includes_defaults_that_a_secret_could_override():
     job = bend(envFrom=[{"secretRef": {"name": "tokens"}}])
     told = environment(job)
     assert (told["SAILVL_DEVICE"], told["SAILVL_TERMINATION_LOG"]) == ("cpu", "/dev/termination-log")
     assert set(told) == set(map(str, Env))
 
 
-def test_the_machine_of_the_last_failure_is_chosen_last():
+def test_suspect_node_is_avoided_by_preference():
     job = make_job(make_attempt(build_run(), suspect_nodes=("node-a",)))
     other = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-a"]}]}
     assert pod_spec(job)["affinity"]["nodeAffinity"] == {
@@ -246,7 +246,7 @@ def test_the_machine_of_the_last_failure_is_chosen_last():
     }
 
 
-def test_machines_that_took_many_attempts_down_are_left_alone():
+def test_excluded_nodes_are_forbidden():
     job = make_job(make_attempt(build_run(), excluded_nodes=("node-b", "node-a")))
     assert pod_spec(job)["affinity"]["nodeAffinity"] == {
         "requiredDuringSchedulingIgnoredDuringExecution": {
@@ -262,14 +262,14 @@ def test_machines_that_took_many_attempts_down_are_left_alone():
     }
 
 
-def test_builders_leave_their_inputs_alone():
+def test_builders_do_not_modify_their_inputs():
     attempt = make_attempt(
         build_run(workers={"nodes": 2, "gpusPerNode": 8, "resources": {"limits": {"memory": "1Gi"}}})
     )
     assert make_job(attempt) == make_job(attempt)
 
 
-def test_the_whole_service():
+def test_service_of_a_run_is_complete():
     assert build_service(namespace="team", run="demo", owner_uid="run-uid") == {
         "apiVersion": "v1",
         "kind": "Service",
@@ -312,13 +312,13 @@ def test_the_whole_service():
         ),
     ],
 )
-def test_the_claim(storage, spec):
+def test_claim_follows_the_template(storage, spec):
     metadata = {"name": "demo-storage", "namespace": "team", "labels": RUN_LABELS}
     claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
     assert build_claim(build_run(storage=storage)) == (spec and claim)
 
 
-def test_a_claim_that_is_to_go_with_its_run_is_owned_by_it():
+def test_claim_that_is_deleted_with_its_run_has_an_owner():
     template = {"resources": {"requests": {"storage": "1Ti"}}}
     claim = build_claim(build_run(storage={"volumeClaimTemplate": template, "whenDeleted": "Delete"}))
     assert claim["metadata"]["ownerReferences"] == [OWNER]
