@@ -237,7 +237,7 @@ def _read_progress(path: Path) -> Progress | None:
 
 
 def _kill_group(pid: int) -> None:
-    """Kill a worker and its ranks: torchx starts each worker in a session of its own, and torch the ranks in the worker's."""
+    """Kill a worker and its ranks; torchx starts each worker in its own session, and torch the ranks in that one."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
