@@ -163,4 +163,6 @@ def test_finished_runs_stay_unchanged_without_jobs_and_after_operator_restart(wo
     time.sleep(2)
     assert [run.raw["metadata"]["resourceVersion"] for run in (done, failed)] == versions
     assert (done.jobs, failed.jobs) == ([], [])
-    assert done.journal == [f"{stage} 1 0 {event}" for stage in ("draw-a", "draw-b") for event in ("began", "done")]
+    assert done.journal == [
+        f"{stage} 1 0 {event}" for stage in ("draw-a", "draw-b") for event in ("started", "finished")
+    ]

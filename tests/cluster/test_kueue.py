@@ -131,7 +131,7 @@ def test_runs_alternate_stage_by_stage(workspace, kueue):
     first.wait_for_condition("Succeeded")
     order = [name for name in kueue.resumed if name in first.jobs + second.jobs]
     assert order == ["first-draw-a-1", "second-draw-a-1", "first-draw-b-1"]
-    assert second.journal == ["draw-a 1 0 began", "draw-a 1 0 done"]
+    assert second.journal == ["draw-a 1 0 started", "draw-a 1 0 finished"]
     ledger = second.status["goodput"]["seconds"]
     assert abs(ledger["queued"] - measure_queued_seconds(second)) <= 2
     assert abs(sum(ledger.values()) - measure_active_seconds(second)) <= 1
@@ -146,12 +146,12 @@ def test_preempted_run_saves_and_resumes_after_readmission(workspace, kueue, imp
     stage = lower.stage()
     assert (stage["lastFailure"]["cause"], stage["lastFailure"]["exitCode"]) == ("Preempted", 75)
     assert stage["restarts"] == {"Preempted": 1}
-    assert lower.journal == ["draw-a 1 0 began", "draw-a 1 0 sigterm", "draw-a 1 0 saved"]
+    assert lower.journal == ["draw-a 1 0 started", "draw-a 1 0 sigterm", "draw-a 1 0 saved"]
     wait_until(lambda: lower.jobs == ["lower-draw-a-2"] and lower.condition("Stuck")[1] == "Queued")
     higher.release()
     higher.wait_for_condition("Succeeded")
     lower.wait_for_stage("Running", 2)
-    wait_until(lambda: lower.journal[3:] == ["draw-a 2 0 began"])
+    wait_until(lambda: lower.journal[3:] == ["draw-a 2 0 started"])
     assert "lost" not in lower.status["goodput"]["seconds"]
     assert lower.status["goodput"].get("lostSteps", 0) == 0
     lower.delete()
@@ -164,8 +164,8 @@ def test_run_evicted_and_readmitted_at_once_resumes(workspace, kueue):
     run.wait_for_stage("Running", 2)
     assert run.stage()["restarts"] == {"Preempted": 1}
     wait_until(lambda: run.jobs == ["evicted-draw-a-2"] and len(run.list_owned(PODS)) == 2, describe=run.describe)
-    first_attempt = [f"draw-a 1 {index} {event}" for event in ("began", "sigterm", "saved") for index in (0, 1)]
-    second_attempt = ["draw-a 2 0 began", "draw-a 2 1 began"]
+    first_attempt = [f"draw-a 1 {index} {event}" for event in ("started", "sigterm", "saved") for index in (0, 1)]
+    second_attempt = ["draw-a 2 0 started", "draw-a 2 1 started"]
     wait_until(lambda: sorted(run.journal) == sorted(first_attempt + second_attempt), describe=run.describe)
     run.delete()
 
@@ -180,7 +180,7 @@ def test_suspended_run_frees_quota_and_queues_again(workspace, kueue):
 
     run.edit(suspend=True)  # while it runs
     run.wait_for_condition("Suspended")
-    assert run.journal == ["draw-a 1 0 began", "draw-a 1 0 sigterm", "draw-a 1 0 saved"]
+    assert run.journal == ["draw-a 1 0 started", "draw-a 1 0 sigterm", "draw-a 1 0 saved"]
     assert (run.jobs, find_workloads(run)) == ([], [])
     other.edit(suspend=False)
     other.wait_for_stage("Running", 2)

@@ -57,7 +57,7 @@ def test_suspended_workers_save_and_next_attempt_resumes(workspace):
     run.edit(suspend=True)
     wait_until(lambda: run.condition("Running") == ("False", "Suspended", "the workers save a checkpoint"))
     run.wait_for_condition("Suspended")
-    assert sorted(run.journal) == build_journal("began", "sigterm", "saved")
+    assert sorted(run.journal) == build_journal("started", "sigterm", "saved")
     assert run.stage_state() == ("Suspended", 1)
     wait_until(lambda: run.list_owned(PODS) == [])
     run.edit(suspend=False)
@@ -88,7 +88,7 @@ def test_deadline_fails_run_and_later_deadline_resumes_it(workspace):
     ledger = run.status["goodput"]["seconds"]
     assert limit <= sum(ledger.values()) - ledger.get("queued", 0) <= limit + 2
     wait_until(lambda: run.jobs == [] and run.list_owned(PODS) == [], describe=run.describe)
-    assert sorted(run.journal) == build_journal("began", "sigterm", "saved")
+    assert sorted(run.journal) == build_journal("started", "sigterm", "saved")
     run.edit(activeDeadlineSeconds=600)
     run.wait_for_stage("Running", 2)
     assert not run.is_true("Failed")
@@ -147,7 +147,7 @@ def test_finished_run_is_deleted_after_ttl_and_claim_by_policy(workspace):
     assert find_claim("retained") == retained
     assert successor.uid != runs["retained"].uid
     journal = (workspace.storage / "retained-storage" / "retained.journal").read_text().splitlines()
-    assert journal == ["draw-a 1 0 began", "draw-a 1 0 done"] * 2
+    assert journal == ["draw-a 1 0 started", "draw-a 1 0 finished"] * 2
 
 
 def test_deleted_run_saves_and_removes_all_objects(workspace, operator):
@@ -155,7 +155,7 @@ def test_deleted_run_saves_and_removes_all_objects(workspace, operator):
     run.wait_for_stage("Running")
     run.delete()
     wait_until(lambda: run.count_owned() == 0)
-    assert sorted(run.journal) == build_journal("began", "sigterm", "saved")
+    assert sorted(run.journal) == build_journal("started", "sigterm", "saved")
     assert run.raw == {}
     series = f'sailvl_run_stage_attempt{{namespace="{workspace.namespace}",run="deleted"'
     wait_until(lambda: operator.read_metric(series) == 0)
@@ -224,7 +224,7 @@ def test_edited_workers_apply_to_next_attempt(workspace):
     run.edit(workers={"nodes": 2} | StubRun.build_env("succeed"))
     run.api.delete(PODS, run.list_owned(PODS)[0]["metadata"]["name"], workspace.namespace)
     run.wait_for_condition("Succeeded")
-    assert sorted(run.journal[-4:]) == build_journal("began", "done", attempt=2)
+    assert sorted(run.journal[-4:]) == build_journal("started", "finished", attempt=2)
 
 
 def test_appended_stage_resumes_finished_run(workspace):
@@ -235,7 +235,9 @@ def test_appended_stage_resumes_finished_run(workspace):
     wait_until(lambda: not run.is_true("Succeeded"))
     run.wait_for_condition("Succeeded")
     assert (run.stage(), run.stage_state(1)) == (before, ("Succeeded", 1))
-    assert run.journal == [f"{stage} 1 0 {event}" for stage in ("draw-a", "draw-b") for event in ("began", "done")]
+    assert run.journal == [
+        f"{stage} 1 0 {event}" for stage in ("draw-a", "draw-b") for event in ("started", "finished")
+    ]
 
 
 def test_restart_request_starts_new_attempt_unless_stage_succeeded(workspace):
@@ -259,7 +261,7 @@ def test_restart_request_starts_new_attempt_unless_stage_succeeded(workspace):
     hung.request_restart("nonsense")
     wait_until(lambda: has_event(hung, "RestartRequested", "there is no stage 'nonsense'; stages are draw-a"))
     wait_until(lambda: has_event(finished, "RestartRequested", "stage draw-a has its result"))
-    assert finished.journal == ["draw-a 1 0 began", "draw-a 1 0 done"]
+    assert finished.journal == ["draw-a 1 0 started", "draw-a 1 0 finished"]
     hung.edit(suspend=True)
     hung.wait_for_condition("Suspended")
     hung.request_restart("draw-a")
