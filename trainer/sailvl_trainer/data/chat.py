@@ -26,6 +26,8 @@ TEMPLATE_VERSION = "1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedDialogue:
+    """A dialogue as token ids and labels of equal length T."""
+
     input_ids_T: np.ndarray
     """int32."""
     labels_T: np.ndarray

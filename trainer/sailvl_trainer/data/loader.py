@@ -37,6 +37,8 @@ SUBSET_SEED = 20250109
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedStep:
+    """One optimizer step, with this rank's batches."""
+
     batches: list[Batch]
     """This rank's microbatches: the same number on every rank, some possibly empty; none in a skipped step."""
     samples: tuple[int, ...]

@@ -63,8 +63,10 @@ class PlannedStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planner:
+    """Computes the steps of any window of any epoch from the sample lengths."""
+
     samples: int
-    """Number of samples in the data set."""
+    """Number of samples in the dataset."""
     tokens: int
     """Number of tokens of an epoch."""
     lengths: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]

@@ -69,6 +69,8 @@ class SampleCounter(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
+    """A shard's entry in the manifest."""
+
     name: str
     """File name without suffix."""
     samples: int

@@ -20,6 +20,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
+    """An architecture, without the vocabulary, which comes from the tokenizer."""
+
     name: str
     image_size: int
     """Side length of a tile in pixels."""

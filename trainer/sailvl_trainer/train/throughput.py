@@ -14,6 +14,8 @@ SMOOTHING = 0.1
 
 @dataclass(kw_only=True, slots=True)
 class StepTimer:
+    """Measures the steps of one rank."""
+
     world_size: int
     pack_tokens: int
     """Capacity of one pack, in tokens."""

@@ -33,6 +33,8 @@ from sailvl_trainer.train.throughput import StepTimer
 
 @dataclass(kw_only=True, slots=True)
 class Trainer:
+    """Runs the optimizer steps of one attempt on this rank; every rank has one and calls the same methods."""
+
     context: Context
     config: TrainConfig
     setup: TrainingSetup

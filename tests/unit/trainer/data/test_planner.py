@@ -220,7 +220,7 @@ def build_mixture(samples: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 FILLS = [
-    pytest.param(*build_mixture(8192), 16384, 64, 0.98, id="pictures and words"),
+    pytest.param(*build_mixture(8192), 16384, 64, 0.98, id="images and text"),
     pytest.param(build_mixture(8192)[0], np.zeros(8192, dtype=int), 16384, 48, 0.98, id="tiles don't bind"),
     pytest.param(np.full(2000, 90), np.ones(2000, dtype=int), 1024, 64, 0.96, id="equal lengths"),
 ]

@@ -46,9 +46,9 @@ def test_shard_is_a_plain_webdataset_tar(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "00000.tar") as tar:
         names = tar.getnames()
         assert names == [f"q3-000000{i}.{suffix}" for i in range(2) for suffix in ("png", "json")]
-        picture = tar.extractfile(names[0])
-        assert picture is not None
-        assert picture.read() == draw_question(0, 0, 3).image
+        image = tar.extractfile(names[0])
+        assert image is not None
+        assert image.read() == draw_question(0, 0, 3).image
 
 
 def test_equal_samples_give_equal_hashes(tmp_path: Path) -> None:

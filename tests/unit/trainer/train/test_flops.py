@@ -1,4 +1,4 @@
-"""Counted FLOPs match torch's own counter for every choice of trainable parts."""
+"""Counted FLOPs match torch's own counter; the step timer derives rates and MFU from them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.train.flops import PEAK_FLOPS, build_flops_counter, get_peak_flops
 from sailvl_trainer.train.forward import PackedModel
+from sailvl_trainer.train.throughput import StepTimer
 
 LENGTH = 256
 
@@ -63,3 +64,15 @@ def test_known_device_has_the_peak_of_its_data_sheet(monkeypatch: pytest.MonkeyP
 
 def test_unknown_device_is_measured() -> None:
     assert get_peak_flops(torch.device("cpu"), is_bf16=False) > 1e9
+
+
+def test_step_timer_reports_phases_and_rates() -> None:
+    timer = StepTimer(world_size=2, pack_tokens=100, peak_flops=10.0, _previous_end=10.0)
+    with timer.phase("forward"):
+        pass
+    first = timer.end_step(tokens=300, microbatches=2, flops=8.0, now=12.0)
+    second = timer.end_step(tokens=400, microbatches=2, flops=8.0, now=13.0)
+    assert first.keys() == {"forward_seconds", "tokens_per_second", "pack_fill", "mfu"}
+    assert (first["tokens_per_second"], first["pack_fill"]) == (150.0, 0.75)
+    assert second == {"tokens_per_second": 400.0, "pack_fill": 1.0, "mfu": 0.4}
+    assert timer.mean_step_seconds == pytest.approx(1.9)

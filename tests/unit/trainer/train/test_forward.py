@@ -71,7 +71,7 @@ def test_empty_pack_has_zero_loss_but_gradients_for_all_trainable_parameters(
     assert any("vision_tower" in name for name, p in model.named_parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("pack", [pytest.param((0, 1), id="pictures"), pytest.param((), id="none")])
+@pytest.mark.parametrize("pack", [pytest.param((0, 1), id="images"), pytest.param((), id="none")])
 def test_vision_tower_runs_once_per_batch(
     pack: tuple[int, ...], model: PackedModel, dataset: ShardDataset, encoder: SampleEncoder
 ) -> None:
