@@ -151,15 +151,12 @@ def measure_lengths(
 def write_lengths(path: Path, shards: ShardList, encoder: SampleEncoder, *, counts: TokenCountFiles) -> None:
     """Measure all samples into a file for `load_lengths`, which appears under its name when it is complete.
 
-    Only one process may call it for a path: temporary files that killed calls have left are deleted first. Raises
-    StorageError if the volume is full or unavailable.
+    Raises StorageError if the volume is full or unavailable.
     """
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # process ids aren't unique over containers
     try:
         with translate_storage_errors(temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
-            for stale in path.parent.glob(f"{path.stem}.*.tmp"):
-                stale.unlink(missing_ok=True)
             mapped_S = np.lib.format.open_memmap(temporary, mode="w+", dtype=LENGTHS, shape=(shards.samples,))
             with temporary.open("r+b") as file:  # allocate the space now: on a full disk, writing the map raises SIGBUS
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)

@@ -85,9 +85,18 @@ def _count_tokens(context: Context, pool: TaskPool, shards: ShardList, counts: T
 def _fill_cache(
     context: Context, path: Path, shards: ShardList, encoder: SampleEncoder, counts: TokenCountFiles
 ) -> None:
+    """Write the lengths, and delete the counts and what killed starts have left. Called on the first rank."""
+    if not _is_superseded(context):
+        for stale in path.parent.glob(f"{path.stem}.*.tmp"):
+            stale.unlink(missing_ok=True)
     write_lengths(path, shards, encoder, counts=counts)
-    if find_newest_attempt(context.files) <= context.stage.attempt:  # else a later attempt may be using the counts
+    if not _is_superseded(context):
         shutil.rmtree(counts.folder, ignore_errors=True)
+
+
+def _is_superseded(context: Context) -> bool:
+    """Whether a later attempt has claimed the stage; its files must not be deleted."""
+    return find_newest_attempt(context.files) > context.stage.attempt
 
 
 def _build_progress_log(context: Context, total: int) -> Callable[[int], None]:

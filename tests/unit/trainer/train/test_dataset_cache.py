@@ -23,6 +23,7 @@ from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context, build_single_process_context
 from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.storage.lineage import claim_stage
 from sailvl_trainer.train.dataset_cache import HEARTBEAT_ROWS, INDEX_DIR, open_dataset
 from tests.support.builders.training import build_set, build_stage, build_uncounted_set
 from tests.support.rank_faults import (
@@ -193,6 +194,18 @@ def test_start_after_a_killed_one_counts_only_the_remaining_shards(
     assert counted == ["00003", "00004"]
     assert len(list_cache(context)) == 1, "the temporary file of a killed start is deleted"
     assert np.array_equal(dataset.lengths_S, build_dataset(list_shards([uncounted], "shards"), encoder).lengths_S)
+
+
+def test_superseded_attempt_deletes_no_file_of_a_later_one(
+    context: Context, uncounted: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = count_some(context, uncounted, encoder, monkeypatch, shards=3)
+    temporary = folder.parent / f"{folder.name.removesuffix('-tokens')}.{'0' * 32}.tmp"
+    temporary.touch()
+    claim_stage(context.files, context.stage.attempt + 1)
+    open_shards(context, uncounted, encoder)
+    assert temporary.exists()
+    assert len(list(folder.iterdir())) == SHARDS
 
 
 def alter(data: bytes) -> bytes:
