@@ -32,24 +32,20 @@ from sailvl_operator.core.suspend import suspend_with_run
 def reconcile(
     run: Run, observed: Observed, *, now: float, defaults: Defaults, planned: Sequence[PlannedStage] | None = None
 ) -> Decision:
-    """Return everything that has to be done for a run; the decision repeats itself until it is executed.
+    """Return everything that has to be done for a run at `now` (Unix seconds).
 
-    `planned` is the result of `plan(run)`, if the caller has it. `now` is in Unix seconds.
+    The decision repeats itself until it is executed. `planned` is the result of `plan(run)`, if the caller has it.
     """
     old = decode_status(run.status)
-
     # A run that is being deleted needs nothing: the garbage collector deletes its objects.
     if run.deleting:
         return Decision()
-
     # A finished run is cleaned up and kept for ttlSecondsAfterFinished, unless something has made it active again.
     if old.is_finished and not may_resume(run, old):
         return reconcile_finished(run, old, observed, now=now)
-
-    # A spec that asks for an unsupported feature fails the run until the spec is fixed.
+    # A spec with an unsupported field fails the run until the spec is fixed.
     if problems := find_unsupported_fields(run.spec):
-        message = "; ".join(f"{path}: {problem}" for path, problem in problems)
-        return reconcile_invalid(run, message, observed, now=now)
+        return reconcile_invalid(run, "; ".join(map(": ".join, problems)), observed, now=now)
 
     # Advance every stage: restart requests, success, suspend, queues, failures and restarts, start timeouts, gates.
     views = build_views(run, planned or plan(run), old, observed, defaults=defaults, now=now)
@@ -62,9 +58,9 @@ def reconcile(
     seconds_left = find_active_seconds_left(run, old, stages, now=now)
     transition = RunTransition(stages=stages, gate_results=gates, active_seconds_left=seconds_left)
 
-    # The other stages of a run that fails are suspended, so that they can resume with it.
+    # If it fails, its other stages are suspended, so that they can resume with it.
     if transition.failure is not None:
-        transition = replace(transition, stages=tuple(map(suspend_with_run, transition.stages)))
+        transition = replace(transition, stages=tuple(map(suspend_with_run, stages)))
 
     # Derive conditions and summary from the stages.
     new = build_status(run, old, transition, stuck, now=now)
@@ -74,8 +70,8 @@ def reconcile(
     new = old if deferred_until is not None else update_goodput(run, old, new, transition.stages, now=now)
 
     # Decide on Jobs to delete, suspend and create, the Service, the restart annotation, the status and its events.
-    requeue_at = _find_earliest([deferred_until, now + seconds_left, *(s.requeue_at for s in transition.stages)])
-    return _build_decision(run, old, new, transition, observed, requeue_at=None if new.is_finished else requeue_at)
+    times = [deferred_until, now + seconds_left, *(stage.requeue_at for stage in transition.stages)]
+    return _build_decision(run, old, new, transition, observed, requeue_at=_find_requeue_time(new, times))
 
 
 def _build_decision(
@@ -97,9 +93,9 @@ def _build_decision(
     )
 
 
-def _find_earliest(times: Iterable[float | None]) -> float | None:
-    """Return the earliest of the times that are set and finite."""
-    return min((time for time in times if time is not None and time < inf), default=None)
+def _find_requeue_time(new: Status, times: Iterable[float | None]) -> float | None:
+    """Return the earliest of the times that are set and finite; None if the run has finished."""
+    return min((time for time in times if time is not None and time < inf and not new.is_finished), default=None)
 
 
 def _is_awaited(old: StageStatus, new: StageStatus) -> bool:
