@@ -149,7 +149,7 @@ def shown_default(option: Option) -> str:
 
 
 def test_settings_table_matches_the_code() -> None:
-    wanted = [[o.flag, o.variable, shown_default(o), o.help] for o in OPTIONS]
+    wanted = [[o.flag, o.variable, o.value, shown_default(o), o.help] for o in OPTIONS]
     assert read_table(read_section(OPERATIONS, "Settings")) == wanted
 
 
