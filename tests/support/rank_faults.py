@@ -117,7 +117,7 @@ class Volume:
         """Mount the volume. Raises CalledProcessError if this isn't allowed."""
         subprocess.run(["mount", *self._arguments, self.path], check=True, capture_output=True)
 
-    def unmount_volume(self) -> None:
+    def unmount(self) -> None:
         """Unmount the volume, if it is mounted."""
         subprocess.run(["umount", self.path], check=False, capture_output=True)
 
