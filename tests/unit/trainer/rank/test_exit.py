@@ -61,7 +61,7 @@ Build = Callable[[Path], Stage]
 BUGS = [
     pytest.param(build_curation, "writing a shard", "writer.write", id="curate"),
     pytest.param(build_training, "step 1", "self._record_step", id="train"),
-    pytest.param(build_evaluation, "keeping answers", "kept.add", id="evaluate"),
+    pytest.param(build_evaluation, "keeping answers", "cache.add", id="evaluate"),
 ]
 
 
