@@ -15,7 +15,7 @@ from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, E
 from sailvl_operator.core.desired.workload import count_nodes
 from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord, observe
 from sailvl_operator.core.reconcile import reconcile
-from sailvl_trainer.contract import Progress
+from sailvl_trainer.contract import Checkpoint, Progress
 from tests.support.builders.operator import build_end, build_job, build_pod, build_result, build_run
 
 DEFAULTS = Defaults(image="trainer:test")
@@ -134,3 +134,34 @@ def finish_run(world: CoreWorld) -> None:
     """Let every remaining stage succeed."""
     while (active := world.run_until_stable()) is not None:
         world.succeed_stage(active)
+
+
+def run_to_active_stage(world: CoreWorld) -> StageStatus:
+    """Reconcile until nothing changes, and return the active stage; fail the test if there is none."""
+    active = world.run_until_stable()
+    assert active is not None
+    return active
+
+
+def request_restart(world: CoreWorld, stage: str) -> None:
+    """Annotate the run as a user does, and check that the operator removes the annotation."""
+    world.restart_stage = stage
+    world.run_until_stable()
+    assert world.restart_stage == ""
+    assert world.status.observed_restart_request == ""
+
+
+def fail_attempt(world: CoreWorld, *, saved: int, code: int = 1) -> None:
+    """Let the active attempt report its progress and crash."""
+    active = run_to_active_stage(world)
+    progress = Progress(
+        attempt=active.attempt,
+        phase="running",
+        step=saved + 5,
+        lost_steps=5 * (active.attempt - 1),
+        checkpoint=Checkpoint(step=saved, path=f"c/{saved}"),
+    )
+    world.progress[active.name, active.attempt] = progress
+    for pod in [p for p in world.pods.values() if p.terminated is None]:
+        world.end_worker(pod.index, code)
+    world.run_until_stable()

@@ -152,8 +152,8 @@ def test_killed_worker_shows_signal_and_last_log_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(137, "terminated by SIGKILL (exit code 137)"), (3, "exit code 3"), (255, "exit code 255")]
+    ("code", "message"), [(137, "terminated by SIGKILL (exit code 137)"), (3, "exit code 3"), (255, "exit code 255")]
 )
-def test_worker_without_message_is_described_by_its_exit_code(code: int, words: str) -> None:
+def test_worker_without_message_is_described_by_its_exit_code(code: int, message: str) -> None:
     (evidence,) = collect_evidence([build_pod("a", terminated=Terminated(exit_code=code))], was_running=True)
-    assert evidence.message == words
+    assert evidence.message == message
