@@ -118,8 +118,8 @@ def test_text_only_sample_is_collated(tmp_path: Path, encoder: SampleEncoder) ->
     assert batch.loss_tokens > 0
 
 
-def build_long(words_before: int, words_after: int) -> Sample:
-    question = "red " * words_before + "<image>\n" + "blue " * words_after
+def build_long(text_before: int, text_after: int) -> Sample:
+    question = "red " * text_before + "<image>\n" + "blue " * text_after
     turns = (Message(role="user", content=question), Message(role="assistant", content="green"))
     return replace(draw_question(0, 0, 1), messages=turns)
 
@@ -172,9 +172,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), BROKEN)
+@pytest.mark.parametrize(("change", "message"), BROKEN)
 def test_broken_record_raises_data_error_naming_shard_and_record(
-    tmp_path: Path, encoder: SampleEncoder, change: dict[str, object], words: str
+    tmp_path: Path, encoder: SampleEncoder, change: dict[str, object], message: str
 ) -> None:
     with ShardWriter(tmp_path / "shards", "00007") as writer:
         writer.write(draw_question(0, 0, 1))
@@ -187,7 +187,7 @@ def test_broken_record_raises_data_error_naming_shard_and_record(
         planner = build_planner(dataset, pack_tokens=512, pack_tiles=16, packs_per_step=4)
         next(load_steps(planner, dataset, encoder, planner.first_position(0), rank=0, world_size=1))
 
-    with pytest.raises(DataError, match=rf"00007.tar, record 1 \(bad\): .*{words}"):
+    with pytest.raises(DataError, match=rf"00007.tar, record 1 \(bad\): .*{message}"):
         load()
 
 

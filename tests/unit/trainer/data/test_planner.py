@@ -50,7 +50,7 @@ def rest_of_epoch(planner: Planner, state: DataPosition) -> list[PlannedStep]:
     raise AssertionError("steps never end")
 
 
-@pytest.mark.parametrize("window", [10_000, 300, 64], ids=["one window", "some windows", "as many as there can be"])
+@pytest.mark.parametrize("window", [10_000, 300, 64], ids=["one window", "some windows", "one window per block"])
 @pytest.mark.parametrize("samples", [1, 63, 64, 65, SAMPLES])
 def test_each_sample_is_planned_once_per_epoch(samples: int, window: int) -> None:
     planner = build_planner(samples, window=window)
@@ -121,7 +121,7 @@ def test_planning_memory_is_bounded_by_the_window() -> None:
 
 
 COUNTED = [
-    pytest.param({"epochs": 1.0}, 1.0, id="an epoch"),
+    pytest.param({"epochs": 1.0}, 1.0, id="one epoch"),
     pytest.param({"epochs": 3.0}, 3.0, id="epochs"),
     pytest.param({"epochs": 0.5}, 0.5, id="half an epoch"),
     pytest.param({"tokens": 31_000}, None, id="tokens"),
@@ -153,11 +153,11 @@ def test_steps_of_many_windows_are_estimated_within_one_percent() -> None:
 
 CUTS = [
     pytest.param(8, 4, [4, 4], id="even"),
-    pytest.param(10, 4, [4, 4, 2], id="a rest of half a step"),
-    pytest.param(9, 4, [4, 3, 2], id="a small rest shares"),
-    pytest.param(1, 4, [1], id="less than a step"),
+    pytest.param(10, 4, [4, 4, 2], id="remainder of half a step"),
+    pytest.param(9, 4, [4, 3, 2], id="small remainder is shared"),
+    pytest.param(1, 4, [1], id="less than one step"),
     pytest.param(0, 4, [], id="nothing"),
-    pytest.param(3, 1, [1, 1, 1], id="one pack a step"),
+    pytest.param(3, 1, [1, 1, 1], id="one pack per step"),
 ]
 
 
@@ -221,7 +221,7 @@ def build_mixture(samples: int) -> tuple[np.ndarray, np.ndarray]:
 
 FILLS = [
     pytest.param(*build_mixture(8192), 16384, 64, 0.98, id="images and text"),
-    pytest.param(build_mixture(8192)[0], np.zeros(8192, dtype=int), 16384, 48, 0.98, id="tiles don't bind"),
+    pytest.param(build_mixture(8192)[0], np.zeros(8192, dtype=int), 16384, 48, 0.98, id="tiles are no limit"),
     pytest.param(np.full(2000, 90), np.ones(2000, dtype=int), 1024, 64, 0.96, id="equal lengths"),
 ]
 

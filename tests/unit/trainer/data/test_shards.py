@@ -65,7 +65,7 @@ def test_key_longer_than_a_tar_header_is_kept(tmp_path: Path) -> None:
     assert [reader.sample(0), reader.sample(1)] == [sample, draw_question(0, 1, 1)]
 
 
-@pytest.mark.parametrize("key", ["a.b", "a/b", "", "q1-0000000"], ids=["dot", "slash", "empty", "taken"])
+@pytest.mark.parametrize("key", ["a.b", "a/b", "", "q1-0000000"], ids=["dot", "slash", "empty", "duplicate"])
 def test_duplicate_or_splittable_key_raises_value_error(tmp_path: Path, key: str) -> None:
     with ShardWriter(tmp_path, "00000") as writer:
         writer.write(draw_question(0, 0, 1))
@@ -110,9 +110,9 @@ def break_json(path: Path) -> None:
 
 
 DAMAGES = [
-    pytest.param(cut_off, "record 4", id="cut off"),
+    pytest.param(cut_off, "record 4", id="truncated"),
     pytest.param(lambda path: path.write_bytes(b""), "00000.tar", id="empty"),
-    pytest.param(Path.unlink, "00000.tar", id="gone"),
+    pytest.param(Path.unlink, "00000.tar", id="missing"),
     pytest.param(replace_arrow, "00000.tar", id="broken index"),
     pytest.param(break_json, "record 4", id="broken record"),
 ]

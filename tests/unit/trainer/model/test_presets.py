@@ -99,9 +99,9 @@ def test_export_is_loaded_by_transformers_and_generates(tmp_path: Path) -> None:
     model = build_model(TINY, tokenizer, seed=1)
     export_model(model, tokenizer, get_preset("tiny"), tmp_path / "export")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "export").eval()
-    words = AutoTokenizer.from_pretrained(tmp_path / "export")
+    loaded_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
     text = f"<|im_start|>user\n<img>{'<IMG_CONTEXT>' * 16}</img>\nWhich shape?<|im_end|>\n<|im_start|>assistant\n"
-    ids = torch.tensor([words.encode(text)])
+    ids = torch.tensor([loaded_tokenizer.encode(text)])
     output = loaded.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.zeros(1, 3, 112, 112), max_new_tokens=4
     )

@@ -95,19 +95,21 @@ def test_changed_trainable_parameters_raise_config_error(tmp_path: Path) -> None
 
 DAMAGES = [
     pytest.param(lambda f: (f / MANIFEST_FILE).unlink(), DataError, "delete the folder", id="no manifest"),
-    pytest.param(lambda f: (f / MANIFEST_FILE).write_bytes(b"{"), DataError, "delete the folder", id="torn manifest"),
-    pytest.param(lambda f: (f / "rank-00000.safetensors").unlink(), DataError, "rank-00000", id="a file is gone"),
-    pytest.param(lambda f: os.truncate(f / "rank-00000.safetensors", 99), DataError, "has 99 bytes", id="cut off"),
+    pytest.param(
+        lambda f: (f / MANIFEST_FILE).write_bytes(b"{"), DataError, "delete the folder", id="truncated manifest"
+    ),
+    pytest.param(lambda f: (f / "rank-00000.safetensors").unlink(), DataError, "rank-00000", id="missing file"),
+    pytest.param(lambda f: os.truncate(f / "rank-00000.safetensors", 99), DataError, "has 99 bytes", id="truncated"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "error", "words"), DAMAGES)
+@pytest.mark.parametrize(("damage", "error", "message"), DAMAGES)
 def test_damaged_checkpoint_raises_data_error(
-    damage: object, error: type[TrainerError], words: str, tmp_path: Path
+    damage: object, error: type[TrainerError], message: str, tmp_path: Path
 ) -> None:
     write(tmp_path, build_fragments(1))
     damage(tmp_path)  # type: ignore[operator]
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         load_checkpoint(tmp_path, read_checkpoint_manifest(tmp_path, "d"), build_fragments(1))
 
 
@@ -129,14 +131,24 @@ def test_checkpoint_of_another_stage_raises_data_error(tmp_path: Path) -> None:
 
 # attempt → (step of its start, of attempt, its whole checkpoints, its torn ones)
 HISTORIES = [
-    pytest.param({1: (None, [3, 6, 9], [])}, 1, 2, {(1, 6), (1, 9)}, id="the newest two"),
-    pytest.param({1: (None, [3, 6], []), 2: ((1, 6), [9], [])}, 2, 2, {(1, 6), (2, 9)}, id="back along the lineage"),
-    pytest.param({1: (None, [3, 6, 9], []), 2: ((1, 3), [6], [])}, 2, 2, {(1, 3), (2, 6)}, id="off the chain goes"),
-    pytest.param({1: (None, [3], [6]), 2: ((1, 3), [6, 9], [5])}, 2, 2, {(2, 6), (2, 9)}, id="torn ones go"),
+    pytest.param({1: (None, [3, 6, 9], [])}, 1, 2, {(1, 6), (1, 9)}, id="newest two are kept"),
     pytest.param(
-        {1: (None, [3], []), 2: ((1, 3), [6], []), 3: ((1, 3), [9], [])}, 2, 1, {(1, 3), (2, 6), (3, 9)}, id="cut off"
+        {1: (None, [3, 6], []), 2: ((1, 6), [9], [])}, 2, 2, {(1, 6), (2, 9)}, id="earlier attempts of the lineage"
     ),
-    pytest.param({1: (None, [3], []), 2: (None, [6], [])}, 2, 0, {(2, 6)}, id="one stays at least"),
+    pytest.param(
+        {1: (None, [3, 6, 9], []), 2: ((1, 3), [6], [])},
+        2,
+        2,
+        {(1, 3), (2, 6)},
+        id="checkpoints off the lineage are deleted",
+    ),
+    pytest.param(
+        {1: (None, [3], [6]), 2: ((1, 3), [6, 9], [5])}, 2, 2, {(2, 6), (2, 9)}, id="incomplete checkpoints are deleted"
+    ),
+    pytest.param(
+        {1: (None, [3], []), 2: ((1, 3), [6], []), 3: ((1, 3), [9], [])}, 2, 1, {(1, 3), (2, 6), (3, 9)}, id="truncated"
+    ),
+    pytest.param({1: (None, [3], []), 2: (None, [6], [])}, 2, 0, {(2, 6)}, id="at least one is kept"),
 ]
 
 

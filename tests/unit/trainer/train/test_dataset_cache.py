@@ -217,7 +217,7 @@ DAMAGES = [
     pytest.param(lambda data: data[:7], id="truncated within the hash"),
     pytest.param(lambda _: b"", id="empty"),
     pytest.param(alter, id="a flipped bit"),
-    pytest.param(lambda data: data + data[-4:], id="a row too many"),
+    pytest.param(lambda data: data + data[-4:], id="one row too many"),
 ]
 
 

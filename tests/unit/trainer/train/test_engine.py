@@ -55,8 +55,8 @@ def build(encoder: SampleEncoder) -> PackedModel:
 PARTS = [
     pytest.param(("connector",), 1.0, id="alignment"),
     pytest.param(("vision", "connector"), 1.0, id="advance"),
-    pytest.param(ALL, 1e9, id="all, not clipped"),
-    pytest.param(ALL, 0.05, id="all, clipped"),
+    pytest.param(ALL, 1e9, id="all parts, not clipped"),
+    pytest.param(ALL, 0.05, id="all parts, clipped"),
 ]
 
 

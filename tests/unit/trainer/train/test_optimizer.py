@@ -16,9 +16,9 @@ from tests.support.builders.training import build_stage
 
 RATES = [
     pytest.param(0.1, 0.0, 100, {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 55: 0.5, 100: 0.0}, id="warm-up, then a cosine to 0"),
-    pytest.param(0.1, 0.2, 100, {9: 1.0, 55: 0.6, 100: 0.2, 200: 0.2}, id="a floor that it stays on"),
-    pytest.param(0.0, 0.0, 4, {0: 1.0, 1: 1.0}, id="at least one step of warm-up"),
-    pytest.param(0.5, 0.0, 1, {0: 1.0}, id="a single step"),
+    pytest.param(0.1, 0.2, 100, {9: 1.0, 55: 0.6, 100: 0.2, 200: 0.2}, id="minimum learning rate"),
+    pytest.param(0.0, 0.0, 4, {0: 1.0, 1: 1.0}, id="at least one warm-up step"),
+    pytest.param(0.5, 0.0, 1, {0: 1.0}, id="single step"),
 ]
 
 
@@ -47,9 +47,9 @@ UNBUILT = [
 ]
 
 
-@pytest.mark.parametrize(("engine", "words"), UNBUILT)
-def test_unsupported_engine_raises_config_error(engine: EngineConfig, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "message"), UNBUILT)
+def test_unsupported_engine_raises_config_error(engine: EngineConfig, message: str, tmp_path: Path) -> None:
     config = build_stage(tmp_path).train
     assert config is not None
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         build_engine(torch.nn.Linear(1, 1), engine, config, device=torch.device("cpu"))

@@ -11,42 +11,48 @@ ONE = Skip(first=500, last=500, step=500, failures=1)
 TWO = Skip(first=450, last=549, step=500, failures=2)
 
 CASES = [
-    pytest.param((), 500, 10_000, (ONE,), id="the first failure leaves out its own batch"),
-    pytest.param((ONE,), 501, 10_000, (TWO,), id="then a range around it, that begins before"),
+    pytest.param((), 500, 10_000, (ONE,), id="first failure skips its own batch"),
+    pytest.param((ONE,), 501, 10_000, (TWO,), id="second failure skips a range around the first"),
     pytest.param(
-        (TWO,), 550, 10_000, (Skip(first=400, last=599, step=500, failures=3),), id="twice as long the third time"
+        (TWO,), 550, 10_000, (Skip(first=400, last=599, step=500, failures=3),), id="third failure doubles the range"
     ),
     pytest.param(
-        (ONE,), 601, 10_000, (ONE, Skip(first=601, last=601, step=601, failures=1)), id="far away is another trouble"
+        (ONE,),
+        601,
+        10_000,
+        (ONE, Skip(first=601, last=601, step=601, failures=1)),
+        id="distant failure starts a new range",
     ),
-    pytest.param((ONE,), 600, 10_000, (Skip(first=450, last=600, step=500, failures=2),), id="it holds both failures"),
+    pytest.param(
+        (ONE,), 600, 10_000, (Skip(first=450, last=600, step=500, failures=2),), id="range holds both failures"
+    ),
     pytest.param(
         (Skip(first=450, last=600, step=500, failures=2),),
         601,
         10_000,
         (Skip(first=400, last=601, step=500, failures=3),),
-        id="a range never shrinks",
+        id="range never shrinks",
     ),
     pytest.param(
         (Skip(first=2, last=2, step=2, failures=1),),
         3,
         8,
         (Skip(first=1, last=3, step=2, failures=2),),
-        id="a short stage leaves out little, and nothing before its first step",
+        id="short stage skips little and nothing before step 1",
     ),
     pytest.param(
         (Skip(first=9999, last=9999, step=9999, failures=1),),
         10_000,
         10_000,
         (Skip(first=9949, last=10_000, step=9999, failures=2),),
-        id="nor after its last",
+        id="range ends at the last step",
     ),
     pytest.param(
         (ONE, Skip(first=9000, last=9000, step=9000, failures=1)),
         501,
         10_000,
         (Skip(first=9000, last=9000, step=9000, failures=1), TWO),
-        id="what has changed comes last",
+        id="changed range comes last",
     ),
 ]
 
@@ -59,9 +65,9 @@ def test_skip_window_widens_with_repeated_failures(
 
 
 LENGTHS = [
-    pytest.param(10_000, [1, 100, 200, 400], id="a long stage"),
-    pytest.param(1_000, [1, 20, 40, 80], id="a short one"),
-    pytest.param(8, [1, 2, 4, 8], id="a tiny one"),
+    pytest.param(10_000, [1, 100, 200, 400], id="long stage"),
+    pytest.param(1_000, [1, 20, 40, 80], id="short stage"),
+    pytest.param(8, [1, 2, 4, 8], id="tiny stage"),
 ]
 
 

@@ -73,10 +73,10 @@ def assert_no_partial_files(stage: Stage, attempt: int) -> None:
 
 
 FILLED = [
-    pytest.param(("measuring the data", None, r"index/\S+"), id="an index"),
-    pytest.param(("step 5", 3, r"step-00000006\S*"), id="a checkpoint"),
-    pytest.param(("export begun", 8, r"\.export\.\S+"), id="an export"),
-    pytest.param(("before the result", 8, r"result\.json"), id="the result"),
+    pytest.param(("measuring the data", None, r"index/\S+"), id="lengths cache"),
+    pytest.param(("step 5", 3, r"step-00000006\S*"), id="checkpoint"),
+    pytest.param(("export begun", 8, r"\.export\.\S+"), id="export"),
+    pytest.param(("before the result", 8, r"result\.json"), id="result"),
 ]
 
 
@@ -88,8 +88,8 @@ def test_full_volume_is_reported_and_a_retry_succeeds_once_space_is_freed(
     files = StageFiles(stage)
     ranks = FaultyRanks(stage, 1, [inject_at(point, partial(fill_volume, memory.path))])
     assert ranks.wait_for_codes() == [ExitCode.STORAGE], ranks.read_logs()
-    words = rf"^the volume {memory.path} is full: \d+(\.\d)? [KM]?i?B of 64\.0 MiB free .* while writing \S*{path};"
-    assert_matches(words, ranks.read_termination().message)
+    pattern = rf"^the volume {memory.path} is full: \d+(\.\d)? [KM]?i?B of 64\.0 MiB free .* while writing \S*{path};"
+    assert_matches(pattern, ranks.read_termination().message)
     newest = files.find_newest_checkpoint(1)
     assert (None if newest is None else newest.step) == saved
     assert files.find_result() is None
@@ -101,15 +101,15 @@ def test_full_volume_is_reported_and_a_retry_succeeds_once_space_is_freed(
     assert_no_partial_files(stage, 3)
 
 
-def assert_matches(words: str, text: str) -> None:
-    assert re.search(words, text), text
+def assert_matches(pattern: str, text: str) -> None:
+    assert re.search(pattern, text), text
 
 
 BROKEN = [
-    pytest.param("step 5", shut_down_volume, id="training, it breaks down"),
-    pytest.param("exporting", shut_down_volume, id="exporting, it breaks down"),
-    pytest.param("step 5", unmount_volume, id="training, it is unmounted"),
-    pytest.param("evaluating after", unmount_volume, id="evaluating, it is unmounted"),
+    pytest.param("step 5", shut_down_volume, id="training, I/O errors"),
+    pytest.param("exporting", shut_down_volume, id="exporting, I/O errors"),
+    pytest.param("step 5", unmount_volume, id="training, unmounted"),
+    pytest.param("evaluating after", unmount_volume, id="evaluating, unmounted"),
 ]
 
 
