@@ -16,12 +16,12 @@ import msgspec
 
 from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Status
-from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.progress import ProgressReader
 from tests.support.apiserver.objects import Object, is_active
 from tests.support.apiserver.requests import InMemoryApiServer
 from tests.support.apiserver.store import NEW_YEAR_2026, ObjectWrite
 from tests.support.operator_process import OperatorProcess
+from tests.support.simulation.client import ProgressEndpoints, SimulatedClient
 from tests.support.simulation.clock import run_in_virtual_time
 from tests.support.simulation.cluster import NAMESPACE, SimulatedCluster
 from tests.support.simulation.invariants import CONTINUOUS_INVARIANTS, QUIESCENT_INVARIANTS, InvariantChecker
@@ -45,57 +45,6 @@ _PAUSES = ((0.0, 6), (0.02, 3), (0.3, 4), (3.0, 5), (12.0, 4), (45.0, 2), (150.0
 
 class WalkError(AssertionError):
     """An invariant is violated, or the operator failed; the message shows how to repeat the walk."""
-
-
-class NoCredentials:
-    """Credentials of a client whose server authenticates nobody."""
-
-    server = "http://simulation"
-    ssl = None
-
-    async def headers(self) -> dict[str, str]:
-        """Return no headers."""
-        return {}
-
-    def forget(self) -> None:
-        """Do nothing: no token is cached."""
-
-
-class SimulatedClient(Client):
-    """The operator's own client over a simulated connection in place of an aiohttp session."""
-
-    def __init__(self, connection: OperatorConnection) -> None:
-        super().__init__(NoCredentials(), ClientConfig(page_size=3))
-        self._session = connection
-
-
-class ProgressEndpoints:
-    """Answers GET /progress of every worker, in place of an aiohttp session and its response."""
-
-    def __init__(self, walk: RandomWalk, body: bytes = b"", status: int = 200) -> None:
-        self._walk, self._body, self.status = walk, body, status
-
-    def get(self, url: str, **_: Any) -> ProgressEndpoints:
-        """Return the response of the worker at an address; some requests fail."""
-        progress = self._walk.cluster.workers.read_progress(url.split("/")[2].partition(":")[0])
-        if progress is None or self._walk.rng.random() < 0.1:
-            return ProgressEndpoints(self._walk, status=503)
-        return ProgressEndpoints(self._walk, msgspec.json.encode(progress))
-
-    async def __aenter__(self) -> ProgressEndpoints:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        pass
-
-    @property
-    def content(self) -> ProgressEndpoints:
-        """The stream of the response's body."""
-        return self
-
-    async def iter_any(self) -> Any:
-        """Yield the body at once."""
-        yield self._body
 
 
 class RandomWalk:
@@ -169,7 +118,7 @@ class RandomWalk:
         await operator.kill()
 
     async def _read_progress(self, reader: ProgressReader) -> None:
-        await reader.read_due(ProgressEndpoints(self))  # type: ignore[arg-type]
+        await reader.read_due(ProgressEndpoints(self.cluster.workers, self.rng))  # type: ignore[arg-type]
 
     async def kill_operator(self) -> None:
         """End the operator process, if there is one, without any cleanup."""
