@@ -246,10 +246,10 @@ def test_named_modules_exist(page: Path) -> None:
         assert all((ROOT / path).exists() for path in name.split()), name
 
 
-@pytest.mark.parametrize("picture", ["operator", "trainer"])
-def test_modules_in_pictures_exist(picture: str) -> None:
+@pytest.mark.parametrize("drawing", ["operator", "trainer"])
+def test_modules_in_drawings_exist(drawing: str) -> None:
     """Every text in monospace is a module or a package, in full or below the folder of its neighbour."""
-    svg = (ROOT / f"docs/pictures/{picture}.svg").read_text()
+    svg = (ROOT / f"docs/pictures/{drawing}.svg").read_text()
     texts = re.findall(r'class="mono[^"]*"[^>]*>([^<]+)<', svg)
     assert texts
     folders = [*ROOTS, ROOT / "operator/sailvl_operator/cluster", ROOT / "trainer/sailvl_trainer/train"]

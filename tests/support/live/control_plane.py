@@ -23,7 +23,7 @@ Flags = Mapping[str, object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControlPlaneProfile:
-    """What differs between control planes."""
+    """Flags and environment of one kind of control plane."""
 
     api_server: Flags = field(default_factory=dict)
     controller_manager: Flags = field(default_factory=dict)
