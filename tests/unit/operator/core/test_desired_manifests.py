@@ -149,9 +149,9 @@ def test_job_of_an_attempt_is_complete():
             "template": {"metadata": {"labels": POD_LABELS}, "spec": POD_SPEC},
         },
     }
-    told = json.loads(document)
-    assert (told["stage"], told["attempt"], told["kind"]) == ("alignment", 2, "pretrain")
-    assert told["train"]["data"] == ["/data/demo/curate-0"]
+    config = json.loads(document)
+    assert (config["stage"], config["attempt"], config["kind"]) == ("alignment", 2, "pretrain")
+    assert config["train"]["data"] == ["/data/demo/curate-0"]
 
 
 def bend(**workers: Any) -> dict[str, Any]:
@@ -233,9 +233,9 @@ def test_worker_settings_appear_in_the_job(workers, look, expected):
 
 def test_env_includes_defaults_that_a_secret_could_override():
     job = bend(envFrom=[{"secretRef": {"name": "tokens"}}])
-    told = environment(job)
-    assert (told["SAILVL_DEVICE"], told["SAILVL_TERMINATION_LOG"]) == ("cpu", "/dev/termination-log")
-    assert set(told) == set(map(str, Env))
+    env = environment(job)
+    assert (env["SAILVL_DEVICE"], env["SAILVL_TERMINATION_LOG"]) == ("cpu", "/dev/termination-log")
+    assert set(env) == set(map(str, Env))
 
 
 def test_suspect_node_is_avoided_by_preference():

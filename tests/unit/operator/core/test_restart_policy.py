@@ -57,8 +57,8 @@ def test_node_with_many_failures_is_excluded_and_reported() -> None:
         fail_attempt(world, saved=saved, code=139)
     world.run_until_stable()
     assert world.started[-1].excluded_nodes == ("node-0",)
-    told = next(e for e in world.events if e.reason == "NodeExcluded")
-    assert told.message.startswith("Node node-0 caused 2 failures of stage knowledge and is excluded")
+    event = next(e for e in world.events if e.reason == "NodeExcluded")
+    assert event.message.startswith("Node node-0 caused 2 failures of stage knowledge and is excluded")
 
 
 def test_start_timeout_readmits_excluded_nodes() -> None:
