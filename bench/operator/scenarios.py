@@ -13,8 +13,8 @@ from typing import Any
 from bench.operator.control_plane import ControlPlane
 from bench.operator.peers import SETTLE_SECONDS, NaiveKopf, SailVL, until
 from sailvl_operator.api import names
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.parse import parse_run
+from sailvl_operator.api.types import Defaults
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.core.desired import job as desired

@@ -13,9 +13,8 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import decode_status, encode_status
-from sailvl_operator.api.types import Run
+from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.apply import Applier, Refusals
 from sailvl_operator.cluster.client import Client

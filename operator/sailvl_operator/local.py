@@ -23,9 +23,8 @@ from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
 from torchx.specs import AppDef
 
 from sailvl_operator.api import names
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Status, encode_status
-from sailvl_operator.api.types import Run
+from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, Event
 from sailvl_operator.core.desired.workload import build_appdef, count_nodes, encode_document
 from sailvl_operator.core.observe import AttemptKey, JobRecord, Observed, PodRecord, Terminated, observe

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.types import Defaults
 from sailvl_operator.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "SAILVL_OPERATOR_"

@@ -11,9 +11,9 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from sailvl_operator.api import names
+from sailvl_operator.api.parse import find_unsupported_fields
 from sailvl_operator.api.status import Cause, Reason
 from sailvl_operator.api.types import RestartPolicy
-from sailvl_operator.api.unsupported import find_unsupported_fields
 from sailvl_operator.api.validation import validate
 from sailvl_operator.cli.main import VERBS
 from sailvl_operator.core.evidence import CAUSE_BY_EXIT_CODE

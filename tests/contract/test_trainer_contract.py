@@ -10,8 +10,8 @@ from types import ModuleType
 import msgspec
 import pytest
 
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Cause
+from sailvl_operator.api.types import Defaults
 from sailvl_operator.core.attempt import build_attempt
 from sailvl_operator.core.desired.workload import build_defaults, build_env, encode_document
 from sailvl_operator.core.evidence import Evidence, collect_evidence

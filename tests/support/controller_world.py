@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from sailvl_operator.api import names
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import decode_status
+from sailvl_operator.api.types import Defaults
 from sailvl_operator.app import build_controller
 from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials

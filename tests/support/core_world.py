@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import StageStatus, Status, encode_status
+from sailvl_operator.api.types import Defaults
 from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, Event
 from sailvl_operator.core.desired.workload import count_nodes
 from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord, observe

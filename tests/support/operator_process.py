@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.types import Defaults
 from sailvl_operator.app import build_controller
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sailvl_operator.api import curation, names, training, types, workers
+from sailvl_operator.api import names, stages, types, workers
 from sailvl_operator.api.benchmarks import BENCHMARKS
 
 Rule = dict[str, Any]
@@ -76,17 +76,17 @@ RULES: dict[type, list[Rule]] = {
             ".labels",
         )
     ],
-    training.DataInput: [_exactly_one("from", "path")],
-    training.Pretrain: _TRAINING,
-    training.Sft: _TRAINING,
+    stages.DataInput: [_exactly_one("from", "path")],
+    stages.Pretrain: _TRAINING,
+    stages.Sft: _TRAINING,
     types.Gate: [_rule("has(self.atMost) || has(self.atLeast)", "at least one of atMost, atLeast must be set")],
-    curation.Source: [
+    stages.Source: [
         _rule("self.format == 'procedural' || has(self.path)", "path is required for this format"),
         _rule("self.format != 'procedural' || !has(self.path)", "path must not be set for the format procedural"),
         _rule("self.format != 'procedural' || has(self.samples)", "samples is required for the format procedural"),
     ],
-    curation.Curate: [_less_than_one("heldOutFraction")],
-    types.Evaluate: [
+    stages.Curate: [_less_than_one("heldOutFraction")],
+    stages.Evaluate: [
         _rule(
             "(has(self.benchmarks) && self.benchmarks.size() > 0) || (has(self.custom) && self.custom.size() > 0)",
             "at least one of benchmarks, custom must be set",
@@ -106,7 +106,7 @@ RULES: dict[type, list[Rule]] = {
 }
 
 OFFLINE: dict[str, str] = {}
-"""Python CEL equivalent by expression. celpy lacks two-variable comprehensions, so `cel.py` adds an index to each
+"""Equivalent for celpy by expression. celpy lacks two-variable comprehensions, so `validation.py` adds an index to each
 item."""
 
 _SERVER = {"each": "i, s", "earlier": "j, p, j < i", "first": "transformList(i, s, {wrong}, s.name)[0]"}

@@ -1,18 +1,20 @@
-"""The spec of a SailVLRun, typed; `crd.py` turns these types into the CustomResourceDefinition.
+"""The spec of a SailVLRun, typed, and the defaults of an installation.
 
-A resource is parsed once, at the edge, into these frozen structs. The docstring under a field is its description in
-the schema and in the reference. The Kubernetes API conventions forbid floats, so fractional numbers are decimal
-strings; large counts may carry a suffix (131B).
+A resource is parsed once, at the edge, into these frozen structs. `crd.py` turns them into the
+CustomResourceDefinition; the docstring under a field is its description in the schema and in the reference. The
+Kubernetes API conventions forbid floats, so fractional numbers are decimal strings; large counts may carry a suffix
+(131B).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from sailvl_operator.api.curation import Curate
+from sailvl_operator.api import names
 from sailvl_operator.api.scalars import (
     BY_NAME,
     NO_SPACE,
@@ -20,13 +22,12 @@ from sailvl_operator.api.scalars import (
     Decimal,
     Name,
     ObjectName,
-    Path,
     Quantity,
     Seconds,
     Struct,
     Weights,
 )
-from sailvl_operator.api.training import Pretrain, Sft
+from sailvl_operator.api.stages import Curate, Evaluate, Pretrain, Sft
 from sailvl_operator.api.workers import Workers as Workers  # noqa: PLC0414  # part of these types
 
 
@@ -105,47 +106,6 @@ class RestartPolicy(Struct, frozen=True, kw_only=True):
     max_failures_per_node: Annotated[int, Meta(ge=0, le=100)] = 3
     """Number of failures of a stage caused by one node after which the node is excluded from running workers of that
     stage; 0 never excludes a node."""
-
-
-class CustomBenchmark(Struct, frozen=True, kw_only=True):
-    """Benchmark that is not built in."""
-
-    name: Name
-    """Name of the benchmark; the key of its score in status.stages[].metrics."""
-    path: Path
-    """Absolute path of a TSV file in the format of VLMEvalKit on the storage; for caption_loss, of a directory of
-    shards."""
-    metric: Literal[
-        "exact_match",
-        "multiple_choice",
-        "vqa_accuracy",
-        "relaxed_accuracy",
-        "anls",
-        "yes_no_f1",
-        "caption_loss",
-    ]
-    """Metric that scores the answers."""
-    group: Annotated[str, Meta(min_length=1, max_length=30)] = "Custom"
-    """Group of the benchmark. Scores are averaged per group."""
-    max_tiles: Annotated[int, Meta(ge=1, le=40)] = 6
-    """Maximum number of tiles per image."""
-
-
-class Evaluate(Struct, frozen=True, kw_only=True):
-    """Evaluation of the model of the preceding training stage on benchmarks, with greedy decoding."""
-
-    benchmarks: Annotated[
-        tuple[Annotated[str, Meta(max_length=30)], ...], Meta(max_length=32, extra_json_schema=SET)
-    ] = ()
-    """Names of built-in benchmarks, or all for every one of them. Each is read from <data>/<name>.tsv."""
-    data: Path | UnsetType = UNSET
-    """Absolute path of the directory with the TSV files of the built-in benchmarks. Required if benchmarks is set."""
-    custom: Annotated[tuple[CustomBenchmark, ...], Meta(max_length=32, extra_json_schema=BY_NAME)] = ()
-    """Additional benchmarks."""
-    limit: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
-    """Maximum number of questions per benchmark; 0 means all."""
-    max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64
-    """Maximum number of tokens to generate per answer."""
 
 
 class Gate(Struct, frozen=True, kw_only=True):
@@ -249,3 +209,23 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     status: dict[str, Any]
     restart_stage: str = ""
     """Value of the annotation sailvl.dev/restart-stage; empty if it is not set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """Values that the operator was installed with. They hold for every run whose spec does not set its own."""
+
+    image: str = ""
+    """Trainer image of runs without `spec.image`."""
+    storage: str = names.STORAGE_MOUNT
+    """Path at which workers find the run's storage."""
+    grace_seconds: int = 120
+    """Seconds between SIGTERM and SIGKILL of a worker, in which it saves a checkpoint."""
+    failure_settle_seconds: float = 3.0
+    """Settling time: seconds between the first sign of a failure and the choice of its cause."""
+    backoff_seconds: float = 10.0
+    """Seconds before the second attempt after a crash; each further crash doubles them."""
+    backoff_limit_seconds: float = 300.0
+    """Longest backoff in seconds."""
+    progress_seconds: float = 5.0
+    """Minimum seconds between two writes of a status in which nothing but progress has changed."""

@@ -1,6 +1,8 @@
 """Offline validation of a SailVLRun: unknown fields, schema, CEL rules, then fields that aren't supported yet.
 
-It reports what the API server and the operator would reject. Called by `sailvl validate` and by local mode.
+It reports what the API server and the operator would reject. Called by `sailvl validate` and by local mode. celpy
+evaluates the CEL rules; it lacks two-variable comprehensions and some functions that Kubernetes adds, for which
+`rules.OFFLINE` has replacements.
 """
 
 from __future__ import annotations
@@ -9,13 +11,19 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sailvl_operator.api import names
 from sailvl_operator.api.crd import build_schema
-from sailvl_operator.api.parse import SpecError, parse_spec
+from sailvl_operator.api.parse import SpecError, find_unsupported_fields, parse_spec
+from sailvl_operator.api.rules import OFFLINE
 from sailvl_operator.api.schema_errors import check_schema
-from sailvl_operator.api.unsupported import find_unsupported_fields
+
+if TYPE_CHECKING:
+    import celpy
+
+_INDEX = "x_index"
+"""Field with the index of a list item, added because celpy has no two-variable comprehensions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,13 +102,39 @@ def _check_rules(value: Any, schema: dict[str, Any], path: str) -> Iterator[Fiel
 
 
 def _check_rule(rule: dict[str, str], value: Any, path: str) -> Iterator[FieldError]:
-    from sailvl_operator.api import cel  # imported lazily: importing and compiling its grammar takes 0.5 s
-
-    if cel.is_transition_rule(rule["rule"]) or cel.evaluate_rule(rule["rule"], value):
+    if _is_transition_rule(rule["rule"]) or _evaluate_cel(rule["rule"], value):
         return
     expression = rule.get("messageExpression")
-    message = rule["message"] if expression is None else cel.evaluate_message(expression, value)
+    message = rule["message"] if expression is None else str(_evaluate_cel(expression, value))
     yield FieldError(field=f"{path}{rule.get('fieldPath', '')}".lstrip("."), message=message)
+
+
+def _is_transition_rule(rule: str) -> bool:
+    """Whether a rule compares with the stored object, so that it can't be evaluated for a file."""
+    return "oldSelf" in rule
+
+
+def _evaluate_cel(expression: str, value: Any) -> Any:
+    """Evaluate a CEL expression with celpy, or its replacement if celpy lacks a function that it needs."""
+    import celpy  # imported lazily: importing and compiling its grammar takes 0.5 s
+
+    indexed = value
+    if isinstance(value, list):
+        indexed = [item | {_INDEX: i} if isinstance(item, dict) else item for i, item in enumerate(value)]
+    return _compile_cel(OFFLINE.get(expression, expression)).evaluate({"self": celpy.json_to_cel(indexed)})
+
+
+@cache
+def _compile_cel(expression: str) -> celpy.Runner:
+    environment = _build_cel_environment()
+    return environment.program(environment.compile(expression))
+
+
+@cache
+def _build_cel_environment() -> celpy.Environment:
+    import celpy
+
+    return celpy.Environment()
 
 
 def _check_spec(document: dict[str, Any]) -> list[FieldError]:

@@ -8,9 +8,8 @@ from dataclasses import replace
 from msgspec import UNSET
 
 from sailvl_operator.api import names
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Cause
-from sailvl_operator.api.types import Run
+from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.core import stage_config
 from sailvl_operator.core.decision import AttemptSpec
 from sailvl_operator.core.plan import PlannedStage

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import inf
 
-from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.parse import find_unsupported_fields
 from sailvl_operator.api.status import StageStatus, Status, decode_status
-from sailvl_operator.api.types import Run
-from sailvl_operator.api.unsupported import find_unsupported_fields
+from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.core.attempt import build_attempts
 from sailvl_operator.core.cleanup import find_deletions
 from sailvl_operator.core.conditions import RunTransition, build_status

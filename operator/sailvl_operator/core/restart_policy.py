@@ -11,9 +11,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Cause, Reason, StageStatus
-from sailvl_operator.api.types import RestartPolicy
+from sailvl_operator.api.types import Defaults, RestartPolicy
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.failure import Diagnosis, Undecided, diagnose_attempt, diagnose_infra_failure
 from sailvl_operator.core.stage_view import StageTransition, StageView

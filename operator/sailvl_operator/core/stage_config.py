@@ -12,9 +12,8 @@ from msgspec import UNSET
 
 from sailvl_operator.api import names
 from sailvl_operator.api.benchmarks import BENCHMARKS
-from sailvl_operator.api.curation import Curate, Source
-from sailvl_operator.api.training import Sft, Training
-from sailvl_operator.api.types import Engine, Evaluate, Model, Spec, Stage, Workers
+from sailvl_operator.api.stages import Curate, Evaluate, Sft, Source, Training
+from sailvl_operator.api.types import Engine, Model, Spec, Stage, Workers
 from sailvl_operator.core.desired.workload import count_gpus
 from sailvl_operator.core.units import parse_count
 from sailvl_trainer import contract

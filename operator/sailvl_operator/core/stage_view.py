@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import StageStatus, Status
-from sailvl_operator.api.types import Run
+from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.observe import NOTHING_OBSERVED, AttemptObservation, Observed
 from sailvl_operator.core.plan import PlannedStage

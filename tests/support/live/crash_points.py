@@ -19,8 +19,8 @@ import msgspec
 from yarl import URL
 
 from sailvl_operator.api import names
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Status
+from sailvl_operator.api.types import Defaults
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials

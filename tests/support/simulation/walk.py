@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from sailvl_operator.api.defaults import Defaults
 from sailvl_operator.api.status import Status
+from sailvl_operator.api.types import Defaults
 from sailvl_operator.cluster.progress import ProgressReader
 from tests.support.apiserver.objects import Object, is_active
 from tests.support.apiserver.requests import InMemoryApiServer

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sailvl_operator.api import curation, rules, status, training, types, workers
+from sailvl_operator.api import rules, stages, status, types, workers
 from sailvl_operator.api.crd import build_crd, build_schema, describe_fields, struct_schema
 from sailvl_operator.api.parse import parse_spec
 from sailvl_operator.api.reference import build_reference
@@ -70,7 +70,7 @@ def _structs(module: Any) -> list[type[msgspec.Struct]]:
     return [struct for struct in known if msgspec.structs.fields(struct) and struct is not types.Run]
 
 
-DESCRIBED = list(dict.fromkeys(s for module in (types, curation, training, workers, status) for s in _structs(module)))
+DESCRIBED = list(dict.fromkeys(s for module in (types, stages, stages, workers, status) for s in _structs(module)))
 
 
 @pytest.mark.parametrize("struct", DESCRIBED, ids=lambda struct: struct.__name__)
@@ -83,7 +83,7 @@ def test_every_rule_is_part_of_the_schema() -> None:
     assert written > sum(map(len, rules.RULES.values())), "each at least once, and those on the stages"
 
 
-@pytest.mark.parametrize("struct", [training.Pretrain, training.Sft])
+@pytest.mark.parametrize("struct", [stages.Pretrain, stages.Sft])
 def test_inherited_fields_are_described(struct: type[msgspec.Struct]) -> None:
     assert "Peak learning rate" in struct_schema(struct)["properties"]["learningRate"]["description"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sailvl_operator.api.defaults import Defaults
+from sailvl_operator.api.types import Defaults
 from sailvl_operator.cli.operator import add_arguments
 from sailvl_operator.settings import (
     ApiSettings,

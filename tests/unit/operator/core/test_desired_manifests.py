@@ -9,8 +9,7 @@ import msgspec
 import pytest
 
 from sailvl_operator.api import names
-from sailvl_operator.api.defaults import Defaults
-from sailvl_operator.api.types import Run
+from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.core.attempt import build_attempt
 from sailvl_operator.core.decision import AttemptSpec
 from sailvl_operator.core.desired.claim import build_claim
