@@ -1,6 +1,7 @@
 """Run the ranks of a worker with torch's elastic agent, in the worker's own process.
 
-Called by `worker/main.py`; the agent starts `rank/bootstrap.py` once per rank. torchrun isn't used because it always
+Called by `worker/main.py`. The workers of an attempt find each other at torch's c10d rendezvous, which the worker of
+index 0 hosts; then the agent of each starts `rank/bootstrap.py` once per rank. torchrun isn't used because it always
 exits with code 1, restarts ranks in place even after a configuration error, and forwards SIGTERM to the ranks, which
 then look like lost peers to each other.
 """
@@ -8,8 +9,10 @@ then look like lost peers to each other.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +21,8 @@ from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousHandler
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, registry
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from sailvl_trainer.contract import NON_RETRYABLE_EXIT_CODES, ExitCode, Stage, Termination
 from sailvl_trainer.rank import bootstrap
@@ -27,9 +31,13 @@ from sailvl_trainer.rank.scratch import Scratch
 from sailvl_trainer.rank.settings import Settings
 from sailvl_trainer.rank.telemetry import RESTARTS_VARIABLE
 from sailvl_trainer.worker.ranks import RankProcesses
-from sailvl_trainer.worker.rendezvous import REJOIN_TIMEOUT_SECONDS, build_rendezvous
 from sailvl_trainer.worker.root_cause import find_root_cause, read_stack
 
+JOIN_TIMEOUT_SECONDS = 86_400
+"""Timeout of the first rendezvous. It is long because pods may start minutes apart (image pulls, scale-up); the
+operator's start timeout ends the attempt earlier."""
+REJOIN_TIMEOUT_SECONDS = 120
+"""Timeout of the rendezvous after a restart in place: peers rejoin within seconds, or not at all."""
 SHUTDOWN_TIMEOUT_SECONDS = 5
 """Seconds between SIGTERM and SIGKILL for the remaining ranks after one has failed."""
 MONITOR_INTERVAL_SECONDS = 0.2
@@ -106,13 +114,41 @@ def run_ranks(
         exit_code=ExitCode.PEER_LOST, message=f"peers did not rejoin within {REJOIN_TIMEOUT_SECONDS} s"
     )
     try:
-        rendezvous = build_rendezvous(settings, stage)
+        rendezvous = _build_rendezvous(settings, stage)
         scratch = Scratch(settings.scratch)
         spec = _build_spec(settings, rendezvous, rank_module)
         agent = RankAgent(spec, ranks, scratch, lambda: exit_worker(rejoin_timeout))
         return _run_agent(agent, rendezvous, scratch)
     except (RendezvousError, DistNetworkError, DistStoreError) as error:
         return Termination(exit_code=ExitCode.PEER_LOST, message=f"{type(error).__name__}: {error}")
+
+
+def _build_rendezvous(settings: Settings, stage: Stage) -> RendezvousHandler:
+    """Return the rendezvous of the attempt; blocks until the worker of index 0 accepts connections."""
+    if settings.node_rank:
+        _wait_for_store(settings.rendezvous_host, settings.rendezvous_port)
+    return registry.get_rendezvous_handler(
+        RendezvousParameters(
+            backend="c10d",
+            endpoint=f"{settings.rendezvous_host}:{settings.rendezvous_port}",
+            run_id=f"{stage.namespace}.{stage.run}.{stage.stage}.{stage.attempt}",
+            min_nodes=settings.nodes,
+            max_nodes=settings.nodes,
+            join_timeout=JOIN_TIMEOUT_SECONDS,
+            is_host=str(settings.node_rank == 0).lower(),
+        )
+    )
+
+
+def _wait_for_store(host: str, port: int) -> None:
+    """Wait for worker 0, whose DNS name may appear minutes later; torch itself gives up after two minutes."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
 
 
 def _build_spec(settings: Settings, rendezvous: RendezvousHandler, rank_module: str) -> WorkerSpec:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import NoReturn
 
 from sailvl_trainer.contract import ExitCode, Progress, Result, Stage, Termination
@@ -22,14 +23,14 @@ from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode, read_stage
 from sailvl_trainer.storage.errors import translate_storage_errors
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.worker.exit import WorkerExit
+from sailvl_trainer.worker.exit import WorkerExit, handle_sigterm
 from sailvl_trainer.worker.ranks import RankProcesses
-from sailvl_trainer.worker.result_watch import watch_for_result
-from sailvl_trainer.worker.signals import handle_sigterm
 from sailvl_trainer.worker.watchdog import WatchdogTimeouts, start_watchdog
 
 MIN_START_SLACK_SECONDS = 300
 """Shortest time, after the start timeout, for workers to import their modules and to find each other."""
+RESULT_POLL_SECONDS = 5.0
+"""Seconds between two checks for the stage's result while the ranks aren't started yet."""
 
 
 def main(rank_module: str = "sailvl_trainer.rank.main") -> NoReturn:
@@ -71,7 +72,7 @@ def _run(settings: Settings, ranks: RankProcesses, rank_module: str, exit_worker
         found = files.find_result()
     if found is not None:
         return _build_success(settings, found)
-    watch_for_result(files, ranks, lambda result: exit_worker(_build_success(settings, result)))
+    _watch_for_result(files, ranks, lambda result: exit_worker(_build_success(settings, result)))
     _start_server(settings, stage, scratch)
     from sailvl_trainer.worker.agent import run_ranks
 
@@ -90,6 +91,23 @@ def _build_timeouts(settings: Settings, stage: Stage) -> WatchdogTimeouts:
     slack = max(settings.stall_timeout_seconds, MIN_START_SLACK_SECONDS)
     start_seconds = stage.start_timeout_seconds and stage.start_timeout_seconds + slack
     return WatchdogTimeouts(stall_seconds=settings.stall_timeout_seconds, start_seconds=start_seconds)
+
+
+def _watch_for_result(files: StageFiles, ranks: RankProcesses, on_found: Callable[[Result], None]) -> None:
+    """Call `on_found` from a thread once there is a result, unless the ranks start before; they check it themselves.
+
+    Every worker checks for itself whether the stage has a result; results never change, so all of them decide alike. A
+    worker that sees the shared storage late finds no peers, which may have found the result and exited, and keeps
+    checking until it sees the result too.
+    """
+
+    def watch() -> None:
+        while not ranks.have_started.wait(RESULT_POLL_SECONDS):
+            found = files.find_result()
+            if found is not None and not ranks.have_started.is_set():
+                on_found(found)
+
+    threading.Thread(target=watch, name="result-watch", daemon=True).start()
 
 
 def _start_server(settings: Settings, stage: Stage, scratch: Scratch) -> None:

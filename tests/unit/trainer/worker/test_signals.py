@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sailvl_trainer.contract import Checkpoint, Progress
-from sailvl_trainer.worker.signals import describe_grace_timeout, is_starting
+from sailvl_trainer.worker.exit import describe_grace_timeout, is_starting
 
 HEARTBEAT = Progress(attempt=1, phase="running", time=100.0)
 SAVED = Checkpoint(step=7, path="c")
