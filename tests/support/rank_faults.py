@@ -35,7 +35,7 @@ from sailvl_trainer.evaluate import stage as evaluate
 from sailvl_trainer.evaluate.answer_cache import AnswerCache
 from sailvl_trainer.model import export
 from sailvl_trainer.rank.main import main as rank_main
-from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.settings import Scratch
 from sailvl_trainer.rank.termination import ERROR_FILE_VARIABLE
 from sailvl_trainer.storage import layout
 from sailvl_trainer.storage.codec import decode, encode

@@ -17,7 +17,7 @@ from sailvl_trainer.data.shards import ShardWriter, write_shard_manifest
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.rank.context import Context, build_context
-from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.settings import Scratch
 from sailvl_trainer.storage.codec import encode, read_stage
 
 SAMPLES = 40

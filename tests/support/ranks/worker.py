@@ -20,8 +20,7 @@ from sailvl_trainer.errors import ConfigError, Preempted
 from sailvl_trainer.rank.context import Context, build_context
 from sailvl_trainer.rank.distributed import sum_over_ranks
 from sailvl_trainer.rank.exceptions import build_termination
-from sailvl_trainer.rank.scratch import Scratch
-from sailvl_trainer.rank.settings import read_settings
+from sailvl_trainer.rank.settings import Scratch, read_settings
 from sailvl_trainer.rank.termination import exit_rank
 from sailvl_trainer.storage.codec import read_stage
 

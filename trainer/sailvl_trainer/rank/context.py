@@ -13,11 +13,26 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from sailvl_trainer.contract import Stage
-from sailvl_trainer.rank.distributed import get_default_store, start_process_group
-from sailvl_trainer.rank.preemption import Preemption
-from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.distributed import get_default_store, start_process_group, sum_over_ranks
+from sailvl_trainer.rank.settings import Scratch
 from sailvl_trainer.rank.telemetry import Telemetry
 from sailvl_trainer.storage.layout import StageFiles
+
+
+class Preemption:
+    """Stop requests: at SIGTERM a worker creates its stop file, and the ranks agree on the step to stop at."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._stop_file = scratch.stop_file
+
+    @property
+    def is_requested_locally(self) -> bool:
+        """Whether this rank's own worker was asked to stop."""
+        return self._stop_file.exists()
+
+    def should_stop(self) -> bool:
+        """Return whether any worker was asked to stop. A collective: every rank has to call it at the same step."""
+        return sum_over_ranks(float(self.is_requested_locally))[0] > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,8 +23,7 @@ from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.rank.context import Context, build_context
 from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.rank.exceptions import build_termination
-from sailvl_trainer.rank.scratch import Scratch
-from sailvl_trainer.rank.settings import Settings, read_settings
+from sailvl_trainer.rank.settings import Scratch, Settings, read_settings
 from sailvl_trainer.rank.termination import exit_rank
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode, read_stage

@@ -27,8 +27,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from sailvl_trainer.contract import NON_RETRYABLE_EXIT_CODES, ExitCode, Stage, Termination
 from sailvl_trainer.rank import bootstrap
 from sailvl_trainer.rank.cgroup import count_cores, read_memory
-from sailvl_trainer.rank.scratch import Scratch
-from sailvl_trainer.rank.settings import Settings
+from sailvl_trainer.rank.settings import Scratch, Settings
 from sailvl_trainer.rank.telemetry import RESTARTS_VARIABLE
 from sailvl_trainer.worker.ranks import RankProcesses
 from sailvl_trainer.worker.root_cause import find_root_cause, read_stack

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sailvl_trainer.contract import ExitCode, Progress, Termination
-from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.settings import Scratch
 from sailvl_trainer.rank.termination import write_termination
 from sailvl_trainer.storage.codec import read_progress
 from sailvl_trainer.worker.ranks import RankProcesses

@@ -13,7 +13,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from sailvl_trainer.contract import Env
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.settings import Scratch
 
 
 class WorkerServer(ThreadingHTTPServer):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sailvl_trainer.contract import RENDEZVOUS_PORT, WATCHDOG_INTERVAL_SECONDS, ExitCode, Phase, Progress, Termination
 from sailvl_trainer.rank.bootstrap import STACK_SIGNAL
-from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.settings import Scratch
 from sailvl_trainer.storage.codec import read_progress
 from sailvl_trainer.worker.exit import WorkerExit
 from sailvl_trainer.worker.ranks import RankProcesses

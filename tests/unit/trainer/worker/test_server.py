@@ -9,7 +9,7 @@ import pytest
 
 from sailvl_trainer.contract import Progress
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.settings import Scratch
 from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.worker.server import start_server
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sailvl_trainer.contract import Progress
-from sailvl_trainer.rank.scratch import Scratch
+from sailvl_trainer.rank.settings import Scratch
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.worker.ranks import RankProcesses
