@@ -7,22 +7,6 @@ the field names below; fields without a default are required.
 
 from __future__ import annotations
 
-from sailvl_trainer.contract.process import (
-    METRICS_PORT,
-    NON_RETRYABLE_EXIT_CODES,
-    RENDEZVOUS_PORT,
-    TERMINATION_MESSAGE_BYTES,
-    WATCHDOG_INTERVAL_SECONDS,
-    Env,
-    ExitCode,
-)
-from sailvl_trainer.contract.reports import (
-    Checkpoint,
-    Phase,
-    Progress,
-    Result,
-    Termination,
-)
 from sailvl_trainer.contract.stage_config import (
     RECIPE_VERSION,
     SCHEMA_VERSION,
@@ -52,6 +36,20 @@ from sailvl_trainer.contract.storage import (
     Lineage,
     NonFinite,
     Skip,
+)
+from sailvl_trainer.contract.worker import (
+    METRICS_PORT,
+    NON_RETRYABLE_EXIT_CODES,
+    RENDEZVOUS_PORT,
+    TERMINATION_MESSAGE_BYTES,
+    WATCHDOG_INTERVAL_SECONDS,
+    Checkpoint,
+    Env,
+    ExitCode,
+    Phase,
+    Progress,
+    Result,
+    Termination,
 )
 
 __all__ = [

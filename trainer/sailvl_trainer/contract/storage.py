@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sailvl_trainer.contract.reports import Checkpoint
+from sailvl_trainer.contract.worker import Checkpoint
 
 MANIFEST_FILE = "manifest.json"
 """List of the files of a checkpoint or of a directory of shards; it is written last."""
