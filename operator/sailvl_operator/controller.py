@@ -16,13 +16,12 @@ from dataclasses import replace
 from sailvl_operator.api.status import decode_status, encode_status
 from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.cluster import resources
-from sailvl_operator.cluster.apply import Applier, Refusals
+from sailvl_operator.cluster.apply import Applier, RefusalLog, Refusals
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.merge_patch import build_merge_patch, drop_nulls
 from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.progress import PROGRESS_WRITES_PER_SECOND, ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
-from sailvl_operator.cluster.refusals import RefusalLog
 from sailvl_operator.cluster.runs import RunEntry, RunKey, RunStore
 from sailvl_operator.cluster.start_diagnostics import StartDiagnostics
 from sailvl_operator.cluster.workqueue import WorkQueue

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sailvl_operator.cluster import resources, wire
+from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.cluster.resources import Resource
@@ -24,9 +24,9 @@ UNSCHEDULABLE = TEMPLATE["spec"] | {"nodeSelector": {"sailvl.dev/there-is": "non
 @pytest.mark.parametrize(
     ("resource", "decode_as", "body"),
     [
-        pytest.param(resources.JOBS, wire.Job, {"spec": {"suspend": True, "template": TEMPLATE}}, id="jobs"),
-        pytest.param(resources.PODS, wire.Pod, {"spec": UNSCHEDULABLE}, id="pods"),
-        pytest.param(resources.SERVICES, wire.Service, {"spec": {"clusterIP": "None"}}, id="services"),
+        pytest.param(resources.JOBS, resources.Job, {"spec": {"suspend": True, "template": TEMPLATE}}, id="jobs"),
+        pytest.param(resources.PODS, resources.Pod, {"spec": UNSCHEDULABLE}, id="pods"),
+        pytest.param(resources.SERVICES, resources.Service, {"spec": {"clusterIP": "None"}}, id="services"),
         pytest.param(resources.RUNS, dict, build_document(suspend=True), id="runs"),
     ],
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sailvl_operator.api.validation import validate
-from sailvl_operator.cli.documents import read_documents
 from sailvl_operator.cli.generate import GENERATORS
+from sailvl_operator.cli.validate import read_documents
 from tests.support.builders.operator import build_document
 from tests.support.invalid_specs import SCHEMA, UNSUPPORTED, InvalidSpec
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from sailvl_operator.api.parse import SpecError, parse_run
 from sailvl_operator.api.status import ConditionType, StageStatus, Status
 from sailvl_operator.api.validation import validate
-from sailvl_operator.cli.documents import read_documents
+from sailvl_operator.cli.validate import read_documents
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.units import format_duration, parse_time
 from sailvl_operator.local import LocalRun, LockedError, parse_local

@@ -1,17 +1,21 @@
-"""Apply the writes of a decision to the objects that a run owns; applying a decision twice is harmless."""
+"""Apply the writes of a decision to the objects that a run owns; applying a decision twice is harmless.
+
+Writes that the API server refuses are kept until a later reconcile succeeds, since they explain why a run is stuck.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
-from sailvl_operator.cluster import resources, wire
+from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.parse import parse_job
 from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode
 from sailvl_operator.core.desired.claim import build_claim
 from sailvl_operator.core.desired.job import build_job
@@ -27,6 +31,28 @@ _MAX_PREPARED_RUNS = 10_000
 
 Refusals = dict[AttemptKey, OperatorError]
 """Errors with which the API server refused the objects of attempts."""
+
+
+class RefusalLog:
+    """Messages of the newest refusals by run and attempt, as the Stuck condition shows them.
+
+    The controller writes them, and removes them when all writes of a reconcile have succeeded.
+    """
+
+    def __init__(self) -> None:
+        self._messages: dict[RunKey, dict[AttemptKey, str]] = {}
+
+    def get(self, key: RunKey) -> Mapping[AttemptKey, str]:
+        """Return the refusals of each attempt of a run."""
+        return self._messages.get(key, {})
+
+    def replace(self, key: RunKey, errors: Mapping[AttemptKey, OperatorError]) -> None:
+        """Store the refusals of a reconcile in place of earlier ones."""
+        self._messages[key] = {attempt: str(error) for attempt, error in errors.items()}
+
+    def clear(self, key: RunKey) -> None:
+        """Remove the refusals of a run."""
+        self._messages.pop(key, None)
 
 
 class Applier:
@@ -63,7 +89,9 @@ class Applier:
         Raises ApiError or NameConflict.
         """
         service = build_service(namespace=run.namespace, run=run.name, owner_uid=run.uid)
-        self._owned_objects.services.put_created(await self._create(resources.SERVICES, service, run.uid, wire.Service))
+        self._owned_objects.services.put_created(
+            await self._create(resources.SERVICES, service, run.uid, resources.Service)
+        )
         return {}
 
     async def _start_all(self, run: Run, attempts: Iterable[AttemptSpec]) -> Refusals:
@@ -108,21 +136,21 @@ class Applier:
             return
         claim = build_claim(run)
         if claim is not None:
-            await self._create(resources.CLAIMS, claim, run.uid, wire.Ignored)
+            await self._create(resources.CLAIMS, claim, run.uid, resources.Ignored)
         self._prepared[run.uid] = None
         if len(self._prepared) > _MAX_PREPARED_RUNS:
             del self._prepared[next(iter(self._prepared))]
 
     async def _start(self, attempt: AttemptSpec) -> None:
         job = build_job(attempt, build_appdef(attempt))
-        found = await self._create(resources.JOBS, job, attempt.owner_uid, wire.Job)
+        found = await self._create(resources.JOBS, job, attempt.owner_uid, resources.Job)
         if _get_digest(found) not in ("", _get_digest(job)):  # created before an edit of the spec, and no status since
             await self._delete_by_force([parse_job(found)])
             raise Conflict(f"Job {job['metadata']['name']} was created from an outdated spec")
         self._owned_objects.jobs.put_created(found)
 
     async def _create(
-        self, resource: Resource, body: dict[str, Any], owner_uid: str, decode_as: wire.ObjectType
+        self, resource: Resource, body: dict[str, Any], owner_uid: str, decode_as: resources.ObjectType
     ) -> dict[str, Any]:
         """Create an object, or return the existing one if this run owns it.
 

@@ -19,14 +19,12 @@ from yarl import URL
 
 from sailvl_operator.api import names
 from sailvl_operator.cluster.credentials import Credentials, build_connector
-from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.cluster.resources import ObjectType, Resource
 from sailvl_operator.cluster.server_clock import ServerClock
 from sailvl_operator.cluster.watch_stream import Object, WatchEvent, decode_event, read_line_batches
-from sailvl_operator.cluster.wire import ObjectType
 from sailvl_operator.errors import ApiError, TooManyRequests, Unauthorized, Unreachable, error_from_status
 
 MERGE_PATCH = "application/merge-patch+json"
-APPLY_PATCH = "application/apply-patch+yaml"
 WATCH_SILENCE_SECONDS = 90.0
 """A watch without data for this long is broken; the API server sends a bookmark about once a minute."""
 
@@ -182,12 +180,6 @@ class Client:
         """PUT a whole object. Raises Conflict if its resourceVersion is stale."""
         path = resource.path(namespace, name)
         return await self._send_with_retries("update", "PUT", path, _field_manager(), body=body)
-
-    async def server_side_apply(self, resource: Resource, namespace: str, name: str, body: Mapping[str, Any]) -> Object:
-        """Apply fields with our field manager. Fields of other managers are taken over."""
-        parameters = _field_manager() | {"force": "true"}
-        path = resource.path(namespace, name)
-        return await self._send_with_retries("apply", "PATCH", path, parameters, body=body, content_type=APPLY_PATCH)
 
     async def patch(
         self, resource: Resource, namespace: str, name: str, body: Mapping[str, Any], *, subresource: str = ""

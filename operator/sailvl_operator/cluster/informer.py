@@ -19,10 +19,9 @@ from msgspec.structs import replace
 
 from sailvl_operator.api import names
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.resources import Resource
+from sailvl_operator.cluster.resources import ObjectType, Resource
 from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.cluster.watch_stream import EventType, Object
-from sailvl_operator.cluster.wire import ObjectType
 from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
 from sailvl_operator.errors import ApiError, Gone
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sailvl_operator.cluster import resources, wire
+from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.informer import Informer, Kind, Record, Store, mark_gone
 from sailvl_operator.cluster.parse import is_routine_job, is_routine_pod, parse_job, parse_pod, parse_service, stamp_pod
@@ -15,14 +15,14 @@ from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
 
 _JOBS: Kind[JobRecord] = Kind(
-    resource=resources.JOBS, decode_as=wire.Job, parse=parse_job, mark_gone=mark_gone, is_routine=is_routine_job
+    resource=resources.JOBS, decode_as=resources.Job, parse=parse_job, mark_gone=mark_gone, is_routine=is_routine_job
 )
 _SERVICES: Kind[ServiceRecord] = Kind(
-    resource=resources.SERVICES, decode_as=wire.Service, parse=parse_service, is_routine=lambda _: True
+    resource=resources.SERVICES, decode_as=resources.Service, parse=parse_service, is_routine=lambda _: True
 )
 _PODS: Kind[PodRecord] = Kind(
     resource=resources.PODS,
-    decode_as=wire.Pod,
+    decode_as=resources.Pod,
     parse=parse_pod,
     mark_gone=mark_gone,
     stamp=stamp_pod,

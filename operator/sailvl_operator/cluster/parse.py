@@ -1,4 +1,4 @@
-"""Parse Jobs, pods and Services, as `wire.py` decodes them, into the records that the core works with."""
+"""Parse Jobs, pods and Services, as `resources.py` declares them, into the records that the core works with."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.wire import Ignored
+from sailvl_operator.cluster.resources import Ignored
 from sailvl_operator.errors import ApiError
 
 log = logging.getLogger(__name__)

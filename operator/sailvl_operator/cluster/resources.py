@@ -1,8 +1,13 @@
-"""Resources that the operator uses, and their paths on the API server."""
+"""Resources that the operator uses: their paths on the API server, and the fields that are decoded from their objects.
+
+msgspec skips all other fields without parsing them. Names are those of the Kubernetes API, and of its Go types where
+these have one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from sailvl_operator.api import names
 
@@ -36,3 +41,113 @@ WORKLOADS = tuple(
     Resource(api_version=f"kueue.x-k8s.io/{version}", plural="workloads") for version in ("v1beta2", "v1beta1")
 )
 """Kueue's Workloads, one per queued Job, newest version first. They only exist if Kueue is installed."""
+
+
+class OwnerReference(TypedDict, total=False):
+    uid: str
+    controller: bool
+
+
+class ObjectMeta(TypedDict, total=False):
+    name: str
+    namespace: str
+    uid: str
+    resourceVersion: str
+    creationTimestamp: str | None
+    deletionTimestamp: str
+    labels: dict[str, str]
+    ownerReferences: list[OwnerReference]
+
+
+class ResourceRequirements(TypedDict, total=False):
+    limits: dict[str, str]
+
+
+class Container(TypedDict, total=False):
+    name: str
+    resources: ResourceRequirements
+
+
+class TemplatePodSpec(TypedDict, total=False):
+    containers: list[Container]
+
+
+class PodTemplateSpec(TypedDict, total=False):
+    spec: TemplatePodSpec
+
+
+class JobSpec(TypedDict, total=False):
+    completions: int
+    suspend: bool
+    template: PodTemplateSpec
+
+
+class ContainerStateWaiting(TypedDict, total=False):
+    reason: str
+    message: str
+
+
+class ContainerStateTerminated(TypedDict, total=False):
+    exitCode: int
+    reason: str
+    message: str
+    finishedAt: str | None
+
+
+class ContainerState(TypedDict, total=False):
+    waiting: ContainerStateWaiting
+    terminated: ContainerStateTerminated
+
+
+class ContainerStatus(TypedDict, total=False):
+    name: str
+    state: ContainerState
+
+
+class ObjectCondition(TypedDict, total=False):
+    type: str
+    status: str
+    reason: str
+    message: str
+    lastTransitionTime: str | None
+
+
+class JobStatus(TypedDict, total=False):
+    startTime: str | None
+    conditions: list[ObjectCondition]
+
+
+class Job(TypedDict, total=False):
+    metadata: ObjectMeta
+    spec: JobSpec
+    status: JobStatus
+
+
+class PodSpec(TypedDict, total=False):
+    nodeName: str
+    schedulerName: str
+
+
+class PodStatus(TypedDict, total=False):
+    phase: str
+    podIP: str
+    conditions: list[ObjectCondition]
+    containerStatuses: list[ContainerStatus]
+
+
+class Pod(TypedDict, total=False):
+    metadata: ObjectMeta
+    spec: PodSpec
+    status: PodStatus
+
+
+class Service(TypedDict, total=False):
+    metadata: ObjectMeta
+
+
+class Ignored(TypedDict):
+    """Response whose content is not used."""
+
+
+ObjectType = Any
+"""One of these types, or dict for a whole object."""

@@ -1,6 +1,6 @@
 """Reading of watch streams: lines in batches, and each line as an event.
 
-Used by `client.py`, and by `kopf_session.py` for the watch of runs.
+Used by `client.py`, and by `handlers.py` for kopf's watch of runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import msgspec
 
-from sailvl_operator.cluster.wire import ObjectType
+from sailvl_operator.cluster.resources import ObjectType
 from sailvl_operator.errors import Gone, Unreachable, error_from_status
 
 Object = dict[str, Any]

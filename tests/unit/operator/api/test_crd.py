@@ -16,7 +16,7 @@ from sailvl_operator.api.parse import parse_spec
 from sailvl_operator.api.reference import build_reference
 from sailvl_operator.api.scalars import HINTS
 from sailvl_operator.api.validation import fill_defaults
-from sailvl_operator.cli.documents import read_documents
+from sailvl_operator.cli.validate import read_documents
 from tests.support.builders.operator import build_document
 
 EXAMPLES = sorted((Path(__file__).parents[4] / "examples").glob("*/run.yaml"))

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from sailvl_operator.cluster import resources, watch_stream, wire
+from sailvl_operator.cluster import resources, watch_stream
 from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.errors import (
@@ -140,7 +140,7 @@ async def test_server_url_may_have_a_path():
 
 @pytest.mark.parametrize(
     ("resource", "decode_as"),
-    [(resources.JOBS, wire.Job), (resources.PODS, wire.Pod), (resources.SERVICES, wire.Service)],
+    [(resources.JOBS, resources.Job), (resources.PODS, resources.Pod), (resources.SERVICES, resources.Service)],
     ids=lambda value: getattr(value, "plural", ""),
 )
 async def test_bookmark_need_not_match_the_decoded_type(world, resource, decode_as):
@@ -210,11 +210,11 @@ async def test_collection_is_deleted_by_labels_with_a_grace_period(world):
     assert world.api.requests[-1][3] == {"gracePeriodSeconds": 1}
 
 
-async def test_server_side_apply_names_the_field_manager(world):
+async def test_writes_name_the_field_manager(world):
     world.api.put("pods", make("p"))
-    await world.client.server_side_apply(resources.PODS, "team", "p", {"spec": {"nodeName": "n"}})
+    await world.client.patch(resources.PODS, "team", "p", {"spec": {"nodeName": "n"}})
     assert world.api.list_objects("pods")[0]["spec"] == {"nodeName": "n"}
-    assert world.api.requests[-1][2] == {"fieldManager": "sailvl-operator", "force": "true"}
+    assert world.api.requests[-1][2] == {"fieldManager": "sailvl-operator"}
 
 
 async def test_refused_connection_raises_unreachable():

@@ -1,4 +1,4 @@
-"""Responses that would end kopf, and what its session makes of them."""
+"""Watch of runs by kopf: responses that would end kopf, and what its session makes of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from sailvl_operator.cluster.credentials import Credentials
-from sailvl_operator.cluster.kopf_session import build_session
+from sailvl_operator.handlers import build_session
 from tests.support.apiserver.http import AnonymousConfiguration
 
 ADDED = {"type": "ADDED", "object": {"metadata": {"name": "a"}}}
