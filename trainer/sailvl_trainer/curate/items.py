@@ -1,6 +1,6 @@
 """The unit of curation: one raw image, where its bytes are, and its caption.
 
-Items are created by image_folder.py and webdataset.py, stored in Parquet files, and read by verify.py and pipeline.py.
+Items are created by sources.py, stored in Parquet files, and read by verify.py, stage.py and report.py.
 """
 
 from __future__ import annotations

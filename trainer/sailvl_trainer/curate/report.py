@@ -1,6 +1,6 @@
 """The report of a curate stage: report.json for programs, index.html with plots and images for people.
 
-Called by stage.py on the first rank.
+The images are samples of the kept ones and of every reason for dropping. Called by stage.py on the first rank.
 """
 
 from __future__ import annotations
@@ -8,16 +8,20 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sailvl_trainer.contract import CurateConfig
-from sailvl_trainer.curate import gallery
-from sailvl_trainer.curate.artifacts import CurationArtifacts
+from sailvl_trainer.curate.artifacts import CurationArtifacts, parse_items
+from sailvl_trainer.curate.items import Item, read_item
 from sailvl_trainer.curate.statistics import (
+    DUPLICATE_OUTCOMES,
     KEPT_OUTCOMES,
     REPORT_JSON,
     Histogram,
@@ -25,7 +29,7 @@ from sailvl_trainer.curate.statistics import (
     compute_statistics,
     open_decided,
 )
-from sailvl_trainer.reporting.page import render_page
+from sailvl_trainer.reporting.page import encode_thumbnail, render_page
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
 
@@ -58,13 +62,31 @@ PLOT_STYLE = {
 }
 BAR_COLOUR = "#3b6ea8"
 MAX_TICK_LABELS = 9
+MAX_KEPT_IMAGES = 24
+MAX_DROPPED_IMAGES = 4
+"""Maximum number of images per reason."""
+DISPLAYABLE_OUTCOMES = (*KEPT_OUTCOMES, *DUPLICATE_OUTCOMES, "too_small", "no_caption", "long_caption")
+"""Outcomes of images that may be decoded; broken files and decompression bombs may not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GalleryCard:
+    """One image of the report."""
+
+    name: str
+    caption: str
+    detail: str
+    thumbnail: str
+    """JPEG in base64; empty if the image can't be displayed."""
+    kept_thumbnail: str = ""
+    """Thumbnail of the kept image that a duplicate was dropped for."""
 
 
 def write_report(artifacts: CurationArtifacts, folder: Path, config: CurateConfig) -> None:
     """Write both files from the artifacts of a finished stage; report.json last, as it marks the report complete."""
     statistics = compute_statistics(artifacts)
     with open_decided(artifacts) as db:
-        kept_cards, dropped_cards = gallery.choose_kept(db), gallery.choose_dropped(db)
+        kept_cards, dropped_cards = choose_kept_cards(db), choose_dropped_cards(db)
     page = render_page(
         "curate/report.html.jinja",
         statistics=statistics,
@@ -86,6 +108,31 @@ def draw_plots(statistics: Statistics) -> dict[str, str]:
         "Longer side": _draw_bars(statistics.longer_side, "pixels (lower edge)", _format_integer),
         "Aspect ratio": _draw_bars(statistics.aspect_ratio, "width / height", "{:.2g}".format),
         "Tiles per image": _draw_bars(statistics.tiles, "tiles, including the thumbnail", _format_integer),
+    }
+
+
+def choose_kept_cards(db: duckdb.DuckDBPyConnection) -> list[GalleryCard]:
+    """Choose kept images from all sources in turn, in the order of pixel hashes: random, but repeatable."""
+    query = (
+        "SELECT * EXCLUDE (turn) FROM "
+        "(SELECT *, row_number() OVER (PARTITION BY source ORDER BY pixels_sha256, item) AS turn "
+        f"FROM decided WHERE outcome IN $1) ORDER BY turn, item LIMIT {MAX_KEPT_IMAGES}"
+    )
+    return [_build_card(row, item) for row, item in _fetch_items(db, query, [list(KEPT_OUTCOMES)])]
+
+
+def choose_dropped_cards(db: duckdb.DuckDBPyConnection) -> dict[str, list[GalleryCard]]:
+    """Choose the first dropped images of every reason; reasons are in descending order of their counts."""
+    reasons = db.execute(
+        "SELECT outcome FROM decided WHERE outcome NOT IN $1 GROUP BY 1 ORDER BY count(*) DESC, 1",
+        [list(KEPT_OUTCOMES)],
+    ).fetchall()
+    query = f"SELECT * FROM decided WHERE outcome = $1 ORDER BY item LIMIT {MAX_DROPPED_IMAGES}"
+    return {
+        reason: [
+            _build_card(row, item, _encode_kept_thumbnail(db, row)) for row, item in _fetch_items(db, query, [reason])
+        ]
+        for (reason,) in reasons
     }
 
 
@@ -122,3 +169,34 @@ def _draw_bars(histogram: Histogram, label: str, format_edge: Callable[[float], 
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _fetch_items(db: duckdb.DuckDBPyConnection, query: str, values: list[Any]) -> list[tuple[dict[str, Any], Item]]:
+    table = db.sql(query, params=values).to_arrow_table()
+    return list(zip(table.to_pylist(), parse_items(table), strict=True))
+
+
+def _encode_kept_thumbnail(db: duckdb.DuckDBPyConnection, row: dict[str, Any]) -> str:
+    """Return the thumbnail of the item that a duplicate was dropped for; empty for other rows."""
+    if row["duplicate_of"] is None:
+        return ""
+    ((_, item),) = _fetch_items(db, "SELECT * FROM decided WHERE item = $1", [row["duplicate_of"]])
+    return _encode_item_thumbnail(item)
+
+
+def _build_card(row: dict[str, Any], item: Item, kept_thumbnail: str = "") -> GalleryCard:
+    return GalleryCard(
+        name=f"{item.source}/{item.key}",
+        caption=row["text"][:160],
+        detail=row["detail"],
+        thumbnail=_encode_item_thumbnail(item) if row["outcome"] in DISPLAYABLE_OUTCOMES else "",
+        kept_thumbnail=kept_thumbnail,
+    )
+
+
+def _encode_item_thumbnail(item: Item) -> str:
+    """Return a JPEG in base64, or an empty string if the item can't be read any more."""
+    try:
+        return encode_thumbnail(read_item(item).image)
+    except Exception:  # noqa: BLE001  # decoders raise many types of errors, and the file may be gone by now
+        return ""

@@ -7,15 +7,45 @@ The shards are the same bytes for any number of ranks.
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
-from sailvl_trainer.contract import CurateConfig, Result
-from sailvl_trainer.curate import pipeline
-from sailvl_trainer.curate.artifacts import CurationArtifacts
+import pyarrow.parquet as pq
+import torch
+
+from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig, Result
+from sailvl_trainer.curate import sources
+from sailvl_trainer.curate.artifacts import (
+    CurationArtifacts,
+    PlannedShard,
+    parse_items,
+    read_items,
+    write_items,
+    write_verified_items,
+)
+from sailvl_trainer.curate.items import Item, SourcePartition, read_item
 from sailvl_trainer.curate.report import write_report
 from sailvl_trainer.curate.selection import select_samples
 from sailvl_trainer.curate.statistics import Statistics, read_statistics
+from sailvl_trainer.curate.verify import VerifiedItem, verify_item
+from sailvl_trainer.data.encoder import TokenCounter
+from sailvl_trainer.data.samples import Sample, build_caption_sample
+from sailvl_trainer.data.shards import ShardInfo, ShardWriter, write_shard_manifest
+from sailvl_trainer.errors import DataError, StorageError
+from sailvl_trainer.model.presets import get_preset
+from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import TaskPool
+from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.codec import decode, encode
+
+READ_AHEAD = 64
+"""Images in memory while a shard is written."""
+T = TypeVar("T")
 
 
 def run(context: Context) -> Result:
@@ -26,18 +56,60 @@ def run(context: Context) -> Result:
     context.telemetry.update(phase="running", unit="samples", step=0)
 
     # 1. Divide the sources into partitions: image folders, tars, synthetic sets.
-    pool.run_on_first_rank("listing", lambda: pipeline.list_partitions(context, artifacts, config))
+    pool.run_on_first_rank("listing", lambda: list_partitions(context, artifacts, config))
     # 2. List the items of each partition without decoding them.
-    pipeline.list_items(context, pool, artifacts)
+    list_items(context, pool, artifacts)
     # 3. Decode, measure and hash every item, or record why it is dropped.
-    pipeline.verify_items(context, pool, artifacts, config)
+    verify_items(context, pool, artifacts, config)
     # 4. Drop duplicates, choose the held-out samples, and assign the rest to shards.
     pool.run_on_first_rank("deciding", lambda: _select_samples(context, artifacts, config))
     # 5. Write the shards.
-    pipeline.write_shards(context, pool, artifacts)
+    write_shards(context, pool, artifacts)
     # 6. Publish the shards in their manifests, and report.
     pool.run_on_first_rank("reporting", lambda: _publish(context, artifacts, config))
     return _build_result(context, read_statistics(context.files.report), time.time() - started)
+
+
+def list_partitions(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:
+    """Write the list of partitions of all sources, unless an earlier attempt has. Called on the first rank."""
+    if not artifacts.partitions_file.exists():
+        partitions = sources.list_partitions(config.sources, context.stage.seed)
+        write_atomic(artifacts.partitions_file, encode(partitions))
+
+
+def list_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts) -> None:
+    """Write the item list of each partition, so that later steps and attempts see the same items in the same order."""
+    partitions = artifacts.partitions
+
+    def run_task(number: int) -> None:
+        items = sources.list_items(partitions[number])
+        write_items(artifacts.items_file(number), _iterate_with_heartbeats(context, items))
+
+    pool.run("listing", len(partitions), lambda number: artifacts.items_file(number).exists(), run_task)
+
+
+def verify_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts, config: CurateConfig) -> None:
+    """Decode, measure and hash every item, and write one file of rows per work unit."""
+    units, tile_size = artifacts.units, get_preset(context.stage.model.preset).image_size
+    context.telemetry.update(steps=sum(unit.count for unit in units))
+
+    def run_task(number: int) -> None:
+        unit = units[number]
+        items = read_items(artifacts.items_file(unit.partition), unit.first, unit.count)
+        verified = list(
+            _iterate_with_heartbeats(context, threads.map(lambda item: verify_item(item, config, tile_size), items))
+        )
+        _check_source_exists(artifacts.partitions[unit.partition], verified)
+        write_verified_items(artifacts.rows_file(number), unit.first_item, items, verified)
+
+    with _suppress_warnings(), _start_threads() as threads:
+        pool.run(
+            "verifying",
+            len(units),
+            lambda number: artifacts.rows_file(number).exists(),
+            run_task,
+            count_samples=lambda number: units[number].count,
+        )
 
 
 def _select_samples(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:
@@ -47,8 +119,33 @@ def _select_samples(context: Context, artifacts: CurationArtifacts, config: Cura
         context.telemetry.count_samples(outcome, count)
 
 
+def write_shards(context: Context, pool: TaskPool, artifacts: CurationArtifacts) -> None:
+    """Write every planned shard, and then its ShardInfo, by which a later attempt recognises a complete shard."""
+    shards = decode(list[PlannedShard], artifacts.shards.read_bytes())
+    counter = _build_token_counter(context)
+
+    def run_task(number: int) -> None:
+        shard = shards[number]
+        with ShardWriter(context.files.output / shard.split, shard.name, counter) as writer:
+            for sample, size in _iterate_with_heartbeats(context, _read_samples(artifacts.plan, shard)):
+                writer.write(sample, size)
+        write_atomic(artifacts.shard_info_file(shard), encode(writer.info))
+
+    pool.run("writing", len(shards), lambda number: artifacts.shard_info_file(shards[number]).exists(), run_task)
+
+
+def write_manifests(context: Context, artifacts: CurationArtifacts) -> None:
+    """Write the manifests of both splits and remove temporary files of killed attempts. Called on the first rank."""
+    shards = decode(list[PlannedShard], artifacts.shards.read_bytes())
+    for split in (SHARDS_DIR, HELD_OUT_DIR):
+        infos = [decode(ShardInfo, artifacts.shard_info_file(s).read_bytes()) for s in shards if s.split == split]
+        write_shard_manifest(context.files.output / split, infos)
+        for temporary in (context.files.output / split).glob(".*.tar.*"):
+            temporary.unlink(missing_ok=True)
+
+
 def _publish(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:
-    pipeline.write_manifests(context, artifacts)
+    write_manifests(context, artifacts)
     write_report(artifacts, context.files.report, config)
 
 
@@ -64,3 +161,67 @@ def _build_result(context: Context, statistics: Statistics, seconds: float) -> R
         seconds=seconds,
         metrics=statistics.metrics,
     )
+
+
+def _check_source_exists(partition: SourcePartition, verified: list[VerifiedItem]) -> None:
+    """Raise StorageError if the whole source is gone since it was listed; single missing files are only counted."""
+    has_missing = any(result.outcome == "missing" for result in verified)
+    if has_missing and partition.path and not Path(partition.path).exists():
+        raise StorageError(
+            f"source {partition.source}: {partition.path} was listed but does not exist any more; check that its "
+            "volume is mounted. Results of verified items are kept"
+        )
+
+
+def _build_token_counter(context: Context) -> TokenCounter | None:
+    """Return a counter of text tokens for the shards' index, or None if the run's tokenizer is not known yet."""
+    model = context.stage.model
+    has_tokenizer = model.preset == "tiny" or model.language is not None
+    return TokenCounter(tokenizer=load_tokenizer(model)) if has_tokenizer else None
+
+
+def _read_samples(plan: Path, shard: PlannedShard) -> Iterator[tuple[Sample, tuple[int, int]]]:
+    """Yield the samples of a shard in the plan's order, each with the width and height of its image."""
+    filters = [("split", "=", shard.split), ("shard", "=", shard.number)]
+    table = pq.read_table(plan, filters=filters).sort_by("position")
+    with _start_threads() as threads:
+        for first in range(0, table.num_rows, READ_AHEAD):
+            chunk = table.slice(first, READ_AHEAD)
+            items = parse_items(chunk)
+            for row, item, data in zip(chunk.to_pylist(), items, threads.map(_read_image, items), strict=True):
+                key = f"{row['item']:09d}-{item.key}"
+                sample = build_caption_sample(key, data, row["format"], row["text"], {"source": item.source})
+                yield sample, (row["width"], row["height"])
+
+
+def _read_image(item: Item) -> bytes:
+    """Return the encoded image of a verified item. Raises DataError if it is gone or truncated since."""
+    try:
+        data = read_item(item).image
+    except OSError as error:
+        raise DataError(
+            f"{item.source}: {item.key} was verified but can't be read any more: {error}; restore the file"
+        ) from error
+    if item.size >= 0 and len(data) != item.size:
+        raise DataError(f"{item.source}: {item.key} was verified but its tar is truncated now; restore the tar")
+    return data
+
+
+def _iterate_with_heartbeats(context: Context, values: Iterable[T]) -> Iterator[T]:
+    """Yield the values and send a heartbeat after each."""
+    for value in values:
+        yield value
+        context.telemetry.update()
+
+
+def _start_threads() -> ThreadPoolExecutor:
+    """Start one thread per core of this rank; decoding, resizing and hashing release the GIL."""
+    return ThreadPoolExecutor(torch.get_num_threads())
+
+
+@contextmanager
+def _suppress_warnings() -> Iterator[None]:
+    """Suppress Pillow's warnings about unusual metadata of readable images: one line per image would flood the log."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

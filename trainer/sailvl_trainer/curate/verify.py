@@ -1,4 +1,4 @@
-"""Verify one raw item: decode, measure and hash it, or return why it is dropped. Called by pipeline.py.
+"""Verify one raw item: decode, measure and hash it, or return why it is dropped. Called by stage.py.
 
 Nothing in an item's bytes is fatal. Only a failing storage raises an error.
 """

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from sailvl_trainer.contract import Result, Stage
-from sailvl_trainer.curate import pipeline, selection
+from sailvl_trainer.curate import selection
 from sailvl_trainer.curate import stage as subject
 from sailvl_trainer.data.shards import ShardReader, read_shard_manifest
 from sailvl_trainer.errors import ConfigError, DataError, Preempted
@@ -143,15 +143,14 @@ def test_killed_attempt_is_resumed_after_each_step(
     after: str,
 ) -> None:
     killed = replace(build_stage(root, name="killed"), output=str(root / "demo" / f"killed-{after}"))
-    module = subject if after == "select_samples" else pipeline
-    original = getattr(module, after)
+    original = getattr(subject, after)
 
     def run_and_end(*args: Any) -> None:
         original(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, after, run_and_end)
+        patch.setattr(subject, after, run_and_end)
         with pytest.raises(KeyboardInterrupt):
             run_stage(killed)
     dist.destroy_process_group()
@@ -176,15 +175,14 @@ def test_only_missing_artifacts_are_written_again(root: Path, finished: tuple[St
 
 
 STOP_POINTS = [
-    pytest.param(pipeline, "write_verified_items", 1, id="verifying"),
-    pytest.param(subject, "select_samples", 2, id="deciding"),
-    pytest.param(pipeline, "build_caption_sample", 2, id="writing"),
+    pytest.param("write_verified_items", 1, id="verifying"),
+    pytest.param("select_samples", 2, id="deciding"),
+    pytest.param("build_caption_sample", 2, id="writing"),
 ]
 
 
-@pytest.mark.parametrize(("owner", "name", "rows"), STOP_POINTS)
+@pytest.mark.parametrize(("name", "rows"), STOP_POINTS)
 def test_stop_finishes_the_current_task_and_keeps_its_result(
-    owner: Any,
     name: str,
     rows: int,
     *,
@@ -193,14 +191,14 @@ def test_stop_finishes_the_current_task_and_keeps_its_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage = build_stage(root, name=f"stop-{name}")
-    stop, original = Path(stage.output) / "scratch" / "stop", getattr(owner, name)
+    stop, original = Path(stage.output) / "scratch" / "stop", getattr(subject, name)
 
     def stop_and_run(*args: Any) -> Any:
         stop.touch()
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, stop_and_run)
+        patch.setattr(subject, name, stop_and_run)
         with pytest.raises(Preempted, match="completed tasks are kept"):
             run_stage(stage)
     assert len(list((Path(stage.output) / "artifacts" / "rows").glob("*.parquet"))) == rows
