@@ -176,7 +176,7 @@ class LocalRun:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise LockedError(
-                    f"another process runs {self.run.name} in {self.root}; wait for it or stop it"
+                    f"another process is running {self.run.name} in {self.root}; wait for it or stop it"
                 ) from None
             yield
 

@@ -196,7 +196,7 @@ def _immutable_once_started(field: str) -> Rule:
 RUN: list[Rule] = [
     _rule(
         f"self.spec.stages.all(s, self.metadata.name.size() + s.name.size() <= {names.MAX_RUN_AND_STAGE})",
-        f"metadata.name and the name of a stage may have at most {names.MAX_RUN_AND_STAGE} characters together",
+        f"metadata.name and the name of a stage may have at most {names.MAX_RUN_AND_STAGE} characters in total",
         ".metadata.name",
     ),
     _rule(

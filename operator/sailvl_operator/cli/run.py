@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         (document, *more) = read_documents(args.file)
         if more:
-            raise ValueError(f"{args.file}: {1 + len(more)} runs found; the file must have exactly one")
+            raise ValueError(f"{args.file}: {1 + len(more)} runs found; the file must contain exactly one")
         if errors := validate(document):
             raise ValueError("\n".join(f"{args.file}: {error}" for error in errors))
         local = LocalRun(parse_local(document, parse_run), args.root)

@@ -117,7 +117,7 @@ class Applier:
         try:
             await self._client.delete(resource, namespace, name, uid=uid, version=version)
         except (NotFound, Conflict):
-            return  # it is gone, it was changed, or another object has its name by now
+            return  # the object is gone or has changed, or another object has its name
 
     async def _clear_restart_annotation(self, run: Run) -> None:
         """Remove the annotation, unless it has a newer value: that would have changed the resourceVersion."""
@@ -144,7 +144,7 @@ class Applier:
     async def _start(self, attempt: AttemptSpec) -> None:
         job = build_job(attempt, build_appdef(attempt))
         found = await self._create(resources.JOBS, job, attempt.owner_uid, resources.Job)
-        if _get_digest(found) not in ("", _get_digest(job)):  # created before an edit of the spec, and no status since
+        if _get_digest(found) not in ("", _get_digest(job)):  # created from an older spec, before the status was written
             await self._delete_by_force([parse_job(found)])
             raise Conflict(f"Job {job['metadata']['name']} was created from an outdated spec")
         self._owned_objects.jobs.put_created(found)
@@ -164,7 +164,7 @@ class Applier:
             existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
         if not _is_owned(existing["metadata"], body["metadata"], owner_uid):
             raise NameConflict(
-                f"{body['kind']} {metadata['name']} exists and isn't this run's; delete it or rename the run"
+                f"{body['kind']} {metadata['name']} exists and is not owned by this run; delete it or rename the run"
             )
         return existing
 

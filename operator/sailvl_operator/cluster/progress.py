@@ -151,12 +151,12 @@ class ProgressReader:
         host = f"[{ip}]" if ":" in ip else ip
         async with session.get(f"http://{host}:{self._port}/progress", allow_redirects=False) as response:
             if response.status != 200:
-                raise Unreachable(f"/progress answers {response.status}")
+                raise Unreachable(f"/progress returned {response.status}")
             body = bytearray()
             async for chunk in response.content.iter_any():
                 body += chunk
                 if len(body) > _SIZE_LIMIT:
-                    raise Unreachable(f"/progress answers more than {_SIZE_LIMIT} bytes")
+                    raise Unreachable(f"/progress returned more than {_SIZE_LIMIT} bytes")
             return msgspec.json.decode(body, type=Progress)
 
     def _store(self, pod: PodRecord, document: Progress) -> None:

@@ -39,7 +39,7 @@ _REASON_BY_TEXT = (
     ("failed calling webhook", Reason.ADMISSION),
     ("violates PodSecurity", Reason.ADMISSION),
     ("ValidatingAdmissionPolicy", Reason.ADMISSION),
-    ("isn't this run's", Reason.NAME_CONFLICT),
+    ("is not owned by this run", Reason.NAME_CONFLICT),
     ("volume", Reason.VOLUME_NOT_READY),
     ("Volume", Reason.VOLUME_NOT_READY),
     ("is forbidden", Reason.FORBIDDEN),

@@ -299,14 +299,14 @@ BLOCKED_STARTS = [
     BlockedStart(
         name="job",
         reason="NameConflict",
-        message="Job job-draw-a-1 exists and isn't this run's; delete it or rename the run",
+        message="Job job-draw-a-1 exists and is not owned by this run; delete it or rename the run",
         block=occupy_name(JOBS, "Job", "batch/v1", "-draw-a-1", suspend=True, template={"spec": UNRELATED_POD}),
         unblock=free_name(JOBS, "-draw-a-1"),
     ),
     BlockedStart(
         name="service",
         reason="NameConflict",
-        message="Service service exists and isn't this run's; delete it or rename the run",
+        message="Service service exists and is not owned by this run; delete it or rename the run",
         stub="meet",
         nodes=2,
         block=occupy_name(SERVICES, "Service", "v1", "", ports=[{"port": 80}]),
@@ -315,7 +315,7 @@ BLOCKED_STARTS = [
     BlockedStart(
         name="claim",
         reason="NameConflict",
-        message="PersistentVolumeClaim claim-storage exists and isn't this run's; delete it or rename the run",
+        message="PersistentVolumeClaim claim-storage exists and is not owned by this run; delete it or rename the run",
         spec={
             "storage": {
                 "volumeClaimTemplate": {"storageClassName": "static", "resources": {"requests": {"storage": "1Gi"}}}

@@ -110,7 +110,7 @@ class OperatorConnection:
             await self._die_if_due(before=False)
         await asyncio.sleep(self._draw_latency())
         if drawn < conditions.error_rate + conditions.lost_answer_rate:
-            raise aiohttp.ServerDisconnectedError("the answer was lost")
+            raise aiohttp.ServerDisconnectedError("the response was lost")
         return answer
 
     def _draw_latency(self) -> float:

@@ -65,7 +65,7 @@ def mark_duplicates(db: duckdb.DuckDBPyConnection, *, exact: bool, distance: int
         )
     if distance >= 0:
         _mark_near_duplicates(db, distance)
-    if exact and distance >= 0:  # the first image with equal pixels may itself be a near duplicate of another
+    if exact and distance >= 0:  # the first image with equal pixels may be a near duplicate of another image
         db.execute(
             "UPDATE duplicates AS d SET duplicate_of = n.duplicate_of FROM duplicates AS n "
             "WHERE d.outcome = 'duplicate' AND n.outcome = 'near_duplicate' AND n.item = d.duplicate_of"

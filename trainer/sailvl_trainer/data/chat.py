@@ -116,7 +116,7 @@ def truncate(encoded: EncodedDialogue, length: int, image_context: int) -> Encod
     if len(ids_T) <= length:
         return encoded
     image = np.flatnonzero(ids_T == image_context)
-    if image.size and image[-1] + 2 > length:  # 2: the token itself and </img>
+    if image.size and image[-1] + 2 > length:  # 2: the image token itself and </img>
         first, end = int(image[0]) - 1, int(image[-1]) + 2
         indices = np.r_[0 : length - (end - first), first:end]
     else:

@@ -81,7 +81,7 @@ def collate(dataset: ShardDataset, encoder: SampleEncoder, pack: Pack, *, image_
         encoded = encoder.encode(reader, row, int(tiles_S[i]))
         n = len(encoded.input_ids_T)
         if n != tokens_S[i]:
-            raise reader.error(row, f"has {n} tokens, but {tokens_S[i]} in the index; curate the set again")
+            raise reader.error(row, f"has {n} tokens, but {tokens_S[i]} in the index; curate the data set again")
         input_ids_T[start : start + n] = encoded.input_ids_T
         labels_T[start : start + n - 1] = encoded.labels_T[1:]
         position_ids_T[start : start + n] = np.arange(n)

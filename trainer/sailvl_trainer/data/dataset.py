@@ -142,7 +142,7 @@ def measure_lengths(
         first, end = int(shards.starts[number]), int(shards.starts[number + 1])
         if len(reader) != end - first:
             raise DataError(
-                f"shard {reader.path} has {len(reader)} rows, but {end - first} in the manifest; copy the set again"
+                f"shard {reader.path} has {len(reader)} rows, its manifest {end - first}; copy the data set again"
             )
         lengths_S[first:end] = encoder.measure(reader, _read_text_tokens(info, reader, encoder.counter, counts))
     return lengths_S

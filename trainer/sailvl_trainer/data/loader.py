@@ -70,7 +70,7 @@ def load_steps(
     `first_step` is the number of the first step; `skips` are ranges of step numbers. Raises DataError at the step that
     holds an unreadable record.
     """
-    numbered = zip(count(first_step), planner.plan_steps(position))  # both are infinite
+    numbered = zip(count(first_step), planner.plan_steps(position))  # both iterators are infinite
     decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
     planners = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan")
     try:

@@ -107,7 +107,7 @@ def read_shard_manifest(directory: Path) -> ShardManifest:
         return decode(ShardManifest, path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{directory} holds no set of shards: {error}; give the output of a curate stage or a prepared set"
+            f"{directory} contains no data set: {error}; set the output of a curate stage or a prepared data set"
         ) from error
 
 
@@ -116,7 +116,7 @@ def verify_shards(directory: Path) -> None:
     for info in read_shard_manifest(directory).shards:
         path = directory / f"{info.name}.tar"
         if not path.exists() or _hash_file(path) != info.sha256:
-            raise DataError(f"shard {path} does not match the hash in the manifest; copy or curate the set again")
+            raise DataError(f"shard {path} does not match the hash in the manifest; copy or curate the data set again")
 
 
 class ShardWriter:
@@ -226,7 +226,7 @@ class ShardReader:
                 part: (self.column(f"{part}_offset"), self.column(f"{part}_size")) for part in ("image", "json")
             }
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise DataError(f"shard {self.path}: {error}; copy or curate the set again") from error
+            raise DataError(f"shard {self.path}: {error}; copy or curate the data set again") from error
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

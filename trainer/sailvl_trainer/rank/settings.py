@@ -48,7 +48,7 @@ class Settings:
     """Seconds without a heartbeat after which the worker exits; 0: never."""
     termination_log: Path = TERMINATION_LOG
     """Path of the termination message."""
-    scratch: Path = Path("/tmp/sailvl")  # in the container's own file system, lost with it
+    scratch: Path = Path("/tmp/sailvl")  # in the container's file system, deleted with the container
     """Directory of this worker alone, lost with it."""
 
 

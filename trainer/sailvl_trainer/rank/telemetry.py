@@ -141,7 +141,7 @@ def _load_progress(attempt: int, path: Path | None) -> Progress:
 
 def _measure_memory() -> dict[str, int]:
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
-    torch = sys.modules.get("torch")  # importing it only for this would take seconds
+    torch = sys.modules.get("torch")  # importing torch only for this would take seconds
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return {"resident": resident}
     return {"resident": resident, "accelerator_peak": torch.cuda.max_memory_allocated()}

@@ -31,7 +31,7 @@ def exit_rank(termination: Termination) -> NoReturn:
     if termination.exit_code and ERROR_FILE_VARIABLE in os.environ:
         try:
             write_atomic(Path(os.environ[ERROR_FILE_VARIABLE]), encode(_build_error_file(termination)))
-        except (OSError, StorageError) as error:  # a full scratch directory: the exit code is all that is left
+        except (OSError, StorageError) as error:  # the scratch directory is full; only the exit code reports the cause
             print(f"can't write the error report for the worker: {error}", file=sys.stderr)  # noqa: T201
     sys.stdout.flush()
     sys.stderr.flush()

@@ -23,7 +23,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with translate_storage_errors(path):  # before the cleanup below, so that the message reports the full volume
+        with translate_storage_errors(path):  # reports the full volume before the cleanup frees space
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()

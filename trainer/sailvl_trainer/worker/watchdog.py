@@ -83,7 +83,7 @@ def find_start_timeout(ranks: RankProcesses, *, waited: float, limit: int) -> st
     if not limit or waited <= limit or ranks.have_started.is_set():
         return None
     return (
-        f"no rank was started within {limit} s: the storage doesn't answer or the workers can't reach each other; "
+        f"no rank was started within {limit} s: the storage does not respond or the workers can't reach each other; "
         f"check the volume, NetworkPolicies (port {RENDEZVOUS_PORT}) and the cluster's DNS"
     )
 

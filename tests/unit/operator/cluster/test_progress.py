@@ -127,7 +127,7 @@ async def test_worker_that_never_answers_is_reported_once(reading):
         await reading.read()
     error = reading.reader.get_errors(KEY, "u")["curate", 1]
     assert error.startswith("port ")
-    assert error.endswith("of pod demo-curate-1-0: /progress answers 503")
+    assert error.endswith("of pod demo-curate-1-0: /progress returned 503")
     assert reading.changes == [KEY]
     reading.worker.document, reading.worker.status = asdict(Progress(attempt=1, phase="running", step=1)), 200
     await reading.read()

@@ -219,7 +219,7 @@ async def test_job_of_a_deleted_run_with_the_same_name_is_not_adopted(world):
     world.api.put("jobs", old)
     await world.apply(build_document())
     await world.until(lambda: any(e["reason"] == "NameConflict" for e in world.api.list_objects("events")))
-    assert "isn't this run's" in world.status.condition("Stuck").message
+    assert "is not owned by this run" in world.status.condition("Stuck").message
     assert world.api.list_objects("jobs")[0]["metadata"]["ownerReferences"] == [{"uid": "old-run"}]
     world.api.remove_named("jobs", "demo-curate-1")
     await world.until(lambda: world.api.list_names("jobs"))

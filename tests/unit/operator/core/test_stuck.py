@@ -12,7 +12,9 @@ MESSAGES = [
     pytest.param('admission webhook "policy.example.com" denied the request: no', "AdmissionDenied", id="webhook"),
     pytest.param('pods "x" is forbidden: violates PodSecurity "restricted"', "AdmissionDenied", id="pod security"),
     pytest.param("pod x: FailedMount: MountVolume.SetUp failed for volume", "VolumeNotReady", id="volume"),
-    pytest.param("Job demo-a-1 exists and isn't this run's; delete it or rename the run", "NameConflict", id="name"),
+    pytest.param(
+        "Job demo-a-1 exists and is not owned by this run; delete it or rename the run", "NameConflict", id="name"
+    ),
     pytest.param("jobs.batch is forbidden: User cannot create resource", "Forbidden", id="forbidden"),
     pytest.param("Job.batch is invalid: spec.template", "Rejected", id="other"),
 ]
@@ -35,7 +37,7 @@ def test_stuck_reason_follows_from_the_message(message: str, reason: str) -> Non
 def test_refusal_is_reported_while_workers_run() -> None:
     world = CoreWorld(advances_time=False)
     world.run_until_stable()
-    world.refusals["curate", 1] = "Service demo exists and isn't this run's; delete it or rename the run"
+    world.refusals["curate", 1] = "Service demo exists and is not owned by this run; delete it or rename the run"
     world.run_until_stable()
     stuck = world.status.condition(ConditionType.STUCK)
     assert stuck is not None

@@ -131,7 +131,7 @@ def test_damaged_shard_raises_data_error_naming_it(
 
 
 def test_folder_without_manifest_raises_data_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no set of shards"):
+    with pytest.raises(DataError, match="contains no data set"):
         read_shard_manifest(tmp_path)
 
 
