@@ -57,11 +57,11 @@ data: setup  ## build the demo's raw data in build/demo
 	@mkdir -p build
 	hack/demo_data.sh $(BIN)/python build/demo
 
-cluster:  ## start a Kubernetes of two nodes on this machine, and print how to reach it
+cluster:  ## start a Kubernetes cluster of two nodes on this machine, and print how to reach it
 	@hack/cluster/cluster.sh up
 	@hack/cluster/cluster.sh env
 
-cluster-down:  ## stop it
+cluster-down:  ## stop the cluster
 	hack/cluster/cluster.sh down
 
 images: cluster  ## build both images into the cluster's registry, tagged by content
@@ -77,17 +77,17 @@ faults: setup  ## inject every fault into every kind of stage on the cluster: bu
 chaos: setup  ## inject random faults for SAILVL_CHAOS_MINUTES (30) from SAILVL_CHAOS_SEED (1); weights must not change
 	hack/test.sh chaos
 
-bench: setup  ## run the trainer's benchmarks, and append their figures to bench/history.jsonl
+bench: setup  ## run the trainer's benchmarks, and append the results to bench/history.jsonl
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python -m bench.$$(basename $$file .py); done
 
-bench-operator: setup  ## benchmark the operator at a thousand runs, beside a naive one; at least ten minutes
+bench-operator: setup  ## benchmark the operator with 1,000 runs against a naive one; at least ten minutes
 	@hack/require.sh openssl
 	$(BIN)/python -m bench.operator
 
-bench-plot: setup  ## plot all recorded figures over time: build/bench/history.png
+bench-plot: setup  ## plot all recorded results over time: build/bench/history.png
 	$(BIN)/python -m bench.history
 
-report: setup  ## print sizes and language of the sources as a table and a line of JSON
+report: setup  ## print sizes of the sources and uses of refused words as a table and a line of JSON
 	$(BIN)/python -m hack.source_report
 
 generate: setup  ## generate crds/, the chart's copy and the reference from the types
@@ -105,6 +105,6 @@ lock: $(UV)  ## lock the requirements of pyproject.toml with hashes, without the
 format:  ## format, and fix what the linter can fix
 	$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
-clean:  ## remove what was built here; caches stay
+clean:  ## stop the cluster, and remove build/ and the virtual environment; caches stay
 	hack/cluster/cluster.sh down
 	rm -rf --one-file-system build $(VENV)

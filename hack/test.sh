@@ -10,9 +10,9 @@ local_cluster() {
   local code=0 was_up
   was_up=$([ -f build/cluster/pki/admin.conf ] && echo yes || true)
   hack/cluster/cluster.sh up </dev/null || code=$?
-  if [ "$code" -eq 3 ]; then return; fi # it said why; the tests that need one skip with the same words
+  if [ "$code" -eq 3 ]; then return; fi # it printed the reason, with which the cluster tests skip
   [ "$code" -eq 0 ] || exit "$code"
-  # leave nothing behind on a CI machine
+  # On a CI machine, stop a cluster that was not up before.
   if [ "${CI:-}" = true ] && [ -z "$was_up" ]; then trap 'hack/cluster/cluster.sh down' EXIT; fi
   eval "$(hack/cluster/cluster.sh env)"
   hack/images/build.sh >build/images.env 2>build/images.log || { tail -40 build/images.log >&2; exit 1; }

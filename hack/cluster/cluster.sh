@@ -43,47 +43,47 @@ up() { # NODES
   local i others
   if is_up "$1"; then return; fi
   down
-  room
-  # shellcheck disable=SC2046  # each node has two
-  others=$(holders "${PORTS[@]}" $(for ((i = 0; i < $1; i++)); do node_ports "$i"; done)) || true
-  [ -z "$others" ] || die "its ports are in use, by the cluster of another checkout? $others"
+  check_disk_space
+  # shellcheck disable=SC2046  # each node has two ports
+  others=$(listeners "${PORTS[@]}" $(for ((i = 0; i < $1; i++)); do node_ports "$i"; done)) || true
+  [ -z "$others" ] || die "ports are in use, perhaps by the cluster of another checkout: $others"
   control_plane
   registry
   dns
   pause_image
   for ((i = 0; i < $1; i++)); do node "$i"; done
   for ((i = 0; i < $1; i++)); do await_node "$i"; done
-  await 30 kubectl -n default get serviceaccount default # without it pods are refused
+  await 30 kubectl -n default get serviceaccount default # pods are rejected until it exists
 }
 
-room() { # for the images, in the registry and on each node: a kubelet without any evicts its pods, again and again
+check_disk_space() { # images take space in the registry and on each node; a kubelet on a full disk evicts its pods
   local needed=20 free
-  [ ! -d "$ROOT/registry" ] || [ ! -d "$ROOT/node-0/containerd" ] || needed=4 # they are there
+  [ ! -d "$ROOT/registry" ] || [ ! -d "$ROOT/node-0/containerd" ] || needed=4 # the images exist already
   free=$(df --output=avail -BG "$ROOT" | tail -1 | tr -dc 0-9)
-  [ "$free" -ge "$needed" ] || die "needs $needed GB of room in $ROOT, there are $free GB. Make some (\`make clean\` in" \
-    "checkouts that need no cluster any more), or let ROOT name a folder on a larger disk. \`make check\` needs none."
+  [ "$free" -ge "$needed" ] || die "$free GB are free in $ROOT, $needed GB are needed. Free some (\`make clean\` in other" \
+    "checkouts), or set ROOT to a folder on a larger disk. \`make check\` needs no cluster."
 }
 
-down() { # and what one left that was killed: processes, mounts, cgroups, bridges, rules
+down() { # also remove what a killed cluster left: processes, mounts, cgroups, bridges, nftables rules
   local i
   for i in $(known_nodes); do kill_node "$i"; done
   stop apiserver controller-manager scheduler proxy coredns registry
   stop etcd
   stop_strays "$ROOT"
   for i in $(known_nodes); do clear_node "$i"; done
-  [ -n "$(holders "${PORTS[@]}")" ] || clear_network # another checkout's cluster keeps its own
+  [ -n "$(listeners "${PORTS[@]}")" ] || clear_network # unless another checkout's cluster is up
   rm -rf "$ROOT/etcd" "$KUBECONFIG"
 }
 
 require() {
   [ "$(id -u)" -eq 0 ] || cannot "needs root"
-  unshare --mount --net true 2>/dev/null || cannot "needs the right to mount (CAP_SYS_ADMIN)"
+  unshare --mount --net true 2>/dev/null || cannot "needs CAP_SYS_ADMIN for mounts"
   "$HERE/../require.sh" "${NEEDS[@]}" || cannot "tools are missing"
-  command -v go >/dev/null || cannot "needs Go, at least 1.26"
+  command -v go >/dev/null || cannot "needs Go 1.26 or later"
 }
 
 cannot() {
-  echo "cluster: this machine can't have one: $*" >&2
+  echo "cluster: this machine can't run one: $*" >&2
   exit 3
 }
 
@@ -91,7 +91,7 @@ known_nodes() {
   find "$ROOT" -maxdepth 1 -type d -name 'node-*' -printf '%f\n' | sed 's/^node-//'
 }
 
-load() { # IMAGE: only changed layers travel; the nodes let its older builds go, which the registry has still
+load() { # IMAGE: push its changed layers, and remove its older builds from the nodes; the registry keeps them
   local i images others
   buildah push -q --tls-verify=false --compression-format zstd --compression-level 1 "$1" "docker://$1"
   for i in $(known_nodes); do
@@ -102,7 +102,7 @@ load() { # IMAGE: only changed layers travel; the nodes let its older builds go,
   done
 }
 
-other_builds() { # IMAGE: of a node's images; a kubelet's pull names each by tag, by digest and by id, and each name keeps it
+other_builds() { # IMAGE: names of its older builds; a pull names an image by tag, digest and id, and each name retains it
   awk -v wanted="$1" -v repository="${1%:*}:" '
     index($1, repository) == 1 && $1 != wanted { other[$3] }
     { digest[$1] = $3 }
@@ -113,7 +113,7 @@ main() {
   require
   mkdir -p "$PKI" "$ROOT/log"
   exec 9>"$ROOT/.lock"
-  flock 9 # up and down wait for each other
+  flock 9 # one command at a time
   binaries
   case $1 in
     up)

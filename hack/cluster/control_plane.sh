@@ -1,4 +1,4 @@
-# etcd, the API server, controllers, scheduler, Service addresses, DNS and the registry: processes on the machine itself.
+# Start etcd, API server, controller manager, scheduler, kube-proxy, DNS and the registry as processes of the host.
 # Sourced by cluster.sh.
 # shellcheck shell=bash
 
@@ -23,7 +23,7 @@ DNS:kubernetes.default.svc.cluster.local,IP:127.0.0.1,IP:10.96.0.1,IP:$HOST"
   controllers
 }
 
-api_server() { # PodSecurity is on by default: a namespace's labels say what it enforces
+api_server() { # PodSecurity is enabled by default; the labels of a namespace select its level
   start apiserver "$BIN/kube-apiserver" --etcd-servers=http://127.0.0.1:2379 --secure-port=6443 --advertise-address="$HOST" \
     --client-ca-file="$PKI/ca.crt" --tls-cert-file="$PKI/apiserver.crt" --tls-private-key-file="$PKI/apiserver.key" \
     --service-account-key-file="$PKI/sa.pub" --service-account-signing-key-file="$PKI/sa.key" \
@@ -33,7 +33,7 @@ api_server() { # PodSecurity is on by default: a namespace's labels say what it 
     --kubelet-preferred-address-types=InternalIP
 }
 
-controllers() { # $CONTROLLER_QPS: Kubernetes' default is 20, which bounds the pods that Jobs get a second
+controllers() { # $CONTROLLER_QPS limits the pods that the Job controller creates per second; Kubernetes' default is 20
   local qps=${CONTROLLER_QPS:-20}
   component controller-manager --use-service-account-credentials --service-account-private-key-file="$PKI/sa.key" \
     --root-ca-file="$PKI/ca.crt" --node-monitor-grace-period=20s --kube-api-qps="$qps" --kube-api-burst="$((qps * 3 / 2))"
@@ -42,14 +42,14 @@ controllers() { # $CONTROLLER_QPS: Kubernetes' default is 20, which bounds the p
     --cluster-cidr=10.244.0.0/16
 }
 
-component() { # NAME FLAGS...: one that speaks to the API server as itself
+component() { # NAME FLAGS...: start a component with its own credentials for the API server
   local name=$1 conf=$PKI/$1.conf
   shift
   start "$name" "$BIN/kube-$name" --kubeconfig="$conf" --authentication-kubeconfig="$conf" \
     --authorization-kubeconfig="$conf" --leader-elect=false "$@"
 }
 
-registry() { # the nodes pull from it, as localhost is where it is to them, too
+registry() { # the nodes share the host's network, so they pull from localhost
   cat >"$ROOT/registry.yml" <<YAML
 version: 0.1
 log: {level: warn, accesslog: {disabled: true}}
@@ -60,7 +60,7 @@ YAML
   await 10 bash -c '</dev/tcp/127.0.0.1/5000'
 }
 
-dns() { # CoreDNS runs beside the control plane; a Service without selector points at it
+dns() { # CoreDNS runs on the host; a Service without a selector points to it
   cat >"$ROOT/Corefile" <<CONF
 .:10053 {
   bind $HOST

@@ -1,9 +1,9 @@
-# Nodes: node I is a containerd and a kubelet of its own under $ROOT/node-I, with pods on the bridge cniI (10.244.I.0/24)
-# in the cgroup $GROUP-I. Sourced by cluster.sh.
+# Start, kill and remove nodes. Node I has a containerd and a kubelet under $ROOT/node-I; its pods are on the bridge cniI
+# (10.244.I.0/24) and in the cgroup $GROUP-I. Sourced by cluster.sh.
 # shellcheck shell=bash
 
 PAUSE=localhost/pause:1
-GROUP=sailvl-$(sha256sum <<<"$ROOT" | cut -c1-6)-node # of this checkout's cluster alone
+GROUP=sailvl-$(sha256sum <<<"$ROOT" | cut -c1-6)-node # unique for each checkout
 
 node() { # I
   local i=$1 dir=$ROOT/node-$1
@@ -21,7 +21,7 @@ node() { # I
     --hostname-override="node-$i" --root-dir="$dir/kubelet" --node-ip="10.244.$i.1"
 }
 
-await_node() { # I: registered and ready
+await_node() { # I: wait until it is registered and ready
   await 60 kubectl get node "node-$1"
   kubectl wait --for=condition=Ready "node/node-$1" --timeout=90s >/dev/null
 }
@@ -38,7 +38,7 @@ bridge() { # I
   sysctl -qw net.ipv4.ip_forward=1
 }
 
-hierarchies() { # the cgroup trees: version 1 has one for each controller
+hierarchies() { # cgroup trees; cgroup v1 has one per controller
   awk '$3 == "cgroup" || $3 == "cgroup2" {print $2}' /proc/mounts
 }
 
@@ -46,13 +46,13 @@ cgroups() { # I
   local tree file
   for tree in $(hierarchies); do
     mkdir -p "$tree/$GROUP-$1"
-    for file in cpuset.cpus cpuset.mems; do # of version 1: empty in a new group, which then can hold no process
+    for file in cpuset.cpus cpuset.mems; do # cgroup v1: a new group can hold no process until these are set
       [ ! -f "$tree/$file" ] || cat "$tree/$file" >"$tree/$GROUP-$1/$file"
     done
   done
 }
 
-kill_node() { # I: as a machine that loses its power: kubelet, containerd, every container at once
+kill_node() { # I: kill kubelet, containerd and all containers at once, like a power loss
   local name tree pids=()
   for name in "node-$1.kubelet" "node-$1.containerd"; do
     if is_running "$name"; then kill -9 "$(cat "$ROOT/$name.pid")"; fi
@@ -64,7 +64,7 @@ kill_node() { # I: as a machine that loses its power: kubelet, containerd, every
   [ ${#pids[@]} -eq 0 ] || kill -9 "${pids[@]}" 2>/dev/null || true
 }
 
-clear_node() { # I: what a machine forgets that is switched off; its images stay
+clear_node() { # I: remove the state that a machine loses when it is switched off; images stay
   local dir=$ROOT/node-$1 tree
   stop_strays "$dir"
   unmount "$dir"
@@ -74,14 +74,14 @@ clear_node() { # I: what a machine forgets that is switched off; its images stay
   done
 }
 
-unmount() { # DIRECTORY: everything below it
+unmount() { # DIRECTORY: unmount everything below it
   local mount
   while read -r mount; do umount -l "$mount"; done \
     < <(awk -v below="$1/" 'index($2, below) == 1 {print $2}' /proc/mounts | sort -r)
   ! grep -qF " $1/" /proc/mounts || die "still mounted below $1: $(grep -F " $1/" /proc/mounts | cut -d' ' -f2 | head -3)"
 }
 
-clear_network() { # the pods' network namespaces, the bridges, kube-proxy's rules
+clear_network() { # remove the pods' network namespaces, the bridges and kube-proxy's rules
   local name link
   for name in $(ip netns list 2>/dev/null | awk '/^cni-/ {print $1}'); do
     if ip -n "$name" -4 -o addr show eth0 2>/dev/null | grep -qF ' 10.244.'; then ip netns delete "$name"; fi
@@ -93,7 +93,7 @@ clear_network() { # the pods' network namespaces, the bridges, kube-proxy's rule
   nft delete table ip6 kube-proxy 2>/dev/null || true
 }
 
-pause_image() { # busybox alone: it holds a pod's namespaces, and serves tests as $REGISTRY/busybox:1
+pause_image() { # build the pause image from busybox; tests use it as $REGISTRY/busybox:1
   local container
   if [ ! -f "$ROOT/pause.tar" ] || ! buildah inspect --type image "$PAUSE" >/dev/null 2>&1; then
     rm -f "$ROOT/pause.tar"
@@ -117,8 +117,8 @@ JSON
 }
 
 containerd_config() { # DIRECTORY
-  # restrict_oom_score_adj: where CAP_SYS_RESOURCE is missing it can't be lowered, and runc dies of it
-  # ("can't get final child's PID")
+  # restrict_oom_score_adj: without CAP_SYS_RESOURCE the score can't be lowered, and runc fails with
+  # "can't get final child's PID"
   cat <<TOML
 version = 2
 root = "$1/containerd"

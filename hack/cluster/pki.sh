@@ -15,7 +15,7 @@ certificate() { # NAME SUBJECT [SUBJECT_ALT_NAMES]
     -out "$PKI/$1.crt" -extfile <(echo "subjectAltName=${3:-DNS:$1}") 2>/dev/null
 }
 
-credentials() { # NAME SUBJECT: a certificate, and NAME.conf for whoever speaks to the API server
+credentials() { # NAME SUBJECT: create a client certificate and the kubeconfig NAME.conf
   certificate "$1" "$2"
   cat >"$PKI/$1.conf" <<YAML
 apiVersion: v1

@@ -1,8 +1,8 @@
-# Starting, awaiting and ending the cluster's processes. Sourced by cluster.sh.
-# A process counts as ours if its command line names the state folder ($ROOT); no other is ever ended.
+# Start, await and end the cluster's processes. Sourced by cluster.sh.
+# A process is ours if its command line names the state folder ($ROOT); no other process is ever ended.
 # shellcheck shell=bash
 
-start() { # NAME COMMAND...: in the background, outliving this script and its terminal
+start() { # NAME COMMAND...: start in the background, detached from this script and its terminal
   local name=$1
   shift
   setsid "$@" >"$ROOT/log/$name.log" 2>&1 </dev/null 9>&- &
@@ -26,7 +26,7 @@ await() { # SECONDS COMMAND...
   done
 }
 
-stop() { # NAME...: ask all, give them 3 s (the API server would take a minute), then kill
+stop() { # NAME...: SIGTERM all, and SIGKILL after 3 s; the API server would take a minute
   local name pid pids=()
   for name in "$@"; do
     if is_running "$name"; then pids+=("$(cat "$ROOT/$name.pid")"); fi
@@ -50,7 +50,7 @@ end() { # PID...
   done
 }
 
-stop_strays() { # FOLDER: what runs on from it after its pid file was lost, and the shims of its containers
+stop_strays() { # FOLDER: end its processes that have no pid file, and the shims of its containers
   local proc pids=()
   for proc in /proc/[0-9]*; do
     case $(readlink "$proc/exe" 2>/dev/null) in
@@ -61,7 +61,7 @@ stop_strays() { # FOLDER: what runs on from it after its pid file was lost, and 
   [ ${#pids[@]} -eq 0 ] || end "${pids[@]}"
 }
 
-holders() { # PORT...: who listens there
+listeners() { # PORT...: print the processes that listen on them
   local port
   for port in "$@"; do ss -Hltnp "sport = :$port"; done | grep -oE '"[^"]+",pid=[0-9]+' | sort -u | tr '\n' ' '
 }

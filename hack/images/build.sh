@@ -8,17 +8,17 @@ export STORAGE_DRIVER=overlay
 registry=${REGISTRY:-localhost:5000}
 
 # Mount the machine's certificates, the settings of pip and uv, and uv's cache into the build; no image contains them.
-lent=()
-lend() { # PATH [TARGET]
-  [ ! -e "$1" ] || lent+=(-v "$1:${2:-$1}${3:-:ro}")
+mounts=()
+mount_if_present() { # PATH [TARGET] [MODE]
+  [ ! -e "$1" ] || mounts+=(-v "$1:${2:-$1}${3:-:ro}")
 }
-lend /etc/ssl/certs
-lend /etc/pip.conf
-lend /etc/uv
+mount_if_present /etc/ssl/certs
+mount_if_present /etc/pip.conf
+mount_if_present /etc/uv
 mkdir -p "${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/uv}"
-lend "${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/uv}" /var/cache/uv :rw
+mount_if_present "${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/uv}" /var/cache/uv :rw
 
-content() { # NAME: a hash of all that goes in
+content() { # NAME: print a hash of all inputs of the image
   { echo "$base"; find hack/uv.txt pyproject.toml README.m[d] "images/$1" operator trainer -type f -not -path '*/__pycache__/*' \
     -not -path '*.egg-info/*' -print0 | sort -z | xargs -0 sha256sum; } | sha256sum | cut -c1-12
 }
@@ -30,7 +30,7 @@ in_registry() { # IMAGE
     "http://$registry/v2/${path%:*}/manifests/${path##*:}"
 }
 
-forget_others() { # IMAGE: its older builds; they are in the registry still
+remove_older_builds() { # IMAGE: remove them from buildah; the registry keeps them
   buildah images --format '{{.Name}}:{{.Tag}}' | grep -F "${1%:*}:" | grep -vxF "$1" | xargs -r buildah rmi >/dev/null || true
 }
 
@@ -40,10 +40,10 @@ base=${BASE:-$(hack/images/base.sh)}
 for name in "$@"; do
   image=$registry/sailvl-$name:$(content "$name")
   if ! in_registry "$image"; then
-    buildah build --layers --isolation chroot --network host --build-arg "BASE=$base" "${lent[@]}" \
+    buildah build --layers --isolation chroot --network host --build-arg "BASE=$base" "${mounts[@]}" \
       -f "images/$name/Dockerfile" -t "$image" . >&2
     hack/cluster/cluster.sh load "$image"
-    forget_others "$image"
+    remove_older_builds "$image"
   fi
   echo "SAILVL_${name^^}_IMAGE=$image"
 done

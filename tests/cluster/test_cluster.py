@@ -100,7 +100,7 @@ def test_start_fails_early_without_disk_space(cluster: Cluster, tmp_path: Path) 
     finally:
         subprocess.run(["umount", tmp_path], check=True)
     assert up.returncode == 1, up.stderr
-    assert "needs 20 GB of room" in up.stderr
+    assert "20 GB are needed" in up.stderr
     assert files <= {"pki", "log", ".lock"}
 
 

@@ -144,10 +144,8 @@ class Applier:
     async def _start(self, attempt: AttemptSpec) -> None:
         job = build_job(attempt, build_appdef(attempt))
         found = await self._create(resources.JOBS, job, attempt.owner_uid, resources.Job)
-        if _get_digest(found) not in (
-            "",
-            _get_digest(job),
-        ):  # created from an older spec, before the status was written
+        # The Job was created from an older spec, and the status has not been written since.
+        if _get_digest(found) not in ("", _get_digest(job)):
             await self._delete_by_force([parse_job(found)])
             raise Conflict(f"Job {job['metadata']['name']} was created from an outdated spec")
         self._owned_objects.jobs.put_created(found)
