@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from sailvl_trainer.contract import SHARDS_DIR, ModelConfig, Stage
 from sailvl_trainer.data.shards import read_shard_manifest
-from sailvl_trainer.evaluate.generate import Generator
+from sailvl_trainer.evaluate.answers import Generator
 from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.storage.codec import decode

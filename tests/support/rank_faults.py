@@ -32,7 +32,7 @@ from sailvl_trainer.data.loader import LoadedStep
 from sailvl_trainer.data.shards import ShardInfo, ShardReader, ShardWriter
 from sailvl_trainer.data.token_counts import TokenCountFiles
 from sailvl_trainer.evaluate import stage as evaluate
-from sailvl_trainer.evaluate.answer_cache import AnswerCache
+from sailvl_trainer.evaluate.answers import AnswerCache
 from sailvl_trainer.model import export
 from sailvl_trainer.rank.main import main as rank_main
 from sailvl_trainer.rank.settings import Scratch

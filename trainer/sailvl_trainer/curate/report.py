@@ -29,7 +29,7 @@ from sailvl_trainer.curate.statistics import (
     compute_statistics,
     open_decided,
 )
-from sailvl_trainer.reporting.page import encode_thumbnail, render_page
+from sailvl_trainer.reporting import encode_thumbnail, render_page
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
 

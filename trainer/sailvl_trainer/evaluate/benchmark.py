@@ -12,8 +12,7 @@ from pathlib import Path
 from sailvl_trainer.contract import HELD_OUT_DIR, MANIFEST_FILE, BenchmarkConfig
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.errors import DataError, Preempted
-from sailvl_trainer.evaluate.answer_cache import AnswerCache
-from sailvl_trainer.evaluate.generate import Generator
+from sailvl_trainer.evaluate.answers import AnswerCache, Generator
 from sailvl_trainer.evaluate.scoring import is_yes, parse_accepted_answers, score_answers
 from sailvl_trainer.evaluate.tsv import Question, read_tsv
 from sailvl_trainer.rank.context import Context

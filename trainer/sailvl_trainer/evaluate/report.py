@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sailvl_trainer.evaluate.benchmark import Answer, BenchmarkResult
 from sailvl_trainer.evaluate.tsv import read_tsv
-from sailvl_trainer.reporting.page import encode_thumbnail, render_page
+from sailvl_trainer.reporting import encode_thumbnail, render_page
 from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
 

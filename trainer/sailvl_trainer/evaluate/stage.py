@@ -12,9 +12,8 @@ from pathlib import Path
 
 from sailvl_trainer.contract import EXPORT_DIR, EvaluateConfig, Result
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.evaluate.answer_cache import AnswerCache
+from sailvl_trainer.evaluate.answers import AnswerCache, Generator
 from sailvl_trainer.evaluate.benchmark import BenchmarkResult, check_benchmark, evaluate_benchmark
-from sailvl_trainer.evaluate.generate import Generator
 from sailvl_trainer.evaluate.report import write_report
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.presets import get_preset

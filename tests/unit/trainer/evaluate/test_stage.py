@@ -15,7 +15,7 @@ from torch.nn import functional
 from sailvl_trainer.contract import BenchmarkConfig, Result, Stage
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.errors import ConfigError, DataError, Preempted
-from sailvl_trainer.evaluate import generate
+from sailvl_trainer.evaluate.answers import Generator
 from sailvl_trainer.evaluate.benchmark import BenchmarkResult
 from sailvl_trainer.evaluate.stage import build_metrics, run
 from sailvl_trainer.evaluate.tsv import read_tsv
@@ -95,14 +95,14 @@ def test_answers_before_a_stop_are_reused(
     root: Path, finished: tuple[Stage, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = replace(finished[0], run="stopped", output=str(root / "stopped/evaluate"))
-    answer, answered = generate.Generator.generate_answers, list[str]()
+    answer, answered = Generator.generate_answers, list[str]()
 
-    def answer_and_stop(self: generate.Generator, questions: Any, max_tiles: int) -> list[str]:
+    def answer_and_stop(self: Generator, questions: Any, max_tiles: int) -> list[str]:
         answered.extend(question.index for question in questions)
         (Path(stage.output) / "scratch-1/stop").touch()
         return answer(self, questions, max_tiles)
 
-    monkeypatch.setattr(generate.Generator, "generate_answers", answer_and_stop)
+    monkeypatch.setattr(Generator, "generate_answers", answer_and_stop)
     with pytest.raises(Preempted, match="during benchmark colours"):
         run_stage(stage)
     (cache,) = (Path(stage.output) / "artifacts").iterdir()
@@ -127,7 +127,7 @@ def test_batched_answer_equals_step_by_step_greedy_decoding(root: Path) -> None:
     stage = build_stage(root)
     tokenizer = load_tokenizer(stage.model, root / "model/export")
     model = build_model(stage.model, tokenizer, init_from=root / "model/export").eval()
-    generator = generate.Generator(
+    generator = Generator(
         model=model, tokenizer=tokenizer, preset=get_preset("tiny"), device=torch.device("cpu"), max_new_tokens=3
     )
     question = read_tsv(root / "benchmarks/colours.tsv")[0]
@@ -148,7 +148,7 @@ def test_broken_benchmark_fails_before_the_first_answer(
     root: Path, benchmarks: tuple[BenchmarkConfig, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered: list[Any] = []
-    monkeypatch.setattr(generate.Generator, "generate_answers", lambda *_: answered.append(1))
+    monkeypatch.setattr(Generator, "generate_answers", lambda *_: answered.append(1))
     broken = build_benchmark(root / "benchmarks/gone.tsv")
     with pytest.raises(DataError, match=r"gone\.tsv"):
         run_stage(build_stage(root, *benchmarks, broken, run="mistake"))

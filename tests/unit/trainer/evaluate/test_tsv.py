@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sailvl_trainer.errors import DataError
-from sailvl_trainer.evaluate.generate import build_prompt
+from sailvl_trainer.evaluate.answers import build_prompt
 from sailvl_trainer.evaluate.tsv import read_tsv
 from tests.support.builders.evaluation import build_row, draw_colour, encode_base64, write_tsv
 
