@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# Stub worker for tests of the operator: takes the place of the trainer's `python` and behaves as $STUB says, with the
+# Stub worker for tests of the operator: it replaces the trainer's `python` and behaves as $STUB selects, with the
 # exit codes and termination messages of the contract.
 #   succeed     work for a second, then report a result
 #   hold        run until SIGTERM, then exit as if a checkpoint had been saved
