@@ -17,7 +17,7 @@ from sailvl_operator.api.parse import parse_run
 from sailvl_operator.api.types import Defaults
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.resources import Resource
-from sailvl_operator.core.desired import job as desired
+from sailvl_operator.core.desired import manifests as desired
 from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.observe import observe
 from sailvl_operator.core.reconcile import reconcile

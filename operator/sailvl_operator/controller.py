@@ -26,7 +26,7 @@ from sailvl_operator.cluster.runs import RunEntry, RunKey, RunStore
 from sailvl_operator.cluster.start_diagnostics import StartDiagnostics
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.decision import Decision
-from sailvl_operator.core.invalid_spec import reconcile_unreadable
+from sailvl_operator.core.finished import reconcile_unreadable
 from sailvl_operator.core.observe import Observed, PodRecord, observe
 from sailvl_operator.core.reconcile import reconcile
 from sailvl_operator.core.stage_view import ACTIVE

@@ -17,9 +17,7 @@ from sailvl_operator.cluster.parse import parse_job
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode
-from sailvl_operator.core.desired.claim import build_claim
-from sailvl_operator.core.desired.job import build_job
-from sailvl_operator.core.desired.service import build_service
+from sailvl_operator.core.desired.manifests import build_claim, build_job, build_service
 from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.observe import AttemptKey, JobRecord
 from sailvl_operator.errors import REFUSALS, Conflict, NameConflict, NotFound, OperatorError

@@ -15,8 +15,15 @@ from sailvl_operator.core.gates import GateResult, evaluate_gate
 from sailvl_operator.core.restart_policy import describe_failure, restart_failed
 from sailvl_operator.core.restart_request import restart_on_request
 from sailvl_operator.core.stage_view import ACTIVE, StageTransition, StageView, with_status
-from sailvl_operator.core.start import create_job, has_started, mark_running, replace_outdated_job, start_stage
-from sailvl_operator.core.start_timeout import enforce_start_timeout, restart_after_missing_pod
+from sailvl_operator.core.start import (
+    create_job,
+    enforce_start_timeout,
+    has_started,
+    mark_running,
+    replace_outdated_job,
+    restart_after_missing_pod,
+    start_stage,
+)
 from sailvl_operator.core.success import complete_stage
 from sailvl_operator.core.suspend import requeue_preempted, resume_stage, suspend_stage
 

@@ -12,8 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from sailvl_operator.api import names
 from sailvl_operator.api.status import Goodput, StageProgress, StageStatus, Status
-from sailvl_operator.core.desired.metadata import build_attempt_labels
-from sailvl_operator.core.desired.service import build_service
+from sailvl_operator.core.desired.manifests import build_attempt_labels, build_service
 from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
 from sailvl_trainer.rank.metrics import TrainerMetrics
 from tests.support.builders.operator import build_run

@@ -12,9 +12,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.core.attempt import build_attempt
 from sailvl_operator.core.decision import AttemptSpec
-from sailvl_operator.core.desired.claim import build_claim
-from sailvl_operator.core.desired.job import build_job
-from sailvl_operator.core.desired.service import build_service
+from sailvl_operator.core.desired.manifests import build_claim, build_job, build_service
 from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.plan import plan
 from sailvl_trainer.contract import Env

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from sailvl_operator.api.status import ConditionType, StageCheckpoint, Status, encode_status
 from sailvl_operator.core.decision import Decision
-from sailvl_operator.core.invalid_spec import reconcile_unreadable
+from sailvl_operator.core.finished import reconcile_unreadable
 from sailvl_operator.core.observe import observe
 from sailvl_trainer.contract import Progress
 from tests.support.builders.operator import SPEC, build_run
