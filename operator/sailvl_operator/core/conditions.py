@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+import msgspec
+
 from sailvl_operator.api.status import Condition, ConditionType, Reason, StageStatus, Status, Summary
 from sailvl_operator.api.types import Run
 from sailvl_operator.core.gates import GateResult
 from sailvl_operator.core.restart_request import MAX_REQUEST_LENGTH
 from sailvl_operator.core.stage_view import ACTIVE, StageTransition
 from sailvl_operator.core.stuck import Stuck
-from sailvl_operator.core.units import format_duration, format_time
+from sailvl_operator.core.units import format_duration, format_time, parse_time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +70,19 @@ def build_status(run: Run, old: Status, transition: RunTransition, stuck: Stuck 
         goodput=old.goodput,
         observed_restart_request=run.restart_stage[:MAX_REQUEST_LENGTH],
     )
+
+
+def find_deferral(old: Status, new: Status, *, interval: float, now: float) -> float | None:
+    """Return the Unix seconds until which the write may wait; None if it is due or there is nothing to write.
+
+    It may wait if nothing but progress and the number of ready workers has changed. Every write costs the API server
+    and etcd, and with many runs together the progress would dominate both. `interval` is the minimum number of seconds
+    between two such writes.
+    """
+    if new == old or _drop_continuous_fields(old) != _drop_continuous_fields(new):
+        return None
+    due = parse_time(old.goodput.settled_at) + interval
+    return due if due > now else None
 
 
 def build_conditions(old: Status, values: ConditionValues, *, generation: int, now: float) -> list[Condition]:
@@ -185,3 +200,16 @@ def _format_ready_workers(transitions: Sequence[StageTransition]) -> str:
     views = [transition.view for transition in transitions if transition.status.state in ACTIVE]
     ready = sum(pod.is_ready and not pod.is_gone for view in views for pod in view.attempt.pods)
     return f"{ready}/{sum(view.nodes for view in views)}" if views else ""
+
+
+def _drop_continuous_fields(status: Status) -> Status:
+    """Drop the fields that change continuously: progress, ETA, ready workers and metrics.
+
+    A new checkpoint still counts as a change, and so does the moment in which all workers are ready.
+    """
+    summary = msgspec.structs.replace(status.summary, progress="", eta="", ready="")
+    return msgspec.structs.replace(status, summary=summary, stages=[_drop_progress(stage) for stage in status.stages])
+
+
+def _drop_progress(stage: StageStatus) -> StageStatus:
+    return msgspec.structs.replace(stage, progress=None, metrics={}) if stage.state == "Running" else stage
