@@ -12,13 +12,13 @@ import pytest
 
 from sailvl_operator.api.status import Cause
 from sailvl_operator.api.types import Defaults
-from sailvl_operator.core.attempt import build_attempt
 from sailvl_operator.core.desired.workload import build_defaults, build_env, encode_document
 from sailvl_operator.core.evidence import Evidence, collect_evidence
 from sailvl_operator.core.failure import find_root_cause
+from sailvl_operator.core.jobs import build_attempt
+from sailvl_operator.core.lifecycle import find_result
 from sailvl_operator.core.observe import Terminated
 from sailvl_operator.core.plan import plan
-from sailvl_operator.core.success import find_result
 from sailvl_trainer import contract
 from sailvl_trainer.contract import (
     METRICS_PORT,

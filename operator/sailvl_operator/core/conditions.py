@@ -126,6 +126,25 @@ def build_values(
     }
 
 
+def build_summary(transitions: Sequence[StageTransition], *, reason: str, goodput: str) -> Summary:
+    """Build `status.summary` from the stage that currently matters most and the workers of all active stages."""
+    stages = [transition.status for transition in transitions]
+    position, current = _find_current_stage(stages)
+    progress = current.progress
+    is_active = current.state not in ("Succeeded", "Failed")
+    percent = 0 if progress is None or not progress.steps else 100 * progress.step // progress.steps
+    eta = progress.eta_seconds if progress is not None and is_active else None
+    return Summary(
+        stage=f"{current.name} ({position}/{len(stages)})",
+        progress=f"{100 if current.state == 'Succeeded' else percent}%",
+        ready=_format_ready_workers(transitions),
+        restarts=sum(sum(stage.restarts.values()) for stage in stages),
+        goodput=goodput,
+        eta="" if eta is None else format_duration(eta),
+        reason=reason,
+    )
+
+
 def _evaluate_run(run: Run, transition: RunTransition, stuck: Stuck | None) -> ConditionValues:
     states = {stage.status.state for stage in transition.stages}
     if transition.failure is not None:
@@ -160,25 +179,6 @@ def _evaluate_gates(transition: RunTransition) -> ConditionValues:
     reason = Reason.GATE_FAILED if failed else Reason.GATE_PASSED
     message = "; ".join(failed) or f"{len(results)} of {len(results)} passed"
     return {ConditionType.GATES_PASSED: ConditionValue(is_true=not failed, reason=reason, message=message)}
-
-
-def build_summary(transitions: Sequence[StageTransition], *, reason: str, goodput: str) -> Summary:
-    """Build `status.summary` from the stage that currently matters most and the workers of all active stages."""
-    stages = [transition.status for transition in transitions]
-    position, current = _find_current_stage(stages)
-    progress = current.progress
-    is_active = current.state not in ("Succeeded", "Failed")
-    percent = 0 if progress is None or not progress.steps else 100 * progress.step // progress.steps
-    eta = progress.eta_seconds if progress is not None and is_active else None
-    return Summary(
-        stage=f"{current.name} ({position}/{len(stages)})",
-        progress=f"{100 if current.state == 'Succeeded' else percent}%",
-        ready=_format_ready_workers(transitions),
-        restarts=sum(sum(stage.restarts.values()) for stage in stages),
-        goodput=goodput,
-        eta="" if eta is None else format_duration(eta),
-        reason=reason,
-    )
 
 
 def _find_current_stage(stages: Sequence[StageStatus]) -> tuple[int, StageStatus]:

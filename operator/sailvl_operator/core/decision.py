@@ -14,7 +14,7 @@ from sailvl_trainer.contract import Stage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptSpec:
-    """An attempt that is ready to start; `desired.workload` builds its AppDef and `desired.job` its Job."""
+    """An attempt that is ready to start; `desired.workload` builds its AppDef and `desired.manifests` its Job."""
 
     document: Stage
     """Stage config that the workers read."""

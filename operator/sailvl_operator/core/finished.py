@@ -15,7 +15,7 @@ from msgspec import UNSET
 
 from sailvl_operator.api.status import ConditionType, Goodput, Reason, Status, decode_status
 from sailvl_operator.api.types import Run
-from sailvl_operator.core import cleanup, goodput, restart_request
+from sailvl_operator.core import goodput, jobs, restart_request
 from sailvl_operator.core.conditions import build_conditions, build_values
 from sailvl_operator.core.decision import Decision, DeletionMode, Event
 from sailvl_operator.core.observe import Observed
@@ -34,10 +34,10 @@ def find_active_seconds_left(run: Run, status: Status, stages: Sequence[StageTra
     if limit is UNSET:
         return inf
     ledger, _ = goodput.account(status, stages, now=now)
-    return limit - count_active_seconds(ledger)
+    return limit - _count_active_seconds(ledger)
 
 
-def count_active_seconds(ledger: Goodput) -> int:
+def _count_active_seconds(ledger: Goodput) -> int:
     """Return the seconds in which the run was neither suspended nor queued."""
     return sum(ledger.seconds.values()) - sum(ledger.seconds.get(bucket, 0) for bucket in _INACTIVE_BUCKETS)
 
@@ -67,14 +67,14 @@ def reconcile_finished(run: Run, status: Status, observed: Observed, *, now: flo
         observed_restart_request=status.observed_restart_request if run.restart_stage else "",
     )
     dead = [
-        *cleanup.find_superseded_jobs(status.stages, observed),
-        *cleanup.find_unrecorded_jobs(status.stages, observed),
+        *jobs.find_superseded_jobs(status.stages, observed),
+        *jobs.find_unrecorded_jobs(status.stages, observed),
     ]
-    suspended = cleanup.find_suspended_jobs(status.stages, observed)
+    suspended = jobs.find_suspended_jobs(status.stages, observed)
     return Decision(
         deletions=(
-            *cleanup.build_deletions(DeletionMode.FORCE, dead),
-            *cleanup.build_deletions(DeletionMode.GRACEFUL, suspended),
+            *jobs.build_deletions(DeletionMode.FORCE, dead),
+            *jobs.build_deletions(DeletionMode.GRACEFUL, suspended),
         ),
         delete_run=is_expired,
         clear_restart_request=restart_request.is_handled(run, status),
@@ -97,9 +97,9 @@ def reconcile_invalid(run: Run, message: str, observed: Observed, *, now: float)
         summary=msgspec.structs.replace(old.summary, reason=Reason.INVALID_SPEC),
         completion_time=format_time(now) if is_idle else old.completion_time,
     )
-    unrecorded = cleanup.find_unrecorded_jobs(old.stages, observed)
+    unrecorded = jobs.find_unrecorded_jobs(old.stages, observed)
     return Decision(
-        deletions=cleanup.build_deletions(DeletionMode.FORCE, unrecorded),
+        deletions=jobs.build_deletions(DeletionMode.FORCE, unrecorded),
         status=status,
         is_urgent=not is_idle,
         events=(Event(reason=Reason.INVALID_SPEC, message=message[:1000], type="Warning"),),
@@ -115,16 +115,16 @@ def reconcile_unreadable(run: Run, message: str, observed: Observed, *, now: flo
 
 def _reconcile_rejected(run: Run, status: Status, observed: Observed, now: float) -> Decision:
     """Suspend the workers of a rejected run if its spec says so, and delete the run after ttlSecondsAfterFinished."""
-    jobs = [observed.get(stage.name, stage.attempt).job for stage in status.stages if stage.state in ACTIVE]
-    active = [job for job in jobs if job is not None and not job.is_suspended and not job.is_deleting]
+    current = [observed.get(stage.name, stage.attempt).job for stage in status.stages if stage.state in ACTIVE]
+    active = [job for job in current if job is not None and not job.is_suspended and not job.is_deleting]
     expiry = _find_expiry(run, status)
     is_expired = expiry is not None and expiry <= now
-    unrecorded = cleanup.find_unrecorded_jobs(status.stages, observed)
+    unrecorded = jobs.find_unrecorded_jobs(status.stages, observed)
     queued = [job for job in active if run.spec.suspend and job.queue]
     return Decision(
         deletions=(
-            *cleanup.build_deletions(DeletionMode.FORCE, unrecorded),
-            *cleanup.build_deletions(DeletionMode.GRACEFUL, queued),
+            *jobs.build_deletions(DeletionMode.FORCE, unrecorded),
+            *jobs.build_deletions(DeletionMode.GRACEFUL, queued),
         ),
         suspend=tuple((job, True) for job in active if run.spec.suspend and not job.queue),
         delete_run=is_expired,

@@ -9,13 +9,12 @@ from math import inf
 from sailvl_operator.api.parse import find_unsupported_fields
 from sailvl_operator.api.status import StageStatus, Status, decode_status
 from sailvl_operator.api.types import Defaults, Run
-from sailvl_operator.core.attempt import build_attempts
-from sailvl_operator.core.cleanup import find_deletions
 from sailvl_operator.core.conditions import RunTransition, build_status, find_deferral
 from sailvl_operator.core.decision import Decision
 from sailvl_operator.core.events import collect_events
 from sailvl_operator.core.finished import find_active_seconds_left, may_resume, reconcile_finished, reconcile_invalid
 from sailvl_operator.core.goodput import update_goodput
+from sailvl_operator.core.jobs import build_attempts, find_deletions
 from sailvl_operator.core.observe import Observed
 from sailvl_operator.core.plan import PlannedStage, plan
 from sailvl_operator.core.restart_request import find_request, is_handled

@@ -12,10 +12,8 @@ from dataclasses import replace
 import msgspec
 
 from sailvl_operator.core.gates import GateResult, evaluate_gate
-from sailvl_operator.core.restart_policy import describe_failure, restart_failed
-from sailvl_operator.core.restart_request import restart_on_request
-from sailvl_operator.core.stage_view import ACTIVE, StageTransition, StageView, with_status
-from sailvl_operator.core.start import (
+from sailvl_operator.core.lifecycle import (
+    complete_stage,
     create_job,
     enforce_start_timeout,
     has_started,
@@ -24,7 +22,9 @@ from sailvl_operator.core.start import (
     restart_after_missing_pod,
     start_stage,
 )
-from sailvl_operator.core.success import complete_stage
+from sailvl_operator.core.restart_policy import describe_failure, restart_failed
+from sailvl_operator.core.restart_request import restart_on_request
+from sailvl_operator.core.stage_view import ACTIVE, StageTransition, StageView, with_status
 from sailvl_operator.core.suspend import requeue_preempted, resume_stage, suspend_stage
 
 POLICIES: tuple[Callable[[StageView], StageTransition | None], ...] = (

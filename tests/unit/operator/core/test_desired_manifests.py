@@ -10,10 +10,10 @@ import pytest
 
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Defaults, Run
-from sailvl_operator.core.attempt import build_attempt
 from sailvl_operator.core.decision import AttemptSpec
 from sailvl_operator.core.desired.manifests import build_claim, build_job, build_service
 from sailvl_operator.core.desired.workload import build_appdef
+from sailvl_operator.core.jobs import build_attempt
 from sailvl_operator.core.plan import plan
 from sailvl_trainer.contract import Env
 from tests.support.builders.operator import build_run

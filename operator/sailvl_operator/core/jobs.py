@@ -1,21 +1,74 @@
-"""Build the attempts that start: the stage config for their workers, and everything that their Jobs are made from."""
+"""Find the Jobs that a decision deletes, and build the attempts whose Jobs it creates.
+
+Jobs are deleted if they are of older attempts or of failed stages, or if no status mentions them. An attempt consists
+of the stage config for its workers and of everything that its Job is made from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from msgspec import UNSET
 
 from sailvl_operator.api import names
-from sailvl_operator.api.status import Cause
+from sailvl_operator.api.status import Cause, StageStatus
 from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.core import stage_config
-from sailvl_operator.core.decision import AttemptSpec
+from sailvl_operator.core.decision import AttemptSpec, Deletion, DeletionMode
+from sailvl_operator.core.observe import JobRecord, Observed
 from sailvl_operator.core.plan import PlannedStage
 from sailvl_operator.core.restart_policy import find_excluded_nodes
 from sailvl_operator.core.stage_view import StageTransition
 from sailvl_trainer import contract
+
+
+def find_deletions(
+    stages: Sequence[StageStatus], transitions: Sequence[StageTransition], observed: Observed
+) -> tuple[Deletion, ...]:
+    """Return the deletions of an active run; `stages` are the stages of the status as it was last written."""
+    superseded = find_superseded_jobs(stages, observed)
+    released = [t.view.attempt.job for t in transitions if t.should_delete_job and t.view.attempt.job is not None]
+    return (
+        *build_deletions(DeletionMode.BEFORE_STARTS, (job for job in superseded if not _is_dead(job, observed))),
+        *build_deletions(DeletionMode.FORCE, (job for job in superseded if _is_dead(job, observed))),
+        *build_deletions(DeletionMode.GRACEFUL, released),
+    )
+
+
+def build_deletions(mode: DeletionMode, jobs: Iterable[JobRecord]) -> tuple[Deletion, ...]:
+    """Build the deletions of several Jobs in one mode."""
+    return tuple(Deletion(job=job, mode=mode) for job in jobs)
+
+
+def find_superseded_jobs(stages: Sequence[StageStatus], observed: Observed) -> list[JobRecord]:
+    """Return the Jobs of older attempts and of failed stages; their hung ranks would hold GPUs."""
+    current = {stage.name: stage for stage in stages}
+    return [
+        job
+        for job in observed.jobs
+        if not job.is_deleting
+        and job.stage in current
+        and (job.attempt < current[job.stage].attempt or current[job.stage].state == "Failed")
+    ]
+
+
+def find_suspended_jobs(stages: Sequence[StageStatus], observed: Observed) -> list[JobRecord]:
+    """Return the Jobs of stages that were suspended because their run failed; their workers save a checkpoint."""
+    jobs = (observed.get(stage.name, stage.attempt).job for stage in stages if stage.state == "Suspended")
+    return [job for job in jobs if job is not None and not job.is_deleting]
+
+
+def find_unrecorded_jobs(stages: Sequence[StageStatus], observed: Observed) -> list[JobRecord]:
+    """Return first Jobs that no status mentions: the run ended or was rejected just after they were created."""
+    recorded = {stage.name for stage in stages if stage.attempt > 0}
+    return [job for job in observed.jobs if job.stage not in recorded and not job.is_deleting]
+
+
+def _is_dead(job: JobRecord, observed: Observed) -> bool:
+    """Return whether the workers of a Job can't run together any more: one is lost, and no queue restarts the Job."""
+    pods = observed.get(job.stage, job.attempt).pods
+    return not job.queue and any(pod.is_gone or pod.terminated is not None for pod in pods)
 
 
 def build_attempts(transitions: Sequence[StageTransition]) -> tuple[AttemptSpec, ...]:
