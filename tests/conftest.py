@@ -4,5 +4,5 @@ from hypothesis import settings
 
 pytest_plugins = ["tests.support.live.cluster"]
 
-settings.register_profile("unhurried", deadline=None)  # machines that build are busy: time is no reason to fail
+settings.register_profile("unhurried", deadline=None)  # tests must not fail because a build machine is busy
 settings.load_profile("unhurried")

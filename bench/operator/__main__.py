@@ -74,7 +74,9 @@ async def measure(runs: int, tries: int) -> Report:
     """Run every scenario, each on a control plane of its own."""
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # so that every started process is ended
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGTERM, task.cancel
+    )  # so that every started process is terminated
     report = Report()
     await _measure_starts(report, runs, tries)
     await _measure_peer(report, runs)

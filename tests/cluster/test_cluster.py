@@ -123,6 +123,6 @@ def test_node_without_power_becomes_unknown_and_returns(kubectl: Kubectl, cluste
         wait_until(lambda: list_ready_conditions(kubectl)["node-7"] == "Unknown", 60)
         call_script("add-node")
         assert list_ready_conditions(kubectl)["node-7"] == "True"
-        wait_until(lambda: get_phase() in ("Failed", "Succeeded", ""), 60)  # its containers did not survive
+        wait_until(lambda: get_phase() in ("Failed", "Succeeded", ""), 60)  # the power loss ended its containers
     finally:
         call_script("remove-node")

@@ -173,12 +173,12 @@ def test_run_evicted_and_readmitted_at_once_resumes(workspace, kueue):
 def test_suspended_run_frees_quota_and_queues_again(workspace, kueue):
     run, other = (enqueue(workspace, name, "slow", "paused") for name in ("paused", "waiting"))
     run.wait_for_stage("Running")
-    other.edit(suspend=True)  # while it waits
+    other.edit(suspend=True)  # while the Job is suspended in the queue
     other.wait_for_condition("Suspended")
     wait_until(lambda: find_workloads(other) == [])
     assert other.journal == []
 
-    run.edit(suspend=True)  # while it runs
+    run.edit(suspend=True)  # while the Job is running
     run.wait_for_condition("Suspended")
     assert run.journal == ["draw-a 1 0 started", "draw-a 1 0 sigterm", "draw-a 1 0 saved"]
     assert (run.jobs, find_workloads(run)) == ([], [])
@@ -215,9 +215,9 @@ def test_timeouts_do_not_count_while_queued(workspace, kueue, run_without_queue)
     assert run_without_queue.jobs == ["without-queue-draw-a-1"]
     run_without_queue.edit(
         restartPolicy={"startTimeoutSeconds": 600}, activeDeadlineSeconds=600
-    )  # from here on they count
+    )  # only later changes count
 
-    serve_workloads(workspace.api, "v1beta1")  # as an older Kueue does
+    serve_workloads(workspace.api, "v1beta1")  # the behaviour of older Kueue versions
     kueue.workloads, kueue.quotas["nowhere"] = get_workload_resource("v1beta1"), 0
     wait_for_queued(run_without_queue, f"Kueue's queue nowhere: {FULL}")
     kueue.quotas["nowhere"] = 1

@@ -38,7 +38,7 @@ def test_panel_has_data(expression: str, whole_run: WholeRun, prometheus: Promet
     for name, value in VARIABLES.items():
         filled = filled.replace(name, value)
     filled = re.sub(r'=~?"\$\{?\w+\}?"', '=~".*"', filled)
-    # instant selectors only look back five minutes, the run was longer; its end shows after the next scrape
+    # an instant query covers five minutes, less than the run; the end of the run is in the next scrape
     over_run = f"last_over_time(({filled})[1h:5s])"
     until = time.monotonic() + SCRAPE_SECONDS
     while not (found := prometheus.query(filled) or prometheus.query(over_run)) and time.monotonic() < until:

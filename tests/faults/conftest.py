@@ -17,7 +17,7 @@ from tests.support.live.cluster import Cluster, Kubectl
 def installation(cluster: Cluster, kubectl: Kubectl, kubeconfig: str) -> Iterator[Installation]:
     """Install the chart on the cluster of `make cluster`."""
     if not cluster.is_ours:
-        pytest.skip("faults are injected into nodes, disks and processes: needs the cluster of `make cluster`")
+        pytest.skip("faults are injected into nodes, disks and processes, which needs the cluster of `make cluster`")
     operator, trainer = (os.environ.get(f"SAILVL_{name}_IMAGE", "") for name in ("OPERATOR", "TRAINER"))
     if not operator or not trainer:
         pytest.skip("SAILVL_OPERATOR_IMAGE and SAILVL_TRAINER_IMAGE not set: `make faults` builds the images")

@@ -67,8 +67,8 @@ def find_helm() -> str | None:
 def run_helm(*args: str, kubeconfig: str = "") -> subprocess.CompletedProcess[str]:
     """Run helm without a cluster unless a kubeconfig is given; it does not raise on failures."""
     helm = find_helm()
-    assert helm is not None, "the test skips without helm"
-    variables = {"KUBECONFIG": kubeconfig or "/dev/null"}  # rendering asks no cluster
+    assert helm is not None, "the test is skipped without helm"
+    variables = {"KUBECONFIG": kubeconfig or "/dev/null"}  # rendering needs no cluster
     return subprocess.run(
         [helm, *args], capture_output=True, text=True, check=False, timeout=300, env=os.environ | variables
     )

@@ -58,7 +58,7 @@ class FaultyRanks:
 
     def __init__(self, document: Stage, world_size: int = 2, faults: Sequence[Fault] = ()) -> None:
         """Start the ranks. `faults` has one fault per rank, or one for all ranks."""
-        beside = Path(document.storage)  # the storage itself may go in a test
+        beside = Path(document.storage)  # a test may remove the storage itself
         self.folder = beside.with_name(f"{beside.name}-ranks") / f"{document.run}-{document.attempt}"
         self.folder.mkdir(parents=True)
         (self.folder / "stage.json").write_bytes(encode(document))
@@ -256,8 +256,8 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "counting tokens": (TokenCountFiles, "count", 1, False),
     "starting": (stage, "build_engine", 1, True),
     "evaluating before": (stage.validation, "measure_validation_loss", 1, True),
-    "saving, files half written": (checkpoint, "_write_fragments", 2, False),
-    "saving, whole but not pruned": (trainer, "delete_old_checkpoints", 2, True),
+    "saving, with half-written files": (checkpoint, "_write_fragments", 2, False),
+    "saving, complete but before older ones are deleted": (trainer, "delete_old_checkpoints", 2, True),
     "evaluating after": (stage.validation, "measure_validation_loss", 2, True),
     "writing a shard": (ShardWriter, "write", 2, True),
     "writing the report of curation": (curate, "write_report", 1, True),

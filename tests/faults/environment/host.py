@@ -121,7 +121,7 @@ class ClusterProcess:
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self._pid_file.write_text(f"{started.pid}\n")
-        started.returncode = 0  # it is not waited for
+        started.returncode = 0  # no caller waits for it
 
 
 def _parse(pod: dict[str, Any]) -> WorkerContainer | None:

@@ -101,7 +101,7 @@ class FolderVolume:
         self.folder.mkdir(parents=True)
         os.chown(self.folder, WORKER_USER, WORKER_USER)
         for path in sorted(DATA.iterdir()):
-            flags = raw_flags if path.name == "raw" else "-a"  # tests corrupt the copied sets
+            flags = raw_flags if path.name == "raw" else "-a"  # tests corrupt the copies
             subprocess.run(["cp", flags, path, self.folder / path.name], check=True)
 
 

@@ -184,7 +184,7 @@ def write_nan_to_memory(experiment: Experiment) -> Iterator[None]:
     """Overwrite numbers in the memory of the second worker's rank with NaN, so that its loss is not finite."""
     rank = experiment.workers()[1].ranks[0]
     experiment.mark_injection()
-    assert process_memory.write_nan(rank), "the numbers were not found in memory"
+    assert process_memory.write_nan(rank), "the parameters were not found in memory"
     yield
 
 
@@ -248,6 +248,6 @@ def truncate_images(experiment: Experiment) -> Iterator[None]:
     experiment.mark_injection()
     for path in sorted((experiment.volume.folder / "raw/posters").glob("poster-03[0-9]-1[0-5].png")):
         data = path.read_bytes()
-        path.unlink()  # its copies are hard links to the same file
+        path.unlink()  # copies are hard links to the same file
         path.write_bytes(data[: len(data) // 2])
     yield

@@ -73,7 +73,7 @@ class Experiment:
     @property
     def disk(self) -> DiskVolume:
         """The run's volume, for faults that need a disk."""
-        assert isinstance(self.volume, DiskVolume), "the fault needs a disk of its own"
+        assert isinstance(self.volume, DiskVolume), "the fault needs a separate disk"
         return self.volume
 
     def output(self, stage: str) -> Path:

@@ -108,7 +108,7 @@ class RunRecorder:
         try:
             self._poll_status()
             self.workers = list_workers(self._api.list_pods(f"sailvl.dev/run={self._run}"))
-        except ClusterReader.ERRORS:  # polled again in a moment
+        except ClusterReader.ERRORS:  # the next poll reads it again
             return
         stages = [s for s in self.status.get("stages", []) if s["state"] != "Pending"]
         if not stages:

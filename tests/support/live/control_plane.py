@@ -52,7 +52,9 @@ class ControlPlaneProcesses:
 
     def __init__(self, binaries: Path, folder: Path, profile: ControlPlaneProfile) -> None:
         self.kubeconfig = folder / "kubeconfig"
-        self.certificate_authority = folder / "certificates/apiserver.crt"  # self-signed, written by the API server
+        self.certificate_authority = (
+            folder / "certificates/apiserver.crt"
+        )  # a self-signed certificate, written by the API server
         self.token = "test"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._binaries, self._folder, self._profile = binaries, folder, profile

@@ -182,7 +182,7 @@ async def _wait_for_first(crashed: asyncio.Event, finished: asyncio.Event) -> bo
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if finished.is_set() and not crashed.is_set():
-            await asyncio.sleep(0.5)  # for the last events
+            await asyncio.sleep(0.5)  # time for the last events to arrive
         return crashed.is_set()
     finally:
         for wait in waits:

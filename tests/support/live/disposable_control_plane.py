@@ -90,9 +90,8 @@ def open_disposable_control_plane(binaries: Path, folder: Path) -> Iterator[Disp
         kubectl = [binaries / "kubectl", f"--kubeconfig={kubeconfig}"]
         subprocess.run([*kubectl, "apply", "--server-side", "-f", ROOT / "crds/sailvlruns.yaml"], check=True)
         wait = [*kubectl, "wait", "--for=condition=Established", f"crd/{CRD}", "--timeout=30s"]
-        wait_until(
-            lambda: subprocess.run(wait, check=False).returncode == 0
-        )  # it fails while there is no condition yet
+        # kubectl wait fails as long as there is no condition.
+        wait_until(lambda: subprocess.run(wait, check=False).returncode == 0)
         background, client = BackgroundLoop(), Client(load_credentials(str(kubeconfig)))
         plane = DisposableControlPlane(kubeconfig=kubeconfig, client=client, background=background)
         background.call(client.__aenter__())

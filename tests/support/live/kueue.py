@@ -148,7 +148,7 @@ class FakeKueue:
         while not self._stop.wait(_INTERVAL_SECONDS):
             try:
                 self.run_once()
-            except ApiStatusError as error:  # another client was faster; the next round sees its change
+            except ApiStatusError as error:  # another client was faster; the next round reads its change
                 logging.getLogger("kueue").info("%s", error)
                 if error.code not in (404, 409, 422):
                     self.failure = error

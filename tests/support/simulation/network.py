@@ -215,7 +215,7 @@ class SimulatedWatch(Watch):
     async def _wait_until(self, until: float) -> None:
         if self.is_hanging:
             await asyncio.sleep(SILENCE_SECONDS)
-            raise TimeoutError("no byte for too long")
+            raise TimeoutError("no data before the timeout")
         try:
             async with asyncio.timeout_at(until):
                 await self.has_news.wait()

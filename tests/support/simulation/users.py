@@ -34,7 +34,7 @@ def _draw_spec(rng: random.Random) -> dict[str, Any]:
         if rng.random() < 0.15:
             stage["gate"] = _draw_gate(rng)
     if rng.random() < 0.4:
-        stages[3] |= {"dependsOn": ["alignment"], "initFrom": "alignment"}  # parallel to another stage
+        stages[3] |= {"dependsOn": ["alignment"], "initFrom": "alignment"}  # runs in parallel with another stage
     workers: dict[str, Any] = {"gpusPerNode": rng.choice([0, 8])}
     if rng.random() < 0.15:
         workers["queueName"] = "training"
@@ -44,7 +44,7 @@ def _draw_spec(rng: random.Random) -> dict[str, Any]:
         "activeDeadlineSeconds": rng.choice([600, 30_000]),
         "ttlSecondsAfterFinished": rng.choice([0, 60, 10_000]),
         "storage": {"volumeClaimTemplate": {"resources": {"requests": {"storage": "1Ti"}}}},
-        "engine": {"name": "fsdp2"},  # invalid until a user fixes it
+        "engine": {"name": "fsdp2"},  # the spec is invalid until a user fixes it
     }
     chosen = {name: value for name, value in rare.items() if rng.random() < 0.08}
     return drawn | {"workers": workers, "restartPolicy": dict(_POLICY)} | chosen

@@ -182,7 +182,7 @@ class RandomWalk:
     def _record_exception(self, _: object, context: dict[str, Any]) -> None:
         self.errors.append(f"{context.get('message')}: {context.get('exception')!r}")
 
-    # Ends.
+    # The end of a walk.
 
     async def check_quiescence(self) -> None:
         """Stop all faults and wait; then require that nothing is under way and that the operator writes nothing."""
@@ -221,7 +221,7 @@ class RandomWalk:
         self.edit_spec(lambda spec: spec.update(suspend=False))
         self.cluster.workers.succeed_from_now_on()
         until = asyncio.get_running_loop().time() + FINAL_SECONDS
-        while self.run is not None and not self.status.is_finished:  # it may be deleted after its TTL
+        while self.run is not None and not self.status.is_finished:  # the run may have been deleted after its TTL
             if asyncio.get_running_loop().time() > until:
                 raise WalkError(self._explain(f"nothing blocks the run, but it doesn't finish: {self.status}"))
             await self.pass_time(60.0)
@@ -236,7 +236,7 @@ class RandomWalk:
                 if (stage.name, last.attempt, last.exit_code) not in exits:
                     raise WalkError(self._explain(f"no worker exited as {last} reports"))
 
-    # What the steps use.
+    # Helpers of the steps.
 
     def edit_spec(self, mutate: Callable[[dict[str, Any]], None]) -> None:
         """Change the run's spec as a user."""

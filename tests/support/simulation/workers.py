@@ -87,7 +87,7 @@ class SimulatedWorkers:
         if self._is_complete(gang):
             gang.step, gang.began = self.get_stored(gang).step, self._cluster.api.clock()
             gang.seconds = {"starting": 2.0}
-            gang.is_hung = gang.is_finishing = False  # a Job that was suspended has other pods now
+            gang.is_hung = gang.is_finishing = False  # a suspended Job has new pods
             if self.get_stored(gang).result is not None or self.must_succeed:
                 self._cluster.call_later(1.0, 20.0, self.finish, gang)
 

@@ -138,7 +138,7 @@ def test_object_created_during_a_list_is_kept():
     for job in jobs[:2]:
         store.put(job)
     known = store.uids("")
-    store.put_created(jobs[2])  # while the list request is in flight
+    store.put_created(jobs[2])  # created while the list request is in flight
     store.replace_all([parse_job(jobs[0])], namespace="", known=known)
     assert {job.name: job.is_gone for job in store.get(KEY)} == {"a": False, "b": True, "c": False}
 

@@ -123,7 +123,7 @@ async def test_lost_response_of_a_renewal_does_not_lose_the_lease(lost):
     async with candidates("a") as (api, _, (a,)):
         assert await is_acquired(a, 5.0)
         for _ in range(lost):
-            await set_holder(api, "a")  # our own write, whose response was lost
+            await set_holder(api, "a")  # our own write; only its response was lost
             await a._renew()
         await set_holder(api, "a")
         await a.release()

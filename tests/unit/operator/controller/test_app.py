@@ -49,7 +49,7 @@ class Process:
     async def end(self) -> None:
         """Cancel the operator and wait until it has ended."""
         await until(lambda: hasattr(self, "_task"))
-        with suppress(RuntimeError):  # the loop has ended already
+        with suppress(RuntimeError):  # the event loop has ended already
             self._loop.call_soon_threadsafe(self._task.cancel)
         await asyncio.gather(self.ended, return_exceptions=True)
 

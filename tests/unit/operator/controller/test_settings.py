@@ -15,7 +15,7 @@ from sailvl_operator.settings import OPTIONS, OperatorSettings, Option, read_set
 
 VALUES = Path(__file__).parents[4] / "helm/sailvl-operator/values.yaml"
 NOT_OPTIONS = {
-    "defaults.storage",  # differs in local mode only
+    "defaults.storage",  # differs only in local mode
     "defaults.progress_seconds",  # the controller raises it with the number of runs
 }
 

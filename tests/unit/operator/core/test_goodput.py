@@ -197,7 +197,7 @@ def test_fractions_of_seconds_are_carried_over_many_restarts() -> None:
             world.end_worker(index, ExitCode.CONFIG)
         world.run_until_stable()
         assert world.stage("alignment").state == "Failed"
-        world.now += 1000  # until a user has fixed it
+        world.now += 1000  # until a user fixes the spec
         world.restart_stage = "alignment"
         world.run_until_stable()
         assert world.stage("alignment").attempt == attempt + 1

@@ -50,7 +50,7 @@ def test_edited_workers_keep_digest_and_output_of_a_started_stage() -> None:
     world.end_worker(0, 137)
     world.end_worker(1, 137)
     world.run_until_stable()
-    world.run_until_stable()  # after the backoff
+    world.run_until_stable()  # the backoff is over
     first, second = (attempt.document for attempt in world.started)
     assert second.attempt == 2
     assert (second.digest, second.output) == (first.digest, first.output)

@@ -87,7 +87,7 @@ def test_labels_do_not_cross_sample_boundaries(dataset: ShardDataset, encoder: S
     assert (batch.labels_1T[0][torch.from_numpy(ends)] == IGNORE_INDEX).all()
     starts = torch.from_numpy(np.r_[0, ends + 1])
     assert (batch.position_ids_1T[0][starts] == 0).all()
-    assert int((batch.position_ids_1T[0] == 0).sum()) == 6  # five samples and the padding
+    assert int((batch.position_ids_1T[0] == 0).sum()) == 6  # five samples, and padding as the sixth
 
 
 def test_labels_are_shifted_by_one(dataset: ShardDataset, encoder: SampleEncoder) -> None:

@@ -58,7 +58,7 @@ def test_attempt_starts_from_newest_complete_checkpoint(files: StageFiles) -> No
     assert begin_attempt(files, 1) == Lineage(attempt=1, start=None)
     write_checkpoint(files, 1, 10)
     newest = write_checkpoint(files, 1, 20)
-    files.checkpoint_dir(1, 30).mkdir()  # killed while saving
+    files.checkpoint_dir(1, 30).mkdir()  # the attempt was killed while saving
     assert begin_attempt(files, 2) == Lineage(attempt=2, start=newest)
 
 
@@ -66,7 +66,7 @@ def test_attempt_without_checkpoint_passes_its_start_on(files: StageFiles) -> No
     begin_attempt(files, 1)
     newest = write_checkpoint(files, 1, 10)
     begin_attempt(files, 2)
-    claim_stage(files, 3)  # ended before it looked for its start
+    claim_stage(files, 3)  # the attempt ended before it chose a checkpoint
     assert begin_attempt(files, 4).start == newest
 
 

@@ -70,8 +70,10 @@ KILLS = [
     pytest.param("starting", 1, None, id="starting"),
     pytest.param("evaluating before", 0, None, id="before its first step"),
     pytest.param("step 5", 1, 3, id="training"),
-    pytest.param("saving, files half written", 1, 3, id="saving, one file written"),
-    pytest.param("saving, whole but not pruned", 0, 6, id="saving, before old checkpoints are deleted"),
+    pytest.param("saving, with half-written files", 1, 3, id="saving, one file written"),
+    pytest.param(
+        "saving, complete but before older ones are deleted", 0, 6, id="saving, before old checkpoints are deleted"
+    ),
     pytest.param("evaluating after", 1, 8, id="evaluating"),
     pytest.param("exporting", 0, 8, id="exporting, folder incomplete"),
     pytest.param("before the result", 0, 8, id="before its result"),
@@ -107,7 +109,7 @@ def test_rank_killed_before_the_result_is_shared_has_a_result(root: Path, whole:
 STOPS = [
     pytest.param("evaluating before", STOPPED, None, id="before its first step"),
     pytest.param("step 5", STOPPED, 5, id="training"),
-    pytest.param("saving, files half written", STOPPED, 6, id="saving: the step is not saved twice"),
+    pytest.param("saving, with half-written files", STOPPED, 6, id="saving: the step is not saved twice"),
     pytest.param("step 8", STOPPED, 8, id="in the last step"),
     pytest.param("evaluating after", STOPPED, 8, id="evaluating"),
     pytest.param("export begun", 0, 8, id="exporting: the stage finishes"),

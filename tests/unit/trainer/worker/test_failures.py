@@ -107,7 +107,9 @@ def test_hang_on_one_worker_shows_the_stacks_of_all_workers(build_workers: Build
 
 def test_hang_is_reported_by_a_worker_whose_peer_exits_first(build_workers: Build) -> None:
     workers = build_workers("hang_last_rank", nodes=2)
-    workers.start(0, **{Env.STALL_TIMEOUT_SECONDS: 2})  # hosts the store of both and exits before the other reports
+    workers.start(
+        0, **{Env.STALL_TIMEOUT_SECONDS: 2}
+    )  # it hosts the store of both workers, and exits before the other one reports
     workers.start(1, **{Env.STALL_TIMEOUT_SECONDS: 4})
     assert [ended.exit_code for ended in workers.wait_for_all()] == [68, 68], workers.read_logs()
     assert "RendezvousConnectionError" in workers.read_log(1)

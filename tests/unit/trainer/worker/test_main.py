@@ -82,7 +82,7 @@ def test_worker_handles_sigterm_before_it_imports_torch() -> None:
     ],
 )
 def test_home_is_writable(given: dict[str, str], home: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, _: path in ("/tmp", "/var/tmp"))  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, _: path in ("/tmp", "/var/tmp"))  # root can write to any directory
     prepare_environment(given)
     assert given == {"HOME": home, "USER": "sailvl", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 

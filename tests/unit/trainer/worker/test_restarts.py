@@ -45,7 +45,7 @@ def test_worker_of_index_0_may_start_last(build_workers: Build) -> None:
     workers = build_workers("succeed", nodes=2)
     workers.start(1)
     workers.wait_for(lambda: workers.read_progress(1) is not None)
-    time.sleep(4)  # longer than the imports take
+    time.sleep(4)  # longer than the imports of a rank take
     workers.start(0)
     ended = workers.wait_for_all()
     assert [termination.exit_code for termination in ended] == [0, 0], workers.read_log()

@@ -20,7 +20,7 @@ def test_all_workers_stop_with_the_same_checkpoint(build_workers: Build) -> None
     workers = build_workers("step_until_stopped", nodes=2)
     workers.start_all()
     workers.wait_for_step(3)
-    for _ in range(2):  # the second signal changes nothing
+    for _ in range(2):  # a second signal has no effect
         workers.processes[1].terminate()
     ended = workers.wait_for_all()
     assert [termination.exit_code for termination in ended] == [75, 75], workers.read_log()
