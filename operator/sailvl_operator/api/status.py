@@ -80,11 +80,11 @@ class Cause(enum.StrEnum):
     CRASH = "Crash"
 
 
-class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class StatusStruct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
     """Base of the status types: camelCase in JSON. Unknown fields, written by a later version, are ignored."""
 
 
-class Condition(Struct, frozen=True, kw_only=True, omit_defaults=False):
+class Condition(StatusStruct, frozen=True, kw_only=True, omit_defaults=False):
     """Condition of the run, as in the Kubernetes API conventions."""
 
     type: Short
@@ -101,7 +101,7 @@ class Condition(Struct, frozen=True, kw_only=True, omit_defaults=False):
     """Generation of the spec from which the condition was computed."""
 
 
-class StageProgress(Struct, frozen=True, kw_only=True, omit_defaults=False):
+class StageProgress(StatusStruct, frozen=True, kw_only=True, omit_defaults=False):
     """Progress of a stage as its workers last reported it."""
 
     step: int = 0
@@ -123,7 +123,7 @@ class StageProgress(Struct, frozen=True, kw_only=True, omit_defaults=False):
     """Number of times that the newest attempt restarted its ranks without replacing the pods."""
 
 
-class StageCheckpoint(Struct, frozen=True, kw_only=True):
+class StageCheckpoint(StatusStruct, frozen=True, kw_only=True):
     """Newest complete checkpoint of a stage."""
 
     step: int
@@ -132,7 +132,7 @@ class StageCheckpoint(Struct, frozen=True, kw_only=True):
     """Directory of the checkpoint, relative to the storage."""
 
 
-class LastFailure(Struct, frozen=True, kw_only=True):
+class LastFailure(StatusStruct, frozen=True, kw_only=True):
     """Most recent failure of a stage."""
 
     cause: Short
@@ -153,7 +153,7 @@ class LastFailure(Struct, frozen=True, kw_only=True):
     """Time at which the failure was recorded."""
 
 
-class StageGateResult(Struct, frozen=True, kw_only=True, omit_defaults=False):
+class StageGateResult(StatusStruct, frozen=True, kw_only=True, omit_defaults=False):
     """Result of a stage's gate."""
 
     passed: bool
@@ -162,7 +162,7 @@ class StageGateResult(Struct, frozen=True, kw_only=True, omit_defaults=False):
     """Value of the metric and the bound that it was compared with."""
 
 
-class StageStatus(Struct, frozen=True, kw_only=True):
+class StageStatus(StatusStruct, frozen=True, kw_only=True):
     """Observed state of one stage."""
 
     name: Annotated[str, Meta(max_length=30)]
@@ -206,7 +206,7 @@ class StageStatus(Struct, frozen=True, kw_only=True):
     """Most recent failure of the stage."""
 
 
-class Summary(Struct, frozen=True, kw_only=True):
+class Summary(StatusStruct, frozen=True, kw_only=True):
     """Columns of kubectl get."""
 
     stage: Annotated[str, Meta(max_length=48)] = ""
@@ -225,7 +225,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     """Reason of the condition that best describes the run."""
 
 
-class Goodput(Struct, frozen=True, kw_only=True):
+class Goodput(StatusStruct, frozen=True, kw_only=True):
     """Wall-clock time of the run by bucket. The whole seconds of all buckets add up to the time from start to
     settledAt."""
 
@@ -244,7 +244,7 @@ class Goodput(Struct, frozen=True, kw_only=True):
     """Cost of the GPU seconds that were not spent on training, curating or evaluating."""
 
 
-class Status(Struct, frozen=True, kw_only=True):
+class Status(StatusStruct, frozen=True, kw_only=True):
     """Observed state of a SailVLRun."""
 
     observed_generation: int = 0
