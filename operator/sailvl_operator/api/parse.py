@@ -15,7 +15,7 @@ from msgspec import UNSET
 
 from sailvl_operator.api import names
 from sailvl_operator.api.stages import Curate
-from sailvl_operator.api.types import Engine, Run, Spec, Stage
+from sailvl_operator.api.types import EngineSpec, Run, Spec, StageSpec
 
 Problem = tuple[str, str]
 """Path of the field and the error message."""
@@ -78,7 +78,7 @@ def _unsupported_in_spec(spec: Spec) -> Iterator[Problem]:
         yield from _unsupported_in_stage(f"spec.stages[{index}]", stage)
 
 
-def _unsupported_in_stage(path: str, stage: Stage) -> Iterator[Problem]:
+def _unsupported_in_stage(path: str, stage: StageSpec) -> Iterator[Problem]:
     if stage.engine is not UNSET:
         yield from _unsupported_in_engine(f"{path}.engine", stage.engine)
     for kind in ("pretrain", "sft"):
@@ -89,7 +89,7 @@ def _unsupported_in_stage(path: str, stage: Stage) -> Iterator[Problem]:
         yield from _unsupported_in_curate(f"{path}.curate", stage.curate)
 
 
-def _unsupported_in_engine(path: str, engine: Engine) -> Iterator[Problem]:
+def _unsupported_in_engine(path: str, engine: EngineSpec) -> Iterator[Problem]:
     if engine.name != "deepspeed":
         yield f"{path}.name", f"{engine.name} is not supported yet; set it to deepspeed"
     if engine.zero_stage != 1:

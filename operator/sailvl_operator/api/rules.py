@@ -102,7 +102,7 @@ RULES: dict[type, list[Rule]] = {
             "data, the directory with <name>.tsv, is required if benchmarks is set",
         ),
     ],
-    types.Stage: [_exactly_one("curate", "pretrain", "sft", "evaluate")],
+    types.StageSpec: [_exactly_one("curate", "pretrain", "sft", "evaluate")],
 }
 
 OFFLINE: dict[str, str] = {}

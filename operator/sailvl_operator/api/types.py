@@ -77,7 +77,7 @@ class Model(Struct, frozen=True, kw_only=True):
     initialization."""
 
 
-class Engine(Struct, frozen=True, kw_only=True):
+class EngineSpec(Struct, frozen=True, kw_only=True):
     """Engine for distributed training."""
 
     name: Literal["deepspeed", "fsdp2"] = "deepspeed"
@@ -123,7 +123,7 @@ class Gate(Struct, frozen=True, kw_only=True):
     GatesPassed set to False, Pause waits until the gate is changed."""
 
 
-class Stage(Struct, frozen=True, kw_only=True):
+class StageSpec(Struct, frozen=True, kw_only=True):
     """One step of the run. Exactly one of curate, pretrain, sft and evaluate sets its kind."""
 
     name: Name
@@ -134,7 +134,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     """Name of an earlier pretrain or sft stage whose weights this stage starts from. Defaults to the preceding one."""
     workers: Workers = Workers()
     """Workers of this stage. Fields that are set override those of spec.workers."""
-    engine: Engine | UnsetType = UNSET
+    engine: EngineSpec | UnsetType = UNSET
     """Training engine of this stage. Defaults to spec.engine."""
     curate: Curate | UnsetType = UNSET
     """Builds shards from raw data sets."""
@@ -174,7 +174,7 @@ class Spec(Struct, frozen=True, kw_only=True):
     """Model to train. It can't change once a stage has started."""
     workers: Workers = Workers()
     """Workers of every stage. A stage may override single fields."""
-    engine: Engine = Engine()
+    engine: EngineSpec = EngineSpec()
     """Training engine of every stage. A stage may override it."""
     restart_policy: RestartPolicy = RestartPolicy()
     """Restart budgets and timeouts of every stage."""
@@ -189,7 +189,7 @@ class Spec(Struct, frozen=True, kw_only=True):
     storage.whenDeleted is Delete. Defaults to never."""
     price_per_gpu_hour: Decimal | UnsetType = UNSET
     """Price of one GPU per hour, in any currency, from which status.goodput computes the cost of the run."""
-    stages: Annotated[tuple[Stage, ...], Meta(min_length=1, max_length=32, extra_json_schema=BY_NAME)]
+    stages: Annotated[tuple[StageSpec, ...], Meta(min_length=1, max_length=32, extra_json_schema=BY_NAME)]
     """Stages of the run, executed in order unless dependsOn is set. New stages may be appended at any time; stages that
     have started are immutable."""
 

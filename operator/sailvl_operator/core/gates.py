@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec import UNSET
 
 from sailvl_operator.api.status import StageGateResult
-from sailvl_operator.api.types import Gate, Stage
+from sailvl_operator.api.types import Gate, StageSpec
 
 _MAX_LISTED_METRICS = 12
 """Metrics that are listed if the gate's metric is missing."""
@@ -34,7 +34,7 @@ class GateResult:
         return StageGateResult(passed=self.is_passed, message=self.message[:1000])
 
 
-def evaluate_gate(stage: Stage, metrics: Mapping[str, str]) -> GateResult | None:
+def evaluate_gate(stage: StageSpec, metrics: Mapping[str, str]) -> GateResult | None:
     """Evaluate the gate of a stage that succeeded with these metrics; None if it has no gate. NaN passes no gate."""
     gate = stage.gate
     if gate is UNSET:

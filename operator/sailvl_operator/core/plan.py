@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import UNSET, to_builtins
 
 from sailvl_operator.api import names
-from sailvl_operator.api.types import Run, Spec, Stage, Workers
+from sailvl_operator.api.types import Run, Spec, StageSpec, Workers
 from sailvl_operator.core import stage_config
 from sailvl_operator.core.desired.workload import count_gpus, count_nodes
 from sailvl_trainer import contract
@@ -21,7 +21,7 @@ from sailvl_trainer import contract
 class PlannedStage:
     """A stage with everything that follows from the spec alone."""
 
-    stage: Stage
+    stage: StageSpec
     depends_on: tuple[str, ...]
     """Stages that must have succeeded before this one starts."""
     init_from: str | None
@@ -73,7 +73,7 @@ def plan(run: Run) -> tuple[PlannedStage, ...]:
 
 
 def _build_digest(
-    spec: Spec, stage: Stage, digests: Mapping[str, str], init_from: str | None, *, model: dict[str, Any]
+    spec: Spec, stage: StageSpec, digests: Mapping[str, str], init_from: str | None, *, model: dict[str, Any]
 ) -> str:
     """Hash what changes the stage's result but not where it runs, so that other runs of the same stage share it."""
     settings = stage_config.build_settings(spec, stage, lambda name: f"digest:{digests[name]}", lambda path: path)
@@ -89,7 +89,7 @@ def _build_digest(
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _find_dependencies(stage: Stage, before: list[PlannedStage], init_from: str | None) -> tuple[str, ...]:
+def _find_dependencies(stage: StageSpec, before: list[PlannedStage], init_from: str | None) -> tuple[str, ...]:
     """Return the stages in `dependsOn`, by default the stage before, and all stages whose results this one reads."""
     named = tuple(p.stage.name for p in before[-1:]) if stage.depends_on is UNSET else stage.depends_on
     training = stage.pretrain if stage.pretrain is not UNSET else stage.sft

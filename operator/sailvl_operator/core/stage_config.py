@@ -13,7 +13,7 @@ from msgspec import UNSET
 from sailvl_operator.api import names
 from sailvl_operator.api.benchmarks import BENCHMARKS
 from sailvl_operator.api.stages import Curate, Evaluate, Sft, Source, Training
-from sailvl_operator.api.types import Engine, Model, Spec, Stage, Workers
+from sailvl_operator.api.types import EngineSpec, Model, Spec, StageSpec, Workers
 from sailvl_operator.core.desired.workload import count_gpus
 from sailvl_operator.core.units import parse_count
 from sailvl_trainer import contract
@@ -24,7 +24,7 @@ Resolve = Callable[[str], str]
 """Maps a path of the spec to a path of the worker."""
 
 
-def merge_workers(spec: Spec, stage: Stage) -> Workers:
+def merge_workers(spec: Spec, stage: StageSpec) -> Workers:
     """Merge the workers of a stage over those of the run and the defaults, field by field."""
     merged: dict[str, Any] = {"nodes": 1, "gpus_per_node": 8}
     for workers in (spec.workers, stage.workers):
@@ -41,12 +41,12 @@ def build_model(model: Model, resolve: Resolve) -> contract.ModelConfig:
     )
 
 
-def build_engine(engine: Engine) -> contract.EngineConfig:
+def build_engine(engine: EngineSpec) -> contract.EngineConfig:
     """Build the config of the training engine."""
     return contract.EngineConfig(name=engine.name, zero_stage=engine.zero_stage)
 
 
-def build_settings(spec: Spec, stage: Stage, locate: Locate, resolve: Resolve) -> dict[str, Any]:
+def build_settings(spec: Spec, stage: StageSpec, locate: Locate, resolve: Resolve) -> dict[str, Any]:
     """Build the settings of a stage's kind as the one argument of contract.Stage that holds them."""
     if stage.curate is not UNSET:
         return {"curate": build_curate(stage.curate, resolve)}
