@@ -26,7 +26,7 @@ from bench import history
 from sailvl_trainer.data.planner import DataPosition
 from sailvl_trainer.rank.distributed import start_process_group
 from sailvl_trainer.train import checkpoint
-from sailvl_trainer.train.engines.base import STATE_KEYS, Fragment
+from sailvl_trainer.train.engine import STATE_KEYS, Fragment
 
 MEGABYTES, ROUNDS = 480, 5
 """Defaults; only figures of runs with these are recorded in the history."""

@@ -17,8 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from sailvl_trainer.contract import CurateConfig
 from sailvl_trainer.curate.dedup import hash_perceptually, hash_pixels
 from sailvl_trainer.curate.items import Item, ItemContent, clean_text, read_item
-from sailvl_trainer.data.images import UnreadableImage, open_image, read_size
-from sailvl_trainer.data.tiling import choose_grid, count_tiles
+from sailvl_trainer.data.images import UnreadableImage, choose_grid, count_tiles, open_image, read_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are accepted. No others, because Pillow would run Ghostscript for EPS."""

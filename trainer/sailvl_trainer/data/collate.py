@@ -17,9 +17,8 @@ import torch
 from sailvl_trainer.data.chat import IGNORE_INDEX
 from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.encoder import SampleEncoder
-from sailvl_trainer.data.images import UnreadableImage, open_image
+from sailvl_trainer.data.images import UnreadableImage, count_tiles, cut_tiles, open_image
 from sailvl_trainer.data.packing import Pack
-from sailvl_trainer.data.tiling import count_tiles, cut_tiles
 
 MODEL_INPUTS = ("input_ids_1T", "labels_1T", "position_ids_1T", "pixels_N3HW")
 

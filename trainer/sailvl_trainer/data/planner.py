@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.packing import Pack, pack_best_fit
-from sailvl_trainer.data.shuffle import permute
 from sailvl_trainer.errors import ConfigError
 
 BLOCK_SAMPLES = 64
@@ -34,6 +33,9 @@ STEPS_PER_WINDOW = 32
 """Minimum number of steps per window, since the last one or two may be short."""
 MAX_COUNTED_WINDOWS = 64
 """Maximum number of windows that are planned to count an epoch's steps; of more, evenly spaced ones are planned."""
+FEISTEL_ROUNDS = 6
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,3 +204,28 @@ def split_window(packs: int, packs_per_step: int) -> list[int]:
         shared = sizes.pop() + remainder
         return [*sizes, -(-shared // 2), shared // 2]
     return [*sizes, remainder] if remainder else sizes
+
+
+def permute(indices: np.ndarray, n: int, key: Sequence[int]) -> np.ndarray:
+    """Return the elements at the given indices of the permutation of 0..n-1 with this key, as int64.
+
+    The elements are computed one by one, without memory: a Feistel network over the next even power of two is repeated
+    until the result is below n (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
+    2002).
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    round_keys = np.random.default_rng(key).integers(0, 2**63, FEISTEL_ROUNDS, dtype=np.uint64)
+    found = _apply_feistel_network(indices.astype(np.uint64), half, round_keys)
+    while (outside := found >= n).any():
+        found[outside] = _apply_feistel_network(found[outside], half, round_keys)
+    return found.astype(np.int64)
+
+
+def _apply_feistel_network(values: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.ndarray:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for round_key in round_keys:
+        mixed = (right + round_key) * _ODD  # arrays of uint64 wrap around
+        mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX
+        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(29))) & mask)
+    return (left << half) | right

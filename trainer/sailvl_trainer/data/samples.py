@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -59,3 +60,15 @@ def check_image_placeholder(messages: Iterable[Message], *, has_image: bool) -> 
     if count != int(has_image):
         expected = "exactly one for the sample's image" if has_image else "none, as the sample has no image"
         raise ValueError(f"found {count} {IMAGE_PLACEHOLDER} placeholders in the user turns; write {expected}")
+
+
+def encode_dialogue(sample: Sample) -> bytes:
+    """Return the JSON of a sample's messages and metadata; equal samples give equal bytes."""
+    turns = [{"role": m.role, "content": m.content} for m in sample.messages]
+    return json.dumps({"messages": turns, "meta": sample.meta}, ensure_ascii=False, sort_keys=True).encode()
+
+
+def decode_dialogue(data: bytes) -> tuple[tuple[Message, ...], dict[str, Any]]:
+    """Return messages and metadata of a dialogue's JSON. Raises ValueError, KeyError or TypeError for other JSON."""
+    text = json.loads(data)
+    return tuple(Message(role=m["role"], content=m["content"]) for m in text["messages"]), text["meta"]

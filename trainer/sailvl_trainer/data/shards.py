@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import tarfile
 import threading
@@ -26,7 +25,7 @@ import pyarrow as pa
 
 from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.images import read_size
-from sailvl_trainer.data.samples import SAMPLE_KEY, Message, Sample
+from sailvl_trainer.data.samples import SAMPLE_KEY, Message, Sample, decode_dialogue, encode_dialogue
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.atomic import sync_directory, write_atomic
 from sailvl_trainer.storage.codec import decode, encode
@@ -159,8 +158,7 @@ class ShardWriter:
         if not SAMPLE_KEY.fullmatch(sample.key) or sample.key in self._keys:
             raise ValueError(f"sample key {sample.key!r}: keys must be unique in a shard, without dots and slashes")
         self._keys.add(sample.key)
-        turns = [{"role": m.role, "content": m.content} for m in sample.messages]
-        text = json.dumps({"messages": turns, "meta": sample.meta}, ensure_ascii=False, sort_keys=True).encode()
+        text = encode_dialogue(sample)
         counts = self._count(sample)
         image = self._write_image(sample, size)
         dialogue = {"json_offset": self._add(f"{sample.key}.json", text), "json_size": len(text)}
@@ -263,8 +261,7 @@ class ShardReader:
     def _dialogue(self, row: int) -> tuple[tuple[Message, ...], dict[str, Any]]:
         """Return a row's messages and metadata."""
         try:
-            text = json.loads(self._slice("json", row))
-            return tuple(Message(role=m["role"], content=m["content"]) for m in text["messages"]), text["meta"]
+            return decode_dialogue(self._slice("json", row))
         except (ValueError, KeyError, TypeError) as error:
             raise self.error(row, error) from error
 

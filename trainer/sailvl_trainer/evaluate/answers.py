@@ -22,9 +22,8 @@ import torch
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from sailvl_trainer.data.chat import encode_prompt
-from sailvl_trainer.data.images import UnreadableImage, open_image
+from sailvl_trainer.data.images import UnreadableImage, choose_grid, cut_tiles, open_image
 from sailvl_trainer.data.samples import IMAGE_PLACEHOLDER, Message
-from sailvl_trainer.data.tiling import choose_grid, cut_tiles
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.evaluate.tsv import Question
 from sailvl_trainer.model.presets import Preset

@@ -1,11 +1,15 @@
-"""Builds transformers' InternVL for a preset, from random weights, pretrained parts, or an earlier stage's export."""
+"""Builds transformers' InternVL for a preset, and sets which of its parts are trainable.
+
+The weights are random, or those of pretrained parts or of an earlier stage's export.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -15,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sailvl_trainer.contract import ModelConfig
+from sailvl_trainer.contract import ModelConfig, Part
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.model.presets import DOWNSAMPLE, Preset, get_preset
 from sailvl_trainer.model.tokenizer import END_OF_TEXT, IM_END, IMAGE_CONTEXT
@@ -62,7 +66,7 @@ def build_model(
 def make_features_contiguous(model: InternVLForConditionalGeneration) -> InternVLForConditionalGeneration:
     """Make the vision features contiguous: AIMv2's memory layout can't be viewed by transformers' pixel shuffle."""
 
-    def make_contiguous(_: torch.nn.Module, __: Any, output: Any) -> Any:
+    def make_contiguous(_: nn.Module, __: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state.contiguous()
         return output
 
@@ -70,9 +74,35 @@ def make_features_contiguous(model: InternVLForConditionalGeneration) -> InternV
     return model
 
 
-def count_parameters(model: torch.nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters; tied ones count once."""
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def select_part(model: InternVLForConditionalGeneration, part: Part) -> list[nn.Module]:
+    """Return the modules of a part; the output head belongs to the language model."""
+    return {
+        "vision": [model.model.vision_tower],
+        "connector": [model.model.multi_modal_projector],
+        "language": [model.model.language_model, model.lm_head],
+    }[part]
+
+
+def set_trainable(model: InternVLForConditionalGeneration, parts: tuple[Part, ...]) -> list[str]:
+    """Freeze everything but `parts`; return the names of the trainable parameters."""
+    model.requires_grad_(False)
+    for part in parts:
+        for module in select_part(model, part):
+            module.requires_grad_(True)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def set_frozen_to_eval(model: InternVLForConditionalGeneration) -> None:
+    """Set frozen parts to evaluation mode: no dropout, no running statistics."""
+    for part in get_args(Part):
+        for module in select_part(model, part):
+            if not any(p.requires_grad for p in module.parameters()):
+                module.eval()
 
 
 def _text_arguments(preset: Preset) -> dict[str, object]:
@@ -88,11 +118,11 @@ def _load(kind: Any, path: Path) -> Any:
         raise ConfigError(f"cannot load a model from {path}: {error}") from error
 
 
-def _fill(target: torch.nn.Module, kind: Any, path: Path, field: str) -> None:
+def _fill(target: nn.Module, kind: Any, path: Path, field: str) -> None:
     _copy(target, _load(kind, path), field)
 
 
-def _copy(target: torch.nn.Module, source: torch.nn.Module, field: str) -> None:
+def _copy(target: nn.Module, source: nn.Module, field: str) -> None:
     try:
         target.load_state_dict(source.state_dict())
     except RuntimeError as error:

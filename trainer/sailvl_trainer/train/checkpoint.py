@@ -29,7 +29,7 @@ from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.errors import translate_storage_errors
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import find_newest_attempt, iter_checkpoints
-from sailvl_trainer.train.engines.base import STATE_KEYS, Fragment
+from sailvl_trainer.train.engine import STATE_KEYS, Fragment
 
 FORMAT = 1
 """Version of the layout below; a checkpoint of another version is refused."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
 from sailvl_trainer.data.chat import IGNORE_INDEX
-from sailvl_trainer.model.freeze import set_frozen_to_eval
+from sailvl_trainer.model.build import set_frozen_to_eval
 
 
 class PackedModel(nn.Module):

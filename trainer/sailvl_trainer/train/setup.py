@@ -11,8 +11,7 @@ from sailvl_trainer.contract import EXPORT_DIR, HELD_OUT_DIR, MANIFEST_FILE, SHA
 from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.planner import Planner, build_planner
-from sailvl_trainer.model.build import build_model
-from sailvl_trainer.model.freeze import set_trainable
+from sailvl_trainer.model.build import build_model, set_trainable
 from sailvl_trainer.model.presets import Preset, get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context

@@ -25,7 +25,7 @@ from sailvl_trainer.train.checkpoint import (
     load_checkpoint,
     read_checkpoint_manifest,
 )
-from sailvl_trainer.train.engines.base import Engine, build_engine
+from sailvl_trainer.train.engine import Engine, build_engine
 from sailvl_trainer.train.forward import PackedModel
 from sailvl_trainer.train.sample_log import count_lost_steps
 from sailvl_trainer.train.setup import TrainingSetup, prepare

@@ -22,13 +22,12 @@ from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.lineage import check_not_superseded, non_finite_path
 from sailvl_trainer.train.checkpoint import TrainingState, delete_old_checkpoints, save_checkpoint
-from sailvl_trainer.train.engines.base import Engine, check_frozen
-from sailvl_trainer.train.flops import FlopsCounter, build_flops_counter, get_peak_flops
+from sailvl_trainer.train.engine import Engine, check_frozen
+from sailvl_trainer.train.optimizer import build_schedule
 from sailvl_trainer.train.sample_log import SampleLog
-from sailvl_trainer.train.schedule import build_schedule
 from sailvl_trainer.train.setup import TrainingSetup
 from sailvl_trainer.train.skip_policy import widen_skip_window
-from sailvl_trainer.train.throughput import StepTimer
+from sailvl_trainer.train.throughput import FlopsCounter, StepTimer, build_flops_counter, get_peak_flops
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sailvl_trainer.data.images import open_image, read_size
+from sailvl_trainer.data.images import choose_grid, count_tiles, cut_tiles, open_image, read_size
 from sailvl_trainer.data.synthetic import draw_caption, draw_question
-from sailvl_trainer.data.tiling import choose_grid, count_tiles, cut_tiles
 from tests.support.builders.images import build_exif, encode_image
 
 GRIDS = [

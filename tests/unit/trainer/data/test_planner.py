@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sailvl_trainer.data.packing import Pack, assign_to_ranks, pack_best_fit
-from sailvl_trainer.data.planner import DataPosition, PlannedStep, Planner, split_window
-from sailvl_trainer.data.shuffle import permute
+from sailvl_trainer.data.planner import DataPosition, PlannedStep, Planner, permute, split_window
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.storage.codec import decode, encode
 

@@ -13,12 +13,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 from sailvl_trainer.contract import ModelConfig
 from sailvl_trainer.data.chat import encode_prompt
+from sailvl_trainer.data.images import choose_grid, count_tiles, cut_tiles
 from sailvl_trainer.data.samples import Message
-from sailvl_trainer.data.tiling import choose_grid, count_tiles, cut_tiles
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.model.build import build_config, build_model, count_parameters, make_features_contiguous
+from sailvl_trainer.model.build import (
+    build_config,
+    build_model,
+    count_parameters,
+    make_features_contiguous,
+    set_trainable,
+)
 from sailvl_trainer.model.export import export_model
-from sailvl_trainer.model.freeze import set_trainable
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 

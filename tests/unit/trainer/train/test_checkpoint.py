@@ -25,7 +25,7 @@ from sailvl_trainer.train.checkpoint import (
     read_checkpoint_manifest,
     save_checkpoint,
 )
-from sailvl_trainer.train.engines.base import STATE_KEYS, Fragment
+from sailvl_trainer.train.engine import STATE_KEYS, Fragment
 from tests.support.builders.training import build_stage
 
 STATE = TrainingState(step=7, tokens=70, samples=17, loss=1.5, data=DataPosition(seed=1, fingerprint="f", cursor=3))

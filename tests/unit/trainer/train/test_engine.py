@@ -12,12 +12,11 @@ from sailvl_trainer.contract import ModelConfig, Part, TrainConfig
 from sailvl_trainer.data.collate import Batch, collate
 from sailvl_trainer.data.dataset import ShardDataset, build_dataset, list_shards
 from sailvl_trainer.data.encoder import SampleEncoder
-from sailvl_trainer.model.build import build_model
-from sailvl_trainer.model.freeze import set_trainable
+from sailvl_trainer.model.build import build_model, set_trainable
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.distributed import start_process_group
-from sailvl_trainer.train.engines.base import build_engine, check_frozen
+from sailvl_trainer.train.engine import build_engine, check_frozen
 from sailvl_trainer.train.forward import PackedModel
 from sailvl_trainer.train.optimizer import build_optimizer
 from tests.support.builders.training import build_set, build_stage

@@ -9,13 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sailvl_trainer.contract import ModelConfig, Part
 from sailvl_trainer.data.collate import Batch
-from sailvl_trainer.model.build import build_model
-from sailvl_trainer.model.freeze import set_trainable
+from sailvl_trainer.model.build import build_model, set_trainable
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
-from sailvl_trainer.train.flops import PEAK_FLOPS, build_flops_counter, get_peak_flops
 from sailvl_trainer.train.forward import PackedModel
-from sailvl_trainer.train.throughput import StepTimer
+from sailvl_trainer.train.throughput import PEAK_FLOPS, StepTimer, build_flops_counter, get_peak_flops
 
 LENGTH = 256
 

@@ -12,8 +12,7 @@ from sailvl_trainer.data.chat import IGNORE_INDEX
 from sailvl_trainer.data.collate import Batch, collate
 from sailvl_trainer.data.dataset import ShardDataset, build_dataset, list_shards
 from sailvl_trainer.data.encoder import SampleEncoder
-from sailvl_trainer.model.build import build_model
-from sailvl_trainer.model.freeze import set_trainable
+from sailvl_trainer.model.build import build_model, set_trainable
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.train.forward import PackedModel

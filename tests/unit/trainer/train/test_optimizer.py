@@ -9,9 +9,8 @@ import torch
 
 from sailvl_trainer.contract import EngineConfig
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.train.engines.base import build_engine
-from sailvl_trainer.train.optimizer import build_optimizer
-from sailvl_trainer.train.schedule import build_schedule
+from sailvl_trainer.train.engine import build_engine
+from sailvl_trainer.train.optimizer import build_optimizer, build_schedule
 from tests.support.builders.training import build_stage
 
 RATES = [

@@ -15,7 +15,7 @@ from sailvl_trainer.errors import ConfigError, NonFiniteError, Preempted
 from sailvl_trainer.rank.context import build_single_process_context
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.train import trainer
-from sailvl_trainer.train.engines.deepspeed import DeepSpeedEngine
+from sailvl_trainer.train.engine import DeepSpeedEngine
 from sailvl_trainer.train.sample_log import read_trained_samples
 from sailvl_trainer.train.stage import run
 from tests.support.builders.training import SAMPLES, build_set, build_stage
