@@ -36,7 +36,9 @@ Tensors = dict[str, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Peer:
+class CheckpointFormat:
+    """A way to save and load checkpoints."""
+
     name: str
     save: Callable[[Path, Tensors], None]
     load: Callable[[Path, Tensors], None]
@@ -68,7 +70,7 @@ def build_tensors(megabytes: int, width: int = 1024) -> Tensors:
     return {f"layers.{i}.weight": {key: torch.randn(width, width) for key in STATE_KEYS} for i in range(layers)}
 
 
-def measure(peer: Peer, tensors: Tensors) -> tuple[dict[str, float], int]:
+def measure(peer: CheckpointFormat, tensors: Tensors) -> tuple[dict[str, float], int]:
     """Return the seconds of a save and a load, and the bytes on disk.
 
     Raises AssertionError if the loaded tensors differ.
@@ -124,9 +126,9 @@ def load_torch(folder: Path, tensors: Tensors) -> None:
 
 
 PEERS = (
-    Peer(name="ours", save=save_ours, load=load_ours),
-    Peer(name="DCP", save=save_dcp, load=load_dcp),
-    Peer(name="torch.save", save=save_torch, load=load_torch),
+    CheckpointFormat(name="ours", save=save_ours, load=load_ours),
+    CheckpointFormat(name="DCP", save=save_dcp, load=load_dcp),
+    CheckpointFormat(name="torch.save", save=save_torch, load=load_torch),
 )
 
 

@@ -78,7 +78,7 @@ class SailVL(_Process):
 
     async def start(self) -> None:
         self.spawn()
-        await until(lambda: self._ask("/readyz") == "ok", 60)
+        await until(lambda: self._fetch("/readyz") == "ok", 60)
 
     def spawn(self) -> None:
         """Start the process without waiting."""
@@ -102,12 +102,12 @@ class SailVL(_Process):
         return [(verb, float(value)) for verb, value in re.findall(pattern, body, re.M)]
 
     def _metrics(self, *names: str) -> str:
-        return self._ask("/metrics?" + urllib.parse.urlencode([("name[]", name) for name in names]))
+        return self._fetch("/metrics?" + urllib.parse.urlencode([("name[]", name) for name in names]))
 
-    def _ask(self, path: str) -> str:
+    def _fetch(self, path: str) -> str:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{_PORT}{path}", timeout=10) as answer:
-                body: bytes = answer.read()
+            with urllib.request.urlopen(f"http://127.0.0.1:{_PORT}{path}", timeout=10) as response:
+                body: bytes = response.read()
                 return body.decode()
         except (urllib.error.URLError, OSError):
             return ""

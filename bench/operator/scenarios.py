@@ -32,7 +32,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """What it took until all pods of runs that were created at once existed."""
+    """Time and CPU used until all pods of runs that were created at once existed."""
 
     jobs_s: float
     """Seconds from the first creation until every Job existed."""

@@ -19,6 +19,8 @@ from hack.source_report.sizes import find_duplicate_classes, find_sources, find_
 
 HERE = Path(__file__).parent
 PACKAGES = {"operator": "operator/sailvl_operator", "trainer": "trainer/sailvl_trainer"}
+KINDS = ("name", "docstring", "opening", "comment", "string")
+"""Kinds of places in which a word is refused."""
 Report = dict[str, dict[str, float]]
 """Values by measure, then by column."""
 
@@ -83,7 +85,7 @@ def measure_sources(root: Path, sources: dict[str, dict[Path, str]]) -> Report:
 def measure_language(occurrences: dict[str, list[Occurrence]]) -> Report:
     """Count refused words by kind and package."""
     report: Report = {}
-    for kind in ("name", "docstring", "opening"):
+    for kind in KINDS:
         counts = {name: sum(o.kind == kind for o in found) for name, found in occurrences.items()}
         report[f"refused_in_{kind}s"] = {**counts, "both": sum(counts.values())}
     return report
@@ -107,7 +109,7 @@ def print_words(occurrences: Iterable[list[Occurrence]], glossary: Glossary) -> 
     """Print how often each refused word is used, in the order of the glossary."""
     counts = Counter((o.refused.word, o.refused.scope, o.kind) for found in occurrences for o in found)
     for word in glossary.refused:
-        uses = {kind: counts[word.word, word.scope, kind] for kind in ("name", "docstring", "opening")}
+        uses = {kind: counts[word.word, word.scope, kind] for kind in KINDS}
         print(f"{word.word:<16} {word.scope:<22} " + "  ".join(f"{k} {n}" for k, n in uses.items() if n))
 
 

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-Scope = Literal["names and docstrings", "names", "whole names", "function names", "docstrings", "docstring openings"]
-"""Where a word is refused. A whole name is an identifier without its leading underscores."""
+Scope = Literal[
+    "names and docstrings", "names", "whole names", "function names", "docstrings", "docstring openings", "strings"
+]
+"""Where a word is refused. A whole name is an identifier without its leading underscores. Words that are refused in
+docstrings are refused in comments, too."""
 
 TERMS_HEADER = ["Term", "Means", "Not"]
 REFUSED_HEADER = ["Refused", "Where", "Instead"]

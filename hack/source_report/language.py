@@ -1,9 +1,11 @@
-"""Find refused words in the names and docstrings of Python sources."""
+"""Find refused words in the names, docstrings, comments and strings of Python sources."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -23,10 +25,14 @@ class Name:
     is_function: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Docstring:
-    """A docstring of a module, class, function or attribute."""
+TextKind = Literal["docstring", "comment", "string"]
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """A docstring of a module, class, function or attribute; a comment; or another string."""
+
+    kind: TextKind
     text: str
     line: int
     prose: str
@@ -42,41 +48,53 @@ class Occurrence:
     path: Path
     line: int
     subject: str
-    """The name, or an extract of the docstring, that contains the word."""
+    """The name, or an extract of the text, that contains the word."""
     refused: RefusedWord
-    kind: Literal["name", "docstring", "opening"]
+    kind: Literal["name", "docstring", "opening", "comment", "string"]
 
     def __str__(self) -> str:
         """Return a message in the form of a compiler's: file, line, problem, remedy."""
-        subject = f"name `{self.subject}`" if self.kind == "name" else f'docstring "{self.subject}"'
+        kind = "docstring" if self.kind == "opening" else self.kind
+        subject = f"name `{self.subject}`" if kind == "name" else f'{kind} "{self.subject}"'
         word, instead = self.refused.word, self.refused.instead
         return f"{self.path}:{self.line}: {subject} uses refused word `{word}`; the glossary says `{instead}`"
+
+
+_SEARCHED_TEXTS: dict[Scope, tuple[TextKind, ...]] = {
+    "names and docstrings": ("docstring", "comment"),
+    "docstrings": ("docstring", "comment"),
+    "docstring openings": ("docstring",),
+    "strings": ("string",),
+}
+"""Texts in which a word of a scope is refused; the other scopes concern names alone."""
 
 
 def find_refused(path: Path, source: str, refused: Iterable[RefusedWord]) -> list[Occurrence]:
     """Return every use of a refused word in one file, in the order of lines."""
     tree = parse(source)
     names = [Name(identifier=path.stem, line=1), *collect_names(tree)]
-    docstrings = list(collect_docstrings(tree))
+    texts = [*collect_strings(tree), *collect_comments(source)]
     found: list[Occurrence] = []
     for word in refused:
         found += _find_in_names(path, names, word)
-        found += _find_in_docstrings(path, docstrings, word)
+        found += _find_in_texts(path, texts, word)
     return sorted(found, key=lambda occurrence: (occurrence.line, occurrence.refused.word))
 
 
 def _find_in_names(path: Path, names: Iterable[Name], refused: RefusedWord) -> Iterator[Occurrence]:
-    if refused.scope not in ("docstrings", "docstring openings"):
+    if refused.scope not in ("docstrings", "docstring openings", "strings"):
         for name in names:
             if is_refused_name(name.identifier, refused.word, refused.scope, is_function=name.is_function):
                 yield Occurrence(path=path, line=name.line, subject=name.identifier, refused=refused, kind="name")
 
 
-def _find_in_docstrings(path: Path, docstrings: Iterable[Docstring], refused: RefusedWord) -> Iterator[Occurrence]:
-    if refused.scope in ("docstrings", "docstring openings", "names and docstrings"):
-        kind: Literal["docstring", "opening"] = "opening" if refused.scope == "docstring openings" else "docstring"
-        for docstring in docstrings:
-            for line, extract in find_in_docstring(docstring, refused.word, refused.scope):
+def _find_in_texts(path: Path, texts: Iterable[Text], refused: RefusedWord) -> Iterator[Occurrence]:
+    kinds = _SEARCHED_TEXTS.get(refused.scope, ())
+    is_opening = refused.scope == "docstring openings"
+    for text in texts:
+        if text.kind in kinds:
+            for line, extract in find_in_text(text, refused.word, refused.scope):
+                kind = "opening" if is_opening else text.kind
                 yield Occurrence(path=path, line=line, subject=extract, refused=refused, kind=kind)
 
 
@@ -98,14 +116,33 @@ def collect_names(tree: ast.AST) -> Iterator[Name]:
                 yield Name(identifier=name, line=node.lineno)
 
 
-def collect_docstrings(tree: ast.AST) -> Iterator[Docstring]:
-    """Yield every string that stands as a statement of its own, which includes docstrings of attributes."""
+def collect_strings(tree: ast.AST) -> Iterator[Text]:
+    """Yield all strings; one that is a statement is a docstring, which includes those of attributes."""
+    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         match node:
-            case ast.Expr(value=ast.Constant(value=str(text))):
-                prose = re.sub(r"`[^`]*`", lambda code: " " * len(code[0]), text)
-                tokens = frozenset(re.findall(r"\w+", prose.lower()))
-                yield Docstring(text=text, line=node.lineno, prose=prose, tokens=tokens)
+            case ast.Constant(value=str(text)):
+                yield _build_text("docstring" if id(node) in statements else "string", text, node.lineno)
+
+
+def collect_comments(source: str) -> Iterator[Text]:
+    """Yield the comments; those on consecutive lines are one text."""
+    lines: list[str] = []
+    last = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            if lines and token.start[0] != last + 1:
+                yield _build_text("comment", "\n".join(lines), last + 1 - len(lines))
+                lines = []
+            lines.append(token.string.lstrip("#"))
+            last = token.start[0]
+    if lines:
+        yield _build_text("comment", "\n".join(lines), last + 1 - len(lines))
+
+
+def _build_text(kind: TextKind, text: str, line: int) -> Text:
+    prose = re.sub(r"`[^`]*`", lambda code: " " * len(code[0]), text)
+    return Text(kind=kind, text=text, line=line, prose=prose, tokens=frozenset(re.findall(r"\w+", prose.lower())))
 
 
 @cache
@@ -123,14 +160,14 @@ def is_refused_name(identifier: str, word: str, scope: Scope, *, is_function: bo
     return any(part in forms and parts[at + 1 : at + size] == refused[1:] for at, part in enumerate(parts))
 
 
-def find_in_docstring(docstring: Docstring, word: str, scope: Scope) -> Iterator[tuple[int, str]]:
-    """Yield line and extract of each use of a word in the prose of a docstring."""
-    if docstring.tokens.isdisjoint(inflect(word.lower().split()[0])):
+def find_in_text(text: Text, word: str, scope: Scope) -> Iterator[tuple[int, str]]:
+    """Yield line and extract of each use of a word in the prose of a text."""
+    if text.tokens.isdisjoint(inflect(word.lower().split()[0])):
         return
     pattern = _compile_opening(word) if scope == "docstring openings" else _compile_pattern(word)
-    for match in pattern.finditer(docstring.prose):
-        line = docstring.line + docstring.prose.count("\n", 0, match.start())
-        extract = docstring.text[max(0, match.start() - 20) : match.end() + 20]
+    for match in pattern.finditer(text.prose):
+        line = text.line + text.prose.count("\n", 0, match.start())
+        extract = text.text[max(0, match.start() - 20) : match.end() + 20]
         yield line, " ".join(extract.split())
 
 

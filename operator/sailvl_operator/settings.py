@@ -2,7 +2,7 @@
 
 Each setting is one row of OPTIONS: its flag, the field that it sets, and the value of the chart. The environment
 variable follows from the flag (--metrics-port is SAILVL_OPERATOR_METRICS_PORT). Flags take precedence over variables.
-Limits that nobody has to change are constants of the modules that use them.
+Limits that never need to be changed are constants of the modules that use them.
 """
 
 from __future__ import annotations

@@ -16,16 +16,22 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = [ROOT / "operator/sailvl_operator", ROOT / "trainer/sailvl_trainer"]
 
 ALLOWED = {
-    "refused words in names": 264,
-    "refused words in docstrings": 350,
-    "refused openings of docstrings": 166,
-    "classes of one name": 15,
+    "refused words in names": 0,
+    "refused words in docstrings": 0,
+    "refused openings of docstrings": 0,
+    "refused words in comments": 0,
+    "refused words in strings": 0,
+    "classes of one name": 2,
     "top-level test helpers": 0,
-    "refused words in names of tests": 25,
-    "refused words in docstrings of tests": 3,
+    "refused words in names of tests": 0,
+    "refused words in docstrings of tests": 0,
+    "refused words in comments of tests": 0,
     "classes of one name in tests": 0,
 }
-"""Violations of each rule that are left; a change may only lower a number."""
+"""Violations of each rule that are left; a change may only lower a number.
+
+`Engine` and `Stage` are types of the API and also of the trainer.
+"""
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -46,8 +52,9 @@ def glossary() -> Glossary:
 
 @pytest.fixture(scope="module")
 def tests_by_path() -> dict[Path, str]:
-    """Return the text of all tests and their helpers by path relative to the root."""
-    return {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in find_sources(ROOT / "tests")}
+    """Return the text of all tests, their helpers and the benchmarks by path relative to the root."""
+    paths = [path for folder in ("tests", "bench") for path in find_sources(ROOT / folder)]
+    return {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +95,25 @@ def test_docstrings_begin_with_a_sentence(occurrences: list[Occurrence]) -> None
     require_at_most("refused openings of docstrings", [o for o in occurrences if o.kind == "opening"])
 
 
+def test_comments_use_no_refused_word(occurrences: list[Occurrence]) -> None:
+    require_at_most("refused words in comments", [o for o in occurrences if o.kind == "comment"])
+
+
+def test_strings_use_no_refused_word(occurrences: list[Occurrence]) -> None:
+    require_at_most("refused words in strings", [o for o in occurrences if o.kind == "string"])
+
+
 def test_names_of_tests_use_no_refused_word(occurrences_in_tests: list[Occurrence]) -> None:
     require_at_most("refused words in names of tests", [o for o in occurrences_in_tests if o.kind == "name"])
 
 
 def test_docstrings_of_tests_use_no_refused_word(occurrences_in_tests: list[Occurrence]) -> None:
-    require_at_most("refused words in docstrings of tests", [o for o in occurrences_in_tests if o.kind != "name"])
+    violations = [o for o in occurrences_in_tests if o.kind in ("docstring", "opening")]
+    require_at_most("refused words in docstrings of tests", violations)
+
+
+def test_comments_of_tests_use_no_refused_word(occurrences_in_tests: list[Occurrence]) -> None:
+    require_at_most("refused words in comments of tests", [o for o in occurrences_in_tests if o.kind == "comment"])
 
 
 def test_class_names_are_unique(sources: dict[Path, str]) -> None:
@@ -157,6 +177,10 @@ BOTH: Scope = "names and docstrings"
         pytest.param("gulp", BOTH, 'class A:\n    x: int\n    """In gulps."""', id="docstring of a field"),
         pytest.param("put off", "docstrings", '"""Is put\noff."""', id="two words on two lines"),
         pytest.param("Of", "docstring openings", '"""Of the Lease."""', id="opening"),
+        pytest.param("gulp", BOTH, "x = 1  # read in gulps", id="comment"),
+        pytest.param("put off", "docstrings", "# Writes are put\n# off.", id="comment on two lines"),
+        pytest.param("gulp", "strings", "raise ValueError('no gulp was read')", id="message"),
+        pytest.param("gulp", "strings", "f'{count} gulps of {size}'", id="formatted message"),
     ],
 )
 def test_refused_word_is_found(word: str, scope: Scope, source: str) -> None:
@@ -178,6 +202,9 @@ def test_refused_word_is_found(word: str, scope: Scope, source: str) -> None:
         pytest.param("learning", "whole names", "learning_rate = 1", id="longer name where whole names are refused"),
         pytest.param("Of", "docstring openings", '"""Offset of a sample."""', id="longer word as the opening"),
         pytest.param("Of", "docstring openings", '"""Part. Of all."""', id="second sentence"),
+        pytest.param("Of", "docstring openings", "# Of the Lease.", id="opening of a comment"),
+        pytest.param("put off", "docstrings", "# put\nx = 1\n# off", id="two comments"),
+        pytest.param("gulp", "strings", '"""Gulp."""\ngulp = 1  # gulp', id="all but strings"),
     ],
 )
 def test_similar_text_is_not_refused(word: str, scope: Scope, source: str) -> None:

@@ -80,8 +80,8 @@ def build_pod(stage: str, attempt: int = 1, index: int = 0, **fields: Any) -> Po
 
 def build_end(exit_code: int, *, at: float = 0.0, reason: str = "", **message: Any) -> Terminated:
     """Build the terminated state of a worker; `message` are fields of its termination message."""
-    words = json.dumps({"exit_code": exit_code, **message})
-    return Terminated(exit_code=exit_code, reason=reason, message=words, finished=at)
+    text = json.dumps({"exit_code": exit_code, **message})
+    return Terminated(exit_code=exit_code, reason=reason, message=text, finished=at)
 
 
 def build_result(stage: str, **fields: Any) -> dict[str, Any]:

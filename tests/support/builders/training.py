@@ -73,7 +73,7 @@ def build_stage(root: Path, *, run: str = "demo", attempt: int = 1, **train: Any
 
 
 def join_ranks() -> Context:
-    """What a rank that `start_ranks` has started begins with."""
+    """Build the context of a rank that `start_ranks` has started."""
     torch.set_num_threads(1)
     rank, scratch = int(os.environ["RANK"]), Path(os.environ["SCRATCH"])
     own = scratch / f"rank-{rank}"

@@ -13,7 +13,7 @@ from tests.support.simulation.workers import SimulatedWorkers
 
 
 class NoCredentials:
-    """Credentials of a client whose server authenticates nobody."""
+    """Credentials of a client whose server authenticates no client."""
 
     server = "http://simulation"
     ssl = None

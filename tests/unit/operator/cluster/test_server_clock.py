@@ -22,7 +22,7 @@ class SkewedProcess:
         self.server += seconds
         self.elapsed += seconds
 
-    def ask(self, *, there: float = 0.1, back: float = 0.1) -> None:
+    def send_request(self, *, there: float = 0.1, back: float = 0.1) -> None:
         """Send a request that takes some seconds."""
         sent = self.elapsed
         self.tick(there)
@@ -44,7 +44,7 @@ def test_own_clock_is_clamped_to_the_bounds(skew, off):
     world = SkewedProcess(skew)
     assert world.clock.now() == NOW + skew, "no response yet"
     world.tick(0.5)
-    world.ask()
+    world.send_request()
     world.tick(1000.0)
     assert off[0] - 1e-6 <= world.clock.now() - world.server <= off[1] + 1e-6
 
@@ -53,16 +53,16 @@ def test_bounds_narrow_with_each_response():
     world = SkewedProcess(7200.0)
     for _ in range(10):
         world.tick(0.37)
-        world.ask(there=0.01, back=0.01)
+        world.send_request(there=0.01, back=0.01)
     assert abs(world.clock.now() - world.server) < 0.2
 
 
 def test_changed_server_clock_is_followed():
     world = SkewedProcess(0.0)
-    world.ask()
+    world.send_request()
     world.server += 600.0
     world.skew = -600.0
-    world.ask()
+    world.send_request()
     assert abs(world.clock.now() - world.server) < 1.3
 
 

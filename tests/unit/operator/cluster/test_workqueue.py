@@ -131,12 +131,12 @@ async def test_deferring_a_key_covers_its_pending_routine_changes_only(is_routin
     if not is_routine:
         queue.add_debounced("a")
     queue.defer("a")
-    taken = asyncio.wait_for(queue.get(), 0.4)
+    key = asyncio.wait_for(queue.get(), 0.4)
     if is_routine:
         with pytest.raises(TimeoutError):
-            await taken
+            await key
     else:
-        assert (await taken)[::2] == ("a", False)
+        assert (await key)[::2] == ("a", False)
 
 
 async def test_important_change_shortens_the_debounce_of_a_routine_one():

@@ -69,7 +69,7 @@ async def test_status_names_a_later_attempt_before_its_job_exists(world):
 
 
 async def test_jobs_of_new_runs_are_created_before_statuses_are_written(world):
-    """Of ten runs that are created at once, all Jobs are created first."""
+    """All Jobs of ten runs that are created at once precede any status."""
     for number in range(10):
         document = build_document()
         document["metadata"]["name"] = f"run-{number}"
@@ -139,7 +139,7 @@ async def test_lost_pod_starts_the_next_attempt_and_deletes_the_failed_one(world
     await world.until_idle()
     assert world.states()["curate"] == ("Restarting", 2)
     assert world.status.stages[0].last_failure.cause == "Infra"
-    assert world.owned_objects.pods.get(KEY) == [], "the evidence of a closed attempt is let go"
+    assert world.owned_objects.pods.get(KEY) == [], "the evidence of a closed attempt is discarded"
 
 
 async def test_final_failure_ends_the_run_and_deletes_its_pods(world):
@@ -294,9 +294,9 @@ async def test_stuck_shows_why_kueue_does_not_admit_the_job(world):
 async def test_restart_request_is_applied_once_and_its_annotation_removed(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
-    asked = copy.deepcopy(world.run)
-    asked["metadata"]["annotations"] = {names.ANNOTATION_RESTART: "curate"}
-    world.send_event(world.api.put("sailvlruns", asked))
+    annotated = copy.deepcopy(world.run)
+    annotated["metadata"]["annotations"] = {names.ANNOTATION_RESTART: "curate"}
+    world.send_event(world.api.put("sailvlruns", annotated))
     await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-2"})
     await world.until(lambda: not world.run["metadata"].get("annotations"))
     world.send_event(world.run)

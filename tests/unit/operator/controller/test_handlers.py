@@ -125,5 +125,5 @@ async def test_known_changes_are_filtered_out(world):
 
     world.known.add(("n", "a", "6"))
     world.body = lines(event("ADDED", 6), event("MODIFIED", 6), event("MODIFIED", 7), event("DELETED", 6))
-    told = await watch(world)
-    assert told == [event("ADDED", 6), event("MODIFIED", 7), event("DELETED", 6)]
+    received = await watch(world)
+    assert received == [event("ADDED", 6), event("MODIFIED", 7), event("DELETED", 6)]

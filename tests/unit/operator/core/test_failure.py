@@ -57,8 +57,8 @@ def test_exit_codes_determine_the_cause(ends: list[Terminated], cause: Cause, in
     pods = [
         build_pod("alignment", index=i, phase="Failed", is_ready=False, terminated=end) for i, end in enumerate(ends)
     ]
-    blamed = find_root_cause(collect_evidence(pods, was_running=True))
-    assert (blamed.cause, blamed.pod.index) == (cause, index)
+    root_cause = find_root_cause(collect_evidence(pods, was_running=True))
+    assert (root_cause.cause, root_cause.pod.index) == (cause, index)
 
 
 SUSPECTS = [

@@ -186,14 +186,14 @@ def test_unschedulable_pod_is_reported_after_a_grace_period() -> None:
     world = CoreWorld()
     world.reconcile_once()
     (name,) = world.pods
-    words = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
-    world.pods[name] = replace(world.pods[name], phase="Pending", is_ready=False, unschedulable=words)
+    message = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
+    world.pods[name] = replace(world.pods[name], phase="Pending", is_ready=False, unschedulable=message)
     assert not world.reconcile_once(), "it may still get a node"
     world.reconcile_once()
     stuck = world.status.condition(ConditionType.STUCK)
     assert stuck is not None
     assert (stuck.status, stuck.reason) == ("True", "Unschedulable")
-    assert words in stuck.message
+    assert message in stuck.message
     assert world.status.summary.reason == "Unschedulable"
 
 

@@ -88,8 +88,8 @@ PARTS = [
 @pytest.mark.parametrize(("parts", "modules"), PARTS)
 def test_set_trainable_freezes_all_other_parts(parts: tuple[str, ...], modules: set[str]) -> None:
     model = build_model(TINY, load_tokenizer(TINY))
-    learning = set_trainable(model, parts)  # type: ignore[arg-type]
-    assert {name.split(".")[1] for name in learning} == modules
+    trainable = set_trainable(model, parts)  # type: ignore[arg-type]
+    assert {name.split(".")[1] for name in trainable} == modules
 
 
 def test_same_seed_gives_same_weights() -> None:

@@ -36,7 +36,7 @@ def build_batch(image_token: int) -> Batch:
 
 
 @pytest.mark.parametrize(
-    "learning",
+    "trained",
     [
         pytest.param(("connector",), id="connector"),
         pytest.param(("vision", "connector"), id="vision and connector"),
@@ -44,14 +44,14 @@ def build_batch(image_token: int) -> Batch:
         pytest.param(("language",), id="language"),
     ],
 )
-def test_flops_match_the_torch_flop_counter(learning: tuple[Part, ...]) -> None:
+def test_flops_match_the_torch_flop_counter(trained: tuple[Part, ...]) -> None:
     config = ModelConfig(preset="tiny")
     model = build_model(config, load_tokenizer(config), init_from=None, seed=0)
-    set_trainable(model, learning)
+    set_trainable(model, trained)
     batch = build_batch(model.config.image_token_id)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         PackedModel(model)(**batch.model_inputs).backward()
-    counted = build_flops_counter(model, get_preset("tiny"), learning).count([batch])
+    counted = build_flops_counter(model, get_preset("tiny"), trained).count([batch])
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 

@@ -45,8 +45,8 @@ def test_stage_config_of_another_version_asks_for_a_matching_image(tmp_path: Pat
 def test_metrics_port_in_use_is_named(tmp_path: Path) -> None:
     path = tmp_path / "stage.json"
     path.write_bytes(encode(build_stage(tmp_path)))
-    with socket.create_server(("", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    with socket.create_server(("", 0)) as occupied:
+        port = str(occupied.getsockname()[1])
         code, termination = run_worker(tmp_path, **{Env.STAGE_FILE: str(path), Env.METRICS_PORT: port})
     assert code == ExitCode.CONFIG
     assert f"port {port} for metrics is in use" in termination.message

@@ -1,4 +1,4 @@
-"""Of several failed ranks, the one whose failure made the others fail is reported."""
+"""If several ranks failed, the one whose failure made the others fail is reported."""
 
 from __future__ import annotations
 
