@@ -10,16 +10,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 from hack.source_report.draw import draw_functions
 from hack.source_report.glossary import Glossary, read_glossary
-from hack.source_report.language import Occurrence, find_refused
+from hack.source_report.language import Kind, Occurrence, find_refused
 from hack.source_report.reading_path import FIRST_CALLS, measure_path, trace
 from hack.source_report.sizes import find_duplicate_classes, find_sources, find_test_helpers, measure
 
 HERE = Path(__file__).parent
 PACKAGES = {"operator": "operator/sailvl_operator", "trainer": "trainer/sailvl_trainer"}
-KINDS = ("name", "docstring", "opening", "comment", "string")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 """Kinds of places in which a word is refused."""
 Report = dict[str, dict[str, float]]
 """Values by measure, then by column."""

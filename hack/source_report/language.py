@@ -26,6 +26,8 @@ class Name:
 
 
 TextKind = Literal["docstring", "comment", "string"]
+Kind = Literal["name", "docstring", "opening", "comment", "string"]
+"""Where a refused word was found; an opening is the first word of a docstring."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ class Occurrence:
     subject: str
     """The name, or an extract of the text, that contains the word."""
     refused: RefusedWord
-    kind: Literal["name", "docstring", "opening", "comment", "string"]
+    kind: Kind
 
     def __str__(self) -> str:
         """Return a message in the form of a compiler's: file, line, problem, remedy."""
@@ -94,7 +96,7 @@ def _find_in_texts(path: Path, texts: Iterable[Text], refused: RefusedWord) -> I
     for text in texts:
         if text.kind in kinds:
             for line, extract in find_in_text(text, refused.word, refused.scope):
-                kind = "opening" if is_opening else text.kind
+                kind: Kind = "opening" if is_opening else text.kind
                 yield Occurrence(path=path, line=line, subject=extract, refused=refused, kind=kind)
 
 

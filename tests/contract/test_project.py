@@ -1,9 +1,13 @@
-"""The files around the code: workflows and templates parse, code owners exist, a release agrees with its files."""
+"""The files around the code: workflows and templates parse, code owners exist, a release agrees with its files.
+
+No committed file names a directory of one machine, or the host of a package registry.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -126,3 +130,32 @@ def test_code_owners_own_paths_that_exist() -> None:
             assert path == "*" or (ROOT / path.lstrip("/")).exists(), path
             assert owners, path
             assert all(owner.startswith("@sail-vl/") for owner in owners), path
+
+
+@pytest.fixture(scope="module")
+def committed_texts() -> dict[str, str]:
+    """Return the text of every file that git tracks, by path relative to the root; binary files are left out."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    paths = [path for path in listed.stdout.split("\0") if (ROOT / path).is_file()]
+    contents = {path: (ROOT / path).read_bytes() for path in paths}
+    return {path: content.decode(errors="replace") for path, content in contents.items() if b"\0" not in content}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(r"(?<![\w.$}])/(?:work|home|root)/", id="directory of a machine"),
+        pytest.param(r"pypi[.]org|pythonhosted[.]org|npmjs[.]org|(?:proxy|sum)[.]golang[.]org", id="package registry"),
+    ],
+)
+def test_no_file_depends_on_the_machine(committed_texts: dict[str, str], pattern: str) -> None:
+    found = [
+        f"{path}:{number}: {line.strip()[:120]}"
+        for path, text in committed_texts.items()
+        if re.search(pattern, text)
+        for number, line in enumerate(text.splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert not found
