@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from sailvl_trainer.curate import stage
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.files import write_atomic
 from tests.support.builders.training import join_ranks
 
 SCRATCH = Path(os.environ["SCRATCH"])

@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.train import stage, trainer
 from tests.support.builders.training import join_ranks
 

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from sailvl_trainer.curate.items import Item, SourcePartition
 from sailvl_trainer.curate.verify import VerifiedItem
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import decode
+from sailvl_trainer.storage.files import write_atomic
 
 ROW_GROUP_SIZE = 128
 """Items per row group of an item list. Work units consist of whole row groups."""

@@ -30,8 +30,8 @@ from sailvl_trainer.curate.statistics import (
     open_decided,
 )
 from sailvl_trainer.reporting import encode_thumbnail, render_page
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.files import write_atomic
 
 OUTCOME_LABELS = {
     "kept": "kept for training",

@@ -17,9 +17,8 @@ from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig
 from sailvl_trainer.curate.artifacts import CurationArtifacts, PlannedShard
 from sailvl_trainer.curate.dedup import mark_duplicates
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.storage.atomic import sync_file, write_atomic
 from sailvl_trainer.storage.codec import encode
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import sync_file, translate_storage_errors, write_atomic
 
 
 def select_samples(artifacts: CurationArtifacts, config: CurateConfig) -> dict[str, int]:

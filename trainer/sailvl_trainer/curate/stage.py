@@ -40,8 +40,8 @@ from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import TaskPool
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.files import write_atomic
 
 READ_AHEAD = 64
 """Images in memory while a shard is written."""

@@ -23,7 +23,7 @@ from sailvl_trainer.data.encoder import LENGTHS, SampleEncoder, TokenCounter
 from sailvl_trainer.data.shards import ShardInfo, ShardPool, ShardReader, read_shard_manifest
 from sailvl_trainer.data.token_counts import TokenCountFiles
 from sailvl_trainer.errors import DataError
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import translate_storage_errors
 
 logger = logging.getLogger(__name__)
 

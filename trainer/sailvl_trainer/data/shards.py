@@ -27,9 +27,8 @@ from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.images import read_size
 from sailvl_trainer.data.samples import SAMPLE_KEY, Message, Sample, decode_dialogue, encode_dialogue
 from sailvl_trainer.errors import DataError
-from sailvl_trainer.storage.atomic import sync_directory, write_atomic
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import sync_directory, translate_storage_errors, write_atomic
 
 SCHEMA = pa.schema(
     [

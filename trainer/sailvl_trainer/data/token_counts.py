@@ -15,7 +15,7 @@ import numpy as np
 
 from sailvl_trainer.data.encoder import TokenCounter
 from sailvl_trainer.data.shards import ShardInfo, ShardReader
-from sailvl_trainer.storage.atomic import write_atomic
+from sailvl_trainer.storage.files import write_atomic
 
 DTYPE = np.dtype("<i4")
 DIGEST_BYTES = hashlib.sha256().digest_size

@@ -30,7 +30,7 @@ from sailvl_trainer.model.presets import Preset
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import translate_storage_errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from sailvl_trainer.evaluate.benchmark import Answer, BenchmarkResult
 from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.reporting import encode_thumbnail, render_page
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.files import write_atomic
 
 MAX_CARDS = 6
 """Maximum number of correct and of incorrect answers shown per benchmark."""

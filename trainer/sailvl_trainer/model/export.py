@@ -18,8 +18,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 
 from sailvl_trainer.model.presets import IMAGENET_MEAN, IMAGENET_STD, Preset
 from sailvl_trainer.model.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE_CONTEXT, IMAGE_END, IMAGE_START
-from sailvl_trainer.storage.atomic import sync_directory, sync_file
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors
 
 MAX_TILES = 12
 BICUBIC = 3

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sailvl_trainer.contract import Termination
 from sailvl_trainer.errors import OutOfMemory, PeerLost, Preempted, TrainerError
 from sailvl_trainer.rank.cgroup import read_memory
-from sailvl_trainer.storage.errors import format_bytes
+from sailvl_trainer.storage.files import format_bytes
 
 LOST_PEER_MESSAGES = (
     "connection closed by peer",

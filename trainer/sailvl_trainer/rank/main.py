@@ -25,9 +25,8 @@ from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.rank.exceptions import build_termination
 from sailvl_trainer.rank.settings import Scratch, Settings, read_settings
 from sailvl_trainer.rank.termination import exit_rank
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode, read_stage
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import translate_storage_errors, write_atomic
 from sailvl_trainer.storage.lineage import check_not_superseded, claim_stage
 
 STAGE_PACKAGES = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from sailvl_trainer.contract import Checkpoint, Phase, Progress, Stage
 from sailvl_trainer.rank.metrics import TrainerMetrics
 from sailvl_trainer.storage.codec import decode, encode, keep_finite
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import translate_storage_errors
 
 RESTARTS_VARIABLE = "SAILVL_RESTARTS_SO_FAR"
 """Variable in which the worker's agent passes its ranks the number of restarts in place so far."""

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from sailvl_trainer.contract import TERMINATION_MESSAGE_BYTES, Result, Termination
 from sailvl_trainer.errors import StorageError
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode, keep_finite
+from sailvl_trainer.storage.files import write_atomic
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 """Variable in which torch's elastic agent passes each rank the path of its error file."""

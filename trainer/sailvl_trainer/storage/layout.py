@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sailvl_trainer import contract
 from sailvl_trainer.contract import Checkpoint, Result, Stage
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import decode, encode, keep_finite
+from sailvl_trainer.storage.files import write_atomic
 
 
 class StageFiles:

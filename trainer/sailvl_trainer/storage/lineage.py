@@ -16,9 +16,8 @@ from pathlib import Path
 
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinite, Skip
 from sailvl_trainer.errors import Preempted, StorageError
-from sailvl_trainer.storage.atomic import sync_directory, write_atomic
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.errors import describe_unavailable, translate_storage_errors
+from sailvl_trainer.storage.files import describe_unavailable, sync_directory, translate_storage_errors, write_atomic
 from sailvl_trainer.storage.layout import StageFiles
 
 

@@ -24,9 +24,8 @@ from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.planner import DataPosition
 from sailvl_trainer.errors import ConfigError, DataError
 from sailvl_trainer.rank.distributed import all_gather_object
-from sailvl_trainer.storage.atomic import sync_directory, sync_file, write_atomic
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors, write_atomic
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import find_newest_attempt, iter_checkpoints
 from sailvl_trainer.train.engine import STATE_KEYS, Fragment

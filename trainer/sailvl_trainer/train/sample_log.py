@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sailvl_trainer.storage.atomic import sync_file
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import sync_file, translate_storage_errors
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import read_lineage
 

@@ -18,8 +18,8 @@ from sailvl_trainer.data.loader import LoadedStep, load_steps
 from sailvl_trainer.errors import NonFiniteError, Preempted
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import sum_over_ranks
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.storage.lineage import check_not_superseded, non_finite_path
 from sailvl_trainer.train.checkpoint import TrainingState, delete_old_checkpoints, save_checkpoint
 from sailvl_trainer.train.engine import Engine, check_frozen

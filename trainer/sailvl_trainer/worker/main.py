@@ -18,9 +18,8 @@ from typing import NoReturn
 from sailvl_trainer.contract import ExitCode, Progress, Result, Stage, Termination
 from sailvl_trainer.errors import TrainerError
 from sailvl_trainer.rank.settings import Scratch, Settings, read_settings, read_termination_log
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode, read_stage
-from sailvl_trainer.storage.errors import translate_storage_errors
+from sailvl_trainer.storage.files import translate_storage_errors, write_atomic
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.worker.exit import WorkerExit, handle_sigterm
 from sailvl_trainer.worker.ranks import RankProcesses

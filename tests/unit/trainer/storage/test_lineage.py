@@ -12,8 +12,8 @@ import pytest
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinite, Skip
 from sailvl_trainer.errors import Preempted, StorageError
 from sailvl_trainer.storage import lineage
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import (
     begin_attempt,

@@ -15,8 +15,8 @@ from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage
 from sailvl_trainer.data.planner import DataPosition
 from sailvl_trainer.errors import ConfigError, DataError, TrainerError
 from sailvl_trainer.rank.distributed import start_process_group
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.train.checkpoint import (
     TrainingState,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sailvl_trainer.contract import Checkpoint, Lineage
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import claim_stage
 from sailvl_trainer.train.sample_log import (

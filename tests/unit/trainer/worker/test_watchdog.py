@@ -10,8 +10,8 @@ import pytest
 
 from sailvl_trainer.contract import Progress
 from sailvl_trainer.rank.settings import Scratch
-from sailvl_trainer.storage.atomic import write_atomic
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.worker.ranks import RankProcesses
 from sailvl_trainer.worker.watchdog import describe_stall, find_exceeded_timeout, find_stalled_rank
 

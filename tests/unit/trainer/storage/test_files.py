@@ -10,7 +10,7 @@ import pytest
 
 from sailvl_trainer.contract import ExitCode
 from sailvl_trainer.errors import DataError, StorageError
-from sailvl_trainer.storage.errors import format_bytes, translate_storage_errors
+from sailvl_trainer.storage.files import format_bytes, translate_storage_errors
 
 
 def raised_from(error: Exception, cause: Exception) -> Exception:

@@ -1,7 +1,12 @@
-"""Recognize errors of a volume, full or unavailable, and turn them into StorageError with advice for the user.
+"""Files on the shared storage: written durably, and with errors that say what is wrong with their volume.
 
-Reads and writes of the shared storage run inside `translate_storage_errors`; `rank/main.py` wraps a whole stage in it,
-for errors of libraries that the narrower blocks don't cover.
+A reader, or a crash, finds either the whole new file or the old one. Every document is written with `write_atomic`.
+Large files (shards, weights) are written in place and made durable with `sync_file` and `sync_directory` before the
+manifest that lists them is written.
+
+Reads and writes run inside `translate_storage_errors`, which turns errors of a full or unavailable volume into
+StorageError with advice for the user; `rank/main.py` wraps a whole stage in it, for errors of libraries that the
+narrower blocks don't cover.
 """
 
 from __future__ import annotations
@@ -9,8 +14,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sailvl_trainer.errors import StorageError
@@ -23,6 +29,44 @@ MISSING_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR})
 ERRNO_IN_TEXT = re.compile(r"(?:os error |errno\W{1,4})(\d+)", re.IGNORECASE)
 """Matches the error number in messages of libraries that raise their own exceptions: Rust, Arrow and DuckDB."""
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file through a temporary file, fsync and rename; missing parent directories are created.
+
+    Raises StorageError if the volume is full or unavailable.
+    """
+    with translate_storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with translate_storage_errors(path):  # reports the full volume before the cleanup frees space
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to disk (fsync), so that content written by another library survives a power loss."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory to disk (fsync), so that files created or renamed in it survive a power loss."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
