@@ -35,6 +35,9 @@ ALLOWED = {
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MEDIAN_FILE_LINES = (115, 260)
+MAX_SHORT_FILES = 4
+"""Files of less than 40 lines in each package."""
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,14 @@ def test_helpers_are_in_packages_of_tests() -> None:
 def test_files_are_short(sources: dict[Path, str]) -> None:
     lengths = {path: len(text.splitlines()) for path, text in sources.items()}
     assert not [f"{path}: {n} lines, allowed {MAX_FILE_LINES}" for path, n in lengths.items() if n > MAX_FILE_LINES]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_files_are_neither_paragraphs_nor_warehouses(package: Path) -> None:
+    sizes = measure({path: path.read_text(encoding="utf-8") for path in find_sources(package)})
+    least, most = MEDIAN_FILE_LINES
+    assert least <= sizes.median_file <= most, "join files that are read together, or split those with two jobs"
+    assert sizes.short_files <= MAX_SHORT_FILES, "join short files with those that are read with them"
 
 
 def test_functions_are_short(sources: dict[Path, str]) -> None:
