@@ -109,4 +109,4 @@ def test_missing_data_ends_the_worker_with_advice(root: Path, start: Start) -> N
     (ended,) = start(invalid, nodes=1).wait_for_all()
     assert ended.exit_code == 65
     assert "nowhere" in ended.message
-    assert "give the output of a curate stage or a prepared set" in ended.message
+    assert "set the output of a curate stage or a prepared data set" in ended.message
