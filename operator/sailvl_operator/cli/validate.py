@@ -73,7 +73,9 @@ def read_all(path: Path) -> list[Document]:
     """Return all objects of a file, of any kind. Raises ValueError if the file is not valid YAML with objects."""
     try:
         documents = [d for d in yaml.load_all(path.read_text(), Loader=_Loader) if d is not None]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     for number, document in enumerate(documents, start=1):
         if not isinstance(document, dict):

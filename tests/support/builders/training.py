@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sailvl_trainer.contract import ModelConfig, Stage, TrainConfig
+from sailvl_trainer.data.samples import Message
 from sailvl_trainer.data.shards import ShardWriter, write_shard_manifest
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.demo.build_data import make_questions
@@ -29,12 +30,22 @@ def build_set(directory: Path) -> Path:
     return directory
 
 
-def build_uncounted_set(directory: Path, *, shards: int = 5, shard_samples: int = 8) -> Path:
-    """A prepared set whose index holds no token counts, as if another tokenizer had counted; one shard is held out."""
+class OtherTokenizer:
+    """A counter of another tokenizer, under which every dialogue has one token."""
+
+    fingerprint = "another tokenizer"
+
+    def count(self, messages: tuple[Message, ...], *, has_image: bool) -> tuple[int, int]:
+        """Return one text token and one loss token."""
+        return 1, 1
+
+
+def build_set_of_another_tokenizer(directory: Path, *, shards: int = 5, shard_samples: int = 8) -> Path:
+    """Build a prepared set whose index was counted by another tokenizer; one shard is held out."""
     for split, first, number in (("shards", 0, shards), ("held-out", shards, 1)):
         infos = []
         for shard in range(first, first + number):
-            with ShardWriter(directory / split, f"{shard:05d}") as writer:
+            with ShardWriter(directory / split, f"{shard:05d}", OtherTokenizer()) as writer:
                 for row in range(shard_samples):
                     writer.write(draw_question(0, shard * shard_samples + row, 1))
             assert writer.info is not None

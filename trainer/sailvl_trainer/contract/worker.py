@@ -130,7 +130,8 @@ class Progress:
     checkpoint: Checkpoint | None = None
     """Newest checkpoint; None if none was saved."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds of this attempt by activity: starting, training, dataWait, checkpoint, evaluating."""
+    """Seconds of this attempt by activity: starting, training, dataWait, checkpoint, evaluating, waiting for other
+    ranks, and the names of tasks that ranks share."""
     time: float = 0.0
     """Unix seconds at which the document was updated; it serves as the heartbeat."""
 

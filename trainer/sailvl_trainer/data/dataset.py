@@ -23,9 +23,13 @@ from sailvl_trainer.data.encoder import LENGTHS, SampleEncoder, TokenCounter
 from sailvl_trainer.data.shards import ShardInfo, ShardPool, ShardReader, read_shard_manifest
 from sailvl_trainer.data.token_counts import TokenCountFiles
 from sailvl_trainer.errors import DataError
-from sailvl_trainer.storage.files import translate_storage_errors
+from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors
 
 logger = logging.getLogger(__name__)
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+HASHED_BYTES = 1 << 20
+"""Size of the chunks in which a file is hashed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +155,7 @@ def measure_lengths(
 def write_lengths(path: Path, shards: ShardList, encoder: SampleEncoder, *, counts: TokenCountFiles) -> None:
     """Measure all samples into a file for `load_lengths`, which appears under its name when it is complete.
 
-    Raises StorageError if the volume is full or unavailable.
+    The file is a NumPy array followed by its SHA-256. Raises StorageError if the volume is full or unavailable.
     """
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # process ids aren't unique over containers
     try:
@@ -159,18 +163,55 @@ def write_lengths(path: Path, shards: ShardList, encoder: SampleEncoder, *, coun
             path.parent.mkdir(parents=True, exist_ok=True)
             mapped_S = np.lib.format.open_memmap(temporary, mode="w+", dtype=LENGTHS, shape=(shards.samples,))
             with temporary.open("r+b") as file:  # allocate the space now: on a full disk, writing the map raises SIGBUS
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size + DIGEST_BYTES)
         measure_lengths(shards, encoder, counts=counts, out_S=mapped_S)
-        mapped_S.flush()
-        os.replace(temporary, path)
+        with translate_storage_errors(temporary):
+            mapped_S.flush()
+            with temporary.open("r+b") as file:
+                file.seek(-DIGEST_BYTES, os.SEEK_END)
+                file.write(_hash_all_but_digest(temporary))
+            sync_file(temporary)
+            os.replace(temporary, path)
+            sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def has_lengths(path: Path, samples: int) -> bool:
+    """Whether a file has the LENGTHS of so many samples and is intact; reads all of it.
+
+    Raises StorageError if the volume is unavailable.
+    """
+    with translate_storage_errors(path):
+        if not path.exists():
+            return False
+        if _read_digest(path) != _hash_all_but_digest(path):
+            logger.warning("%s is damaged or of another version; all samples are measured again", path)
+            return False
+        lengths_S = load_lengths(path)
+    return lengths_S.dtype == LENGTHS and lengths_S.shape == (samples,)
+
+
 def load_lengths(path: Path) -> np.ndarray:
-    """Return the LENGTHS in a file, memory-mapped and read-only."""
+    """Return the LENGTHS in an intact file, memory-mapped and read-only."""
     lengths_S: np.ndarray = np.load(path, mmap_mode="r")
     return lengths_S
+
+
+def _read_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - DIGEST_BYTES))
+        return file.read()
+
+
+def _hash_all_but_digest(path: Path) -> bytes:
+    """Return the SHA-256 of a file without its last DIGEST_BYTES bytes."""
+    digest, left = hashlib.sha256(), path.stat().st_size - DIGEST_BYTES
+    with path.open("rb") as file:
+        while left > 0 and (chunk := file.read(min(left, HASHED_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.digest()
 
 
 def _read_text_tokens(

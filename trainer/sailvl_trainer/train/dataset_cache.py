@@ -1,6 +1,6 @@
 """Opens data sets whose sample lengths are measured once, by all ranks together, and cached on the storage.
 
-1. If the lengths are in the cache, every rank maps them, and nothing else is read.
+1. If the lengths are in the cache and intact, every rank maps them, and nothing else is read.
 2. Otherwise the ranks count the tokens of those shards whose index was counted by another tokenizer. Each shard is a
    task that one rank claims, and its counts are a file of their own, so that an interrupted start can be continued.
 3. The first rank computes all lengths from the indexes and the counts, writes them to the cache and deletes the counts.
@@ -24,6 +24,7 @@ from sailvl_trainer.data.dataset import (
     ShardList,
     build_dataset,
     compute_fingerprint,
+    has_lengths,
     list_shards,
     load_lengths,
     write_lengths,
@@ -33,7 +34,7 @@ from sailvl_trainer.data.token_counts import TokenCountFiles
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.rank.distributed_tasks import TaskPool
-from sailvl_trainer.storage.lineage import find_newest_attempt
+from sailvl_trainer.storage.lineage import check_not_superseded, find_newest_attempt
 
 INDEX_DIR = "index"
 """Folder below the stage's directory that holds the cache."""
@@ -56,7 +57,7 @@ def open_dataset(context: Context, directories: Sequence[Path], split: str, enco
         return build_dataset(shards, encoder)
     folder = context.files.output / INDEX_DIR
     path = folder / f"{split}-{compute_fingerprint(shards, encoder)}.npy"
-    if not broadcast_object(path.exists() if context.is_first else None):
+    if not broadcast_object(has_lengths(path, shards.samples) if context.is_first else None):
         counts = TokenCountFiles(folder=folder / f"{path.stem}-tokens", counter=encoder.counter)
         pool = TaskPool(context)
         _count_tokens(context, pool, shards, counts)
@@ -89,7 +90,11 @@ def _fill_cache(
     if not _is_superseded(context):
         for stale in path.parent.glob(f"{path.stem}.*.tmp"):
             stale.unlink(missing_ok=True)
-    write_lengths(path, shards, encoder, counts=counts)
+    try:
+        write_lengths(path, shards, encoder, counts=counts)
+    except FileNotFoundError:  # a later attempt deletes temporary files
+        check_not_superseded(context.files, context.stage.attempt)
+        raise
     if not _is_superseded(context):
         shutil.rmtree(counts.folder, ignore_errors=True)
 

@@ -68,6 +68,18 @@ async def test_status_names_a_later_attempt_before_its_job_exists(world):
     assert writes.index("status") < writes.index("jobs")
 
 
+async def test_next_attempt_starts_before_the_dead_one_is_deleted(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
+    await world.add_pods("curate")
+    await world.until(lambda: world.states()["curate"] == ("Running", 1))
+    del world.api.requests[:]
+    await world.end_pod("curate", 1, 0, 75)  # preempted: restarted without a backoff
+    await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-2"})
+    writes = [(method, path.rsplit("/", 2)[-1]) for method, path in world.api.list_writes()]
+    assert writes.index(("POST", "jobs")) < writes.index(("DELETE", "pods")) < writes.index(("DELETE", "demo-curate-1"))
+
+
 async def test_jobs_of_new_runs_are_created_before_statuses_are_written(world):
     """All Jobs of ten runs that are created at once precede any status."""
     for number in range(10):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from sailvl_trainer.errors import Preempted
+from sailvl_trainer.rank import distributed_tasks
 from sailvl_trainer.rank.context import Context, build_single_process_context
 from sailvl_trainer.rank.distributed_tasks import TaskPool
 from tests.support.builders.training import build_stage
@@ -52,3 +54,31 @@ def test_time_is_recorded_once(phase: str, context: Context) -> None:
     run_tasks(context, 2)
     activities = {"starting"} if phase == "starting" else {"starting", "counting", "waiting"}
     assert context.telemetry.progress.seconds.keys() == activities
+
+
+def test_stop_of_one_rank_is_announced_to_the_others(context: Context, tmp_path: Path) -> None:
+    """The rank that was asked to stop announces it in the store, which the pool of another rank reads."""
+    pool = TaskPool(context)
+    (tmp_path / "scratch" / "stop").touch()
+    with pytest.raises(Preempted):
+        pool.run("counting", 3, lambda _: False, lambda _: pytest.fail("no task may start"))
+    (tmp_path / "scratch" / "stop").unlink()
+    assert not context.preemption.is_requested_locally, "as on a rank that was not asked"
+    pool.run("measuring", 3, lambda _: False, lambda _: pytest.fail("no task may start"))
+
+
+def test_heartbeats_continue_while_the_first_rank_works(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed_tasks, "HEARTBEAT_SECONDS", 0.001)
+    is_sent = threading.Event()
+    update = context.telemetry.update
+
+    def note_and_update(**changes: object) -> None:
+        update(**changes)
+        is_sent.set()
+
+    def wait_for_heartbeat() -> None:
+        is_sent.clear()
+        assert is_sent.wait(timeout=60)
+
+    monkeypatch.setattr(context.telemetry, "update", note_and_update)
+    TaskPool(context).run_on_first_rank("measuring", wait_for_heartbeat)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 
 from sailvl_trainer.contract import ExitCode, ModelConfig, Stage
-from sailvl_trainer.data.dataset import ShardDataset, build_dataset, list_shards
+from sailvl_trainer.data.dataset import ShardDataset, build_dataset, has_lengths, list_shards
 from sailvl_trainer.data.encoder import SampleEncoder, TokenCounter
 from sailvl_trainer.data.shards import ShardReader
 from sailvl_trainer.data.token_counts import TokenCountFiles
@@ -24,8 +28,9 @@ from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context, build_single_process_context
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import claim_stage
+from sailvl_trainer.train import dataset_cache
 from sailvl_trainer.train.dataset_cache import HEARTBEAT_ROWS, INDEX_DIR, open_dataset
-from tests.support.builders.training import build_set, build_stage, build_uncounted_set
+from tests.support.builders.training import build_set, build_set_of_another_tokenizer, build_stage
 from tests.support.rank_faults import (
     FaultyRanks,
     Volume,
@@ -43,7 +48,7 @@ SHARDS = 5
 
 @pytest.fixture(scope="module")
 def uncounted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_uncounted_set(tmp_path_factory.mktemp("data") / "set", shards=SHARDS)
+    return build_set_of_another_tokenizer(tmp_path_factory.mktemp("data") / "set", shards=SHARDS)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,10 @@ def build_encoder() -> SampleEncoder:
 
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
-    return build_single_process_context(build_stage(tmp_path), scratch=tmp_path / "scratch")
+    """Return the context of an attempt that has claimed its stage, as a rank does first."""
+    context = build_single_process_context(build_stage(tmp_path), scratch=tmp_path / "scratch")
+    claim_stage(context.files, context.stage.attempt)
+    return context
 
 
 @pytest.fixture
@@ -152,7 +160,7 @@ def test_heartbeats_continue_while_a_shard_is_counted(
     )
     monkeypatch.setattr(context.telemetry, "update", lambda **changes: (events.append("beat"), update(**changes))[1])
     samples = 3 * HEARTBEAT_ROWS + 1
-    open_shards(context, build_uncounted_set(tmp_path / "large", shards=1, shard_samples=samples), encoder)
+    open_shards(context, build_set_of_another_tokenizer(tmp_path / "large", shards=1, shard_samples=samples), encoder)
     assert events.count("row") == samples
     assert max(map(len, "".join("r" if e == "row" else "b" for e in events).split("b"))) <= HEARTBEAT_ROWS
 
@@ -239,6 +247,72 @@ def test_damaged_file_is_counted_again(
     dataset = open_shards(context, uncounted, encoder)
     assert counted == [info.name, "00004"]
     assert np.array_equal(dataset.lengths_S, build_dataset(list_shards([uncounted], "shards"), encoder).lengths_S)
+
+
+def alter_first_row(data: bytes) -> bytes:
+    """Flip a bit of the first sample's length, which follows the header of the array."""
+    start = data.index(b"\n") + 1
+    return data[:start] + bytes([data[start] ^ 1]) + data[start + 1 :]
+
+
+def write_unversioned(_: bytes) -> bytes:
+    """Return an array of other fields without a hash, as an earlier version might have written it."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(8 * SHARDS, dtype=[("tokens", np.int32), ("is_cut", np.bool_)]))
+    return buffer.getvalue()
+
+
+def write_other_fields(_: bytes) -> bytes:
+    data = write_unversioned(b"")
+    return data + hashlib.sha256(data).digest()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda data: data[:-1], id="truncated"),
+        pytest.param(lambda data: data[: len(data) // 2], id="half"),
+        pytest.param(lambda _: b"", id="empty"),
+        pytest.param(alter_first_row, id="a flipped bit"),
+        pytest.param(write_unversioned, id="without a hash"),
+        pytest.param(write_other_fields, id="other fields"),
+    ],
+)
+def test_damaged_cache_is_measured_again(
+    damage: Callable[[bytes], bytes], context: Context, uncounted: Path, encoder: SampleEncoder
+) -> None:
+    first = np.array(open_shards(context, uncounted, encoder).lengths_S)
+    (name,) = list_cache(context)
+    path = context.files.output / INDEX_DIR / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert np.array_equal(open_shards(context, uncounted, encoder).lengths_S, first)
+    assert has_lengths(path, len(first))
+
+
+def test_full_volume_while_the_lengths_are_written_is_a_storage_error(
+    context: Context, tmp_path: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The space is allocated first: writing a map to a full volume would kill the process with SIGBUS."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(StorageError, match="is full"):
+        open_shards(context, build_set(tmp_path / "set"), encoder)
+    assert list_cache(context) == []
+
+
+def test_superseded_attempt_whose_file_was_deleted_stops(
+    context: Context, uncounted: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_file(*_: object, **__: object) -> None:
+        claim_stage(context.files, context.stage.attempt + 1)
+        raise FileNotFoundError("deleted by the later attempt")
+
+    monkeypatch.setattr(dataset_cache, "write_lengths", lose_file)
+    with pytest.raises(Preempted, match="superseded"):
+        open_shards(context, uncounted, encoder)
 
 
 def test_stop_request_ends_counting_after_the_shard_in_progress(
