@@ -1,7 +1,9 @@
-"""Check a release's versions and print its changelog section; called by `.github/workflows/release.yml`.
+"""Check versions, print a changelog section and set the chart's images; called by `.github/workflows/release.yml`.
 
     release.py check v0.1.0   print 0.1.0 if the tag agrees with pyproject.toml, Chart.yaml and CHANGELOG.md
     release.py notes 0.1.0    print the section of CHANGELOG.md below the heading of that version
+    release.py chart OPERATOR@sha256:… TRAINER@sha256:…
+                              write both container images into the chart's values.yaml, as its defaults
 
 Uses the standard library alone, so that it runs before anything is installed.
 """
@@ -56,6 +58,27 @@ def extract_section(changelog: str, version: str) -> str:
     return section + "\n"
 
 
+def set_images(values: str, operator: str, trainer: str) -> str:
+    """Return the chart's values with both container images, given as REPOSITORY@sha256:DIGEST, as the defaults.
+
+    Raises ValueError for an image without a digest, and for values that lack one of the lines to replace.
+    """
+    for image in (operator, trainer):
+        if not re.fullmatch(r"[^@\s]+@sha256:[0-9a-f]{64}", image):
+            raise ValueError(f"image {image!r}: expected REPOSITORY@sha256:DIGEST")
+    repository, digest = operator.split("@")
+    lines = {
+        "  repository: sailvl-operator\n": f"  repository: {repository}\n",
+        '  digest: ""\n': f'  digest: "{digest}"\n',
+        '  trainerImage: ""\n': f'  trainerImage: "{trainer}"\n',
+    }
+    for old, new in lines.items():
+        if values.count(old) != 1:
+            raise ValueError(f"values.yaml has {values.count(old)} lines {old.strip()!r}, expected 1")
+        values = values.replace(old, new)
+    return values
+
+
 def _read_scalar(text: str, key: str) -> str:
     found = re.search(rf"^{key}: *[\"']?([^\"'\s]+)", text, re.M)
     if not found:
@@ -64,15 +87,21 @@ def _read_scalar(text: str, key: str) -> str:
 
 
 def main() -> None:
-    """Run one of the two commands; print an error and exit with status 1 if it fails."""
+    """Run one of the commands; print an error and exit with status 1 if it fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check").add_argument("tag")
     commands.add_parser("notes").add_argument("version")
+    chart = commands.add_parser("chart")
+    chart.add_argument("operator")
+    chart.add_argument("trainer")
     given = parser.parse_args()
     try:
         if given.command == "check":
             print(check_versions(ROOT, given.tag))
+        elif given.command == "chart":
+            path = ROOT / "helm/sailvl-operator/values.yaml"
+            path.write_text(set_images(path.read_text(), given.operator, given.trainer))
         else:
             print(extract_section((ROOT / "CHANGELOG.md").read_text(), given.version), end="")
     except ValueError as error:

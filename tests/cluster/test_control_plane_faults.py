@@ -17,9 +17,9 @@ import pytest
 
 from tests.support.live.api import wait_until
 from tests.support.live.api_faults import REQUEST_KINDS, FaultRates
+from tests.support.live.cluster import ROOT
 from tests.support.live.crash_points import CrashCase
 from tests.support.live.disposable_control_plane import (
-    ROOT,
     DisposableControlPlane,
     describe_problems,
     open_disposable_control_plane,

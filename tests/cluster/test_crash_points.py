@@ -18,6 +18,7 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import Credentials, load_credentials
 from sailvl_operator.cluster.resources import Resource
+from tests.support.live.cluster import install_crd
 from tests.support.live.control_plane import start_control_plane
 from tests.support.live.crash_points import (
     RUN,
@@ -37,7 +38,6 @@ pytestmark = pytest.mark.cluster
 
 NAMESPACES = Resource(api_version="v1", plural="namespaces")
 MAX_PARALLEL_RUNS = 64
-CRD = f"{names.PLURAL}.{names.GROUP}"
 ROOT = Path(__file__).parents[2]
 WATCHED = (resources.JOBS, resources.PODS, resources.SERVICES, resources.CLAIMS)
 
@@ -51,8 +51,7 @@ def credentials(tmp_path: Path) -> Iterator[Credentials]:
     binaries = Path(built.stdout.strip())
     with start_control_plane(binaries, tmp_path) as kubeconfig:
         kubectl = [binaries / "kubectl", f"--kubeconfig={kubeconfig}"]
-        subprocess.run([*kubectl, "apply", "--server-side", "-f", ROOT / "crds/sailvlruns.yaml"], check=True)
-        subprocess.run([*kubectl, "wait", "--for=condition=Established", f"crd/{CRD}", "--timeout=30s"], check=True)
+        install_crd(kubectl)
         yield load_credentials(str(kubeconfig))
 
 

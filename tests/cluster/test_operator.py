@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.live.api import wait_until
-from tests.support.live.cluster import Cluster
+from tests.support.live.cluster import Cluster, install_crd
 from tests.support.live.stub_runs import build_stub_image
 
 pytestmark = pytest.mark.cluster
@@ -56,8 +56,7 @@ def namespace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Create a namespace under the restricted Pod Security Standard, with a claim that the nodes can mount."""
     if not find_kubeconfig():
         pytest.skip("no cluster: set KUBECONFIG or run `make cluster`")
-    kubectl("apply", "--server-side", "-f", str(ROOT / "crds" / "sailvlruns.yaml"))
-    kubectl("wait", "--for=condition=Established", "crd/sailvlruns.sailvl.dev", "--timeout=30s")
+    install_crd(["kubectl", f"--kubeconfig={find_kubeconfig()}"])
     name = f"operator-{uuid.uuid4().hex[:6]}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     kubectl(

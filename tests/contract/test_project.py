@@ -159,3 +159,23 @@ def test_no_file_depends_on_the_machine(committed_texts: dict[str, str], pattern
         if re.search(pattern, line)
     ]
     assert not found
+
+
+OPERATOR_IMAGE = f"ghcr.io/team/sailvl-operator@sha256:{'a' * 64}"
+TRAINER_IMAGE = f"ghcr.io/team/sailvl-trainer@sha256:{'b' * 64}"
+
+
+def test_released_chart_has_the_released_images_as_defaults() -> None:
+    text = (ROOT / "helm/sailvl-operator/values.yaml").read_text()
+    values = yaml.safe_load(release.set_images(text, OPERATOR_IMAGE, TRAINER_IMAGE))
+    expected = yaml.safe_load(text)
+    expected["image"] |= {"repository": "ghcr.io/team/sailvl-operator", "digest": f"sha256:{'a' * 64}"}
+    expected["runs"]["trainerImage"] = TRAINER_IMAGE
+    assert values == expected
+
+
+@pytest.mark.parametrize("image", ["", "ghcr.io/team/sailvl-operator:0.1.0", "ghcr.io/team/sailvl-operator@sha256:12"])
+def test_image_without_a_digest_is_refused_for_the_chart(image: str) -> None:
+    text = (ROOT / "helm/sailvl-operator/values.yaml").read_text()
+    with pytest.raises(ValueError, match="expected REPOSITORY@sha256:DIGEST"):
+        release.set_images(text, image, TRAINER_IMAGE)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.support.live.api import wait_until
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "hack/cluster/cluster.sh"
@@ -28,6 +30,15 @@ class Cluster:
     """Registry from which its nodes pull images, `busybox:1` among them."""
     is_ours: bool
     """Whether it is the cluster of `make cluster`, whose nodes are processes of this machine and may be killed."""
+
+
+def install_crd(kubectl: Sequence[str | Path]) -> None:
+    """Install the CustomResourceDefinition with a kubectl command, and wait until it is established."""
+    apply = [*kubectl, "apply", "--server-side", "--force-conflicts", "-f", ROOT / "crds/sailvlruns.yaml"]
+    subprocess.run(apply, check=True, stdout=subprocess.DEVNULL)
+    wait = [*kubectl, "wait", "--for=condition=Established", "crd/sailvlruns.sailvl.dev", "--timeout=30s"]
+    # `kubectl wait` fails as long as there is no condition.
+    wait_until(lambda: subprocess.run(wait, check=False, capture_output=True).returncode == 0, seconds=60)
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +71,9 @@ def kubectl(cluster: Cluster) -> Kubectl:
 
 
 @pytest.fixture(scope="session")
-def resource(kubectl: Kubectl) -> None:
+def resource(cluster: Cluster) -> None:
     """Install the CustomResourceDefinition and wait until it is established."""
-    applied = kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/sailvlruns.yaml"))
-    assert applied.returncode == 0, applied.stderr
-    waited = kubectl("wait", "--for=condition=Established", "crd/sailvlruns.sailvl.dev", "--timeout=30s")
-    assert waited.returncode == 0, waited.stderr
+    install_crd(["kubectl", f"--kubeconfig={cluster.kubeconfig}"])
 
 
 @pytest.fixture

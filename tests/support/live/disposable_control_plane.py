@@ -22,6 +22,7 @@ from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.errors import ApiError, Gone
 from tests.support.live.api import NAMESPACES, Object, build_object, wait_until
+from tests.support.live.cluster import install_crd
 from tests.support.live.control_plane import start_control_plane
 from tests.support.live.crash_points import (
     RUN,
@@ -35,8 +36,6 @@ from tests.support.live.crash_points import (
 )
 from tests.support.live.proxy import BackgroundLoop
 
-ROOT = Path(__file__).parents[3]
-CRD = f"{names.PLURAL}.{names.GROUP}"
 WATCHED = (resources.JOBS, resources.PODS, resources.SERVICES, resources.CLAIMS, resources.RUNS)
 
 
@@ -88,10 +87,7 @@ def open_disposable_control_plane(binaries: Path, folder: Path) -> Iterator[Disp
     """Start a control plane with the CustomResourceDefinition, and stop it at the end."""
     with start_control_plane(binaries, folder) as kubeconfig:
         kubectl = [binaries / "kubectl", f"--kubeconfig={kubeconfig}"]
-        subprocess.run([*kubectl, "apply", "--server-side", "-f", ROOT / "crds/sailvlruns.yaml"], check=True)
-        wait = [*kubectl, "wait", "--for=condition=Established", f"crd/{CRD}", "--timeout=30s"]
-        # kubectl wait fails as long as there is no condition.
-        wait_until(lambda: subprocess.run(wait, check=False).returncode == 0)
+        install_crd(kubectl)
         background, client = BackgroundLoop(), Client(load_credentials(str(kubeconfig)))
         plane = DisposableControlPlane(kubeconfig=kubeconfig, client=client, background=background)
         background.call(client.__aenter__())
