@@ -9,9 +9,10 @@ import pytest
 from msgspec.structs import replace
 
 from sailvl_operator.api.status import Cause, ConditionType, Reason, Status, decode_status, encode_status
+from sailvl_operator.core.observe import observe
 from sailvl_operator.core.plan import plan
 from sailvl_trainer.contract import WATCHDOG_INTERVAL_SECONDS, Checkpoint, Progress
-from tests.support.builders.operator import SPEC, build_end, build_run
+from tests.support.builders.operator import SPEC, build_end, build_job, build_run
 from tests.support.core_world import DEFAULTS, CoreWorld, finish_run
 
 
@@ -328,3 +329,34 @@ def test_changed_stage_changes_digests_of_dependent_stages() -> None:
     changed[1]["pretrain"]["tokens"] = "64K"
     old, new = plan(build_run()), plan(build_run(stages=changed))
     assert [a.digest == b.digest for a, b in zip(old, new, strict=True)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("is_gone_first", [True, False])
+def test_existing_job_counts_and_a_deleted_one_of_the_same_attempt_does_not(is_gone_first: bool) -> None:
+    """After a relist the stores may hold both: the deleted Job and the one that replaced it under the same name."""
+    jobs = [build_job("curate", uid="new"), build_job("curate", uid="old", is_gone=True)]
+    observed = observe(reversed(jobs) if is_gone_first else jobs)
+    attempt = observed.attempts["curate", 1]
+    assert attempt.job is not None
+    assert (attempt.job.uid, attempt.is_job_deleted) == ("new", False)
+
+
+@pytest.mark.parametrize(
+    ("known", "reported", "is_reused", "expected"),
+    [(7, 3, False, 7), (3, 7, False, 7), (7, 90, True, 7)],
+    ids=["result knows of fewer", "result knows of more", "result of an earlier run"],
+)
+def test_lost_steps_never_decrease_when_a_stage_succeeds(
+    known: int, reported: int, is_reused: bool, expected: int
+) -> None:
+    world = CoreWorld(spec={"stages": SPEC["stages"][2:3]}, advances_time=False)
+    stage = world.run_until_stable()
+    assert stage is not None
+    world.progress[stage.name, 1] = Progress(attempt=1, phase="running", step=5, steps=10, lost_steps=known)
+    world.now += 60
+    world.run_until_stable()
+    world.succeed_stage(stage, lost_steps=reported, reused=is_reused)
+    world.run_until_stable()
+    progress = world.stage(stage.name).progress
+    assert progress is not None
+    assert progress.lost_steps == expected

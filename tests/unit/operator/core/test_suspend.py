@@ -74,3 +74,19 @@ def test_unrecorded_first_job_is_suspended_with_its_run() -> None:
     world.spec = {"suspend": True}
     world.run_until_stable()
     assert [j.is_suspended for j in world.jobs.values()] == [True]
+
+
+def test_pod_on_a_dead_node_ends_the_suspension_after_its_grace_period() -> None:
+    """A node that is lost never confirms the end of its pod; 30 s past the grace period it is taken as ended."""
+    world = CoreWorld(advances_time=False)
+    world.run_until_stable()
+    world.spec = {"suspend": True}
+    delete_by = world.now + 60
+    world.update_pods(delete_by=delete_by)
+    assert world.stage("curate").state != "Suspended"
+    world.now = delete_by + 29.9
+    world.run_until_stable()
+    assert world.stage("curate").state != "Suspended"
+    world.now = delete_by + 30
+    world.run_until_stable()
+    assert world.stage("curate").state == "Suspended"
