@@ -264,7 +264,7 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "keeping answers": (AnswerCache, "add", 1, True),
     "writing the report of evaluation": (evaluate, "write_report", 1, True),
     "export begun": (stage, "_export", 1, True),
-    "exporting": (export, "write_processor", 1, True),
+    "exporting": (export, "_write_processor", 1, True),
     "exported": (stage, "export_model", 1, False),
     "before the result": (layout.StageFiles, "write_result", 1, True),
     "before the result pointer": (layout, "write_atomic", 1, False),
