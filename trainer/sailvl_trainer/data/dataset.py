@@ -21,13 +21,12 @@ import numpy as np
 
 from sailvl_trainer.data.encoder import LENGTHS, SampleEncoder, TokenCounter
 from sailvl_trainer.data.shards import ShardInfo, ShardPool, ShardReader, read_shard_manifest
-from sailvl_trainer.data.token_counts import TokenCountFiles
+from sailvl_trainer.data.token_counts import DIGEST_BYTES, TokenCountFiles
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors
 
 logger = logging.getLogger(__name__)
 
-DIGEST_BYTES = hashlib.sha256().digest_size
 HASHED_BYTES = 1 << 20
 """Size of the chunks in which a file is hashed."""
 
