@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: help setup check test demo data cluster cluster-down images e2e faults chaos bench bench-operator bench-plot report generate lock format clean
+.PHONY: help setup check test fuzz demo data cluster cluster-down images e2e faults chaos bench bench-operator bench-plot report generate lock format clean
 
 help:  ## print this list
 	@grep -hE '^[a-z0-9][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ check: setup  ## fast checks: format, lint, types, layers, generated files, unit
 
 test: check  ## run every test that this machine can run, and say which were skipped and why
 	hack/test.sh "slow or cluster or e2e"
+
+fuzz: setup  ## feed random input to every reader of untrusted bytes, each for SAILVL_FUZZ_SECONDS (60)
+	SAILVL_FUZZ_SECONDS=$${SAILVL_FUZZ_SECONDS:-60} $(BIN)/pytest -q -n auto --maxprocesses 8 -m fuzz tests/unit
 
 demo: data  ## run the whole recipe at preset tiny on this machine, from raw images to an evaluated model
 	$(BIN)/sailvl run --local examples/01-demo/run.yaml --root build/demo
