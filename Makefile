@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: help setup check test fuzz demo data cluster cluster-down images e2e faults chaos bench bench-operator bench-plot report generate lock format clean
+.PHONY: help setup check test fuzz demo data cluster cluster-down images e2e faults chaos bench bench-operator bench-tenants bench-plot report generate lock format clean
 
 help:  ## print this list
 	@grep -hE '^[a-z0-9][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -86,6 +86,10 @@ bench: setup  ## run the trainer's benchmarks, and append the results to bench/h
 bench-operator: setup  ## benchmark the operator with 1,000 runs against a naive one; at least ten minutes
 	@hack/require.sh openssl
 	$(BIN)/python -m bench.operator
+
+bench-tenants: setup  ## measure how much a hostile tenant slows an honest one down; five minutes
+	@hack/require.sh openssl
+	$(BIN)/python -m bench.operator.tenants
 
 bench-plot: setup  ## plot all recorded results over time: build/bench/history.png
 	$(BIN)/python -m bench.history

@@ -33,6 +33,8 @@ POD_ADDRESS = "192.0.2.1"
 """Address of all pods, which is added to this machine while the control plane runs, because Endpoints may not contain a
 loopback address. One server there answers for every worker, with progress of no attempt, so that it is read and changes
 nothing."""
+POD_ADDRESS_ANNOTATION = "bench.sailvl.dev/pod-address"
+"""Annotation by which a pod asks kwok for another address."""
 NODES = 20
 QPS = 500
 GOGC = "400"
@@ -86,7 +88,7 @@ spec:
         state: {running: {startedAt: {{ $now | Quote }}}}
       {{ end }}
       hostIP: 127.0.0.1
-      podIP: POD_ADDRESS
+      podIP: {{ or (index .metadata.annotations "POD_ADDRESS_ANNOTATION") "POD_ADDRESS" }}
       phase: Running
       startTime: {{ $now | Quote }}
 ---
@@ -176,7 +178,8 @@ class ControlPlane:
         await self._wait_for(lambda: self.client.get(ACCOUNT_KIND, "default", "default"))
         await self._add_storage()
         config = self.folder / "kwok.yaml"
-        config.write_text(_READY.replace("POD_ADDRESS", POD_ADDRESS))
+        stages = _READY.replace("POD_ADDRESS_ANNOTATION", POD_ADDRESS_ANNOTATION).replace("POD_ADDRESS", POD_ADDRESS)
+        config.write_text(stages)
         flags = {"manage_all_nodes": "true", "kubeconfig": self.kubeconfig, "config": config}
         self._plane.start_program("kwok", flags | {"server_address": "127.0.0.1:11247"})
 

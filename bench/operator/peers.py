@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +20,8 @@ from bench.operator.control_plane import ROOT, ControlPlane, cpu_seconds
 SETTLE_SECONDS = 1.0
 """Settling time of our operator in the benchmark (`--failure-settle-seconds`), in seconds."""
 _PORT = 18090
+_DATA_LIMIT = 2 << 30
+"""Bytes of private memory that an operator may allocate, so that one without bounds doesn't take the machine's."""
 _WRITES = ("create", "patch", "delete", "deletecollection")
 """Verbs that count as writes. Renewals of the Lease are `update` and do not count."""
 
@@ -69,6 +72,7 @@ class _Process:
         environment = os.environ | {"KUBECONFIG": str(self._plane.kubeconfig), "PYTHONPATH": paths}
         with (self._plane.folder / f"{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
+            resource.prlimit(self.process.pid, resource.RLIMIT_DATA, (_DATA_LIMIT, _DATA_LIMIT))
 
 
 class SailVL(_Process):
@@ -95,6 +99,11 @@ class SailVL(_Process):
         done = sum(float(v) for v in re.findall(r"^sailvl_operator_reconciles_total{[^}]*} (\S+)", body, re.M))
         depth = re.search(r"^sailvl_operator_queue_depth (\S+)", body, re.M)
         return round(done), round(float(depth[1])) if depth else -1
+
+    def progress_reads(self) -> float:
+        """Return the number of requests to /progress so far, failed ones included; 0 if the operator doesn't answer."""
+        body = self._metrics("sailvl_operator_progress_reads_total")
+        return sum(float(v) for v in re.findall(r"^sailvl_operator_progress_reads_total{[^}]*} (\S+)", body, re.M))
 
     def _calls(self) -> list[tuple[str, float]]:
         body = self._metrics("sailvl_operator_api_calls_total")
