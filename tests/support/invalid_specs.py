@@ -17,6 +17,7 @@ ALIGN = "spec.stages.1.pretrain"
 EVALUATE = "spec.stages.3.evaluate"
 SOURCE = "spec.stages.0.curate.sources.0"
 CLAIM = "spec.storage.volumeClaimTemplate"
+JUDGE = "spec.stages[0].curate.judge.server"
 ONE_KIND = "exactly one of curate, pretrain, sft, evaluate must be set"
 
 
@@ -89,6 +90,21 @@ SCHEMA = _table(
     ("suspend is a string", {"spec.suspend": "yes"}, "spec.suspend", "must be of type boolean"),
     ("uppercase run name", {"metadata.name": "Demo"}, "metadata.name", "should match"),
     ("run name begins with a digit", {"metadata.name": "2b"}, "metadata.name", "should match"),
+    ("run name with a line break", {"metadata.name": "demo\n"}, "metadata.name", "should match"),
+    ("stage name with a line break", {"spec.stages.1.name": "align\n"}, "spec.stages[1].name", "should match"),
+    (
+        "count with a line break",
+        {"spec.stages.1.pretrain.tokens": "32K\n"},
+        "spec.stages[1].pretrain.tokens",
+        "should match",
+    ),
+    ("image with a line break", {"spec.image": "trainer:1\n"}, "spec.image", "should match"),
+    (
+        "path with a NUL",
+        {"spec.stages.0.curate.sources.0.path": "/data/\0"},
+        "spec.stages[0].curate.sources[0].path",
+        "should match",
+    ),
     ("run name too long", {"metadata.name": "a" * 41}, "metadata.name", "40"),
     (
         "run and stage name too long together",
@@ -141,7 +157,22 @@ SCHEMA = _table(
         "reserved label",
         {"spec.workers.labels": {"sailvl.dev/run": "other"}},
         "spec.workers.labels",
-        "labels that begin with sailvl.dev/ are reserved for the operator",
+        "labels that begin with sailvl.dev/",
+    ),
+    *(
+        (
+            f"label of another controller: {label}",
+            {"spec.workers.labels": {label: "x"}},
+            "spec.workers.labels",
+            "reserved",
+        )
+        for label in (
+            "batch.kubernetes.io/job-name",
+            "kueue.x-k8s.io/queue-name",
+            "app.kubernetes.io/managed-by",
+            "job-name",
+            "controller-uid",
+        )
     ),
     (
         "unknown taint effect",
@@ -248,6 +279,13 @@ SCHEMA = _table(
         "exactly one of tokens, epochs must be set",
     ),
     ("zero tokens", {f"{ALIGN}.tokens": "0"}, "spec.stages[1].pretrain.tokens", "should match"),
+    ("count below 1", {f"{ALIGN}.batchTokens": "0.0000000001K"}, "spec.stages[1].pretrain.batchTokens", "should match"),
+    (
+        "count above 64 bits",
+        {f"{ALIGN}.tokens": "9999999999999.9T"},
+        "spec.stages[1].pretrain.tokens",
+        "should match",
+    ),
     ("unknown count suffix", {f"{ALIGN}.tokens": "131G"}, "spec.stages[1].pretrain.tokens", "should match"),
     ("zero epochs", {"spec.stages.2.sft.epochs": "0"}, "spec.stages[2].sft.epochs", "must be greater than 0"),
     (
@@ -307,6 +345,15 @@ SCHEMA = _table(
         {"spec.stages.0.curate.judge": {"server": "judge:8000"}},
         "spec.stages[0].curate.judge.server",
         "should match",
+    ),
+    *(
+        (f"server URL with {what}", {"spec.stages.0.curate.judge": {"server": url}}, JUDGE, "should match")
+        for what, url in (
+            ("a user name", "http://user:secret@judge"),
+            ("a backslash", "http://judge\\@evil"),
+            ("a line break", "http://judge\n"),
+            ("no host", "http:///v1"),
+        )
     ),
     # evaluation
     (

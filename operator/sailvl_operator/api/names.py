@@ -26,6 +26,10 @@ LABEL_KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 LABEL_KUEUE_JOB = "kueue.x-k8s.io/job-uid"
 LABEL_JOB_NAME = "batch.kubernetes.io/job-name"
 LABEL_COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+RESERVED_LABEL_PREFIXES = (f"{GROUP}/", "batch.kubernetes.io/", "kueue.x-k8s.io/")
+"""Prefixes of labels by which the operator, the Job controller and Kueue recognise pods; users can't set them."""
+RESERVED_LABELS = (LABEL_MANAGED_BY, "job-name", "controller-uid")
+"""Labels without such a prefix that users can't set; the last two are the Job controller's old names."""
 
 ANNOTATION_STAGE = f"{GROUP}/stage.json"
 """Annotation with the stage config, which the downward API mounts into the worker."""

@@ -47,6 +47,11 @@ _TRAINING = [
     _less_than_one("warmup"),
 ]
 _GPU = "nvidia.com/gpu"
+_RESERVED_LABEL = " || ".join(
+    [f"k.startsWith('{prefix}')" for prefix in names.RESERVED_LABEL_PREFIXES]
+    + [f"k == '{label}'" for label in names.RESERVED_LABELS]
+)
+"""CEL expression that holds if `k` is the key of a label that users may not set."""
 _BENCHMARK_NAMES = ", ".join(f"'{name}'" for name in ("all", *BENCHMARKS))
 _UNKNOWN_BENCHMARK = f"unknown benchmark; use all, {', '.join(BENCHMARKS)}, or define it under custom"
 
@@ -71,8 +76,9 @@ RULES: dict[type, list[Rule]] = {
     ],
     workers.Workers: [
         _rule(
-            f"!has(self.labels) || !self.labels.exists(k, k.startsWith('{names.GROUP}/'))",
-            f"labels that begin with {names.GROUP}/ are reserved for the operator",
+            f"!has(self.labels) || !self.labels.exists(k, {_RESERVED_LABEL})",
+            f"labels that begin with {', '.join(names.RESERVED_LABEL_PREFIXES)}, and "
+            f"{', '.join(names.RESERVED_LABELS)}, are reserved for the operator, the Job controller and Kueue",
             ".labels",
         )
     ],

@@ -14,18 +14,18 @@ SET: dict[str, Any] = {"x-kubernetes-list-type": "set"}
 BY_NAME: dict[str, Any] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
 """Schema extension of a list whose items are identified by their name."""
 
-COUNT = r"^([1-9][0-9]*(\.[0-9]+)?[KMBT]?|0\.[0-9]*[1-9][0-9]*[KMBT])$"
+COUNT = r"^([1-9][0-9]{0,14}|[1-9][0-9]{0,5}(\.[0-9]+)?[KMBT]|0\.[0-9]{0,2}[1-9][0-9]*[KMBT])$"
 DECIMAL = r"^[0-9]+(\.[0-9]+)?(e-?[0-9]{1,2})?$"
 QUANTITY = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?$"
 SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 LABEL_VALUE = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
-ABSOLUTE = "^/"
+ABSOLUTE = r"^/[^\x00-\x1f\x7f]*$"
 VARIABLE = "^[A-Za-z_][-A-Za-z0-9_.]*$"
-SERVER = "^https?://"
-NO_SPACE = r"^\S*$"
+SERVER = r"^https?://([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[^ \x00-\x1f\x7f]*)?$"
+NO_SPACE = r"^[^ \x00-\x1f\x7f]*$"
 
 HINTS = {
-    COUNT: 'a count as a string: "4096", "32K", "1.5M", "131B"',
+    COUNT: 'a count of at least 1 as a string, at most 999999T: "4096", "32K", "1.5M", "131B"',
     DECIMAL: 'a decimal number as a string: "2e-4", "0.05"',
     QUANTITY: 'a quantity as a string: "500m", "4", "64Gi"',
     SUBDOMAIN: "lower-case letters, digits, - and .",
@@ -33,8 +33,8 @@ HINTS = {
     names.NAME_PATTERN: "lower-case letters, digits and -, beginning with a letter",
     ABSOLUTE: "an absolute path, as in /data/raw/images: /data is the storage",
     VARIABLE: "a variable's name",
-    SERVER: "an http:// or https:// address",
-    NO_SPACE: "no spaces",
+    SERVER: "an http:// or https:// address without a user name, as in http://judge.team.svc:8000/v1",
+    NO_SPACE: "no spaces or control characters",
 }
 """Human-readable hint for each pattern, appended to the errors of `sailvl validate`."""
 

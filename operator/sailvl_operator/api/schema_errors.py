@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ _MESSAGES = {
 
 def check_schema(document: Any, schema: dict[str, Any]) -> Iterator[SchemaError]:
     """Yield every violation of the schema, including unknown fields and duplicate list items."""
-    for error in jsonschema.Draft202012Validator(_forbid_unknown_fields(schema)).iter_errors(document):
+    for error in _Validator(_forbid_unknown_fields(schema)).iter_errors(document):
         yield from _rephrase(error)
     yield from _check_duplicates(document, schema, "")
 
@@ -38,6 +39,20 @@ def check_schema(document: Any, schema: dict[str, Any]) -> Iterator[SchemaError]
 def format_path(parts: Iterable[str | int]) -> str:
     """Join the parts of a path, as in spec.stages[0].name."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+
+
+def _check_pattern(_: Any, pattern: str, value: Any, schema: dict[str, Any]) -> Iterator[jsonschema.ValidationError]:
+    """Yield an error if a string doesn't match a pattern as the API server reads it.
+
+    Its `$` matches at the end alone, while Python's also matches before a final line break.
+    """
+    if isinstance(value, str) and not re.search(re.sub(r"\$\Z", r"\\Z", pattern), value):
+        yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+_Validator: Any = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
+    jsonschema.Draft202012Validator, {"pattern": _check_pattern}
+)
 
 
 def _rephrase(error: jsonschema.ValidationError) -> Iterator[SchemaError]:
