@@ -60,15 +60,15 @@ class BenchmarkResult:
         return self.benchmark.metric == "caption_loss"
 
 
-def check_benchmark(benchmark: BenchmarkConfig, limit: int) -> int:
+def check_benchmark(benchmark: BenchmarkConfig, limit: int, storage: Path) -> int:
     """Return the number of questions. Raises DataError if the metric can't score one of them.
 
-    `limit`: number of questions to use; 0: all.
+    `limit`: number of questions to use; 0: all. `storage`: root of the storage, which images may be on.
     """
     if benchmark.metric == "caption_loss":
         _find_shards(benchmark)
         return 0
-    questions = read_tsv(Path(benchmark.path), limit)
+    questions = read_tsv(Path(benchmark.path), limit, storage=storage)
     for question in questions:
         if problem := _find_problem(benchmark, question):
             raise DataError(f"benchmark {benchmark.path}, index {question.index}: {problem}")
@@ -91,7 +91,7 @@ def evaluate_benchmark(
     if benchmark.metric == "caption_loss":
         loss = _measure_caption_loss(context, generator, benchmark, limit)
         return BenchmarkResult(benchmark=benchmark, score=loss, answers=[])
-    questions = read_tsv(Path(benchmark.path), limit)
+    questions = read_tsv(Path(benchmark.path), limit, storage=context.files.storage)
     batches = [questions[i : i + batch_size] for i in range(0, len(questions), batch_size)]
     predictions = _generate_answers(context, generator, benchmark, cache, batches)
     score, answer_scores = score_answers(benchmark.metric, predictions, questions)

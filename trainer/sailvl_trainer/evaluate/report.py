@@ -13,6 +13,7 @@ from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.reporting import encode_thumbnail, render_page
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.files import write_atomic
+from sailvl_trainer.storage.layout import StageFiles
 
 MAX_CARDS = 6
 """Maximum number of correct and of incorrect answers shown per benchmark."""
@@ -36,8 +37,11 @@ class AnswerCard:
     """JPEG in base64; empty if the question has no image or it can't be displayed."""
 
 
-def write_report(folder: Path, results: list[BenchmarkResult], metrics: dict[str, float], *, model: str) -> None:
-    """Write all three files. `model`: path of the evaluated model."""
+def write_report(
+    files: StageFiles, results: list[BenchmarkResult], metrics: dict[str, float], *, model: str, limit: int
+) -> None:
+    """Write all three files. `model`: path of the evaluated model. `limit`: number of questions used; 0: all."""
+    folder = files.report
     lines = (
         encode({"benchmark": result.benchmark.name} | asdict(answer)) for result in results for answer in result.answers
     )
@@ -51,7 +55,9 @@ def write_report(folder: Path, results: list[BenchmarkResult], metrics: dict[str
         metrics=metrics,
         groups=groups,
         losses=[result for result in results if result.is_loss],
-        galleries={result.benchmark.name: build_cards(result) for result in results if result.answers},
+        galleries={
+            result.benchmark.name: build_cards(result, limit, files.storage) for result in results if result.answers
+        },
         labels=METRIC_LABELS,
         model=model,
     )
@@ -59,12 +65,13 @@ def write_report(folder: Path, results: list[BenchmarkResult], metrics: dict[str
     write_atomic(folder / "scores.json", encode(metrics))
 
 
-def build_cards(result: BenchmarkResult) -> list[AnswerCard]:
+def build_cards(result: BenchmarkResult, limit: int, storage: Path) -> list[AnswerCard]:
     """Build cards of some incorrect and some correct answers, spread over the benchmark."""
     incorrect = [answer for answer in result.answers if not answer.is_correct]
     correct = [answer for answer in result.answers if answer.is_correct]
     chosen = [*_choose_evenly(incorrect), *_choose_evenly(correct)]
-    images = {q.index: q.images for q in read_tsv(Path(result.benchmark.path)) if q.images}
+    questions = read_tsv(Path(result.benchmark.path), limit, storage=storage)
+    images = {q.index: q.images for q in questions if q.images}
     return [
         AnswerCard(answer=a, thumbnail=encode_thumbnail(images[a.index][0]) if a.index in images else "")
         for a in chosen

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from sailvl_trainer.contract import Metric
-from sailvl_trainer.evaluate.tsv import Question, parse_list
+from sailvl_trainer.evaluate.cells import parse_list
+from sailvl_trainer.evaluate.tsv import Question
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _DIGITS = {

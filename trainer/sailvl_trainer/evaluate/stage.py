@@ -29,7 +29,7 @@ def run(context: Context) -> Result:
     started, config = time.time(), context.stage.evaluate
     assert config is not None, "read_stage has checked the kind"
     _check_names([b.name for b in config.benchmarks], {b.group for b in config.benchmarks})
-    question_count = sum(check_benchmark(b, config.limit) for b in config.benchmarks)
+    question_count = sum(check_benchmark(b, config.limit, context.files.storage) for b in config.benchmarks)
     generator, cache = _load_generator(context, config), AnswerCache(context)
     context.telemetry.update(phase="running", unit="questions", step=0, steps=question_count)
     results: list[BenchmarkResult] = []
@@ -41,7 +41,7 @@ def run(context: Context) -> Result:
         context.telemetry.update(metrics={benchmark.name: result.score})
     metrics = build_metrics(results)
     if context.is_first:
-        write_report(context.files.report, results, metrics, model=context.stage.init_from or "")
+        write_report(context.files, results, metrics, model=context.stage.init_from or "", limit=config.limit)
     return Result(
         stage=context.stage.stage,
         kind="evaluate",

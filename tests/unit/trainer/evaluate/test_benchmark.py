@@ -26,13 +26,13 @@ def test_question_that_the_metric_cannot_score_is_an_error(
 ) -> None:
     benchmark = build_benchmark(write_tsv(tmp_path / "b.tsv", [build_row(**cells)]), metric)
     with pytest.raises(DataError, match=message):
-        check_benchmark(benchmark, 0)
+        check_benchmark(benchmark, 0, tmp_path)
 
 
 def test_check_returns_the_number_of_questions_within_the_limit(tmp_path: Path) -> None:
     rows = [build_row(index=str(i)) for i in range(3)]
     benchmark = build_benchmark(write_tsv(tmp_path / "b.tsv", rows))
-    assert [check_benchmark(benchmark, limit) for limit in (0, 2)] == [3, 2]
+    assert [check_benchmark(benchmark, limit, tmp_path) for limit in (0, 2)] == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_check_returns_the_number_of_questions_within_the_limit(tmp_path: Path) 
 )
 def test_missing_data_is_an_error(name: str, metric: Metric, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
-        check_benchmark(build_benchmark(tmp_path / name, metric), 0)
+        check_benchmark(build_benchmark(tmp_path / name, metric), 0, tmp_path)

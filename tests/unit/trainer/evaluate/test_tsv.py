@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sailvl_trainer.errors import DataError
+from sailvl_trainer.evaluate import tsv
 from sailvl_trainer.evaluate.answers import build_prompt
+from sailvl_trainer.evaluate.cells import parse_list
+from sailvl_trainer.evaluate.scoring import parse_accepted_answers
 from sailvl_trainer.evaluate.tsv import read_tsv
 from tests.support.builders.evaluation import build_row, draw_colour, encode_base64, write_tsv
 
@@ -113,3 +119,112 @@ def test_row_with_more_cells_than_columns_is_an_error(tmp_path: Path) -> None:
 def test_other_encoding_than_utf8_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="TSV in UTF-8"):
         write_and_read(tmp_path, build_row(question="Zürich?"), encoding="latin-1")
+
+
+NOT_LISTS = [
+    pytest.param("[" + "-" * 200_000 + "1]", id="signs"),
+    pytest.param("[" + "(" * 100_000 + "]", id="parentheses"),
+    pytest.param("[" + "+".join(["1"] * 100_000) + "]", id="sums"),
+    pytest.param("[" + "a." * 100_000 + "a]", id="attributes"),
+    pytest.param("[" * 100_000 + "]" * 100_000, id="nested lists"),
+    pytest.param("[" + "1," * 1_000_000 + "]", id="too many values"),
+    pytest.param("[" + "9" * 5_000 + "]", id="long number"),
+    pytest.param("['" + "\\" * 1_000_001 + "']", id="escaped quote at the end"),
+    pytest.param(r"['\ud800']", id="half a surrogate pair"),
+    pytest.param(r"['\Uffffffff']", id="code point beyond Unicode"),
+]
+
+
+@pytest.mark.parametrize("text", NOT_LISTS)
+def test_text_that_no_parser_of_python_survives_is_no_list(text: str) -> None:
+    assert parse_list(text) is None
+
+
+LISTS = [
+    "[]",
+    "[ ]",
+    "['a']",
+    "['a', \"b'c\" , 1,-2.5,]",
+    r"['\n\x41\u00e9\101\q\'\N{BULLET}']",
+    "[u'a\\\nb']",
+    "[1e5]",
+]
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_flat_list_is_parsed_as_python_does(text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert parse_list(text) == ast.literal_eval(text)
+
+
+def test_answer_that_is_no_list_is_text(tmp_path: Path) -> None:
+    answer = "[" + "-" * 60_000 + "1]"
+    (question,) = write_and_read(tmp_path, build_row(answer=answer))
+    assert parse_accepted_answers(question) == [answer]
+
+
+def test_image_path_outside_of_folder_and_storage_is_refused(tmp_path: Path) -> None:
+    folder, other = tmp_path / "benchmarks", tmp_path / "other"
+    other.mkdir()
+    (other / "red.png").write_bytes(draw_colour("red"))
+    folder.mkdir()
+    (folder / "link.png").symlink_to(other / "red.png")
+    for name in ("../other/red.png", str(other / "red.png"), "link.png"):
+        path = write_tsv(folder / "b.tsv", [build_row(image="", image_path=name)])
+        with pytest.raises(DataError, match="row 2: image_path: leads to a file outside"):
+            read_tsv(path)
+        (question,) = read_tsv(path, storage=tmp_path)
+        assert question.images == (draw_colour("red"),)
+
+
+def test_image_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match="row 2: image_path: not a regular file"):
+        write_and_read(tmp_path, build_row(image="", image_path="pipe.png"))
+
+
+def test_benchmark_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "b.tsv")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_tsv(tmp_path / "b.tsv")
+
+
+def test_questions_share_the_image_that_they_refer_to(tmp_path: Path) -> None:
+    """Otherwise a small file with one large image and many references would exhaust the memory."""
+    first, second, third = write_and_read(tmp_path, ROW, *(build_row(index=str(n), image="0") for n in (1, 2)))
+    assert first.images == second.images
+    assert second.images[0] is third.images[0]
+
+
+LARGE = [
+    pytest.param("question", "?" * 70_000, "row 2: question has 70000 characters", id="long text"),
+    pytest.param("image", str(["7"] * 65), "row 2: more than 64 images; remove some", id="too many references"),
+    pytest.param("image", str(["0"] * 5000), "row 2: image is not valid base64", id="too long a list"),
+]
+
+
+@pytest.mark.parametrize(("column", "cell", "message"), LARGE)
+def test_cell_beyond_a_limit_is_an_error(column: str, cell: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        write_and_read(tmp_path, build_row(**{column: cell}), build_row(index="7", image=RED))
+
+
+def test_too_many_columns_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "b.tsv").write_text("\t".join(["index", "question", "answer", *map(str, range(300))]) + "\n1\n" * 9)
+    with pytest.raises(DataError, match="has 303 columns; remove all but 256"):
+        read_tsv(tmp_path / "b.tsv")
+
+
+def test_line_without_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tsv, "MAX_LINE_LENGTH", 1000)
+    (tmp_path / "b.tsv").write_text("index\tquestion\tanswer\n" + "a" * 5000)
+    with pytest.raises(DataError, match="a line of more than 1000 characters"):
+        read_tsv(tmp_path / "b.tsv")
+
+
+def test_huge_file_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "b.tsv").open("wb") as file:
+        file.truncate(9 << 30)
+    with pytest.raises(DataError, match="split it into files of at most"):
+        read_tsv(tmp_path / "b.tsv")
