@@ -27,7 +27,8 @@ from sailvl_operator.cluster.start_diagnostics import StartDiagnostics
 from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.decision import Decision
 from sailvl_operator.core.finished import reconcile_unreadable
-from sailvl_operator.core.observe import Observed, PodRecord, observe
+from sailvl_operator.core.observe import Observed, observe
+from sailvl_operator.core.ownership import is_own_job, is_own_service, select_pods
 from sailvl_operator.core.reconcile import reconcile
 from sailvl_operator.core.stage_view import ACTIVE
 from sailvl_operator.errors import (
@@ -182,13 +183,13 @@ class Controller:
         return replace(self._defaults, progress_seconds=seconds)
 
     def _observe(self, run: Run, key: RunKey) -> Observed:
-        """Observe the objects that this run owns; a deleted run of the same name may have left others."""
-        jobs = (job for job in self._owned_objects.jobs.get(key) if job.owner_uid == run.uid)
-        has_service = any(service.owner_uid == run.uid for service in self._owned_objects.services.get(key))
-        pods = (pod for pod in self._owned_objects.pods.get(key) if _is_pod_of(run, pod))
+        """Observe the objects that this run owns. A deleted run of the same name may have left others, and other
+        clients may have created some with the run's labels."""
+        jobs = self._owned_objects.jobs.get(key)
+        has_service = any(is_own_service(run, service) for service in self._owned_objects.services.get(key))
         return observe(
-            jobs,
-            pods,
+            (job for job in jobs if is_own_job(run, job)),
+            select_pods(run, jobs, self._owned_objects.pods.get(key)),
             progress=self._progress.get(key, run.uid),
             progress_errors=self._progress.get_errors(key, run.uid),
             wait_reasons=self._diagnostics.get(key),
@@ -256,9 +257,3 @@ class Controller:
         self._owned_objects.jobs.forget(key, lambda job: is_closed(job.stage, job.attempt))
         self._owned_objects.pods.forget(key, lambda pod: is_closed(pod.stage, pod.attempt))
         self._progress.forget(key, is_closed)
-
-
-def _is_pod_of(run: Run, pod: PodRecord) -> bool:
-    """Whether a pod belongs to this run. Earlier versions didn't label pods with the run's UID; those count if they are
-    not older than the run."""
-    return pod.run_uid == run.uid if pod.run_uid else pod.created >= run.created

@@ -72,10 +72,18 @@ class ControllerWorld:
     async def add_pods(self, stage: str, attempt: int = 1, nodes: int = 1, phase: str = "Running") -> None:
         """Create the pods of an attempt, as the Job controller and the kubelet do."""
         for index in range(nodes):
-            self.api.put("pods", make_pod(stage, attempt, index, phase))
+            self.add_pod(stage, attempt, index, phase)
+
+    def add_pod(self, stage: str, attempt: int, index: int, phase: str) -> dict[str, Any]:
+        """Create or replace one pod of an attempt's Job, and return it."""
+        return self.api.put("pods", self._make_pod(stage, attempt, index, phase))
+
+    def _make_pod(self, stage: str, attempt: int, index: int, phase: str) -> dict[str, Any]:
+        job = self.api.objects["jobs"][KEY[0], names.job_name("demo", stage, attempt)]
+        return make_pod(stage, attempt, index, phase, job_uid=job["metadata"]["uid"])
 
     async def end_pod(self, stage: str, attempt: int, index: int, code: int, **message: Any) -> None:
-        pod = make_pod(stage, attempt, index, "Failed" if code else "Succeeded")
+        pod = self._make_pod(stage, attempt, index, "Failed" if code else "Succeeded")
         termination = json.dumps({"exit_code": code, **message})
         pod["status"]["containerStatuses"] = [
             {"name": names.CONTAINER, "state": {"terminated": {"exitCode": code, "message": termination}}}
@@ -95,7 +103,8 @@ class ControllerWorld:
             quiet = 0 if self.queue.depth() or self.queue._active else quiet + 1
 
 
-def make_pod(stage: str, attempt: int, index: int, phase: str) -> dict[str, Any]:
+def make_pod(stage: str, attempt: int, index: int, phase: str, *, job_uid: str) -> dict[str, Any]:
+    """Build the pod of an attempt's Job, which has this UID."""
     job = names.job_name("demo", stage, attempt)
     labels = {
         names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
@@ -107,7 +116,12 @@ def make_pod(stage: str, attempt: int, index: int, phase: str) -> dict[str, Any]
     }
     conditions = [{"type": "Ready", "status": "True" if phase == "Running" else "False"}]
     return {
-        "metadata": {"name": f"{job}-{index}-x", "namespace": "team", "labels": labels},
+        "metadata": {
+            "name": f"{job}-{index}-x",
+            "namespace": "team",
+            "labels": labels,
+            "ownerReferences": [{"kind": "Job", "name": job, "uid": job_uid, "controller": True}],
+        },
         "spec": {"nodeName": f"node-{index}"},
         "status": {"phase": phase, "conditions": conditions},
     }

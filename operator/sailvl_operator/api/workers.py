@@ -9,6 +9,11 @@ from msgspec import UNSET, Meta, UnsetType
 
 from sailvl_operator.api.scalars import BY_NAME, LABEL_VALUE, VARIABLE, Labels, LabelValue, ObjectName, Quantity, Struct
 
+MAX_NODES = 9999
+"""Largest number of workers of a stage."""
+MAX_GPUS = 64
+"""Largest number of GPUs of a worker."""
+
 
 class EnvVar(Struct, frozen=True, kw_only=True):
     """Environment variable of the workers."""
@@ -64,9 +69,9 @@ class Resources(Struct, frozen=True, kw_only=True):
 class Workers(Struct, frozen=True, kw_only=True):
     """Pods of a stage. Changes take effect at the next attempt and do not invalidate the result of the stage."""
 
-    nodes: Annotated[int, Meta(ge=1, le=9999)] | UnsetType = UNSET
+    nodes: Annotated[int, Meta(ge=1, le=MAX_NODES)] | UnsetType = UNSET
     """Number of pods. Each is placed on its own node if enough nodes are available. Defaults to 1."""
-    gpus_per_node: Annotated[int, Meta(ge=0, le=64)] | UnsetType = UNSET
+    gpus_per_node: Annotated[int, Meta(ge=0, le=MAX_GPUS)] | UnsetType = UNSET
     """Number of GPUs per pod, one rank each; 0 runs one rank on the CPU. Defaults to 8."""
     resources: Resources | UnsetType = UNSET
     """Requests and limits of each pod. GPUs are added from gpusPerNode."""

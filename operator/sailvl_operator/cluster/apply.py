@@ -161,10 +161,11 @@ class Applier:
             return await self._client.create(resource, metadata["namespace"], body, decode_as=decode_as)
         except Conflict:
             existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
-        if not _is_owned(existing["metadata"], body["metadata"], owner_uid):
-            raise NameConflict(
-                f"{body['kind']} {metadata['name']} exists and is not owned by this run; delete it or rename the run"
-            )
+        subject = f"{body['kind']} {metadata['name']} exists"
+        if not _is_owned(existing["metadata"], metadata, owner_uid):
+            raise NameConflict(f"{subject} and is not owned by this run; delete it or rename the run")
+        if resource is resources.JOBS and (alteration := parse_job(existing).alteration):
+            raise NameConflict(f"{subject}, but differs from the one that this run creates: {alteration}; delete it")
         return existing
 
 
@@ -172,7 +173,8 @@ def _is_owned(existing: dict[str, Any], wanted: dict[str, Any], owner_uid: str) 
     """Return whether this run owns an object, or it is a claim that a deleted run of the same name left behind."""
     if "ownerReferences" not in wanted:
         return bool(existing.get("labels", {}).get(names.LABEL_RUN) == wanted["labels"][names.LABEL_RUN])
-    return any(owner["uid"] == owner_uid for owner in existing.get("ownerReferences", []))
+    owners = existing.get("ownerReferences", [])
+    return any(owner["uid"] == owner_uid and owner.get("controller") for owner in owners)
 
 
 def _get_digest(job: dict[str, Any]) -> str:

@@ -71,6 +71,7 @@ class Store(Generic[Record]):
         self._on_routine_change = on_routine_change or on_change
         self._clock = clock
         self._by_key: dict[RunKey, dict[str, Record]] = {}
+        self._keys: dict[str, RunKey] = {}  # by UID; a client may change the label that names the run
         self.retains_deleted = False
         self._deleted_uids: dict[str, None] = {}  # oldest first; the response to our POST may come after the deletion
 
@@ -120,11 +121,16 @@ class Store(Generic[Record]):
         records = self._by_key.get(key, {})
         for uid in [u for u, r in records.items() if _is_gone(r) and is_closed(r)]:
             del records[uid]
+            self._forget_key(uid, key)
         if not records:
             self._by_key.pop(key, None)
 
     def _store(self, record: Record) -> None:
-        records = self._by_key.setdefault(_run_key(record), {})
+        key = _run_key(record)
+        known_key = self._keys.setdefault(record.uid, key)
+        if known_key != key:
+            self._move(record.uid, known_key, key)
+        records = self._by_key.setdefault(key, {})
         known = records.get(record.uid)
         if known is not None and _is_gone(known):
             return  # the response to our own write may come after the deletion
@@ -132,25 +138,43 @@ class Store(Generic[Record]):
         if known != record:
             records[record.uid] = record
             report = self._on_routine_change if self._kind.is_routine(record) else self._on_change
-            report(_run_key(record))
+            report(key)
 
     def _records_in(self, namespace: str) -> list[Record]:
         return [r for key, rs in self._by_key.items() if namespace in ("", key[0]) for r in rs.values()]
 
+    def _move(self, uid: str, old: RunKey, new: RunKey) -> None:
+        """Handle a changed label: for the run that it named, the object is deleted."""
+        self._keys[uid] = new
+        known = self._by_key.get(old, {}).get(uid)
+        if known is not None:
+            self._retire(known, old)
+
     def _remove(self, record: Record) -> None:
         key = _run_key(record)
+        if self._retire(record, key):
+            self._forget_key(record.uid, key)
+            self._remember_deleted(record.uid)
+
+    def _retire(self, record: Record, key: RunKey) -> bool:
+        """Mark the record as gone if it is retained, else remove it. Return whether it was removed."""
         records = self._by_key.setdefault(key, {})
         known = records.get(record.uid)
         if known is not None and _is_gone(known):
-            return
-        if self._kind.mark_gone is not None and self.retains_deleted:
-            records[record.uid] = self._kind.stamp(self._kind.mark_gone(record), known, self._clock())
+            return False
+        mark_gone = self._kind.mark_gone if self.retains_deleted else None
+        if mark_gone is not None:
+            records[record.uid] = self._kind.stamp(mark_gone(record), known, self._clock())
         else:
             records.pop(record.uid, None)
-            self._remember_deleted(record.uid)
         if not records:
             del self._by_key[key]
         self._on_change(key)
+        return mark_gone is None
+
+    def _forget_key(self, uid: str, key: RunKey) -> None:
+        if self._keys.get(uid) == key:
+            del self._keys[uid]
 
     def _remember_deleted(self, uid: str) -> None:
         self._deleted_uids[uid] = None

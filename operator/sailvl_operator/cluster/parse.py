@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
 from sailvl_operator.api import names
+from sailvl_operator.api.workers import MAX_GPUS, MAX_NODES
 from sailvl_operator.core.observe import INVALID_CONFIG_REASONS, JobRecord, PodRecord, ServiceRecord, Terminated
+from sailvl_operator.core.ownership import describe_shape, has_indexed_name, split_job_name
 from sailvl_operator.core.units import parse_time
 
 
@@ -17,23 +20,25 @@ def parse_job(raw: Mapping[str, Any]) -> JobRecord:
     metadata, spec, status = raw["metadata"], raw.get("spec", {}), raw.get("status", {})
     labels = metadata.get("labels", {})
     queue, created = labels.get(names.LABEL_KUEUE_QUEUE, ""), parse_time(metadata.get("creationTimestamp"))
+    stage, attempt = split_job_name(metadata["name"], labels.get(names.LABEL_RUN, ""))
     return JobRecord(
         namespace=metadata["namespace"],
         name=metadata["name"],
         uid=metadata["uid"],
         run=labels.get(names.LABEL_RUN, ""),
-        stage=labels.get(names.LABEL_STAGE, ""),
-        attempt=_parse_number(labels.get(names.LABEL_ATTEMPT)),
-        owner_uid=_find_owner_uid(metadata),
+        stage=stage,
+        attempt=attempt,
+        owner_uid=_find_owner_uid(metadata, names.KIND, labels.get(names.LABEL_RUN, "")),
         is_suspended=bool(spec.get("suspend")),
         is_deleting="deletionTimestamp" in metadata,
-        nodes=spec.get("completions", 1),
+        nodes=min(max(1, spec.get("completions") or 1), MAX_NODES),
         created=created,
         started=parse_time(status.get("startTime")) or (0.0 if queue or _was_suspended(status) else created),
         queue=queue,
         is_suspended_here=names.LABEL_SUSPENDED in labels,
         gpus=_count_gpus(spec),
         digest=labels.get(names.LABEL_DIGEST, ""),
+        alteration=_describe_alteration(labels, spec, stage, attempt),
     )
 
 
@@ -45,15 +50,22 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
     state = _find_container_state(status)
     scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
     is_unscheduled = scheduled.get("status") == "False"
+    run, stage = labels.get(names.LABEL_RUN, ""), labels.get(names.LABEL_STAGE, "")
+    attempt, index = (
+        _parse_number(labels.get(names.LABEL_ATTEMPT)),
+        _parse_number(labels.get(names.LABEL_COMPLETION_INDEX)),
+    )
+    job = names.job_name(run, stage, attempt)
     return PodRecord(
         namespace=metadata["namespace"],
         name=metadata["name"],
         uid=metadata["uid"],
-        run=labels.get(names.LABEL_RUN, ""),
+        run=run,
         run_uid=labels.get(names.LABEL_RUN_UID, ""),
-        stage=labels.get(names.LABEL_STAGE, ""),
-        attempt=_parse_number(labels.get(names.LABEL_ATTEMPT)),
-        index=_parse_number(labels.get(names.LABEL_COMPLETION_INDEX)),
+        stage=stage,
+        attempt=attempt,
+        index=index,
+        owner_uid=_find_owner_uid(metadata, "Job", job) if has_indexed_name(metadata["name"], job, index) else "",
         phase=status.get("phase", "Pending"),
         node=spec.get("nodeName", ""),
         ip=status.get("podIP", ""),
@@ -79,7 +91,7 @@ def parse_service(raw: Mapping[str, Any]) -> ServiceRecord:
         name=metadata["name"],
         uid=metadata["uid"],
         run=metadata.get("labels", {}).get(names.LABEL_RUN, ""),
-        owner_uid=_find_owner_uid(metadata),
+        owner_uid=_find_owner_uid(metadata, names.KIND, metadata.get("labels", {}).get(names.LABEL_RUN, "")),
     )
 
 
@@ -123,7 +135,16 @@ def _count_gpus(spec: Mapping[str, Any]) -> int:
     limits = (
         c.get("resources", {}).get("limits", {}).get(names.GPU) for c in containers if c["name"] == names.CONTAINER
     )
-    return _parse_number(next(limits, None))
+    return min(_parse_number(next(limits, None)), MAX_GPUS)
+
+
+def _describe_alteration(labels: Mapping[str, str], spec: Mapping[str, Any], stage: str, attempt: int) -> str:
+    """Return how a Job differs from what the operator creates; empty if it doesn't."""
+    if labels.get(names.LABEL_MANAGED_BY) != names.FIELD_MANAGER:
+        return f"it lacks the label {names.MANAGED_SELECTOR}"
+    if (labels.get(names.LABEL_STAGE), labels.get(names.LABEL_ATTEMPT)) != (stage, str(attempt)):
+        return f"its labels {names.LABEL_STAGE} and {names.LABEL_ATTEMPT} do not match its name"
+    return describe_shape(spec.get("completionMode", ""), spec.get("completions"), spec.get("parallelism"))
 
 
 def _parse_number(text: str | None) -> int:
@@ -131,8 +152,13 @@ def _parse_number(text: str | None) -> int:
     return int(text) if text is not None and text.isdecimal() else 0
 
 
-def _find_owner_uid(metadata: Mapping[str, Any]) -> str:
-    return next((o["uid"] for o in metadata.get("ownerReferences", []) if o.get("controller")), "")
+def _find_owner_uid(metadata: Mapping[str, Any], kind: str, name: str) -> str:
+    """Return the UID of the object's controller if it has this kind and name, else an empty string."""
+    for owner in metadata.get("ownerReferences", ()):
+        if owner.get("controller"):
+            is_expected = owner.get("kind") == kind and owner.get("name") == name
+            return sys.intern(owner["uid"]) if is_expected else ""  # all pods of a Job share one string
+    return ""
 
 
 def _find_container_state(status: Mapping[str, Any]) -> Mapping[str, Any]:

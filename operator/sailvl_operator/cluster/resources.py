@@ -44,6 +44,8 @@ WORKLOADS = tuple(
 
 
 class OwnerReference(TypedDict, total=False):
+    kind: str
+    name: str
     uid: str
     controller: bool
 
@@ -77,7 +79,9 @@ class PodTemplateSpec(TypedDict, total=False):
 
 
 class JobSpec(TypedDict, total=False):
+    completionMode: str
     completions: int
+    parallelism: int
     suspend: bool
     template: PodTemplateSpec
 

@@ -30,7 +30,8 @@ def has_started(view: StageView) -> bool:
 
     The operator may have died between creating the Job and writing the status.
     """
-    return view.attempt.job is not None or bool(view.attempt.pods)
+    attempt = view.attempt
+    return attempt.job is not None or attempt.altered_job is not None or bool(attempt.pods)
 
 
 def start_stage(view: StageView) -> StageTransition:
@@ -66,7 +67,7 @@ def create_job(view: StageView) -> StageTransition | None:
 
     If the Job existed before, it was deleted externally, and the attempt has failed.
     """
-    if view.attempt.job is not None or view.attempt.pods:
+    if has_started(view):
         return None
     if view.status.state == "Running" or view.attempt.is_job_deleted:
         return restart_after_infra_failure(view, "the Job was deleted externally")
@@ -74,6 +75,14 @@ def create_job(view: StageView) -> StageTransition | None:
     if next_attempt_time > view.now:
         return StageTransition(view=view, status=view.status, requeue_at=next_attempt_time)
     return StageTransition(view=view, status=view.status, should_start=True)
+
+
+def restart_after_alteration(view: StageView) -> StageTransition | None:
+    """Restart an attempt whose Job no longer is what the operator created; the Job is deleted as superseded."""
+    job = view.attempt.altered_job
+    if job is None or job.is_deleting or view.status.state == "Suspended":
+        return None
+    return restart_after_infra_failure(view, f"Job {job.name} was altered: {job.alteration}")
 
 
 def mark_running(view: StageView) -> StageTransition | None:
@@ -90,9 +99,9 @@ def restart_after_missing_pod(view: StageView) -> StageTransition | None:
     Before all pods have run, allow for late pods until the start timeout, even if one already succeeded: a worker that
     finds an existing result exits without waiting for its peers.
     """
-    missing = sorted(set(range(view.nodes)) - {pod.index for pod in view.attempt.pods})
+    missing = _find_missing_index(view)
     ends = [pod.ended_seen for pod in view.attempt.pods if pod.terminated is not None]
-    if not missing or not (ends or view.status.state == "Running"):
+    if missing is None or not (ends or view.status.state == "Running"):
         return None
     deadline = min(ends, default=0.0) + view.defaults.failure_settle_seconds
     if view.attempt.job is not None:
@@ -100,23 +109,30 @@ def restart_after_missing_pod(view: StageView) -> StageTransition | None:
         deadline = max(deadline, view.attempt.job.started + timeout)
     if view.status.state != "Running" and deadline > view.now:
         return StageTransition(view=view, status=view.latest, requeue_at=deadline)
-    return restart_after_infra_failure(view, f"pod {missing[0]} was deleted externally")
+    return restart_after_infra_failure(view, f"pod {missing} was deleted externally")
+
+
+def _find_missing_index(view: StageView) -> int | None:
+    """Return the first index without a pod; None if every index has one."""
+    present = {pod.index for pod in view.attempt.pods}
+    return next((index for index in range(view.nodes) if index not in present), None)
 
 
 def enforce_start_timeout(view: StageView) -> StageTransition | None:
     """Restart an attempt whose workers don't all run at the same time in time, so that they release their nodes.
 
-    All nodes may be used again by the next attempt, because the excluded ones may be the only ones that have room.
+    All nodes may be used again by the next attempt, because the excluded ones may be the only ones that have room. If
+    the Job is missing, the time counts from the oldest pod.
     """
-    job = view.attempt.job
-    if view.status.state == "Running" or job is None or job.is_suspended or not job.started:
+    started = _find_start(view)
+    if view.status.state == "Running" or not started:
         return None
     reports = [
         pod.created + UNSCHEDULED_GRACE_SECONDS for pod in view.attempt.pods if is_recently_unscheduled(pod, view.now)
     ]
     timeout = view.run.spec.restart_policy.start_timeout_seconds
-    if not timeout or view.now < job.started + timeout:
-        times = [job.started + timeout, *reports] if timeout else reports
+    if not timeout or view.now < started + timeout:
+        times = [started + timeout, *reports] if timeout else reports
         return StageTransition(view=view, status=view.latest, requeue_at=min(times, default=None))
     if any(pod.terminated is not None for pod in view.attempt.pods):
         return None
@@ -124,6 +140,14 @@ def enforce_start_timeout(view: StageView) -> StageTransition | None:
     message = f"{ready} of {view.nodes} workers were ready within startTimeoutSeconds ({timeout})"
     transition = restart_after_infra_failure(view, message)
     return replace(transition, status=msgspec.structs.replace(transition.status, node_failures={}))
+
+
+def _find_start(view: StageView) -> float:
+    """Return the Unix seconds at which the attempt's workers could start; 0 if they may not start yet."""
+    job = view.attempt.job
+    if job is None:
+        return min((pod.created for pod in view.attempt.pods), default=0.0)
+    return 0.0 if job.is_suspended else job.started
 
 
 def complete_stage(view: StageView) -> StageTransition | None:

@@ -47,6 +47,8 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     """UID of the run; empty if a version of the operator created the pod that didn't set this label."""
     node: str = ""
     ip: str = ""
+    owner_uid: str = ""
+    """UID of the Job that controls the pod; empty if the pod's name, labels and controller don't fit together."""
     created: float = 0.0
     placed: float = 0.0
     """Unix seconds at which the pod was scheduled to a node; 0 before that."""
@@ -96,6 +98,9 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """GPUs of one worker; None if unknown."""
     digest: str = ""
     """First letters of the stage's digest; empty if a version of the operator created the Job that didn't set them."""
+    alteration: str = ""
+    """How the Job differs from what the operator creates, because it was edited or made by another client; empty if it
+    doesn't."""
 
 
 class ServiceRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +120,8 @@ class AttemptObservation:
     job: JobRecord | None = None
     is_job_deleted: bool = False
     """Whether the attempt's Job existed and was deleted."""
+    altered_job: JobRecord | None = None
+    """The attempt's Job if it was altered; `job` is then None, since nothing in it can be relied on."""
     pods: tuple[PodRecord, ...] = ()
     """Pods in the order of their index; of one index the newest comes last."""
     progress: Progress | None = None
@@ -137,7 +144,7 @@ class Observed:
 
     attempts: Mapping[AttemptKey, AttemptObservation] = field(default_factory=dict)
     jobs: tuple[JobRecord, ...] = ()
-    """All Jobs that exist, in the order of stage and attempt."""
+    """All Jobs that exist, altered ones included, in the order of stage and attempt."""
     has_service: bool = True
     """Whether the run's Service exists."""
 
@@ -157,7 +164,8 @@ def observe(
     has_service: bool = True,
 ) -> Observed:
     """Sort the records and reports of one run by attempt."""
-    jobs_by_attempt = {(job.stage, job.attempt): job for job in sorted(jobs, key=lambda job: not job.is_gone)}
+    by_age = sorted(jobs, key=lambda job: (not job.is_gone, job.created))
+    jobs_by_attempt = {(job.stage, job.attempt): job for job in by_age}
     pods_by_attempt: dict[AttemptKey, list[PodRecord]] = {}
     for pod in sorted(pods, key=lambda p: (p.index, p.created, p.uid)):
         pods_by_attempt.setdefault((pod.stage, pod.attempt), []).append(pod)
@@ -168,15 +176,16 @@ def observe(
     for key in sorted(keys):
         job = jobs_by_attempt.get(key)
         attempts[key] = AttemptObservation(
-            job=None if job is None or job.is_gone else job,
+            job=job if job is not None and not job.is_gone and not job.alteration else None,
             is_job_deleted=job is not None and job.is_gone,
+            altered_job=job if job is not None and not job.is_gone and job.alteration else None,
             pods=tuple(pods_by_attempt.get(key, ())),
             progress=progress.get(key),
             progress_error=progress_errors.get(key, ""),
             wait_reason=wait_reasons.get(key, ""),
             refusal=refusals.get(key, ""),
         )
-    existing = tuple(attempt.job for attempt in attempts.values() if attempt.job is not None)
+    existing = tuple(jobs_by_attempt[key] for key in sorted(jobs_by_attempt) if not jobs_by_attempt[key].is_gone)
     return Observed(attempts=attempts, jobs=existing, has_service=has_service)
 
 

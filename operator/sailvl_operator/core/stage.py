@@ -19,6 +19,7 @@ from sailvl_operator.core.lifecycle import (
     has_started,
     mark_running,
     replace_outdated_job,
+    restart_after_alteration,
     restart_after_missing_pod,
     start_stage,
 )
@@ -30,6 +31,7 @@ from sailvl_operator.core.suspend import requeue_preempted, resume_stage, suspen
 POLICIES: tuple[Callable[[StageView], StageTransition | None], ...] = (
     replace_outdated_job,
     complete_stage,
+    restart_after_alteration,
     suspend_stage,
     resume_stage,
     requeue_preempted,

@@ -40,6 +40,7 @@ _REASON_BY_TEXT = (
     ("violates PodSecurity", Reason.ADMISSION),
     ("ValidatingAdmissionPolicy", Reason.ADMISSION),
     ("is not owned by this run", Reason.NAME_CONFLICT),
+    ("differs from the one that this run creates", Reason.NAME_CONFLICT),
     ("volume", Reason.VOLUME_NOT_READY),
     ("Volume", Reason.VOLUME_NOT_READY),
     ("is forbidden", Reason.FORBIDDEN),

@@ -170,3 +170,14 @@ async def test_only_changes_of_the_record_are_reported(same):
         world.api.put("pods", make_pod("x", run="other"))
         await until(lambda: ("team", "other") in world.changes)
         assert (KEY in world.changes) is not same
+
+
+async def test_object_whose_label_names_another_run_is_gone_for_the_first_one():
+    async with watching(pods=1) as world:
+        world.api.put("pods", make_pod("p0", run="other"))
+        await until(lambda: world.owned_objects.pods.get(("team", "other")))
+        assert pods(world) == {"p0": True}
+        world.owned_objects.pods.forget(KEY, lambda _: True)
+        world.api.remove_named("pods", "p0")
+        await until(lambda: world.owned_objects.pods.get(("team", "other"))[0].is_gone)
+        assert pods(world) == {}

@@ -244,7 +244,7 @@ async def test_pods_of_a_deleted_run_with_the_same_name_are_ignored(world):
     """They may even be younger than the run, if the operator learned late of the deletion."""
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
-    stranger = make_pod("evaluate", 1, 0, "Running")
+    stranger = make_pod("evaluate", 1, 0, "Running", job_uid="old-job")
     stranger["metadata"]["labels"][names.LABEL_RUN_UID] = "old-run"
     world.api.put("pods", stranger)
     await world.until_idle()
@@ -280,7 +280,7 @@ async def test_stuck_shows_why_pods_cannot_be_created(world):
 async def test_stuck_shows_a_failed_mount(world):
     await world.apply(build_document())
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
-    pod = world.api.put("pods", make_pod("curate", 1, 0, "Pending"))
+    pod = world.add_pod("curate", 1, 0, "Pending")
     world.api.put("events", make_warning(pod["metadata"]["uid"], "FailedMount", "volume x is gone"))
     await world.until(lambda: world.owned_objects.pods.get(KEY))
     await world.diagnostics.diagnose_waiting()
