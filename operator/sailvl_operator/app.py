@@ -134,6 +134,7 @@ def _build_owned_objects(shared: _Shared) -> OwnedObjects:
         on_routine_change=partial(shared.queue.add_debounced, routine=True),
         count_restart=lambda resource, cause: shared.metrics.watch_restarts.labels(resource, cause).inc(),
         clock=shared.clock,
+        metrics_peers=shared.settings.defaults.metrics_peers,
     )
 
 

@@ -28,7 +28,7 @@ from sailvl_operator.cluster.workqueue import WorkQueue
 from sailvl_operator.core.decision import Decision
 from sailvl_operator.core.finished import reconcile_unreadable
 from sailvl_operator.core.observe import Observed, observe
-from sailvl_operator.core.ownership import is_own_job, is_own_service, select_pods
+from sailvl_operator.core.ownership import find_policy_state, is_own_job, is_own_service, select_pods
 from sailvl_operator.core.reconcile import reconcile
 from sailvl_operator.core.stage_view import ACTIVE
 from sailvl_operator.errors import (
@@ -74,7 +74,7 @@ class Controller:
         self._metrics = metrics
         self._defaults = defaults
         self._clock = clock
-        self._applier = Applier(client, owned_objects)
+        self._applier = Applier(client, owned_objects, metrics_peers=defaults.metrics_peers)
 
     async def run(self, workers: int) -> None:
         """Reconcile keys with `workers` workers until cancelled. Waits for the informers first, since a Job that is
@@ -195,6 +195,7 @@ class Controller:
             wait_reasons=self._diagnostics.get(key),
             refusals=self._refusals.get(key),
             has_service=has_service,
+            network_policy=find_policy_state(run, self._owned_objects.network_policies.get(key)),
         )
 
     async def _write_status(self, run: Run, decision: Decision) -> bool:

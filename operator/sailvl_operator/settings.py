@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+import msgspec
+
 from sailvl_operator.api.types import Defaults
 from sailvl_operator.errors import SettingsError
 
@@ -118,11 +120,34 @@ class Option:
     help: str
     value: str = ""
     """Path of the chart's value; empty if the chart derives the setting, or leaves it at its default."""
+    parse: Callable[[str], Any] | None = None
+    """Function that parses the text, and raises ValueError with what to set. Defaults to one for the field's type."""
 
     @property
     def variable(self) -> str:
         """Environment variable that sets the same field."""
         return ENVIRONMENT_PREFIX + self.flag.removeprefix("--").replace("-", "_").upper()
+
+
+_PEER_FIELDS = frozenset({"podSelector", "namespaceSelector", "ipBlock"})
+
+
+def parse_peers(text: str) -> tuple[dict[str, Any], ...]:
+    """Parse a JSON list of NetworkPolicyPeers. Empty fields of their selectors are removed, as the API server does.
+
+    Raises ValueError with what to set.
+    """
+    try:
+        peers = msgspec.json.decode(text, type=list[dict[str, dict[str, Any]]])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ValueError(f"a JSON list of NetworkPolicyPeers: {error}") from error
+    for peer in peers:
+        if not peer or not peer.keys() <= _PEER_FIELDS:
+            raise ValueError(f"a JSON list of NetworkPolicyPeers, each with {', '.join(sorted(_PEER_FIELDS))}")
+    return tuple(
+        {name: {key: inner for key, inner in selector.items() if inner} for name, selector in peer.items()}
+        for peer in peers
+    )
 
 
 OPTIONS = (
@@ -196,6 +221,18 @@ OPTIONS = (
         value="runs.trainerImage",
     ),
     Option(
+        flag="--network-policies",
+        target="defaults.network_policies",
+        help="whether runs get a NetworkPolicy, unless their spec disables it",
+        value="networkPolicy.runs",
+    ),
+    Option(
+        flag="--metrics-peers",
+        target="defaults.metrics_peers",
+        help="NetworkPolicyPeers that may connect to the metrics port of workers, as a JSON list",
+        parse=parse_peers,
+    ),
+    Option(
         flag="--grace-seconds",
         target="defaults.grace_seconds",
         help="termination grace period of workers in seconds",
@@ -257,6 +294,11 @@ def describe(settings: OperatorSettings) -> dict[str, Any]:
 
 
 def _parse(option: Option, text: str, default: object) -> object:
+    if option.parse is not None:
+        try:
+            return option.parse(text)
+        except ValueError as error:
+            raise SettingsError(f"{option.flag} ({option.variable}) is {text!r}; set it to {error}") from error
     parsers: dict[type, Callable[[str], object]] = {
         bool: _parse_bool,
         int: int,

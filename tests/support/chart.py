@@ -31,6 +31,7 @@ RUN_PERMISSIONS = (
     | _permissions("batch", "jobs", "get list watch create patch delete")
     | _permissions("", "pods", "list watch deletecollection")
     | _permissions("", "services", "get list watch create")
+    | _permissions("networking.k8s.io", "networkpolicies", "get list watch create patch delete")
     | _permissions("", "persistentvolumeclaims", "get create")
     | _permissions("", "events", "create list")
     | _permissions("kueue.x-k8s.io", "workloads", "list")

@@ -46,6 +46,19 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end -}}
 {{- end -}}
 
+{{- /* NetworkPolicyPeers that may connect to the metrics port of workers, as JSON: the operator and Prometheus. */ -}}
+{{- define "sailvl.metricsPeers" -}}
+{{- $peers := list (dict
+      "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" .Release.Namespace))
+      "podSelector" (dict "matchLabels" (fromYaml (include "sailvl.selector" .)))) -}}
+{{- with .Values.networkPolicy.prometheus.namespace -}}
+{{- $peers = append $peers (dict
+      "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" .))
+      "podSelector" (dict "matchLabels" (default (dict "app.kubernetes.io/name" "prometheus") $.Values.networkPolicy.prometheus.podLabels))) -}}
+{{- end -}}
+{{- toJson $peers -}}
+{{- end -}}
+
 {{- /* Flags of the operator, one per value; see `sailvl operator --help`. */ -}}
 {{- define "sailvl.args" -}}
 - operator
@@ -68,6 +81,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 - --backoff-seconds={{ .backoffSeconds }}
 - --backoff-limit-seconds={{ .backoffLimitSeconds }}
 {{- end }}
+- --network-policies={{ .Values.networkPolicy.runs }}
+- --metrics-peers={{ include "sailvl.metricsPeers" . }}
 {{- with .Values.operator }}
 - --workers={{ int64 .workers }}
 - --progress-interval-seconds={{ .progressIntervalSeconds }}
@@ -101,6 +116,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 - apiGroups: [""]
   resources: [services]
   verbs: [get, list, watch, create]
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
   verbs: [get, create]

@@ -59,6 +59,11 @@ def service_name(run: str) -> str:
     return run
 
 
+def network_policy_name(run: str) -> str:
+    """Return the name of the NetworkPolicy that protects the pods of a run."""
+    return run
+
+
 def pod_host(job: str, index: int, service: str) -> str:
     """Return the DNS name, within the namespace, of the pod with a completion index."""
     return f"{job}-{index}.{service}"

@@ -64,6 +64,15 @@ class Storage(Struct, frozen=True, kw_only=True):
     deleted."""
 
 
+class Network(Struct, frozen=True, kw_only=True):
+    """Network access to the workers."""
+
+    policy: Literal["Enabled", "Disabled"] = "Enabled"
+    """Whether the operator creates a NetworkPolicy for the run. It admits connections from workers of the same run, and
+    on the metrics port from the operator and from Prometheus. All others are refused, if the network plugin of the
+    cluster enforces NetworkPolicies. It may be changed at any time."""
+
+
 class Model(Struct, frozen=True, kw_only=True):
     """Model to train: a vision tower, a two-layer connector after a 2x2 pixel shuffle, and a language model."""
 
@@ -174,6 +183,8 @@ class Spec(Struct, frozen=True, kw_only=True):
     """Model to train. It can't change once a stage has started."""
     workers: Workers = Workers()
     """Workers of every stage. A stage may override single fields."""
+    network: Network = Network()
+    """Network access to the workers of every stage."""
     engine: EngineSpec = EngineSpec()
     """Training engine of every stage. A stage may override it."""
     restart_policy: RestartPolicy = RestartPolicy()
@@ -227,5 +238,9 @@ class Defaults:
     """Seconds before the second attempt after a crash; each further crash doubles them."""
     backoff_limit_seconds: float = 300.0
     """Longest backoff in seconds."""
+    network_policies: bool = True
+    """Whether runs get a NetworkPolicy, unless their spec disables it."""
+    metrics_peers: tuple[dict[str, Any], ...] = ()
+    """NetworkPolicyPeers, as in the Kubernetes API, that may connect to the metrics port of workers."""
     progress_seconds: float = 5.0
     """Minimum seconds between two writes of a status in which nothing but progress has changed."""

@@ -5,19 +5,21 @@ Writes that the API server refuses are kept until a later reconcile succeeds, si
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.merge_patch import build_merge_patch
 from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.parse import parse_job
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.cluster.runs import RunKey
-from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode
+from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, NetworkPolicyAction
 from sailvl_operator.core.desired.manifests import build_claim, build_job, build_service
+from sailvl_operator.core.desired.network_policy import build_network_policy
 from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.observe import AttemptKey, JobRecord
 from sailvl_operator.errors import REFUSALS, Conflict, NameConflict, NotFound, OperatorError
@@ -54,22 +56,28 @@ class RefusalLog:
 
 
 class Applier:
-    """Writes through the client and puts what it has created into the stores at once."""
+    """Writes through the client and puts what it has created into the stores at once.
 
-    def __init__(self, client: Client, owned_objects: OwnedObjects) -> None:
+    `metrics_peers`: NetworkPolicyPeers that may connect to the metrics port of workers.
+    """
+
+    def __init__(
+        self, client: Client, owned_objects: OwnedObjects, *, metrics_peers: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self._client = client
         self._owned_objects = owned_objects
+        self._metrics_peers = metrics_peers
         self._prepared: dict[str, None] = {}  # UIDs of runs whose claim exists, oldest first
 
     async def apply(self, run: Run, decision: Decision) -> Refusals:
         """Apply everything but the Service and the status, and return the starts that were refused.
 
         A refused start doesn't hold up the other writes, which may even make room for it. A dead attempt is deleted
-        only after the next one was started. Raises ApiError; the writes made until then remain, and the next reconcile
-        continues from there.
+        only after the next one was started. Raises ApiError or NameConflict; the writes made until then remain, and the
+        next reconcile continues from there.
         """
         await self._delete_by_force(decision.get_deleted_jobs(DeletionMode.BEFORE_STARTS))
-        refusals = await self._start_all(run, decision.start)
+        refusals = await self._start_all(run, decision)
         await self._delete_by_force(decision.get_deleted_jobs(DeletionMode.FORCE))
         for job, is_suspended in decision.suspend:
             await self._set_suspend(job, is_suspended)
@@ -77,6 +85,8 @@ class Applier:
             await self._delete(resources.JOBS, job.namespace, job.name, job.uid)
         if decision.clear_restart_request:
             await self._clear_restart_annotation(run)
+        if decision.network_policy is not None and not decision.start:
+            await self._apply_network_policy(run, decision.network_policy)
         if decision.delete_run:
             await self._delete(resources.RUNS, run.namespace, run.name, run.uid, version=run.resource_version)
         return refusals
@@ -92,10 +102,15 @@ class Applier:
         )
         return {}
 
-    async def _start_all(self, run: Run, attempts: Iterable[AttemptSpec]) -> Refusals:
+    async def _start_all(self, run: Run, decision: Decision) -> Refusals:
+        """Start attempts. No worker starts without its NetworkPolicy, which is written first."""
         refusals: Refusals = {}
-        for attempt in attempts:
+        is_protected = decision.network_policy is None
+        for attempt in decision.start:
             try:
+                if decision.network_policy is not None and not is_protected:
+                    await self._apply_network_policy(run, decision.network_policy)
+                    is_protected = True
                 await self._ensure_claim(run)
                 await self._start(attempt)
             except REFUSALS as error:
@@ -139,6 +154,27 @@ class Applier:
         if len(self._prepared) > _MAX_PREPARED_RUNS:
             del self._prepared[next(iter(self._prepared))]
 
+    async def _apply_network_policy(self, run: Run, action: NetworkPolicyAction) -> None:
+        """Create, update or delete the run's NetworkPolicy. An update restores the labels and the whole spec."""
+        store = self._owned_objects.network_policies
+        if action is NetworkPolicyAction.DELETE:
+            for record in store.get((run.namespace, run.name)):
+                if record.owner_uid == run.uid and record.name == names.network_policy_name(run.name):
+                    await self._delete(resources.NETWORK_POLICIES, record.namespace, record.name, record.uid)
+            return
+        body = build_network_policy(
+            namespace=run.namespace, run=run.name, owner_uid=run.uid, metrics_peers=self._metrics_peers
+        )
+        if action is NetworkPolicyAction.CREATE:
+            found = await self._create(resources.NETWORK_POLICIES, body, run.uid, resources.NetworkPolicy)
+        else:
+            found = await self._get_owned(resources.NETWORK_POLICIES, body, run.uid)
+        store.put_created(found)
+        if patch := _build_policy_patch(found, body):
+            store.put(
+                await self._client.patch(resources.NETWORK_POLICIES, run.namespace, body["metadata"]["name"], patch)
+            )
+
     async def _start(self, attempt: AttemptSpec) -> None:
         job = build_job(attempt, build_appdef(attempt))
         found = await self._create(resources.JOBS, job, attempt.owner_uid, resources.Job)
@@ -156,17 +192,34 @@ class Applier:
         Server-side apply would adopt the objects of a deleted run of the same name instead. Raises NameConflict if
         another owner has the name.
         """
-        metadata = body["metadata"]
         try:
-            return await self._client.create(resource, metadata["namespace"], body, decode_as=decode_as)
+            return await self._client.create(resource, body["metadata"]["namespace"], body, decode_as=decode_as)
         except Conflict:
-            existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
+            return await self._get_owned(resource, body, owner_uid)
+
+    async def _get_owned(self, resource: Resource, body: dict[str, Any], owner_uid: str) -> dict[str, Any]:
+        """Read the existing object with the name of `body`.
+
+        Raises NameConflict if this run doesn't own it, or if it is a Job that differs from those that the run creates.
+        """
+        metadata = body["metadata"]
+        existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
         subject = f"{body['kind']} {metadata['name']} exists"
         if not _is_owned(existing["metadata"], metadata, owner_uid):
             raise NameConflict(f"{subject} and is not owned by this run; delete it or rename the run")
         if resource is resources.JOBS and (alteration := parse_job(existing).alteration):
             raise NameConflict(f"{subject}, but differs from the one that this run creates: {alteration}; delete it")
         return existing
+
+
+def _build_policy_patch(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Build the merge patch that restores labels and spec of a NetworkPolicy; empty if it has them."""
+    metadata, labels = found["metadata"], wanted["metadata"]["labels"]
+    changes = build_merge_patch(found.get("spec", {}), wanted["spec"])
+    if not changes and labels.items() <= metadata.get("labels", {}).items():
+        return {}
+    guard = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
+    return {"metadata": guard | {"labels": labels}, "spec": changes}
 
 
 def _is_owned(existing: dict[str, Any], wanted: dict[str, Any], owner_uid: str) -> bool:

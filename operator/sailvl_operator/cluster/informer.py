@@ -1,6 +1,6 @@
 """Informer of one kind: lists and watches its objects and keeps them as typed records, indexed by run.
 
-`owned_objects.py` runs one for Jobs, one for pods and one for Services; the controller reads the records. The last
+`owned_objects.py` runs one for each kind of owned object; the controller reads the records. The last
 state of a deleted Job or pod is kept, marked as gone, until the controller forgets it: it is the evidence of how an
 attempt ended.
 """
@@ -22,12 +22,13 @@ from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.resources import ObjectType, Resource
 from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.cluster.watch_stream import EventType, Object
-from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
+from sailvl_operator.core.observe import JobRecord, NetworkPolicyRecord, PodRecord, ServiceRecord
 from sailvl_operator.errors import ApiError, Gone
 
 log = logging.getLogger(__name__)
 
-Record = TypeVar("Record", bound=JobRecord | PodRecord | ServiceRecord)
+AnyRecord = JobRecord | PodRecord | ServiceRecord | NetworkPolicyRecord
+Record = TypeVar("Record", bound=AnyRecord)
 Mortal = TypeVar("Mortal", JobRecord, PodRecord)
 
 _BACKOFF_LIMIT_SECONDS = 10.0
@@ -84,10 +85,16 @@ class Store(Generic[Record]):
             yield from records.values()
 
     def put(self, raw: Object) -> None:
-        """Store a new or changed object, from the watch or from the response to our own write."""
+        """Store a new or changed object, from the watch or from the response to our own write; not one that was deleted."""
         record = self._kind.parse(raw)
         if record.uid not in self._deleted_uids:
             self._store(record)
+
+    def put_watched(self, raw: Object) -> None:
+        """Store an object that the watch reports. It exists, even if it was removed before because it lost its labels
+        for a while."""
+        self._deleted_uids.pop(raw["metadata"]["uid"], None)
+        self.put(raw)
 
     def put_created(self, raw: Object) -> None:
         """Store the response to our own POST, unless the watch has already reported the object: its state is newer."""
@@ -263,7 +270,7 @@ class Informer(Generic[Record]):
         if type_ == "DELETED":
             self._store.delete(raw)
         elif type_ != "BOOKMARK":
-            self._store.put(raw)
+            self._store.put_watched(raw)
 
 
 def mark_gone(record: Mortal) -> Mortal:
@@ -271,9 +278,9 @@ def mark_gone(record: Mortal) -> Mortal:
     return replace(record, is_gone=True)
 
 
-def _run_key(record: JobRecord | PodRecord | ServiceRecord) -> RunKey:
+def _run_key(record: AnyRecord) -> RunKey:
     return record.namespace, record.run
 
 
-def _is_gone(record: JobRecord | PodRecord | ServiceRecord) -> bool:
+def _is_gone(record: AnyRecord) -> bool:
     return isinstance(record, JobRecord | PodRecord) and record.is_gone

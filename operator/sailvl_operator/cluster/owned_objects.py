@@ -1,18 +1,27 @@
-"""The Jobs, pods and Services of all runs: one store for each kind, filled by informers and read by the controller."""
+"""The owned objects of all runs: one store for each kind, filled by informers and read by the controller."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.informer import Informer, Kind, Record, Store, mark_gone
-from sailvl_operator.cluster.parse import is_routine_job, is_routine_pod, parse_job, parse_pod, parse_service, stamp_pod
+from sailvl_operator.cluster.parse import (
+    is_routine_job,
+    is_routine_pod,
+    parse_job,
+    parse_network_policy,
+    parse_pod,
+    parse_service,
+    stamp_pod,
+)
 from sailvl_operator.cluster.runs import RunKey
-from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
+from sailvl_operator.core.observe import JobRecord, NetworkPolicyRecord, PodRecord, ServiceRecord
 
 _JOBS: Kind[JobRecord] = Kind(
     resource=resources.JOBS, decode_as=resources.Job, parse=parse_job, mark_gone=mark_gone, is_routine=is_routine_job
@@ -30,6 +39,15 @@ _PODS: Kind[PodRecord] = Kind(
 )
 
 
+def _build_network_policy_kind(metrics_peers: Sequence[dict[str, Any]]) -> Kind[NetworkPolicyRecord]:
+    return Kind(
+        resource=resources.NETWORK_POLICIES,
+        decode_as=resources.NetworkPolicy,
+        parse=partial(parse_network_policy, metrics_peers=metrics_peers),
+        is_routine=lambda policy: policy.is_current,
+    )
+
+
 class OwnedObjects:
     """A store for each kind of owned object, and the informers that fill them."""
 
@@ -42,22 +60,32 @@ class OwnedObjects:
         count_restart: Callable[[str, str], None],
         clock: Callable[[], float] = time.time,
         on_routine_change: Callable[[RunKey], None] | None = None,
+        metrics_peers: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Create the stores and informers.
 
         `namespaces` are those to watch; none means all. `on_change` receives the key of a run whose objects have
         changed; `on_routine_change` is called instead for changes that need no action. `count_restart` receives the
-        resource and the reason whenever a watch is restarted.
+        resource and the reason whenever a watch is restarted. `metrics_peers` are those of the NetworkPolicies to be.
         """
+        policies = _build_network_policy_kind(metrics_peers)
         self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock, on_routine_change=on_routine_change)
         self.pods: Store[PodRecord] = Store(_PODS, on_change, clock, on_routine_change=on_routine_change)
         self.services: Store[ServiceRecord] = Store(_SERVICES, on_change, clock, on_routine_change=on_routine_change)
+        self.network_policies: Store[NetworkPolicyRecord] = Store(
+            policies, on_change, clock, on_routine_change=on_routine_change
+        )
 
         def watch(kind: Kind[Record], store: Store[Record]) -> list[Informer[Any]]:
             scopes = namespaces or ("",)
             return [Informer(client, kind, store, namespace=scope, count_restart=count_restart) for scope in scopes]
 
-        self._informers = watch(_JOBS, self.jobs) + watch(_PODS, self.pods) + watch(_SERVICES, self.services)
+        self._informers = [
+            *watch(_JOBS, self.jobs),
+            *watch(_PODS, self.pods),
+            *watch(_SERVICES, self.services),
+            *watch(policies, self.network_policies),
+        ]
 
     async def run(self) -> None:
         """Run the informers until cancelled."""

@@ -1,16 +1,24 @@
-"""Parse Jobs, pods and Services, as `resources.py` declares them, into the records that the core works with."""
+"""Parse owned objects, as `resources.py` declares them, into the records that the core works with."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 from sailvl_operator.api import names
 from sailvl_operator.api.workers import MAX_GPUS, MAX_NODES
-from sailvl_operator.core.observe import INVALID_CONFIG_REASONS, JobRecord, PodRecord, ServiceRecord, Terminated
+from sailvl_operator.core.desired.network_policy import build_policy_spec
+from sailvl_operator.core.observe import (
+    INVALID_CONFIG_REASONS,
+    JobRecord,
+    NetworkPolicyRecord,
+    PodRecord,
+    ServiceRecord,
+    Terminated,
+)
 from sailvl_operator.core.ownership import describe_shape, has_indexed_name, split_job_name
 from sailvl_operator.core.units import parse_time
 
@@ -92,6 +100,23 @@ def parse_service(raw: Mapping[str, Any]) -> ServiceRecord:
         uid=metadata["uid"],
         run=metadata.get("labels", {}).get(names.LABEL_RUN, ""),
         owner_uid=_find_owner_uid(metadata, names.KIND, metadata.get("labels", {}).get(names.LABEL_RUN, "")),
+    )
+
+
+def parse_network_policy(raw: Mapping[str, Any], *, metrics_peers: Sequence[dict[str, Any]]) -> NetworkPolicyRecord:
+    """Parse a networking.k8s.io/v1 NetworkPolicy that carries the operator's labels, and compare its spec with the one
+    that these peers require."""
+    metadata = raw["metadata"]
+    run = metadata.get("labels", {}).get(names.LABEL_RUN, "")
+    owner_uid = _find_owner_uid(metadata, names.KIND, run)
+    wanted = build_policy_spec(run=run, owner_uid=owner_uid, metrics_peers=metrics_peers)
+    return NetworkPolicyRecord(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        run=run,
+        owner_uid=owner_uid,
+        is_current=raw.get("spec") == wanted,
     )
 
 

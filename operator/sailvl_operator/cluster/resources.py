@@ -34,6 +34,7 @@ RUNS = Resource(api_version=names.API_VERSION, plural=names.PLURAL)
 JOBS = Resource(api_version="batch/v1", plural="jobs")
 PODS = Resource(api_version="v1", plural="pods")
 SERVICES = Resource(api_version="v1", plural="services")
+NETWORK_POLICIES = Resource(api_version="networking.k8s.io/v1", plural="networkpolicies")
 CLAIMS = Resource(api_version="v1", plural="persistentvolumeclaims")
 EVENTS = Resource(api_version="v1", plural="events")
 LEASES = Resource(api_version="coordination.k8s.io/v1", plural="leases")
@@ -147,6 +148,11 @@ class Pod(TypedDict, total=False):
 
 class Service(TypedDict, total=False):
     metadata: ObjectMeta
+
+
+class NetworkPolicy(TypedDict, total=False):
+    metadata: ObjectMeta
+    spec: dict[str, Any]
 
 
 class Ignored(TypedDict):

@@ -66,6 +66,15 @@ class Deletion:
     mode: DeletionMode
 
 
+class NetworkPolicyAction(enum.Enum):
+    """Change of the NetworkPolicy of a run."""
+
+    CREATE = "Create"
+    UPDATE = "Update"
+    """Give it the spec that follows from the settings of the operator."""
+    DELETE = "Delete"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
     """Everything that one reconcile wants done; an empty decision changes nothing.
@@ -81,6 +90,8 @@ class Decision:
     """Attempts whose claim and Job are created. The number of a later attempt is in the written status already."""
     ensure_service: bool = False
     """Whether the run's Service has to be created."""
+    network_policy: NetworkPolicyAction | None = None
+    """Change of the NetworkPolicy, which is made before an attempt is started; None leaves it as it is."""
     delete_run: bool = False
     """Whether the run is deleted; the garbage collector then deletes its objects."""
     clear_restart_request: bool = False

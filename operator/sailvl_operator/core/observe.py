@@ -1,4 +1,4 @@
-"""Records of a run's Jobs, pods and Service, sorted by attempt into the `Observed` that `reconcile` reads.
+"""Records of a run's objects, those of its Jobs and pods sorted by attempt into the `Observed` that `reconcile` reads.
 
 On a cluster `cluster/parse.py` builds the records from Kubernetes objects; local mode builds them from its processes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -113,6 +114,22 @@ class ServiceRecord(msgspec.Struct, frozen=True, kw_only=True):
     owner_uid: str
 
 
+class NetworkPolicyRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The NetworkPolicy of a run, reduced to what the operator reads."""
+
+    namespace: str
+    name: str
+    uid: str
+    run: str
+    owner_uid: str
+    is_current: bool
+    """Whether its spec is the one that the operator builds with its present settings."""
+
+
+NetworkPolicyState = Literal["Missing", "Outdated", "Current"]
+"""State of a run's NetworkPolicy: it doesn't exist, its spec differs from the one to be built, or it is as built."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptObservation:
     """Everything that was observed of one attempt."""
@@ -147,6 +164,7 @@ class Observed:
     """All Jobs that exist, altered ones included, in the order of stage and attempt."""
     has_service: bool = True
     """Whether the run's Service exists."""
+    network_policy: NetworkPolicyState = "Current"
 
     def get(self, stage: str, attempt: int) -> AttemptObservation:
         """Return the observation of an attempt; it is empty if nothing of the attempt exists."""
@@ -162,6 +180,7 @@ def observe(
     wait_reasons: Mapping[AttemptKey, str] | None = None,
     refusals: Mapping[AttemptKey, str] | None = None,
     has_service: bool = True,
+    network_policy: NetworkPolicyState = "Current",
 ) -> Observed:
     """Sort the records and reports of one run by attempt."""
     by_age = sorted(jobs, key=lambda job: (not job.is_gone, job.created))
@@ -186,7 +205,7 @@ def observe(
             refusal=refusals.get(key, ""),
         )
     existing = tuple(jobs_by_attempt[key] for key in sorted(jobs_by_attempt) if not jobs_by_attempt[key].is_gone)
-    return Observed(attempts=attempts, jobs=existing, has_service=has_service)
+    return Observed(attempts=attempts, jobs=existing, has_service=has_service, network_policy=network_policy)
 
 
 def decode_termination(pod: PodRecord) -> Termination | None:

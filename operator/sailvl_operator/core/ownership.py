@@ -1,4 +1,4 @@
-"""Decide which Jobs, pods and Services in a run's namespace are the run's own.
+"""Decide which objects in a run's namespace are the run's own.
 
 Labels select what the operator watches, but anyone with write access to a namespace can set labels, create objects or
 edit those of a run. A name and a UID never change. An object therefore counts only if its name is the one that the
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
 from sailvl_operator.api.workers import MAX_NODES
-from sailvl_operator.core.observe import JobRecord, PodRecord, ServiceRecord
+from sailvl_operator.core.observe import JobRecord, NetworkPolicyRecord, NetworkPolicyState, PodRecord, ServiceRecord
 
 _GENERATED_PREFIX_LENGTH = 58
 """Letters of a pod's name before its random suffix; the API server cuts longer prefixes off."""
@@ -50,6 +50,14 @@ def is_own_job(run: Run, job: JobRecord) -> bool:
 def is_own_service(run: Run, service: ServiceRecord) -> bool:
     """Return whether a Service is the one that the operator creates for the run."""
     return service.owner_uid == run.uid and service.name == names.service_name(run.name)
+
+
+def find_policy_state(run: Run, policies: Iterable[NetworkPolicyRecord]) -> NetworkPolicyState:
+    """Return the state of the NetworkPolicy that the operator creates for the run."""
+    for policy in policies:
+        if policy.owner_uid == run.uid and policy.name == names.network_policy_name(run.name):
+            return "Current" if policy.is_current else "Outdated"
+    return "Missing"
 
 
 def select_pods(run: Run, jobs: Sequence[JobRecord], pods: Iterable[PodRecord]) -> Iterator[PodRecord]:

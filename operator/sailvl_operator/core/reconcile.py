@@ -10,7 +10,7 @@ from sailvl_operator.api.parse import find_unsupported_fields
 from sailvl_operator.api.status import StageStatus, Status, decode_status
 from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.core.conditions import RunTransition, build_status, find_deferral
-from sailvl_operator.core.decision import Decision
+from sailvl_operator.core.decision import Decision, NetworkPolicyAction
 from sailvl_operator.core.events import collect_events
 from sailvl_operator.core.finished import find_active_seconds_left, may_resume, reconcile_finished, reconcile_invalid
 from sailvl_operator.core.goodput import update_goodput
@@ -64,9 +64,11 @@ def reconcile(
     deferred_until = find_deferral(old, new, interval=defaults.progress_seconds, now=now)
     new = old if deferred_until is not None else update_goodput(run, old, new, transition.stages, now=now)
 
-    # Decide on Jobs to delete, suspend and create, the Service, the restart annotation, the status and its events.
+    # Decide on Jobs to delete, suspend and create, the Service, the NetworkPolicy, the restart annotation, the status
+    # and its events.
     times = [deferred_until, now + seconds_left, *(stage.requeue_at for stage in transition.stages)]
-    return _build_decision(run, old, new, transition, observed, requeue_at=_find_requeue_time(new, times))
+    decision = _build_decision(run, old, new, transition, observed, requeue_at=_find_requeue_time(new, times))
+    return replace(decision, network_policy=_find_policy_action(run, transition, observed, defaults))
 
 
 def _build_decision(
@@ -86,6 +88,19 @@ def _build_decision(
         events=collect_events(run, old, new, transition),
         requeue_at=requeue_at,
     )
+
+
+def _find_policy_action(
+    run: Run, transition: RunTransition, observed: Observed, defaults: Defaults
+) -> NetworkPolicyAction | None:
+    """Return what is done to the NetworkPolicy, which is created once a stage has workers and then kept up to date."""
+    state = observed.network_policy
+    if not defaults.network_policies or run.spec.network.policy == "Disabled":
+        return None if state == "Missing" else NetworkPolicyAction.DELETE
+    if state == "Outdated":
+        return NetworkPolicyAction.UPDATE
+    has_workers = state == "Missing" and any(stage.status.state in ACTIVE for stage in transition.stages)
+    return NetworkPolicyAction.CREATE if has_workers else None
 
 
 def _find_requeue_time(new: Status, times: Iterable[float | None]) -> float | None:

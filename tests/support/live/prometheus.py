@@ -76,7 +76,9 @@ def start_prometheus(
 
 def render_monitors(chart: Path, release: str, system: str) -> list[dict[str, Any]]:
     """Return the chart's PodMonitor and ServiceMonitor."""
-    flags = ["--set", "metrics.podMonitor.enabled=true", "--set", "metrics.serviceMonitor.enabled=true"]
+    values = ("metrics.podMonitor.enabled", "metrics.serviceMonitor.enabled")
+    flags = [part for value in values for part in ("--set", f"{value}=true")]
+    flags += ["--set", "networkPolicy.prometheus.namespace=monitoring"]
     command = ["helm", "template", release, str(chart), "-n", system, "--kube-version=1.34.0", *flags]
     rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kinds = ("PodMonitor", "ServiceMonitor")

@@ -95,7 +95,7 @@ class SimulatedCluster:
     # The garbage collector.
 
     def _collect_dependents(self, uid: str) -> None:
-        for plural in ("jobs", "pods", "services", "persistentvolumeclaims"):
+        for plural in ("jobs", "pods", "services", "networkpolicies", "persistentvolumeclaims"):
             for found in [o for o in self.api.list_objects(plural) if get_owner_uid(o) == uid]:
                 self.api.delete(plural, found, by="garbage-collector")
 

@@ -15,6 +15,7 @@ from sailvl_operator.api.parse import parse_run
 from sailvl_operator.api.status import ConditionType, Reason, StageStatus
 from sailvl_operator.cluster.client import ClientConfig
 from sailvl_operator.core.plan import plan
+from sailvl_operator.core.stage_view import ACTIVE
 from tests.support.apiserver.objects import Object, get_owner_uid, is_active
 from tests.support.apiserver.store import ObjectStore, ObjectWrite
 from tests.support.simulation.status_invariants import (
@@ -256,6 +257,18 @@ def every_spec_is_observed(checker: InvariantChecker) -> None:
             status_describes_current_generation(run, decode_run_status(run), decode_run_status(run))
 
 
+def active_run_is_protected(checker: InvariantChecker) -> None:
+    """Require that a run with active workers has its NetworkPolicy, and no run whose spec disables it has one."""
+    for run in checker.api.list_objects("sailvlruns"):
+        uid, disabled = run["metadata"]["uid"], run["spec"].get("network", {}).get("policy") == "Disabled"
+        policies = [p for p in checker.api.list_objects("networkpolicies") if get_owner_uid(p) == uid]
+        if decode_run_status(run).is_finished:
+            continue
+        active = any(s.state in ACTIVE for s in decode_run_status(run).stages)
+        require(not (disabled and policies), f"{_describe(run)} disables its NetworkPolicy, and has one")
+        require(disabled or not active or bool(policies), f"{_describe(run)} is active without a NetworkPolicy")
+
+
 CONTINUOUS_INVARIANTS: tuple[Callable[[InvariantChecker], None], ...] = (one_attempt_per_stage_is_active,)
 QUIESCENT_INVARIANTS: tuple[Callable[[InvariantChecker], None], ...] = (
     suspended_run_has_no_active_pods,
@@ -264,6 +277,7 @@ QUIESCENT_INVARIANTS: tuple[Callable[[InvariantChecker], None], ...] = (
     running_stage_has_all_workers,
     unblocked_run_is_running,
     every_spec_is_observed,
+    active_run_is_protected,
 )
 
 

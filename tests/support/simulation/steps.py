@@ -15,11 +15,13 @@ from tests.support.simulation.users import (
     append_stage,
     create_run,
     delete_job,
+    delete_network_policy,
     delete_pod,
     delete_run,
     delete_service,
     edit_gate,
     edit_image,
+    edit_network,
     edit_restart_policy,
     edit_workers,
     fix_spec,
@@ -167,13 +169,17 @@ def cut_network(walk: RandomWalk) -> str:
 
 
 def occupy_name(walk: RandomWalk) -> str:
-    """Create an object under the name of a Job or Service that the operator may create next; remove it later."""
+    """Create an object under a name that the operator may use next; remove it later."""
     stages = [s for s in walk.status.stages if s.state not in ("Succeeded", "Failed")]
     if not stages:
         return ""
     stage = walk.rng.choice(stages[:2])
     plural, name = walk.rng.choice(
-        [("services", "demo"), ("jobs", names.job_name("demo", stage.name, stage.attempt + 1))]
+        [
+            ("services", "demo"),
+            ("networkpolicies", "demo"),
+            ("jobs", names.job_name("demo", stage.name, stage.attempt + 1)),
+        ]
     )
     if walk.api.get(plural, "team", name) is not None:
         return ""
@@ -250,6 +256,7 @@ STEPS: tuple[tuple[WalkStep, int], ...] = (
     (edit_restart_policy, 2),
     (edit_image, 1),
     (edit_gate, 1),
+    (edit_network, 1),
     (fix_spec, 3),
     (request_restart, 1),
     (preempt_by_kueue, 3),
@@ -257,6 +264,7 @@ STEPS: tuple[tuple[WalkStep, int], ...] = (
     (delete_pod, 3),
     (delete_job, 1),
     (delete_service, 1),
+    (delete_network_policy, 1),
     (evict_pod, 2),
     (disconnect_node, 2),
     (reconnect_node, 1),

@@ -123,6 +123,14 @@ def edit_image(walk: RandomWalk) -> str:
     return image
 
 
+def edit_network(walk: RandomWalk) -> str:
+    if walk.run is None:
+        return ""
+    policy = walk.rng.choice(["Disabled", "Enabled", "Enabled"])
+    walk.edit_spec(lambda spec: spec.update(network={"policy": policy}))
+    return policy
+
+
 def edit_gate(walk: RandomWalk) -> str:
     if walk.run is None:
         return ""
@@ -188,4 +196,12 @@ def delete_service(walk: RandomWalk) -> str:
     if not services:
         return ""
     walk.api.remove("services", services[0], by="a user")
+    return "deleted"
+
+
+def delete_network_policy(walk: RandomWalk) -> str:
+    policies = walk.api.list_objects("networkpolicies")
+    if not policies:
+        return ""
+    walk.api.remove("networkpolicies", policies[0], by="a user")
     return "deleted"

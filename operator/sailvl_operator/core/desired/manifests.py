@@ -32,13 +32,13 @@ def build_service(*, namespace: str, run: str, owner_uid: str) -> dict[str, Any]
         "metadata": {
             "name": names.service_name(run),
             "namespace": namespace,
-            "labels": _build_labels(run),
-            "ownerReferences": _build_owner(run, owner_uid),
+            "labels": build_labels(run),
+            "ownerReferences": build_owner(run, owner_uid),
         },
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
-            "selector": _build_labels(run),
+            "selector": build_labels(run),
             "ports": [
                 {"name": names.METRICS_PORT_NAME, "port": METRICS_PORT, "protocol": "TCP"},
                 {"name": "rendezvous", "port": RENDEZVOUS_PORT, "protocol": "TCP"},
@@ -67,9 +67,9 @@ def build_claim(run: Run) -> dict[str, Any] | None:
         "metadata": {
             "name": names.claim_name(run.name),
             "namespace": run.namespace,
-            "labels": _build_labels(run.name),
+            "labels": build_labels(run.name),
         }
-        | ({"ownerReferences": _build_owner(run.name, run.uid)} if run.spec.storage.when_deleted == "Delete" else {}),
+        | ({"ownerReferences": build_owner(run.name, run.uid)} if run.spec.storage.when_deleted == "Delete" else {}),
         "spec": spec,
     }
 
@@ -85,7 +85,7 @@ def build_job(attempt: AttemptSpec, app: AppDef) -> dict[str, Any]:
             "name": app.name,
             "namespace": document.namespace,
             "labels": labels | {names.LABEL_DIGEST: document.digest[: names.DIGEST_LETTERS]} | _queue_label(attempt),
-            "ownerReferences": _build_owner(attempt.owner_name, attempt.owner_uid),
+            "ownerReferences": build_owner(attempt.owner_name, attempt.owner_uid),
         },
         "spec": _build_spec(attempt, app, labels),
     }
@@ -123,17 +123,17 @@ def _queue_label(attempt: AttemptSpec) -> dict[str, str]:
     return {names.LABEL_KUEUE_QUEUE: queue} if isinstance(queue, str) else {}
 
 
-def _build_labels(run: str) -> dict[str, str]:
+def build_labels(run: str) -> dict[str, str]:
     """Build the labels of any object of a run."""
     return {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_RUN: run}
 
 
 def build_attempt_labels(run: str, stage: str, attempt: int) -> dict[str, str]:
     """Build the labels of an attempt's Job and pods."""
-    return _build_labels(run) | {names.LABEL_STAGE: stage, names.LABEL_ATTEMPT: str(attempt)}
+    return build_labels(run) | {names.LABEL_STAGE: stage, names.LABEL_ATTEMPT: str(attempt)}
 
 
-def _build_owner(name: str, uid: str) -> list[dict[str, Any]]:
+def build_owner(name: str, uid: str) -> list[dict[str, Any]]:
     """Build the owner reference by which the garbage collector deletes the object together with its run."""
     return [
         {

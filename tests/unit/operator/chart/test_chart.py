@@ -123,12 +123,31 @@ def lease(name: str, **fields: Any) -> LeaseSettings:
     return LeaseSettings(name=name, namespace="sail", identity="pod", **fields)
 
 
+def build_peer(namespace: str, **pod_labels: str) -> dict[str, Any]:
+    """Return a NetworkPolicyPeer: pods of a namespace that have some labels."""
+    return {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}},
+        "podSelector": {"matchLabels": pod_labels},
+    }
+
+
+OPERATOR_PEER = build_peer(
+    "sail", **{"app.kubernetes.io/name": "sailvl-operator", "app.kubernetes.io/instance": "train"}
+)
 SETTINGS = {
-    "default": OperatorSettings(lease=lease("train-sailvl-operator")),
+    "default": OperatorSettings(
+        lease=lease("train-sailvl-operator"), defaults=Defaults(metrics_peers=(OPERATOR_PEER,))
+    ),
+    "monitored": OperatorSettings(
+        lease=lease("train-sailvl-operator"),
+        defaults=Defaults(
+            metrics_peers=(OPERATOR_PEER, build_peer("monitoring", **{"app.kubernetes.io/name": "prometheus"}))
+        ),
+    ),
     "namespaced": OperatorSettings(
         api=ApiSettings(namespaces=("team-a", "team-b")),
         lease=lease("train-sailvl-operator"),
-        defaults=Defaults(image="registry.example.com/sailvl-trainer:0.1.0"),
+        defaults=Defaults(image="registry.example.com/sailvl-trainer:0.1.0", metrics_peers=(OPERATOR_PEER,)),
     ),
     "everything": OperatorSettings(
         api=ApiSettings(namespaces=("team-a",), events=False),
@@ -141,6 +160,11 @@ SETTINGS = {
         lease=lease("sail-trainer", duration_seconds=30, renew_deadline_seconds=20, renew_interval_seconds=5),
         defaults=Defaults(
             image="registry.example.com/sailvl-trainer:0.1.0",
+            network_policies=False,
+            metrics_peers=(
+                build_peer("sail", **{"app.kubernetes.io/name": "sail", "app.kubernetes.io/instance": "train"}),
+                build_peer("observability", app="prometheus"),
+            ),
             grace_seconds=300,
             failure_settle_seconds=1.5,
             backoff_seconds=20,
@@ -249,6 +273,15 @@ INVALID_VALUES = [
     pytest.param("resources.limits.memory=lots", "/resources/limits/memory", id="quantity is not a number"),
     pytest.param(
         "podLabels.app\\.kubernetes\\.io/managed-by=sailvl-operator", "invalid propertyName", id="reserved pod label"
+    ),
+    pytest.param("networkPolicy.runs=maybe", "/networkPolicy/runs", id="network policies is a string"),
+    pytest.param(
+        "networkPolicy.prometheus.namespace=Team", "/networkPolicy/prometheus/namespace", id="uppercase Prometheus"
+    ),
+    pytest.param(
+        "metrics.podMonitor.enabled=true",
+        "set networkPolicy.prometheus.namespace",
+        id="PodMonitor without the namespace of Prometheus",
     ),
     pytest.param("metrics.podMonitor.interval=often", "/metrics/podMonitor/interval", id="interval is not a duration"),
     pytest.param(

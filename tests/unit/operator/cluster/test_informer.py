@@ -49,7 +49,7 @@ async def watching(*namespaces: str, pods: int = 0, is_leading: bool = True):
         try:
             async with asyncio.timeout(10):
                 await owned_objects.wait_synced()
-                await until(lambda: api.open_watches == 3 * max(1, len(namespaces)))
+                await until(lambda: api.open_watches == 4 * max(1, len(namespaces)))
                 if is_leading:
                     owned_objects.retain_deleted()
                 yield SimpleNamespace(api=api, owned_objects=owned_objects, changes=changes, restarts=restarts)
@@ -157,7 +157,7 @@ async def test_ages_grow_while_no_data_arrives():
     async with watching() as world:
         await asyncio.sleep(0.1)
         ages = dict(world.owned_objects.ages())
-        assert ages.keys() == {"jobs", "pods", "services"}
+        assert ages.keys() == {"jobs", "pods", "services", "networkpolicies"}
         assert all(age >= 0.1 for age in ages.values())
 
 

@@ -38,6 +38,12 @@ def test_flag_takes_precedence_over_variable_and_variable_over_default():
     assert settings.lease.duration_seconds == OperatorSettings().lease.duration_seconds
 
 
+def test_peers_are_parsed_without_the_empty_fields_that_the_api_server_removes():
+    given = '[{"namespaceSelector": {"matchLabels": {}}, "podSelector": {"matchLabels": {"app": "prometheus"}}}]'
+    expected = ({"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "prometheus"}}},)
+    assert read_settings(parse("--metrics-peers", given), {}).defaults.metrics_peers == expected
+
+
 def get_default(option: Option) -> object:
     group, _, name = option.target.rpartition(".")
     settings = OperatorSettings()
@@ -66,6 +72,16 @@ def test_chart_value_has_the_default_of_its_option(option):
             ["--workers", "many"],
             "--workers (SAILVL_OPERATOR_WORKERS) is 'many'; set it to a whole number",
             id="number",
+        ),
+        pytest.param(
+            ["--metrics-peers", "monitoring"],
+            "(SAILVL_OPERATOR_METRICS_PEERS) is 'monitoring'; set it to a JSON list of NetworkPolicyPeers: ",
+            id="peers that are not JSON",
+        ),
+        pytest.param(["--metrics-peers", "[{}]"], "each with ipBlock, namespaceSelector, podSelector", id="empty peer"),
+        pytest.param(["--metrics-peers", '[{"pods": {}}]'], "each with ipBlock", id="unknown field of a peer"),
+        pytest.param(
+            ["--metrics-peers", "[" * 100_000], "set it to a JSON list", id="peers that are nested too deeply"
         ),
         pytest.param(["--events", "perhaps"], "set it to true or false", id="boolean"),
         pytest.param(
