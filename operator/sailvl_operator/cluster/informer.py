@@ -85,7 +85,7 @@ class Store(Generic[Record]):
             yield from records.values()
 
     def put(self, raw: Object) -> None:
-        """Store a new or changed object, from the watch or from the response to our own write; not one that was deleted."""
+        """Store a new or changed object, from the watch or from the response to our own write. Skip deleted ones."""
         record = self._kind.parse(raw)
         if record.uid not in self._deleted_uids:
             self._store(record)

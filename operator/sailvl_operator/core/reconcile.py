@@ -67,12 +67,20 @@ def reconcile(
     # Decide on Jobs to delete, suspend and create, the Service, the NetworkPolicy, the restart annotation, the status
     # and its events.
     times = [deferred_until, now + seconds_left, *(stage.requeue_at for stage in transition.stages)]
-    decision = _build_decision(run, old, new, transition, observed, requeue_at=_find_requeue_time(new, times))
-    return replace(decision, network_policy=_find_policy_action(run, transition, observed, defaults))
+    policy = _find_policy_action(run, transition, observed, defaults)
+    requeue_at = _find_requeue_time(new, times)
+    return _build_decision(run, old, new, transition, observed, network_policy=policy, requeue_at=requeue_at)
 
 
 def _build_decision(
-    run: Run, old: Status, new: Status, transition: RunTransition, observed: Observed, *, requeue_at: float | None
+    run: Run,
+    old: Status,
+    new: Status,
+    transition: RunTransition,
+    observed: Observed,
+    *,
+    network_policy: NetworkPolicyAction | None,
+    requeue_at: float | None,
 ) -> Decision:
     stages = transition.stages
     has_peers = any(stage.status.state in ACTIVE and stage.view.nodes > 1 for stage in stages)
@@ -82,6 +90,7 @@ def _build_decision(
         suspend=tuple((s.view.attempt.job, s.suspend) for s in stages if s.suspend is not None and s.view.attempt.job),
         start=build_attempts(stages),
         ensure_service=has_peers and not observed.has_service,
+        network_policy=network_policy,
         clear_restart_request=is_handled(run, old),
         status=None if new == old else new,
         is_urgent=is_urgent,
