@@ -21,6 +21,7 @@ from transformers import (
 
 from sailvl_trainer.contract import ModelConfig, Part
 from sailvl_trainer.errors import ConfigError
+from sailvl_trainer.model.folders import translate_model_errors
 from sailvl_trainer.model.presets import DOWNSAMPLE, Preset, get_preset
 from sailvl_trainer.model.tokenizer import END_OF_TEXT, IM_END, IMAGE_CONTEXT
 
@@ -112,10 +113,8 @@ def _text_arguments(preset: Preset) -> dict[str, object]:
 
 
 def _load(kind: Any, path: Path) -> Any:
-    try:
-        return kind.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load a model from {path}: {error}") from error
+    with translate_model_errors(path):
+        return kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
 
 
 def _fill(target: nn.Module, kind: Any, path: Path, field: str) -> None:

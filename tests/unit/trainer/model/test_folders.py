@@ -1,0 +1,135 @@
+"""Folders of models from outside: no code in them runs, and whatever is wrong with one is a ConfigError that names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from sailvl_trainer.contract import ModelConfig
+from sailvl_trainer.errors import ConfigError
+from sailvl_trainer.model.build import _load
+from sailvl_trainer.model.folders import translate_model_errors
+from sailvl_trainer.model.tokenizer import load_tokenizer
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 8,
+    "vocab_size": 8,
+    "architectures": ["BertModel"],
+}
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def pickle_weights(folder: Path, marker: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(marker)))
+
+
+def save_weights_with_torch(folder: Path, marker: Path) -> None:
+    torch.save({"x": Evil(marker)}, folder / "pytorch_model.bin")
+
+
+def add_remote_code(folder: Path, marker: Path) -> None:
+    auto_map = {"AutoConfig": "code.C", "AutoModel": "code.M"}
+    (folder / "config.json").write_text(json.dumps(BERT | {"model_type": "evil", "auto_map": auto_map}))
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
+
+
+def write_huge_header(folder: Path, _: Path) -> None:
+    (folder / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+
+
+def write_nested_header(folder: Path, _: Path) -> None:
+    (folder / "model.safetensors").write_bytes((9_000_000).to_bytes(8, "little") + b"[" * 9_000_000)
+
+
+def write_empty_weights(folder: Path, _: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def write_nested_config(folder: Path, _: Path) -> None:
+    (folder / "config.json").write_text('{"x":' * 100_000)
+
+
+def write_config_of_another_type(folder: Path, _: Path) -> None:
+    (folder / "config.json").write_text("[1]")
+
+
+def write_impossible_sizes(folder: Path, _: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(BERT | {"hidden_size": "x"}))
+
+
+FOLDERS: list[Callable[[Path, Path], None]] = [
+    pickle_weights,
+    save_weights_with_torch,
+    add_remote_code,
+    write_huge_header,
+    write_nested_header,
+    write_empty_weights,
+    write_nested_config,
+    write_config_of_another_type,
+    write_impossible_sizes,
+]
+
+
+@pytest.mark.parametrize("write", FOLDERS, ids=lambda write: write.__name__)
+def test_hostile_model_folder_is_a_config_error(write: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "code-ran"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(BERT))
+    write(folder, marker)
+    with pytest.raises(ConfigError, match=f"cannot load a model from {folder}"):
+        _load(AutoModel, folder)
+    assert not marker.exists()
+
+
+TOKENIZERS = [
+    pytest.param(
+        {"tokenizer_config.json": '{"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["code.T", null]}}'},
+        id="remote code",
+    ),
+    pytest.param({"tokenizer.json": "{" * 100_000}, id="nested too deeply"),
+    pytest.param({"tokenizer.json": "[]", "tokenizer_config.json": "[]"}, id="other types"),
+    pytest.param({"tokenizer_config.json": '{"tokenizer_class": 7}'}, id="class that is no name"),
+    pytest.param({}, id="no tokenizer"),
+]
+
+
+@pytest.mark.parametrize("files", TOKENIZERS)
+def test_hostile_tokenizer_is_a_config_error(files: dict[str, str], tmp_path: Path) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "code-ran"
+    folder.mkdir()
+    add_remote_code(folder, marker)
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match=str(folder)):
+        load_tokenizer(ModelConfig(preset="tiny", language=str(folder)))
+    assert not marker.exists()
+
+
+def test_error_of_the_volume_is_none_of_the_folder() -> None:
+    with pytest.raises(OSError, match="Input/output error"), translate_model_errors("/data/model"):
+        raise OSError(5, "Input/output error")
+
+
+def test_lack_of_memory_is_no_error_of_the_folder() -> None:
+    with pytest.raises(MemoryError), translate_model_errors("/data/model"):
+        raise MemoryError
