@@ -35,6 +35,7 @@ from sailvl_trainer.contract.storage import (
     SHARDS_DIR,
     Lineage,
     NonFinite,
+    ResultPointer,
     Skip,
 )
 from sailvl_trainer.contract.worker import (
@@ -86,6 +87,7 @@ __all__ = [
     "Phase",
     "Progress",
     "Result",
+    "ResultPointer",
     "Skip",
     "SourceConfig",
     "Stage",

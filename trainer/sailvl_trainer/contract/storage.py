@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sailvl_trainer.contract.stage_config import SCHEMA_VERSION
 from sailvl_trainer.contract.worker import Checkpoint
 
 MANIFEST_FILE = "manifest.json"
@@ -29,6 +30,16 @@ RESULTS_DIR = "results"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ResultPointer:
+    """RESULTS_DIR/<digest>.json: where the result of a digest is."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of this document."""
+    output: str
+    """Output of the stage that computed it, relative to the root of the storage."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Skip:
     """A range of optimizer steps whose data is skipped because the loss or the gradient norm was not finite there."""
 
@@ -46,6 +57,8 @@ class Skip:
 class NonFinite:
     """ATTEMPTS_DIR/<attempt>.non-finite.json: why an attempt ended with NON_FINITE and what the next one skips."""
 
+    schema_version: int = SCHEMA_VERSION
+    """Version of this document."""
     attempt: int
     """Number of the attempt that failed."""
     step: int
@@ -70,6 +83,8 @@ class Lineage:
     save nor delete checkpoints nor write the result.
     """
 
+    schema_version: int = SCHEMA_VERSION
+    """Version of this document."""
     attempt: int
     """Number of the attempt."""
     start: Checkpoint | None

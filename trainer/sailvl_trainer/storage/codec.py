@@ -25,9 +25,12 @@ SETTINGS_FIELDS = {"curate": "curate", "pretrain": "train", "sft": "train", "eva
 def decode(type_: type[T], data: bytes | str) -> T:
     """Decode JSON into one of the contract's types.
 
-    Raises msgspec.ValidationError, a ValueError that names the field, if the document doesn't fit the type.
+    Raises ValueError, which names the field if there is one, whatever is wrong with the data.
     """
-    return msgspec.json.decode(data, type=type_)
+    try:
+        return msgspec.json.decode(data, type=type_)
+    except (msgspec.MsgspecError, RecursionError) as error:  # RecursionError: nested thousands of levels deep
+        raise ValueError(str(error)) from error
 
 
 def encode(document: Any) -> bytes:

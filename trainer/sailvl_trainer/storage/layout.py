@@ -10,13 +10,24 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from sailvl_trainer import contract
-from sailvl_trainer.contract import Checkpoint, Result, Stage
-from sailvl_trainer.storage.codec import decode, encode, keep_finite
+from sailvl_trainer.contract import Checkpoint, Result, ResultPointer, Stage
+from sailvl_trainer.storage.codec import encode, keep_finite
+from sailvl_trainer.storage.data_files import DataRoots
+from sailvl_trainer.storage.documents import UnusableDocumentError, find_document, is_count, resolve_below
 from sailvl_trainer.storage.files import write_atomic
+
+CHECKPOINT_PATH = re.compile(r"/attempt-(\d{4,9})/step-(\d{8,15})\Z", re.ASCII)
+MAX_METRICS = 1000
+MAX_METRIC_LENGTH = 253
+
+logger = logging.getLogger(__name__)
 
 
 class StageFiles:
@@ -24,6 +35,7 @@ class StageFiles:
 
     def __init__(self, stage: Stage) -> None:
         self.storage = Path(stage.storage)
+        self.roots = DataRoots.resolve(self.storage)
         self.output = Path(stage.output)
         self.checkpoints = self.output / contract.CHECKPOINTS_DIR
         self.attempts = self.output / contract.ATTEMPTS_DIR
@@ -46,30 +58,42 @@ class StageFiles:
         return self.checkpoints / f"attempt-{attempt:04d}" / f"step-{step:08d}"
 
     def find_newest_checkpoint(self, attempt: int) -> Checkpoint | None:
-        """Return the newest complete checkpoint of an attempt: its manifest is written last."""
-        found = sorted(self.checkpoint_dir(attempt, 0).parent.glob(f"step-*/{contract.MANIFEST_FILE}"))
-        return self.build_checkpoint(found[-1]) if found else None
+        """Return the newest complete checkpoint of an attempt."""
+        return next(iter(self.list_checkpoints(attempt)), None)
 
-    def build_checkpoint(self, manifest: Path) -> Checkpoint:
-        """Return the checkpoint that a manifest belongs to."""
-        folder = manifest.parent
-        return Checkpoint(step=int(folder.name.removeprefix("step-")), path=self.relative_path(folder))
+    def list_checkpoints(self, attempt: int) -> list[Checkpoint]:
+        """Return the complete checkpoints of an attempt, newest first; the manifest of one is written last."""
+        manifests = self.checkpoint_dir(attempt, 0).parent.glob(f"step-*/{contract.MANIFEST_FILE}")
+        found = (self.parse_checkpoint_path(self.relative_path(manifest.parent)) for manifest in manifests)
+        return sorted((c for _, c in filter(None, found)), key=lambda checkpoint: checkpoint.step, reverse=True)
+
+    def parse_checkpoint_path(self, path: str) -> tuple[int, Checkpoint] | None:
+        """Return attempt and checkpoint of a path relative to the storage; None if no checkpoint has such a path."""
+        found = CHECKPOINT_PATH.search(path)
+        if found is None:
+            return None
+        attempt, step = int(found[1]), int(found[2])
+        is_own = path == self.relative_path(self.checkpoint_dir(attempt, step))
+        return (attempt, Checkpoint(step=step, path=path)) if is_own else None
 
     def find_result(self) -> Result | None:
-        """Return the stage's result, or that of another run with the same digest; None if it has to be computed."""
-        result = _read_result(self.output)
-        if result is None and self._result_pointer.exists():
-            result = _read_result(self.storage / decode(dict[str, str], self._result_pointer.read_bytes())["output"])
-        if result is None or result.digest != self._digest:
-            return None
-        return replace(result, reused=True)
+        """Return the stage's result, or that of another run with the same digest; None if it has to be computed.
+
+        A result that can't be used counts as missing. Another run's output isn't read; see `is_own`.
+        """
+        result = self._read_result(self.output) or self._read_other_result()
+        return None if result is None else replace(result, reused=True)
+
+    def is_own(self, result: Result) -> bool:
+        """Whether a result is in this stage's output, and not in that of another run."""
+        return result.output == self.relative_path(self.output)
 
     def read_result(self) -> Result:
         """Return the result that this attempt's first rank wrote or found.
 
         Raises FileNotFoundError if there is none.
         """
-        found = _read_result(self.output) or self.find_result()
+        found = self._read_result(self.output) or self.find_result()
         if found is None:
             raise FileNotFoundError(f"{self.output / contract.RESULT_FILE} is missing, although all ranks succeeded")
         return found
@@ -78,9 +102,37 @@ class StageFiles:
         """Write the result, after everything else of the stage, and then the pointer by which other runs find it."""
         finite = replace(result, metrics=keep_finite(result.metrics))
         write_atomic(self.output / contract.RESULT_FILE, encode(finite))
-        write_atomic(self._result_pointer, encode({"output": self.relative_path(self.output)}))
+        pointer = ResultPointer(output=self.relative_path(self.output))
+        write_atomic(self._result_pointer, encode(pointer))
+
+    def _read_other_result(self) -> Result | None:
+        """Return the result that the digest's pointer leads to."""
+        pointer = find_document(ResultPointer, self._result_pointer, self.roots, should_set_aside=True)
+        if pointer is None:
+            return None
+        try:
+            return self._read_result(resolve_below(self.storage, pointer.output))
+        except UnusableDocumentError as error:
+            logger.warning("%s is not used: %s", self._result_pointer, error)
+            return None
+
+    def _read_result(self, output: Path) -> Result | None:
+        """Return the result in a directory; None if there is none, or none of this digest."""
+
+        def check(result: Result) -> str:
+            if result.output != self.relative_path(output):
+                return f"its output is {result.output[:100]!r}, but it is in {output}"
+            return _describe_invalid(result)
+
+        path, is_own = output / contract.RESULT_FILE, output == self.output
+        result = find_document(Result, path, self.roots, check=check, should_set_aside=is_own)
+        return result if result is not None and result.digest == self._digest else None
 
 
-def _read_result(output: Path) -> Result | None:
-    path = output / contract.RESULT_FILE
-    return decode(Result, path.read_bytes()) if path.exists() else None
+def _describe_invalid(result: Result) -> str:
+    """Return what is wrong with a result's values; empty if nothing is."""
+    if not is_count(result.attempt, result.steps, result.tokens, result.samples, result.lost_steps, result.seconds):
+        return "it has a negative or too large number"
+    if len(result.metrics) > MAX_METRICS or any(len(name) > MAX_METRIC_LENGTH for name in result.metrics):
+        return f"it has more than {MAX_METRICS} metrics, or one with a name of more than {MAX_METRIC_LENGTH} characters"
+    return "" if all(map(math.isfinite, result.metrics.values())) else "it has a metric that is not finite"

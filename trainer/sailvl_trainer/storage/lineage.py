@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinite, Skip
+from sailvl_trainer.contract import Checkpoint, Lineage, NonFinite, Skip
 from sailvl_trainer.errors import Preempted, StorageError
-from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.documents import find_document, is_count, set_aside
 from sailvl_trainer.storage.files import describe_unavailable, sync_directory, translate_storage_errors, write_atomic
 from sailvl_trainer.storage.layout import StageFiles
+
+LINEAGE_NAME = re.compile(r"(\d{1,9})\.json", re.ASCII)
+"""Name of a lineage; a number with more digits is no attempt of the operator, and would supersede all of them."""
 
 
 def claim_stage(files: StageFiles, attempt: int) -> None:
@@ -45,37 +50,56 @@ def check_not_superseded(files: StageFiles, attempt: int) -> None:
 
 def find_newest_attempt(files: StageFiles) -> int:
     """Return the number of the latest attempt that has claimed the stage, or 0 if none has."""
-    names = (path.stem for path in files.attempts.glob("*.json"))
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    names = (path.name for path in files.attempts.glob("*.json"))
+    return max((int(found[1]) for found in map(LINEAGE_NAME.fullmatch, names) if found), default=0)
 
 
-def begin_attempt(files: StageFiles, attempt: int) -> Lineage:
+def begin_attempt(
+    files: StageFiles, attempt: int, *, is_usable: Callable[[Checkpoint], bool] = lambda checkpoint: True
+) -> Lineage:
     """Claim the stage and return the checkpoint that the attempt starts from and the steps that it skips.
 
     Only one rank calls this. The first call writes the attempt's lineage; after a restart in place, the attempt
-    resumes from its own newest checkpoint.
+    resumes from its own newest checkpoint. A checkpoint that isn't usable counts as missing; if the attempt had started
+    from it, the attempt chooses again.
     """
     claim_stage(files, attempt)
+    own = next(filter(is_usable, files.list_checkpoints(attempt)), None)
     lineage = read_lineage(files, attempt)
-    if lineage is not None:
-        return replace(lineage, start=files.find_newest_checkpoint(attempt) or lineage.start)
-    start, skips = _choose_start(files, attempt - 1)
-    lineage = Lineage(attempt=attempt, start=start, skips=skips)
-    write_atomic(lineage_path(files, attempt), encode(lineage))
-    return lineage
+    is_chosen = lineage is not None and (own is not None or lineage.start is None or is_usable(lineage.start))
+    if lineage is None or not is_chosen:
+        start, skips = _choose_start(files, attempt - 1, is_usable)
+        lineage = Lineage(attempt=attempt, start=start, skips=skips)
+        _replace_lineage(files, lineage)
+    return lineage if own is None else replace(lineage, start=own)
 
 
 def read_lineage(files: StageFiles, attempt: int) -> Lineage | None:
-    """Return an attempt's lineage, or None if the attempt never chose a checkpoint (its claim is missing or empty)."""
+    """Return an attempt's lineage; None if the attempt never chose a checkpoint, or if the file can't be used.
+
+    The file itself is the attempt's claim, whatever it holds, so it stays in its place.
+    """
     path = lineage_path(files, attempt)
-    data = path.read_bytes() if path.exists() else b""
-    return decode(Lineage, data) if data else None
+    try:
+        if path.stat().st_size == 0:
+            return None
+    except OSError:
+        return None
+
+    def check(lineage: Lineage) -> str:
+        return "" if _is_valid(files, attempt, lineage) else "its attempt, checkpoint or skips are not possible"
+
+    return find_document(Lineage, path, files.roots, check=check, should_set_aside=False)
 
 
 def read_non_finite(files: StageFiles, attempt: int) -> NonFinite | None:
-    """Return the record of an attempt that ended with NON_FINITE, or None if it ended otherwise."""
-    path = non_finite_path(files, attempt)
-    return decode(NonFinite, path.read_bytes()) if path.exists() else None
+    """Return the record of an attempt that ended with NON_FINITE; None if there is none that can be used."""
+
+    def check(record: NonFinite) -> str:
+        is_valid = record.attempt == attempt and is_count(record.step, record.max_resume_step, *record.samples)
+        return "" if is_valid and _are_valid(record.skips) else "its attempt, steps or skips are not possible"
+
+    return find_document(NonFinite, non_finite_path(files, attempt), files.roots, check=check, should_set_aside=True)
 
 
 def iter_checkpoints(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
@@ -85,14 +109,15 @@ def iter_checkpoints(files: StageFiles, attempt: int) -> Iterator[Checkpoint]:
     """
     last: int | None = None
     while True:
-        own = sorted(files.checkpoint_dir(attempt, 0).parent.glob(f"step-*/{MANIFEST_FILE}"), reverse=True)
-        for checkpoint in map(files.build_checkpoint, own):
+        for checkpoint in files.list_checkpoints(attempt):
             if last is None or checkpoint.step <= last:
                 yield checkpoint
         lineage = read_lineage(files, attempt)
-        if lineage is None or lineage.start is None:
+        found = None if lineage is None or lineage.start is None else files.parse_checkpoint_path(lineage.start.path)
+        if found is None:
             return
-        last, attempt = lineage.start.step, int(Path(lineage.start.path).parent.name.removeprefix("attempt-"))
+        attempt, start = found
+        last = start.step
 
 
 def lineage_path(files: StageFiles, attempt: int) -> Path:
@@ -105,7 +130,9 @@ def non_finite_path(files: StageFiles, attempt: int) -> Path:
     return files.attempts / f"{attempt}.non-finite.json"
 
 
-def _choose_start(files: StageFiles, attempt: int) -> tuple[Checkpoint | None, tuple[Skip, ...]]:
+def _choose_start(
+    files: StageFiles, attempt: int, is_usable: Callable[[Checkpoint], bool]
+) -> tuple[Checkpoint | None, tuple[Skip, ...]]:
     """Return the checkpoint and the skips for the attempt that follows this one.
 
     The start is the newest checkpoint or, after a non-finite loss or gradient, the newest one before the skipped
@@ -113,12 +140,34 @@ def _choose_start(files: StageFiles, attempt: int) -> tuple[Checkpoint | None, t
     """
     before = next((n for n in range(attempt, 0, -1) if read_lineage(files, n) is not None), 0)
     lineage, failure = read_lineage(files, before), read_non_finite(files, before)
-    chain = list(iter_checkpoints(files, before))
+    chain = list(filter(is_usable, iter_checkpoints(files, before)))
     newest = chain[0] if chain else None
     if failure is None or (newest is not None and newest.step >= failure.step):
         return newest, () if lineage is None else lineage.skips
     early = (checkpoint for checkpoint in chain if checkpoint.step <= failure.max_resume_step)
     return next(early, chain[-1] if chain else None), failure.skips
+
+
+def _replace_lineage(files: StageFiles, lineage: Lineage) -> None:
+    """Write the lineage over the claim, which exists throughout; content that can't be used is kept beside it."""
+    path = lineage_path(files, lineage.attempt)
+    if path.stat().st_size > 0:
+        set_aside(path, keep=True)
+    write_atomic(path, encode(lineage))
+
+
+def _is_valid(files: StageFiles, attempt: int, lineage: Lineage) -> bool:
+    """Return whether a lineage belongs to the attempt, and starts from a checkpoint of an earlier one."""
+    if lineage.attempt != attempt or not _are_valid(lineage.skips):
+        return False
+    if lineage.start is None:
+        return True
+    found = files.parse_checkpoint_path(lineage.start.path)
+    return found is not None and found[0] < attempt and found[1] == lineage.start
+
+
+def _are_valid(skips: tuple[Skip, ...]) -> bool:
+    return all(1 <= skip.first <= skip.last and is_count(skip.last, skip.step, skip.failures) for skip in skips)
 
 
 def _check_no_later_attempt(files: StageFiles, attempt: int) -> None:

@@ -7,14 +7,30 @@ marked.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file
+from sailvl_trainer.storage.documents import set_aside
 from sailvl_trainer.storage.files import sync_file, translate_storage_errors
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import read_lineage
+
+MAX_LINE_BYTES = 64 << 20
+"""Longest line that is read: a step of 8 million samples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """One line of a log."""
+
+    step: int
+    samples: list[int]
+    skipped: bool = False
 
 
 class SampleLog:
@@ -23,23 +39,22 @@ class SampleLog:
     def __init__(self, files: StageFiles, attempt: int) -> None:
         files.attempts.mkdir(parents=True, exist_ok=True)
         self._path = sample_log_path(files, attempt)
-        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
-            self._append("\n")
+        if not _ends_with_line_break(self._path):
+            self._append(b"\n")
 
     def write(self, step: int, samples: tuple[int, ...], *, is_skipped: bool = False) -> None:
         """Append the samples of one optimizer step over all ranks; steps are numbered from 1."""
-        entry: dict[str, Any] = {"step": step, "samples": samples}
-        self._append(json.dumps(entry | ({"skipped": True} if is_skipped else {})) + "\n")
+        self._append(encode(_Entry(step=step, samples=list(samples), skipped=is_skipped)) + b"\n")
 
     def sync(self) -> None:
         """Flush the log to disk; called before a checkpoint is saved, whose steps it documents."""
         if self._path.exists():
             sync_file(self._path)
 
-    def _append(self, text: str) -> None:
+    def _append(self, line: bytes) -> None:
         """Append and close the file, so that other nodes see the line and a kill loses none."""
-        with translate_storage_errors(self._path), self._path.open("a") as file:
-            file.write(text)
+        with translate_storage_errors(self._path), self._path.open("ab") as file:
+            file.write(line)
 
 
 def sample_log_path(files: StageFiles, attempt: int) -> Path:
@@ -49,28 +64,27 @@ def sample_log_path(files: StageFiles, attempt: int) -> Path:
 
 def read_trained_samples(files: StageFiles, last_attempt: int) -> dict[int, list[int]]:
     """Return the samples trained on by step, along the lineage that ends with `last_attempt`."""
-    return {entry["step"]: entry["samples"] for entry in _entries(files, last_attempt) if not entry.get("skipped")}
+    return {entry.step: entry.samples for entry in _read_entries(files, last_attempt) if not entry.skipped}
 
 
 def read_skipped_samples(files: StageFiles, last_attempt: int) -> dict[int, list[int]]:
     """Return the samples skipped by step, along the lineage that ends with `last_attempt`."""
-    return {entry["step"]: entry["samples"] for entry in _entries(files, last_attempt) if entry.get("skipped")}
+    return {entry.step: entry.samples for entry in _read_entries(files, last_attempt) if entry.skipped}
 
 
 def count_lost_steps(files: StageFiles, attempt: int, start: int) -> int:
     """Return how many steps are repeated because `attempt` resumes at step `start`: all logged ones beyond `start`."""
-    paths = (sample_log_path(files, number) for number in range(1, attempt + 1))
-    return max(0, sum(1 for path in paths if path.exists() for _ in _lines(path)) - start)
+    count = sum(1 for number in range(1, attempt + 1) for _ in _iterate_entries(files, number))
+    return max(0, count - start)
 
 
-def _entries(files: StageFiles, last_attempt: int) -> list[dict[str, Any]]:
+def _read_entries(files: StageFiles, last_attempt: int) -> list[_Entry]:
     """Return the entries of the lineage; an attempt's start discards its predecessors' later steps."""
-    steps: dict[int, dict[str, Any]] = {}
+    steps: dict[int, _Entry] = {}
     for attempt, start in _attempt_starts(files, last_attempt):
         steps = {step: entry for step, entry in steps.items() if step <= start}
-        path = sample_log_path(files, attempt)
-        for entry in _lines(path) if path.exists() else ():
-            steps[entry["step"]] = entry
+        for entry in _iterate_entries(files, attempt):
+            steps[entry.step] = entry
     return list(steps.values())
 
 
@@ -82,11 +96,33 @@ def _attempt_starts(files: StageFiles, last_attempt: int) -> Iterator[tuple[int,
             yield attempt, 0 if lineage.start is None else lineage.start.step
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a file, without a line that a kill cut off: no checkpoint was saved after its step."""
-    for line in path.read_text().splitlines():
-        try:
-            entry: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        yield entry
+def _iterate_entries(files: StageFiles, attempt: int) -> Iterator[_Entry]:
+    """Yield an attempt's entries, without lines that can't be read.
+
+    A kill cuts off the last line, and no checkpoint was saved after its step. A log that is no regular file counts as
+    empty: it is only used to count and to prove.
+    """
+    path = sample_log_path(files, attempt)
+    try:
+        file = open_data_file(path, files.roots)
+    except (FileNotFoundError, RefusedFileError):
+        return
+    with file:
+        while line := file.readline(MAX_LINE_BYTES):
+            with suppress(ValueError):
+                yield decode(_Entry, line)
+
+
+def _ends_with_line_break(path: Path) -> bool:
+    """Return whether the last line is complete; what is no regular file is set aside, for a log to take its place."""
+    try:
+        with open_data_file(path, DataRoots.resolve(path.parent)) as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return True
+            file.seek(-1, os.SEEK_END)
+            return file.read() == b"\n"
+    except FileNotFoundError:
+        return True
+    except RefusedFileError:
+        set_aside(path)
+        return True

@@ -1,4 +1,4 @@
-"""Folders of models from outside: no code in them runs, and whatever is wrong with one is a ConfigError that names it."""
+"""Folders of models from outside: no code in them runs, and what is wrong is a ConfigError with the folder's name."""
 
 from __future__ import annotations
 

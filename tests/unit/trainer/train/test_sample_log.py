@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import pytest
 
 from sailvl_trainer.contract import Checkpoint, Lineage
 from sailvl_trainer.storage.codec import encode
@@ -21,7 +24,7 @@ from tests.support.builders.training import build_stage
 
 def test_sample_log_follows_the_lineage_of_attempts(tmp_path: Path) -> None:
     files = StageFiles(build_stage(tmp_path))
-    starts = {1: None, 2: Checkpoint(step=2, path="checkpoints/attempt-0001/step-00000002")}
+    starts = {1: None, 2: Checkpoint(step=2, path=files.relative_path(files.checkpoint_dir(1, 2)))}
     for attempt, start in starts.items():
         write_atomic(files.attempts / f"{attempt}.json", encode(Lineage(attempt=attempt, start=start)))
     first = SampleLog(files, 1)
@@ -43,3 +46,32 @@ def test_sample_log_follows_the_lineage_of_attempts(tmp_path: Path) -> None:
     assert read_trained_samples(files, last_attempt=3).keys() == {1, 2, 4}, (
         "an attempt that never started discards nothing"
     )
+
+
+UNREADABLE = [
+    pytest.param(b"[" * 100_000, id="nested too deeply"),
+    pytest.param(b"[1]", id="no object"),
+    pytest.param(b"{}", id="no step"),
+    pytest.param(b'{"step":1,"samples":["x"]}', id="samples of another type"),
+    pytest.param(b"\xff\xfe", id="no UTF-8"),
+]
+
+
+@pytest.mark.parametrize("line", UNREADABLE)
+def test_line_that_cannot_be_read_is_left_out(line: bytes, tmp_path: Path) -> None:
+    files = StageFiles(build_stage(tmp_path))
+    claim_stage(files, 1)
+    write_atomic(files.attempts / "1.json", encode(Lineage(attempt=1, start=None)))
+    sample_log_path(files, 1).write_bytes(line + b"\n")
+    SampleLog(files, 1).write(1, (5,))
+    assert read_trained_samples(files, last_attempt=1) == {1: [5]}
+    assert count_lost_steps(files, 2, start=0) == 1
+
+
+def test_log_that_is_no_file_is_set_aside(tmp_path: Path) -> None:
+    files = StageFiles(build_stage(tmp_path))
+    files.attempts.mkdir(parents=True)
+    os.mkfifo(sample_log_path(files, 1))
+    assert count_lost_steps(files, 2, start=0) == 0
+    SampleLog(files, 1).write(1, (5,))
+    assert count_lost_steps(files, 2, start=0) == 1

@@ -1,0 +1,122 @@
+"""Read the JSON documents on the shared storage, which may be damaged, written by another version, or forged.
+
+A power loss leaves empty or zeroed files, a full volume truncated ones, and every run of the same claim can write any.
+So a document that can't be used counts as missing: it is set aside under another name, with a warning, and what it
+described is computed anew. An unavailable volume is no such case; it raises StorageError.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from sailvl_trainer.contract import SCHEMA_VERSION
+from sailvl_trainer.storage.codec import decode
+from sailvl_trainer.storage.data_files import DataRoots, read_data_file
+from sailvl_trainer.storage.files import sync_directory, translate_storage_errors
+
+T = TypeVar("T")
+MAX_DOCUMENT_BYTES = 64 << 20
+"""Largest size of a document: the manifest of 300,000 shards."""
+MAX_NUMBER = 2**53
+"""Largest number in a document; every JSON parser represents it exactly."""
+
+logger = logging.getLogger(__name__)
+
+
+class UnusableDocumentError(ValueError):
+    """A document exists but can't be used; the message says why, without the document's path."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Header:
+    schema_version: int = SCHEMA_VERSION
+
+
+def read_document(
+    type_: type[T], path: Path, roots: DataRoots, *, check: Callable[[T], str] = lambda document: ""
+) -> T:
+    """Return a document. `check` returns what is wrong with its values, or an empty string.
+
+    Raises FileNotFoundError if it doesn't exist, UnusableDocumentError if it can't be used, StorageError if the volume
+    is unavailable.
+    """
+    try:
+        with translate_storage_errors(path):
+            data = read_data_file(path, roots, max_bytes=MAX_DOCUMENT_BYTES)
+        if "schema_version" in getattr(type_, "__dataclass_fields__", {}):
+            _check_version(decode(_Header, data).schema_version)
+        document = decode(type_, data)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UnusableDocumentError(str(error)) from error
+    if problem := check(document):
+        raise UnusableDocumentError(problem)
+    return document
+
+
+def find_document(
+    type_: type[T],
+    path: Path,
+    roots: DataRoots,
+    *,
+    check: Callable[[T], str] = lambda document: "",
+    should_set_aside: bool,
+) -> T | None:
+    """Return a document, or None, with a warning, if it can't be used; None without one if it doesn't exist.
+
+    `should_set_aside`: whether to rename a document that can't be used; other runs' documents stay as they are. Raises
+    StorageError if the volume is unavailable.
+    """
+    try:
+        return read_document(type_, path, roots, check=check)
+    except FileNotFoundError:
+        return None
+    except UnusableDocumentError as error:
+        logger.warning("%s is not used: %s", path, error)
+        if should_set_aside:
+            set_aside(path)
+        return None
+
+
+def set_aside(path: Path, *, keep: bool = False) -> None:
+    """Rename a file that can't be used, so that it can be examined; on a read-only volume it stays where it is.
+
+    `keep`: link it under the other name instead, because its existence has a meaning of its own.
+    """
+    target = path.with_name(f"{path.name}.unreadable-{time.time_ns()}")
+    with suppress(OSError):
+        (os.link if keep else os.rename)(path, target)
+        sync_directory(path.parent)
+        logger.warning("%s was set aside as %s", path, target.name)
+
+
+def resolve_below(root: Path, relative: str) -> Path:
+    """Return the path of a directory that a document names relative to `root`.
+
+    Raises UnusableDocumentError if the path is absolute, contains `..`, or leads out of `root` by a link.
+    """
+    pure = PurePosixPath(relative)
+    if not relative or len(relative) > 4096 or "\0" in relative or pure.is_absolute() or ".." in pure.parts:
+        raise UnusableDocumentError(f"path {relative[:100]!r} is not below {root}")
+    if not DataRoots.resolve(root).contains(os.path.realpath(root / pure)):
+        raise UnusableDocumentError(f"path {relative[:100]!r} leads out of {root}")
+    return root / pure
+
+
+def is_count(*numbers: int | float) -> bool:
+    """Return whether all numbers are between 0 and MAX_NUMBER; NaN is not."""
+    return all(0 <= number <= MAX_NUMBER for number in numbers)
+
+
+def _check_version(version: Any) -> None:
+    """Refuse another version before any other field is read, because its fields may mean something else."""
+    if version != SCHEMA_VERSION:
+        raise UnusableDocumentError(f"schema version {version}, but this trainer supports {SCHEMA_VERSION}")
