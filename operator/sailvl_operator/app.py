@@ -35,7 +35,9 @@ from sailvl_operator.cluster.workqueue import QueueConfig, WorkQueue
 from sailvl_operator.controller import Controller
 from sailvl_operator.errors import NotFound
 from sailvl_operator.health import HealthServer
-from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector, RunStatus
+from sailvl_operator.metrics import Metrics, OperatorCollector
+from sailvl_operator.metrics_page import MetricsPage
+from sailvl_operator.run_series import RunCollector, RunStatus
 from sailvl_operator.settings import OperatorSettings
 
 log = logging.getLogger(__name__)
@@ -223,16 +225,27 @@ class App:
         self.parts = build_controller(settings, self._client, clock=clock.now, metrics=metrics)
         self.leadership = Leadership(self._client, settings.lease, clock=clock.now)
         self.server = HealthServer(
-            settings.health, registry, liveness=self._liveness_errors, readiness=self._readiness_errors
+            settings.health,
+            self._build_metrics_page(registry),
+            liveness=self._liveness_errors,
+            readiness=self._readiness_errors,
         )
-        registry.register(
-            OperatorCollector(
-                queue=lambda: (self.parts.queue.depth(), self.parts.queue.oldest_seconds()),
-                watches=self.parts.owned_objects.ages,
-                is_leading=self._is_leading,
-            )
+
+    def _build_metrics_page(self, registry: CollectorRegistry) -> MetricsPage:
+        operator = OperatorCollector(
+            queue=lambda: (self.parts.queue.depth(), self.parts.queue.oldest_seconds()),
+            watches=self.parts.owned_objects.ages,
+            is_leading=self._is_leading,
         )
-        registry.register(RunCollector(self._leader_statuses))
+        runs = RunCollector(self._leader_statuses)
+        registry.register(operator)
+        registry.register(runs)
+
+        def take_snapshot() -> None:
+            operator.take_snapshot()
+            runs.take_snapshot()
+
+        return MetricsPage(registry, take_snapshot=take_snapshot)
 
     async def serve(self) -> None:
         """Run until cancelled, until kopf ends by a signal, or until a part fails.
@@ -307,4 +320,4 @@ class App:
         """Yield the status of every run; none on a standby, so that each run has its series once."""
         if self._is_leading():
             for entry in self.parts.runs:
-                yield entry.run.namespace, entry.run.name, decode_status(entry.run.status)
+                yield entry.run.namespace, entry.run.name, partial(decode_status, entry.run.status)

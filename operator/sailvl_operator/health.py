@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from sailvl_operator.metrics_page import MetricsPage
 from sailvl_operator.settings import HealthSettings
 
 STALE_WATCH_SECONDS = 420.0
@@ -55,11 +55,9 @@ class HealthServer:
     `port`: the port that it listens on, once it is open; differs from the settings if they say 0.
     """
 
-    def __init__(
-        self, settings: HealthSettings, registry: CollectorRegistry, *, liveness: Check, readiness: Check
-    ) -> None:
+    def __init__(self, settings: HealthSettings, page: MetricsPage, *, liveness: Check, readiness: Check) -> None:
         self._settings = settings
-        self._registry = registry
+        self._page = page
         app = web.Application()
         app.router.add_get("/metrics", self._serve_metrics)
         app.router.add_get("/healthz", _build_probe(liveness))
@@ -79,9 +77,8 @@ class HealthServer:
 
     async def _serve_metrics(self, request: web.Request) -> web.Response:
         """Serve all series, or those with the requested names: /metrics?name[]=sailvl_operator_queue_depth."""
-        wanted = request.query.getall("name[]", [])
-        registry = self._registry.restricted_registry(wanted) if wanted else self._registry
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        page = await self._page.read(request.query.getall("name[]", []))
+        return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def _build_probe(check: Check) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

@@ -19,7 +19,8 @@ from sailvl_operator.cli.main import VERBS
 from sailvl_operator.core.evidence import CAUSE_BY_EXIT_CODE
 from sailvl_operator.core.failure import CAUSE_PRECEDENCE
 from sailvl_operator.core.restart_policy import find_budget
-from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
+from sailvl_operator.metrics import Metrics, OperatorCollector
+from sailvl_operator.run_series import RunCollector
 from sailvl_operator.settings import OPTIONS, OperatorSettings, Option
 from sailvl_trainer.contract import ExitCode
 from sailvl_trainer.model.presets import PRESETS, get_preset

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 from sailvl_operator.api import names
 from sailvl_operator.api.status import Goodput, StageProgress, StageStatus, Status
 from sailvl_operator.core.desired.manifests import build_attempt_labels, build_service
-from sailvl_operator.metrics import Metrics, OperatorCollector, RunCollector
+from sailvl_operator.metrics import Metrics, OperatorCollector
+from sailvl_operator.run_series import RunCollector
 from sailvl_trainer.rank.metrics import TrainerMetrics
 from tests.support.builders.operator import build_run
 from tests.support.chart import SCENARIOS, find_helm, find_object, get_pod_template, render, render_text
@@ -81,7 +82,7 @@ def describe_series() -> dict[str, set[str]]:
         metrics={"loss": "1"},
     )
     status = Status(stages=(stage,), goodput=Goodput(seconds={"training": 1}, gpu_seconds={"training": 1}))
-    registry.register(RunCollector(lambda: [("team", "demo", status)]))
+    registry.register(RunCollector(lambda: [("team", "demo", lambda: status)]))
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
     return {
         family.name + suffix: by_name.get(family.name, set()) | {n for s in family.samples for n in s.labels}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sailvl_operator.api import names
 from sailvl_operator.api.status import decode_status
-from sailvl_operator.metrics import RunCollector
+from sailvl_operator.run_series import RunCollector
 from tests.support.apiserver.http import InjectedError
 from tests.support.builders.operator import build_document, build_result
 from tests.support.controller_world import KEY, ControllerWorld, make_pod, running
@@ -367,7 +368,7 @@ async def test_metrics_of_a_deleted_run_disappear(world):
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.until_idle()
     registry = CollectorRegistry()
-    registry.register(RunCollector(lambda: [(*KEY, decode_status(e.run.status)) for e in world.runs]))
+    registry.register(RunCollector(lambda: [(*KEY, partial(decode_status, e.run.status)) for e in world.runs]))
     text = generate_latest(registry).decode()
     assert 'sailvl_run_stage_state{namespace="team",run="demo",stage="curate",state="starting"} 1.0' in text
     assert 'sailvl_runs{state="pending"} 1.0' in text

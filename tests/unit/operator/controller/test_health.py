@@ -8,15 +8,16 @@ from prometheus_client import CollectorRegistry, Counter
 
 from sailvl_operator.cluster.client import ClientConfig
 from sailvl_operator.health import STALE_WATCH_SECONDS, HealthServer, liveness_errors, readiness_errors
+from sailvl_operator.metrics_page import MetricsPage
 from sailvl_operator.settings import HealthSettings
 
 
 async def test_probes_and_metrics_are_served():
     registry, errors = CollectorRegistry(), []
     Counter("sailvl_test", "A counter.", registry=registry).inc()
-    settings = HealthSettings(host="127.0.0.1", port=0)
+    settings, page = HealthSettings(host="127.0.0.1", port=0), MetricsPage(registry, take_snapshot=lambda: None)
     async with (
-        HealthServer(settings, registry, liveness=lambda: errors, readiness=lambda: ["not yet"]) as server,
+        HealthServer(settings, page, liveness=lambda: errors, readiness=lambda: ["not yet"]) as server,
         aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session,
     ):
 
