@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -22,6 +23,8 @@ from sailvl_trainer.storage.files import write_atomic
 
 ROW_GROUP_SIZE = 128
 """Items per row group of an item list. Work units consist of whole row groups."""
+WRITE_BATCH = 32 * ROW_GROUP_SIZE
+"""Items that are written at once."""
 MAX_UNIT_SIZE = 4096
 TARGET_UNITS = 2000
 """Number of work units beyond which their size grows."""
@@ -115,8 +118,13 @@ def _limit_counts(partitions: tuple[SourcePartition, ...], sizes: list[int]) -> 
 
 
 def write_items(path: Path, items: Iterable[Item]) -> None:
-    """Write the item list of a partition."""
-    _write_parquet(path, _build_columns(Item, list(items)))
+    """Write the item list of a partition; only the compressed list is held in memory as a whole."""
+    schema = pa.table(_build_columns(Item, [])).schema
+    remaining, sink = iter(items), io.BytesIO()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        while batch := list(islice(remaining, WRITE_BATCH)):
+            writer.write_table(pa.table(_build_columns(Item, batch)), row_group_size=ROW_GROUP_SIZE)
+    write_atomic(path, sink.getvalue())
 
 
 def read_items(path: Path, first: int, count: int) -> list[Item]:

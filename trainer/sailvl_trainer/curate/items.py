@@ -1,22 +1,41 @@
 """The unit of curation: one raw image, where its bytes are, and its caption.
 
-Items are created by sources.py, stored in Parquet files, and read by verify.py, stage.py and report.py.
+Items are created by sources.py, stored in Parquet files, and read by verify.py, stage.py and report.py. The files of a
+source are untrusted: `read_item` opens only regular files below the sources and the storage.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sailvl_trainer.curate.captions import MAX_TEXT_BYTES, clean_text
 from sailvl_trainer.data.synthetic import draw_caption
+from sailvl_trainer.storage.data_files import DataRoots, Reason, RefusedFileError, open_data_file, read_limited
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
-MAX_TEXT_BYTES = 1 << 20
-"""Number of bytes that are read of a caption file."""
+MAX_FILE_BYTES = 256 << 20
+"""Larger encoded images are dropped unread."""
 MAX_KEY_LENGTH = 64
 """Characters of a key. A name in a plain tar has at most 100, which include the item's number and a suffix."""
+MAX_DETAIL_LENGTH = 300
+"""Characters of a description of a problem."""
+FILE_ERRORS = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+)
+"""Errors of a single file, which is counted as missing. Any other read error is a failure of the storage and ends the
+rank, because an outage would silently reduce the data."""
+REFUSED_OUTCOMES: dict[Reason, str] = {
+    "irregular_file": "irregular_file",
+    "outside_root": "outside_source",
+    "too_large": "too_large",
+    "invalid_name": "missing",
+}
+"""Outcome of an item whose file is refused, by the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +44,8 @@ class SourcePartition:
 
     source: str
     format: Literal["imagefolder", "webdataset", "procedural"]
-    path: str
+    path: bytes
+    """Path of the folder or tar, as bytes, because a file name need not be valid UTF-8."""
     samples: int = 0
     """Maximum number of items of the whole source; 0: no limit."""
     seed: int = 0
@@ -52,7 +72,7 @@ class Item:
     seed: int = 0
     level: int = 1
     problem: str = ""
-    """Outcome of an item that can't be read: missing, bad_record or broken_tar; empty for a readable one."""
+    """Outcome of an item that can't be read, such as missing, bad_record or broken_tar; empty for a readable one."""
     detail: str = ""
     """Description of the problem."""
 
@@ -65,19 +85,35 @@ class ItemContent:
     caption: str
 
 
-def read_item(item: Item) -> ItemContent:
-    """Read an item from its files, or draw it if it is synthetic. Raises OSError."""
+def read_item(item: Item, roots: DataRoots) -> ItemContent:
+    """Read an item from its files below `roots`, or draw it if it is synthetic. Raises OSError or RefusedFileError."""
     if item.index >= 0:
         sample = draw_caption(item.seed, item.index, item.level)
         assert sample.image is not None, "every synthetic sample has an image"
         return ItemContent(image=sample.image, caption=str(sample.meta["caption"]))
-    with open(item.path, "rb") as file:
+    if item.size > MAX_FILE_BYTES:
+        raise RefusedFileError("too_large", f"larger than {MAX_FILE_BYTES} bytes")
+    with open_data_file(item.path, roots) as file:
         file.seek(item.offset)
-        image = file.read(item.size)
+        image = file.read(item.size) if item.size >= 0 else read_limited(file, MAX_FILE_BYTES)
     if item.caption is None and item.caption_file:
-        with open(item.caption_file, "rb") as file:
+        with open_data_file(item.caption_file, roots) as file:
             return ItemContent(image=image, caption=file.read(MAX_TEXT_BYTES).decode("utf-8", "replace"))
     return ItemContent(image=image, caption=item.caption or "")
+
+
+def classify_file_error(error: OSError | RefusedFileError) -> tuple[str, str]:
+    """Return outcome and detail for a file that can't be read. Raises the error if it is a failure of the storage."""
+    if isinstance(error, RefusedFileError):
+        return REFUSED_OUTCOMES[error.reason], str(error)
+    if error.errno not in FILE_ERRORS:
+        raise error
+    return "missing", os.strerror(error.errno or 0)
+
+
+def build_problem_item(source: str, name: str, problem: str, detail: str) -> Item:
+    """Build an item for a record that can't be read; its key is derived from `name`."""
+    return Item(source=source, key=clean_key(name), problem=problem, detail=clean_text(detail)[:MAX_DETAIL_LENGTH])
 
 
 def clean_key(name: str) -> str:
@@ -88,8 +124,3 @@ def clean_key(name: str) -> str:
 def get_suffix(name: str) -> str:
     """Return the last suffix of a file name in lower case, without its dot."""
     return Path(name).suffix.lower().removeprefix(".")
-
-
-def clean_text(text: str) -> str:
-    """Make text encodable as UTF-8: lone surrogates (from JSON escapes or file names) become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -31,6 +31,7 @@ from sailvl_trainer.curate.statistics import (
 )
 from sailvl_trainer.reporting import encode_thumbnail, render_page
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.data_files import DataRoots
 from sailvl_trainer.storage.files import write_atomic
 
 OUTCOME_LABELS = {
@@ -44,6 +45,8 @@ OUTCOME_LABELS = {
     "too_large": "image too large to decode safely",
     "unreadable": "image unreadable",
     "missing": "file missing",
+    "irregular_file": "not a regular file",
+    "outside_source": "link to a file outside of the source",
     "bad_record": "invalid line in a caption file",
     "broken_tar": "tar truncated or damaged",
 }
@@ -82,11 +85,11 @@ class GalleryCard:
     """Thumbnail of the kept image that a duplicate was dropped for."""
 
 
-def write_report(artifacts: CurationArtifacts, folder: Path, config: CurateConfig) -> None:
+def write_report(artifacts: CurationArtifacts, folder: Path, config: CurateConfig, roots: DataRoots) -> None:
     """Write both files from the artifacts of a finished stage; report.json last, as it marks the report complete."""
     statistics = compute_statistics(artifacts)
     with open_decided(artifacts) as db:
-        kept_cards, dropped_cards = choose_kept_cards(db), choose_dropped_cards(db)
+        kept_cards, dropped_cards = choose_kept_cards(db, roots), choose_dropped_cards(db, roots)
     page = render_page(
         "curate/report.html.jinja",
         statistics=statistics,
@@ -111,17 +114,17 @@ def draw_plots(statistics: Statistics) -> dict[str, str]:
     }
 
 
-def choose_kept_cards(db: duckdb.DuckDBPyConnection) -> list[GalleryCard]:
+def choose_kept_cards(db: duckdb.DuckDBPyConnection, roots: DataRoots) -> list[GalleryCard]:
     """Choose kept images from all sources in turn, in the order of pixel hashes: random, but repeatable."""
     query = (
         "SELECT * EXCLUDE (turn) FROM "
         "(SELECT *, row_number() OVER (PARTITION BY source ORDER BY pixels_sha256, item) AS turn "
         f"FROM decided WHERE outcome IN $1) ORDER BY turn, item LIMIT {MAX_KEPT_IMAGES}"
     )
-    return [_build_card(row, item) for row, item in _fetch_items(db, query, [list(KEPT_OUTCOMES)])]
+    return [_build_card(row, item, roots) for row, item in _fetch_items(db, query, [list(KEPT_OUTCOMES)])]
 
 
-def choose_dropped_cards(db: duckdb.DuckDBPyConnection) -> dict[str, list[GalleryCard]]:
+def choose_dropped_cards(db: duckdb.DuckDBPyConnection, roots: DataRoots) -> dict[str, list[GalleryCard]]:
     """Choose the first dropped images of every reason; reasons are in descending order of their counts."""
     reasons = db.execute(
         "SELECT outcome FROM decided WHERE outcome NOT IN $1 GROUP BY 1 ORDER BY count(*) DESC, 1",
@@ -130,7 +133,8 @@ def choose_dropped_cards(db: duckdb.DuckDBPyConnection) -> dict[str, list[Galler
     query = f"SELECT * FROM decided WHERE outcome = $1 ORDER BY item LIMIT {MAX_DROPPED_IMAGES}"
     return {
         reason: [
-            _build_card(row, item, _encode_kept_thumbnail(db, row)) for row, item in _fetch_items(db, query, [reason])
+            _build_card(row, item, roots, _encode_kept_thumbnail(db, row, roots))
+            for row, item in _fetch_items(db, query, [reason])
         ]
         for (reason,) in reasons
     }
@@ -176,27 +180,27 @@ def _fetch_items(db: duckdb.DuckDBPyConnection, query: str, values: list[Any]) -
     return list(zip(table.to_pylist(), parse_items(table), strict=True))
 
 
-def _encode_kept_thumbnail(db: duckdb.DuckDBPyConnection, row: dict[str, Any]) -> str:
+def _encode_kept_thumbnail(db: duckdb.DuckDBPyConnection, row: dict[str, Any], roots: DataRoots) -> str:
     """Return the thumbnail of the item that a duplicate was dropped for; empty for other rows."""
     if row["duplicate_of"] is None:
         return ""
     ((_, item),) = _fetch_items(db, "SELECT * FROM decided WHERE item = $1", [row["duplicate_of"]])
-    return _encode_item_thumbnail(item)
+    return _encode_item_thumbnail(item, roots)
 
 
-def _build_card(row: dict[str, Any], item: Item, kept_thumbnail: str = "") -> GalleryCard:
+def _build_card(row: dict[str, Any], item: Item, roots: DataRoots, kept_thumbnail: str = "") -> GalleryCard:
     return GalleryCard(
         name=f"{item.source}/{item.key}",
         caption=row["text"][:160],
         detail=row["detail"],
-        thumbnail=_encode_item_thumbnail(item) if row["outcome"] in DISPLAYABLE_OUTCOMES else "",
+        thumbnail=_encode_item_thumbnail(item, roots) if row["outcome"] in DISPLAYABLE_OUTCOMES else "",
         kept_thumbnail=kept_thumbnail,
     )
 
 
-def _encode_item_thumbnail(item: Item) -> str:
+def _encode_item_thumbnail(item: Item, roots: DataRoots) -> str:
     """Return a JPEG in base64, or an empty string if the item can't be read any more."""
     try:
-        return encode_thumbnail(read_item(item).image)
+        return encode_thumbnail(read_item(item, roots).image)
     except Exception:  # noqa: BLE001  # decoders raise many types of errors, and the file may be gone by now
         return ""

@@ -6,6 +6,7 @@ The shards are the same bytes for any number of ranks.
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,7 @@ from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import TaskPool
 from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
 from sailvl_trainer.storage.files import write_atomic
 
 READ_AHEAD = 64
@@ -53,20 +55,21 @@ def run(context: Context) -> Result:
     started, config = time.time(), context.stage.curate
     assert config is not None, "read_stage has checked the kind"
     pool, artifacts = TaskPool(context), CurationArtifacts(context.files.output / "artifacts")
+    roots = sources.resolve_roots(config.sources, context.stage.storage)
     context.telemetry.update(phase="running", unit="samples", step=0)
 
     # 1. Divide the sources into partitions: image folders, tars, synthetic sets.
     pool.run_on_first_rank("listing", lambda: list_partitions(context, artifacts, config))
     # 2. List the items of each partition without decoding them.
-    list_items(context, pool, artifacts)
+    list_items(context, pool, artifacts, roots)
     # 3. Decode, measure and hash every item, or record why it is dropped.
-    verify_items(context, pool, artifacts, config)
+    verify_items(context, pool, artifacts, config, roots)
     # 4. Drop duplicates, choose the held-out samples, and assign the rest to shards.
     pool.run_on_first_rank("deciding", lambda: _select_samples(context, artifacts, config))
     # 5. Write the shards.
-    write_shards(context, pool, artifacts)
+    write_shards(context, pool, artifacts, roots)
     # 6. Publish the shards in their manifests, and report.
-    pool.run_on_first_rank("reporting", lambda: _publish(context, artifacts, config))
+    pool.run_on_first_rank("reporting", lambda: _publish(context, artifacts, config, roots))
     return _build_result(context, read_statistics(context.files.report), time.time() - started)
 
 
@@ -77,18 +80,20 @@ def list_partitions(context: Context, artifacts: CurationArtifacts, config: Cura
         write_atomic(artifacts.partitions_file, encode(partitions))
 
 
-def list_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts) -> None:
+def list_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts, roots: DataRoots) -> None:
     """Write the item list of each partition, so that later steps and attempts see the same items in the same order."""
     partitions = artifacts.partitions
 
     def run_task(number: int) -> None:
-        items = sources.list_items(partitions[number])
+        items = sources.list_items(partitions[number], roots)
         write_items(artifacts.items_file(number), _iterate_with_heartbeats(context, items))
 
     pool.run("listing", len(partitions), lambda number: artifacts.items_file(number).exists(), run_task)
 
 
-def verify_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts, config: CurateConfig) -> None:
+def verify_items(
+    context: Context, pool: TaskPool, artifacts: CurationArtifacts, config: CurateConfig, roots: DataRoots
+) -> None:
     """Decode, measure and hash every item, and write one file of rows per work unit."""
     units, tile_size = artifacts.units, get_preset(context.stage.model.preset).image_size
     context.telemetry.update(steps=sum(unit.count for unit in units))
@@ -96,9 +101,8 @@ def verify_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts,
     def run_task(number: int) -> None:
         unit = units[number]
         items = read_items(artifacts.items_file(unit.partition), unit.first, unit.count)
-        verified = list(
-            _iterate_with_heartbeats(context, threads.map(lambda item: verify_item(item, config, tile_size), items))
-        )
+        results = threads.map(lambda item: verify_item(item, config, tile_size, roots), items)
+        verified = list(_iterate_with_heartbeats(context, results))
         _check_source_exists(artifacts.partitions[unit.partition], verified)
         write_verified_items(artifacts.rows_file(number), unit.first_item, items, verified)
 
@@ -119,7 +123,7 @@ def _select_samples(context: Context, artifacts: CurationArtifacts, config: Cura
         context.telemetry.count_samples(outcome, count)
 
 
-def write_shards(context: Context, pool: TaskPool, artifacts: CurationArtifacts) -> None:
+def write_shards(context: Context, pool: TaskPool, artifacts: CurationArtifacts, roots: DataRoots) -> None:
     """Write every planned shard, and then its ShardInfo, by which a later attempt recognises a complete shard."""
     shards = decode(list[PlannedShard], artifacts.shards.read_bytes())
     counter = _build_token_counter(context)
@@ -127,7 +131,7 @@ def write_shards(context: Context, pool: TaskPool, artifacts: CurationArtifacts)
     def run_task(number: int) -> None:
         shard = shards[number]
         with ShardWriter(context.files.output / shard.split, shard.name, counter) as writer:
-            for sample, size in _iterate_with_heartbeats(context, _read_samples(artifacts.plan, shard)):
+            for sample, size in _iterate_with_heartbeats(context, _read_samples(artifacts.plan, shard, roots)):
                 writer.write(sample, size)
         write_atomic(artifacts.shard_info_file(shard), encode(writer.info))
 
@@ -144,9 +148,9 @@ def write_manifests(context: Context, artifacts: CurationArtifacts) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _publish(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:
+def _publish(context: Context, artifacts: CurationArtifacts, config: CurateConfig, roots: DataRoots) -> None:
     write_manifests(context, artifacts)
-    write_report(artifacts, context.files.report, config)
+    write_report(artifacts, context.files.report, config, roots)
 
 
 def _build_result(context: Context, statistics: Statistics, seconds: float) -> Result:
@@ -166,9 +170,10 @@ def _build_result(context: Context, statistics: Statistics, seconds: float) -> R
 def _check_source_exists(partition: SourcePartition, verified: list[VerifiedItem]) -> None:
     """Raise StorageError if the whole source is gone since it was listed; single missing files are only counted."""
     has_missing = any(result.outcome == "missing" for result in verified)
-    if has_missing and partition.path and not Path(partition.path).exists():
+    path = Path(os.fsdecode(partition.path))
+    if has_missing and partition.path and not path.exists():
         raise StorageError(
-            f"source {partition.source}: {partition.path} was listed but does not exist any more; check that its "
+            f"source {partition.source}: {path} was listed but does not exist any more; check that its "
             "volume is mounted. Results of verified items are kept"
         )
 
@@ -180,7 +185,7 @@ def _build_token_counter(context: Context) -> TokenCounter | None:
     return TokenCounter(tokenizer=load_tokenizer(model)) if has_tokenizer else None
 
 
-def _read_samples(plan: Path, shard: PlannedShard) -> Iterator[tuple[Sample, tuple[int, int]]]:
+def _read_samples(plan: Path, shard: PlannedShard, roots: DataRoots) -> Iterator[tuple[Sample, tuple[int, int]]]:
     """Yield the samples of a shard in the plan's order, each with the width and height of its image."""
     filters = [("split", "=", shard.split), ("shard", "=", shard.number)]
     table = pq.read_table(plan, filters=filters).sort_by("position")
@@ -188,17 +193,18 @@ def _read_samples(plan: Path, shard: PlannedShard) -> Iterator[tuple[Sample, tup
         for first in range(0, table.num_rows, READ_AHEAD):
             chunk = table.slice(first, READ_AHEAD)
             items = parse_items(chunk)
-            for row, item, data in zip(chunk.to_pylist(), items, threads.map(_read_image, items), strict=True):
+            images = threads.map(lambda item: _read_image(item, roots), items)
+            for row, item, data in zip(chunk.to_pylist(), items, images, strict=True):
                 key = f"{row['item']:09d}-{item.key}"
                 sample = build_caption_sample(key, data, row["format"], row["text"], {"source": item.source})
                 yield sample, (row["width"], row["height"])
 
 
-def _read_image(item: Item) -> bytes:
+def _read_image(item: Item, roots: DataRoots) -> bytes:
     """Return the encoded image of a verified item. Raises DataError if it is gone or truncated since."""
     try:
-        data = read_item(item).image
-    except OSError as error:
+        data = read_item(item, roots).image
+    except (OSError, RefusedFileError) as error:
         raise DataError(
             f"{item.source}: {item.key} was verified but can't be read any more: {error}; restore the file"
         ) from error

@@ -5,34 +5,22 @@ Nothing in an item's bytes is fatal. Only a failing storage raises an error.
 
 from __future__ import annotations
 
-import errno
 import io
-import os
-import re
-import unicodedata
 from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
 from sailvl_trainer.contract import CurateConfig
+from sailvl_trainer.curate.captions import classify_caption, clean_caption, clean_text
 from sailvl_trainer.curate.dedup import hash_perceptually, hash_pixels
-from sailvl_trainer.curate.items import Item, ItemContent, clean_text, read_item
+from sailvl_trainer.curate.items import Item, ItemContent, classify_file_error, read_item
 from sailvl_trainer.data.images import UnreadableImage, choose_grid, count_tiles, open_image, read_size
+from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are accepted. No others, because Pillow would run Ghostscript for EPS."""
 FORMAT_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}
 """File name suffix in a shard of the formats that differ from it. MPO, from phones, is a JPEG with further frames."""
-MAX_FILE_BYTES = 256 << 20
-"""Larger encoded images are dropped unread."""
-MAX_CAPTION_LENGTH = 4000
-"""Characters, about a thousand tokens; longer web text is a page rather than a caption."""
-FILE_ERRORS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
-"""Errors of a single file, which is counted as missing. Any other read error is a failure of the storage and ends the
-rank, because an outage would silently reduce the data."""
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\ufeff]")
-_SPACES = re.compile(r"[^\S\n]+")
-_LINE_BREAKS = re.compile(r" ?\n[ \n]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,40 +46,23 @@ class VerifiedItem:
     """Perceptual hash as a signed 64-bit integer; None for an image without structure."""
 
 
-def verify_item(item: Item, config: CurateConfig, tile_size: int) -> VerifiedItem:
-    """Verify one item. `tile_size`: side of a tile in pixels. Raises OSError if the storage fails."""
+def verify_item(item: Item, config: CurateConfig, tile_size: int, roots: DataRoots) -> VerifiedItem:
+    """Verify one item, whose files must be below `roots`. `tile_size`: side of a tile in pixels.
+
+    Raises OSError if the storage fails.
+    """
     if item.problem:
         return VerifiedItem(outcome=item.problem, detail=item.detail)
     try:
-        if item.index < 0 and _get_stored_bytes(item) > MAX_FILE_BYTES:
-            return VerifiedItem(outcome="too_large", detail=f"more than {MAX_FILE_BYTES >> 20} MiB")
-        content = read_item(item)
-    except OSError as error:
-        if error.errno not in FILE_ERRORS:
-            raise
-        return VerifiedItem(outcome="missing", detail=os.strerror(error.errno or 0))
+        content = read_item(item, roots)
+    except (OSError, RefusedFileError) as error:
+        outcome, detail = classify_file_error(error)
+        return VerifiedItem(outcome=outcome, detail=detail)
     caption = clean_caption(content.caption)
     outcome = classify_caption(caption)
     if outcome != "ok":
         return VerifiedItem(outcome=outcome, text=caption, detail=f"{len(caption)} characters")
     return _verify_image(content, caption, config, tile_size)
-
-
-def clean_caption(text: str) -> str:
-    """Normalise a caption: NFC, no control characters, single spaces, no empty lines."""
-    text = unicodedata.normalize("NFC", clean_text(text).replace("\r\n", "\n").replace("\r", "\n"))
-    return _LINE_BREAKS.sub("\n", _SPACES.sub(" ", _CONTROL_CHARACTERS.sub("", text))).strip()
-
-
-def classify_caption(caption: str) -> str:
-    """Return the outcome of a cleaned caption: ok, no_caption or long_caption."""
-    if not any(character.isalnum() for character in caption):
-        return "no_caption"
-    return "long_caption" if len(caption) > MAX_CAPTION_LENGTH else "ok"
-
-
-def _get_stored_bytes(item: Item) -> int:
-    return item.size if item.size >= 0 else os.stat(item.path).st_size
 
 
 def _verify_image(content: ItemContent, caption: str, config: CurateConfig, tile_size: int) -> VerifiedItem:

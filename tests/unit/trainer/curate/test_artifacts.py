@@ -7,7 +7,7 @@ from sailvl_trainer.curate.items import SourcePartition
 
 
 def build_partition(source: str, samples: int = 0) -> SourcePartition:
-    return SourcePartition(source=source, format="webdataset", path="", samples=samples)
+    return SourcePartition(source=source, format="webdataset", path=b"", samples=samples)
 
 
 def summarise(units: tuple[WorkUnit, ...]) -> list[tuple[int, int, int, int]]:

@@ -13,8 +13,11 @@ import pytest
 from sailvl_trainer.contract import SourceConfig
 from sailvl_trainer.curate.artifacts import read_items, write_items
 from sailvl_trainer.curate.items import Item, clean_key, read_item
-from sailvl_trainer.curate.sources import list_items, list_partitions, name_sources
+from sailvl_trainer.curate.sources import list_items, list_partitions, name_sources, resolve_roots
 from sailvl_trainer.errors import ConfigError
+from sailvl_trainer.storage.data_files import DataRoots
+
+EVERYWHERE = DataRoots.resolve("/")
 
 
 def build_tar(path: Path, files: dict[str, bytes]) -> Path:
@@ -29,12 +32,13 @@ def build_tar(path: Path, files: dict[str, bytes]) -> Path:
 
 def list_source(path: Path, form: str, samples: int = 0) -> list[Item]:
     sources = (SourceConfig(path=str(path), format=form, samples=samples),)  # type: ignore[arg-type]
-    return [item for partition in list_partitions(sources, seed=0) for item in list_items(partition)]
+    roots = resolve_roots(sources, storage=str(path))
+    return [item for partition in list_partitions(sources, seed=0) for item in list_items(partition, roots)]
 
 
 def summarise(items: list[Item]) -> list[tuple[str, str | None, str]]:
     """Return key, caption and problem of each item; the caption as verification reads it."""
-    return [(i.key, None if i.problem else read_item(i).caption, i.problem) for i in items]
+    return [(i.key, None if i.problem else read_item(i, EVERYWHERE).caption, i.problem) for i in items]
 
 
 def test_image_folder_lists_images_captions_and_problems(tmp_path: Path) -> None:
@@ -58,9 +62,9 @@ def test_image_folder_lists_images_captions_and_problems(tmp_path: Path) -> None
         ("cats-old-tom", "a cat", ""),
         ("cats-x-y", "", ""),
         ("cats-metadata-jsonl", None, "bad_record"),
-        ("cats-metadata-jsonl", None, "bad_record"),
-        ("cats-metadata-jsonl", None, "bad_record"),
         ("cats-gone-jpg", None, "missing"),
+        ("cats-metadata-jsonl", None, "bad_record"),
+        ("cats-metadata-jsonl", None, "bad_record"),
     ]
 
 
@@ -75,7 +79,7 @@ def test_image_folder_accepts_names_and_captions_that_are_not_utf8(tmp_path: Pat
     listing = tmp_path / "listing.parquet"
     write_items(listing, items)
     assert read_items(listing, 0, len(items)) == items
-    assert read_item(items[1]).image == b"bytes"
+    assert read_item(items[1], EVERYWHERE).image == b"bytes"
 
 
 def test_webdataset_lists_one_item_per_key_with_an_image(tmp_path: Path) -> None:
@@ -92,7 +96,7 @@ def test_webdataset_lists_one_item_per_key_with_an_image(tmp_path: Path) -> None
         ("a-v1-0-k", "", ""),
         ("a-v1-0-k2", "", ""),
     ]
-    assert [read_item(item).image for item in items] == [b"one", b"two", b"p", b"s"]
+    assert [read_item(item, EVERYWHERE).image for item in items] == [b"one", b"two", b"p", b"s"]
 
 
 @pytest.mark.parametrize("cut", [100, 700, 1600, 2048, 2100])
@@ -102,7 +106,7 @@ def test_truncated_tar_yields_complete_items_and_a_problem(tmp_path: Path, cut: 
     path.write_bytes(whole[:cut])
     items = list_source(path, "webdataset")
     assert [item.problem for item in items][-1] == "broken_tar"
-    assert all(read_item(item).image == b"x" * 400 for item in items[:-1])
+    assert all(read_item(item, EVERYWHERE).image == b"x" * 400 for item in items[:-1])
     assert len(items) - 1 <= cut // 1024
 
 
@@ -126,7 +130,7 @@ def test_each_partition_is_listed_up_to_the_limit(tmp_path: Path) -> None:
         build_tar(tmp_path / f"{name}.tar", {f"{i}.jpg": b"x" for i in range(5)})
     for samples, count in ((7, 5), (3, 3)):
         source = SourceConfig(path=str(tmp_path), format="webdataset", samples=samples)
-        assert [len(list(list_items(p))) for p in list_partitions((source,), seed=0)] == [count] * 3
+        assert [len(list(list_items(p, EVERYWHERE))) for p in list_partitions((source,), seed=0)] == [count] * 3
 
 
 def test_sources_get_unique_names() -> None:

@@ -14,13 +14,16 @@ from PIL import Image, features
 
 from sailvl_trainer.contract import CurateConfig, SourceConfig
 from sailvl_trainer.curate import verify as subject
-from sailvl_trainer.curate.items import Item
+from sailvl_trainer.curate.captions import MAX_CAPTION_LENGTH, clean_caption
+from sailvl_trainer.curate.items import MAX_FILE_BYTES, Item
 from sailvl_trainer.curate.sources import list_items, list_partitions
-from sailvl_trainer.curate.verify import MAX_CAPTION_LENGTH, VerifiedItem, clean_caption, verify_item
+from sailvl_trainer.curate.verify import VerifiedItem, verify_item
+from sailvl_trainer.storage.data_files import DataRoots
 from tests.support.builders.images import build_decompression_bomb, build_exif, draw_noise, encode_image
 
 CONFIG = CurateConfig(sources=(), min_side=16, max_pixels=10_000, max_tiles=4)
 TILE_SIZE = 28
+EVERYWHERE = DataRoots.resolve("/")
 
 
 JPEG = encode_image(draw_noise(), "JPEG", quality=90)
@@ -68,7 +71,9 @@ def check(tmp_path: Path) -> Callable[..., VerifiedItem]:
     ) -> VerifiedItem:
         path = tmp_path / "image.jpg"
         path.write_bytes(data)
-        return verify_item(Item(source="s", key="k", path=os.fsencode(path), caption=caption), config, TILE_SIZE)
+        return verify_item(
+            Item(source="s", key="k", path=os.fsencode(path), caption=caption), config, TILE_SIZE, EVERYWHERE
+        )
 
     return write_and_verify
 
@@ -129,9 +134,11 @@ def test_raised_pixel_limit_is_respected(check: Callable[..., VerifiedItem]) -> 
 def test_file_above_the_byte_limit_is_dropped_unread(tmp_path: Path) -> None:
     path = tmp_path / "huge.jpg"
     with path.open("wb") as file:
-        file.truncate(subject.MAX_FILE_BYTES + 1)
+        file.truncate(MAX_FILE_BYTES + 1)
     assert (
-        verify_item(Item(source="s", key="k", path=os.fsencode(path), caption="w"), CONFIG, TILE_SIZE).outcome
+        verify_item(
+            Item(source="s", key="k", path=os.fsencode(path), caption="w"), CONFIG, TILE_SIZE, EVERYWHERE
+        ).outcome
         == "too_large"
     )
 
@@ -161,14 +168,14 @@ def test_caption_is_cleaned_and_classified(
 
 def test_missing_file_is_counted_and_a_storage_error_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     item = Item(source="s", key="k", path=os.fsencode(tmp_path / "gone.jpg"), caption="a caption")
-    assert verify_item(item, CONFIG, TILE_SIZE).outcome == "missing"
+    assert verify_item(item, CONFIG, TILE_SIZE, EVERYWHERE).outcome == "missing"
 
-    def fail(_: Item) -> None:
+    def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(subject, "_get_stored_bytes", fail)
+    monkeypatch.setattr(subject, "read_item", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        verify_item(item, CONFIG, TILE_SIZE)
+        verify_item(item, CONFIG, TILE_SIZE, EVERYWHERE)
 
 
 def test_pixel_hash_is_equal_in_every_format(check: Callable[..., VerifiedItem]) -> None:
@@ -182,9 +189,9 @@ def test_pillow_has_all_decoders() -> None:
 
 def test_procedural_item_is_drawn() -> None:
     (partition,) = list_partitions((SourceConfig(path="", format="procedural", samples=3, level=2),), seed=5)
-    items = list(list_items(partition))
+    items = list(list_items(partition, EVERYWHERE))
     assert [item.index for item in items] == [0, 1, 2]
-    found = [verify_item(item, replace(CONFIG, max_pixels=10**6), TILE_SIZE) for item in items]
+    found = [verify_item(item, replace(CONFIG, max_pixels=10**6), TILE_SIZE, EVERYWHERE) for item in items]
     assert [f.outcome for f in found] == ["ok"] * 3
     assert all(f.text.endswith(".") for f in found)
     assert len({f.pixels_sha256 for f in found}) == 3

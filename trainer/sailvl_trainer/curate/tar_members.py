@@ -1,0 +1,160 @@
+"""Members of an uncompressed tar: a strict reader of the formats ustar, GNU and pax, for tars from untrusted sources.
+
+The sizes in a tar can be negative, lead back to an earlier header, or exceed the file, and extended headers can have
+any size. So every member must begin behind the one before it and end within the file, and extended headers are
+limited. Members are described by name and place; nothing is extracted. Called by webdataset.py.
+
+Formats: POSIX.1-2017, utility pax, sections "pax Interchange Format" and "ustar Interchange Format"; GNU tar's manual,
+section "Basic Tar Format".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+BLOCK_BYTES = 512
+MAX_EXTENSION_BYTES = 1 << 20
+"""Maximum size of an extended header: a long name, or all pax records of a member."""
+FILE_TYPES = (b"0", b"\0", b"7")
+"""Regular files; Unix version 7 wrote NUL, and 7 is a contiguous file."""
+DATALESS_TYPES = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices, directories and pipes: no data follows their header, whatever their size says."""
+LONG_NAME, LONG_LINK, SPARSE = b"L", b"K", b"S"
+PAX, PAX_SOLARIS, PAX_GLOBAL = b"x", b"X", b"g"
+EXTENSION_TYPES = (LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL)
+_OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
+_PAX_RECORD = re.compile(rb"([1-9][0-9]{0,9}) ([^=\n]{1,1000})=")
+
+
+class BrokenTarError(ValueError):
+    """A tar breaks a rule of its format; the members before that place are intact."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TarMember:
+    """A regular file in a tar."""
+
+    name: str
+    """Path, with surrogates for bytes that are not UTF-8."""
+    offset: int
+    """Offset of the data within the tar."""
+    size: int
+    """Number of bytes of the data."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Header:
+    """Header of a member, after which its extended headers may replace name and size."""
+
+    kind: bytes
+    name: str
+    size: int
+
+
+@dataclass(kw_only=True, slots=True)
+class _Extension:
+    """Values from extended headers for the next member; None: its own header applies."""
+
+    name: str | None = None
+    size: int | None = None
+
+
+def iter_tar_members(file: BinaryIO) -> Iterator[TarMember]:
+    """Yield the regular files of a tar in order, until its end marker, a block of zeros. Raises BrokenTarError."""
+    end, offset, extension = os.fstat(file.fileno()).st_size, 0, _Extension()
+    while True:
+        block = _read(file, offset, BLOCK_BYTES)
+        if block == bytes(BLOCK_BYTES):
+            return
+        header, data_offset = _parse_header(block, offset), offset + BLOCK_BYTES
+        if header.kind in EXTENSION_TYPES:
+            _check_size(header.size, data_offset, min(end, data_offset + MAX_EXTENSION_BYTES))
+            _read_extension(header.kind, _read(file, data_offset, header.size), extension, offset)
+        else:
+            _apply_extension(header, extension)
+            _check_size(header.size, data_offset, end)
+            if header.kind in FILE_TYPES:
+                yield TarMember(name=header.name, offset=data_offset, size=header.size)
+            extension = _Extension()
+        offset = data_offset + -(-header.size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    data = file.read(size)
+    if len(data) < size:
+        raise BrokenTarError(f"the file ends at byte {offset + len(data)}, before the tar's end marker")
+    return data
+
+
+def _parse_header(block: bytes, offset: int) -> _Header:
+    checksum = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
+    if _parse_number(block[148:156], offset) != checksum:
+        raise BrokenTarError(f"neither a header nor the end marker at byte {offset}")
+    kind, name, prefix = block[156:157], _decode_name(block[:100]), _decode_name(block[345:500])
+    if kind == SPARSE:
+        raise BrokenTarError(f"sparse file at byte {offset}; write the tar without sparse files")
+    if kind == b"\0" and name.endswith("/"):
+        kind = b"5"  # a directory of Unix version 7
+    if prefix and kind not in (LONG_NAME, LONG_LINK):
+        name = f"{prefix}/{name}"
+    return _Header(kind=kind, name=name, size=_parse_number(block[124:136], offset))
+
+
+def _parse_number(field: bytes, offset: int) -> int:
+    """Parse a number in octal digits, or GNU's signed big-endian number, which has the highest bit of the field set."""
+    if field[0] & 0x80:
+        number = int.from_bytes(field, "big", signed=True)
+        return number if field[0] == 0xFF else number + (1 << 8 * len(field) - 1)
+    digits = _OCTAL.fullmatch(field)
+    if digits is None:
+        raise BrokenTarError(f"invalid number in the header at byte {offset}")
+    return int(digits[1] or b"0", 8)
+
+
+def _decode_name(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _check_size(size: int, offset: int, end: int) -> None:
+    if not 0 <= size <= end - offset:
+        raise BrokenTarError(f"the member at byte {offset - BLOCK_BYTES} has {size} bytes, of which {end - offset} fit")
+
+
+def _read_extension(kind: bytes, data: bytes, extension: _Extension, offset: int) -> None:
+    """Take name and size from an extended header; those of links and global headers don't apply to files."""
+    if kind == LONG_NAME:
+        extension.name = _decode_name(data)
+    elif kind in (PAX, PAX_SOLARIS):
+        for keyword, value in _iter_pax_records(data, offset):
+            if keyword.startswith(b"GNU.sparse."):
+                raise BrokenTarError(f"sparse file at byte {offset}; write the tar without sparse files")
+            if keyword == b"path":
+                extension.name = _decode_name(value).rstrip("/")
+            elif keyword == b"size":
+                extension.size = int(value) if re.fullmatch(rb"[0-9]{1,19}", value) else -1
+
+
+def _iter_pax_records(data: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield keyword and value of each record, which is `LENGTH KEYWORD=VALUE` and a line feed."""
+    position = 0
+    while position < len(data) and data[position]:
+        found = _PAX_RECORD.match(data, position)
+        stop = position + int(found[1]) if found else 0
+        if found is None or not found.end() < stop <= len(data) or data[stop - 1 : stop] != b"\n":
+            raise BrokenTarError(f"invalid pax record in the extended header at byte {offset}")
+        yield found[2], data[found.end() : stop - 1]
+        position = stop
+
+
+def _apply_extension(header: _Header, extension: _Extension) -> None:
+    if extension.name is not None:
+        header.name = extension.name
+    if extension.size is not None:
+        header.size = extension.size
+    if header.kind in DATALESS_TYPES:
+        header.size = 0
