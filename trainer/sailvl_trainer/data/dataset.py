@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from sailvl_trainer.data.encoder import LENGTHS, SampleEncoder, TokenCounter
-from sailvl_trainer.data.shards import ShardInfo, ShardPool, ShardReader, read_shard_manifest
+from sailvl_trainer.data.shards import ShardInfo, ShardPool, ShardReader, list_shard_files, read_shard_manifest
 from sailvl_trainer.data.token_counts import DIGEST_BYTES, TokenCountFiles
 from sailvl_trainer.errors import DataError
+from sailvl_trainer.storage.data_files import DataRoots
 from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors
+from sailvl_trainer.storage.hashes import HashedFile
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ class ShardDataset:
 class ShardList:
     """The shards of a split in all data directories, in the order of their samples."""
 
+    files: tuple[HashedFile, ...]
+    """Tars and indexes, as the manifests describe them."""
     infos: tuple[ShardInfo, ...]
     pool: ShardPool
     starts: np.ndarray
@@ -91,19 +95,26 @@ class ShardList:
         return int(self.starts[-1])
 
 
-def list_shards(directories: Sequence[Path], split: str) -> ShardList:
-    """List the shards below each directory's `split` folder. Raises DataError for a directory without a manifest."""
-    shards = [(folder / split, info) for folder in directories for info in read_shard_manifest(folder / split).shards]
+def list_shards(directories: Sequence[Path], split: str, *, storage: Path | None = None) -> ShardList:
+    """List the shards below each directory's `split` folder.
+
+    Files may be links to others below any of the directories or below `storage`. Raises DataError for a directory
+    without a usable manifest.
+    """
+    roots = DataRoots.resolve(*directories, *(() if storage is None else (storage,)))
+    manifests = [(folder / split, read_shard_manifest(folder / split, roots)) for folder in directories]
+    shards = [(folder, info) for folder, manifest in manifests for info in manifest.shards]
     return ShardList(
+        files=tuple(file for folder, manifest in manifests for file in list_shard_files(folder, manifest)),
         infos=tuple(info for _, info in shards),
-        pool=ShardPool([(folder, info.name) for folder, info in shards]),
+        pool=ShardPool([(folder, info.name) for folder, info in shards], roots=roots),
         starts=np.cumsum([0, *(info.samples for _, info in shards)]),
     )
 
 
 def compute_fingerprint(shards: ShardList, encoder: SampleEncoder) -> str:
     """Return the hash of everything that the dataset's lengths and order depend on."""
-    hashes = json.dumps([encoder.fingerprint, *(info.sha256 for info in shards.infos)])
+    hashes = json.dumps([encoder.fingerprint, *(f"{info.sha256} {info.index_sha256}" for info in shards.infos)])
     return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
 

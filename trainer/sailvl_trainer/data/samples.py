@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sailvl_trainer.storage.codec import decode
+
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the position of the image in a user turn. In any other turn it is ordinary text."""
 CAPTION_INSTRUCTION = "Describe the image."
@@ -35,6 +37,14 @@ class Sample:
     messages: tuple[Message, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     """JSON scalars such as source, caption and level."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Dialogue:
+    """Content of a sample's KEY.json."""
+
+    messages: tuple[Message, ...]
+    meta: dict[str, Any]
 
 
 def build_caption_sample(key: str, image: bytes, suffix: str, caption: str, meta: dict[str, Any]) -> Sample:
@@ -69,6 +79,6 @@ def encode_dialogue(sample: Sample) -> bytes:
 
 
 def decode_dialogue(data: bytes) -> tuple[tuple[Message, ...], dict[str, Any]]:
-    """Return messages and metadata of a dialogue's JSON. Raises ValueError, KeyError or TypeError for other JSON."""
-    text = json.loads(data)
-    return tuple(Message(role=m["role"], content=m["content"]) for m in text["messages"]), text["meta"]
+    """Return messages and metadata of a dialogue's JSON. Raises ValueError for other JSON."""
+    dialogue = decode(_Dialogue, data)
+    return dialogue.messages, dialogue.meta

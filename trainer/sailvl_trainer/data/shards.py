@@ -26,32 +26,27 @@ import pyarrow as pa
 from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.images import read_size
 from sailvl_trainer.data.samples import SAMPLE_KEY, Message, Sample, decode_dialogue, encode_dialogue
-from sailvl_trainer.errors import DataError
-from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.files import sync_directory, translate_storage_errors, write_atomic
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("image_offset", pa.int64()),
-        ("image_size", pa.int64()),
-        ("json_offset", pa.int64()),
-        ("json_size", pa.int64()),
-        ("suffix", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("image_sha256", pa.binary()),
-        ("text_tokens", pa.int32()),
-        ("loss_tokens", pa.int32()),
-    ]
+from sailvl_trainer.data.shard_index import (
+    COUNTED_BY,
+    SCHEMA,
+    InvalidIndexError,
+    find_invalid_row,
+    map_file,
+    read_column,
+    read_index,
 )
-"""Columns of an index. Offsets and sizes are bytes within the tar; image_size is 0 without an image. Width and height
-are pixels of the upright image. `text_tokens` (tokens without image tokens) and `loss_tokens` were counted by the
-tokenizer named in COUNTED_BY; -1 if they weren't counted."""
-COUNTED_BY = b"sailvl.counted_by"
-"""Metadata key of an index: the fingerprint of the tokenizer and chat template that counted its tokens."""
+from sailvl_trainer.errors import DataError
+from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
+from sailvl_trainer.storage.documents import UnusableDocumentError, is_count, read_document
+from sailvl_trainer.storage.files import sync_directory, translate_storage_errors, write_atomic
+from sailvl_trainer.storage.hashes import FILE_NAME, FileHash, HashedFile, hash_file
+
 OPEN_SHARDS = 256
 """Maximum number of shards that are mapped at once."""
+MANIFEST_VERSION = 1
+MAX_KEY_LENGTH = 100
+"""Longest part of a sample's key in messages."""
 
 
 class SampleCounter(Protocol):
@@ -76,6 +71,10 @@ class ShardInfo:
     """Size of the tar."""
     sha256: str
     """Hash of the tar."""
+    index_bytes: int
+    """Size of the index."""
+    index_sha256: str
+    """Hash of the index."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +82,7 @@ class ShardManifest:
     """The shards of a directory, in the order of their samples."""
 
     shards: tuple[ShardInfo, ...]
-    version: int = 1
+    version: int = MANIFEST_VERSION
 
     @property
     def samples(self) -> int:
@@ -98,23 +97,43 @@ def write_shard_manifest(directory: Path, shards: Iterable[ShardInfo]) -> ShardM
     return manifest
 
 
-def read_shard_manifest(directory: Path) -> ShardManifest:
-    """Return the manifest of a directory. Raises DataError if it has none."""
+def read_shard_manifest(directory: Path, roots: DataRoots | None = None) -> ShardManifest:
+    """Return the manifest of a directory. Raises DataError if it has none that can be used.
+
+    `roots`: directories that files may be in; by default the set's.
+    """
     path = directory / MANIFEST_FILE
     try:
-        return decode(ShardManifest, path.read_bytes())
-    except (OSError, ValueError) as error:
+        return read_document(ShardManifest, path, roots or DataRoots.resolve(directory), check=_describe_invalid)
+    except (OSError, UnusableDocumentError) as error:
         raise DataError(
             f"{directory} contains no data set: {error}; set the output of a curate stage or a prepared data set"
         ) from error
 
 
-def verify_shards(directory: Path) -> None:
-    """Compare every tar with its hash in the manifest. Raises DataError that names the first one that differs."""
-    for info in read_shard_manifest(directory).shards:
-        path = directory / f"{info.name}.tar"
-        if not path.exists() or _hash_file(path) != info.sha256:
-            raise DataError(f"shard {path} does not match the hash in the manifest; copy or curate the data set again")
+def list_shard_files(directory: Path, manifest: ShardManifest) -> list[HashedFile]:
+    """Return the tars and indexes of a directory, as its manifest describes them."""
+    return [
+        HashedFile(path=directory / name, expected=expected)
+        for info in manifest.shards
+        for name, expected in (
+            (f"{info.name}.tar", FileHash(bytes=info.bytes, sha256=info.sha256)),
+            (f"{info.name}.arrow", FileHash(bytes=info.index_bytes, sha256=info.index_sha256)),
+        )
+    ]
+
+
+def _describe_invalid(manifest: ShardManifest) -> str:
+    """Return what is wrong with a manifest's values; empty if nothing is."""
+    if manifest.version != MANIFEST_VERSION:
+        return f"its manifest has version {manifest.version}, but this trainer supports {MANIFEST_VERSION}"
+    names = {info.name for info in manifest.shards}
+    if len(names) < len(manifest.shards) or not all(map(FILE_NAME.fullmatch, names)):
+        return "its manifest names a shard twice, or by another name than that of a file beside it"
+    files = (file.expected for file in list_shard_files(Path(), manifest))
+    if not all(file.is_valid for file in files) or not is_count(*(info.samples for info in manifest.shards)):
+        return "its manifest has a shard with an impossible size, hash or number of samples"
+    return ""
 
 
 class ShardWriter:
@@ -198,32 +217,41 @@ class ShardWriter:
 
         If a later writer has deleted the temporary file, this one fails at the rename, before it changes anything.
         """
-        digest, target = _hash_file(self._temporary), self.directory / f"{self.name}.tar"
+        tar = hash_file(self._temporary, DataRoots.resolve(self.directory))
+        target = self.directory / f"{self.name}.tar"
         os.replace(self._temporary, target)
         sync_directory(self.directory)
         schema = SCHEMA if self._counter is None else SCHEMA.with_metadata({COUNTED_BY: self._counter.fingerprint})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, schema) as writer:
             writer.write_table(pa.Table.from_pylist(self._rows, schema=schema))
-        write_atomic(self.directory / f"{self.name}.arrow", sink.getvalue().to_pybytes())
-        self.info = ShardInfo(name=self.name, samples=len(self._rows), bytes=target.stat().st_size, sha256=digest)
+        index = sink.getvalue().to_pybytes()
+        write_atomic(self.directory / f"{self.name}.arrow", index)
+        self.info = ShardInfo(
+            name=self.name,
+            samples=len(self._rows),
+            bytes=tar.bytes,
+            sha256=tar.sha256,
+            index_bytes=len(index),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+        )
 
 
 class ShardReader:
     """Random access to one shard's samples by row. Text and image are read separately. Thread-safe."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, roots: DataRoots | None = None) -> None:
+        """`roots`: directories that files may be in; by default the shard's. Raises DataError for a damaged shard."""
         self.path = directory / f"{name}.tar"
+        roots = roots or DataRoots.resolve(directory)
         try:
-            with pa.memory_map(str(directory / f"{name}.arrow")) as source:
-                self._table = pa.ipc.open_file(source).read_all()
-            with pa.memory_map(str(self.path)) as source:
-                self._data = memoryview(source.read_buffer())
-            self._spans = {
-                part: (self.column(f"{part}_offset"), self.column(f"{part}_size")) for part in ("image", "json")
-            }
-        except (OSError, KeyError, pa.ArrowException) as error:
+            self._table = read_index(directory / f"{name}.arrow", roots)
+            self._data = memoryview(map_file(self.path, roots))
+        except (OSError, RefusedFileError, InvalidIndexError) as error:
             raise DataError(f"shard {self.path}: {error}; copy or curate the data set again") from error
+        if (invalid := find_invalid_row(self._table, len(self._data))) is not None:
+            raise self.error(*invalid)
+        self._spans = {part: (self.column(f"{part}_offset"), self.column(f"{part}_size")) for part in ("image", "json")}
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -236,8 +264,7 @@ class ShardReader:
 
     def column(self, name: str) -> np.ndarray:
         """Return a numeric column as a read-only memory-mapped array of shape (R,)."""
-        values: np.ndarray = self._table.column(name).combine_chunks().to_numpy(zero_copy_only=True)
-        return values
+        return read_column(self._table, name)
 
     def key(self, row: int) -> str:
         """Return the sample's key."""
@@ -261,38 +288,33 @@ class ShardReader:
         """Return a row's messages and metadata."""
         try:
             return decode_dialogue(self._slice("json", row))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise self.error(row, error) from error
 
     def error(self, row: int, cause: object) -> DataError:
         """Return the error that names this shard and record, for the caller to raise."""
-        return DataError(f"shard {self.path}, record {row} ({self.key(row)}): {cause}")
+        return DataError(f"shard {self.path}, record {row} ({self.key(row)[:MAX_KEY_LENGTH]}): {cause}")
 
     def _slice(self, part: str, row: int) -> bytes:
         offset, size = (int(column[row]) for column in self._spans[part])
-        data = bytes(self._data[offset : offset + size])
-        if len(data) != size:
-            raise self.error(row, f"the shard is truncated: {size} bytes at offset {offset} are missing")
-        return data
+        return bytes(self._data[offset : offset + size])
 
 
 class ShardPool:
     """LRU cache of the readers of many shards, since a process can map only a limited number of files. Thread-safe."""
 
-    def __init__(self, shards: Sequence[tuple[Path, str]], limit: int = OPEN_SHARDS) -> None:
-        self._shards, self._limit = shards, limit
+    def __init__(
+        self, shards: Sequence[tuple[Path, str]], limit: int = OPEN_SHARDS, *, roots: DataRoots | None = None
+    ) -> None:
+        """`roots`: directories that files may be in; by default each shard's."""
+        self._shards, self._limit, self._roots = shards, limit, roots
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getitem__(self, number: int) -> ShardReader:
         with self._lock:
-            reader = self._open.pop(number, None) or ShardReader(*self._shards[number])
+            reader = self._open.pop(number, None) or ShardReader(*self._shards[number], self._roots)
             self._open[number] = reader
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
             return reader
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
