@@ -202,6 +202,7 @@ def _build_controller(
         queue=shared.queue,
         metrics=shared.metrics,
         defaults=shared.settings.defaults,
+        allowed=shared.settings.allowed,
         clock=shared.clock,
     )
 

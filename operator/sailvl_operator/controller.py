@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+from sailvl_operator.api.allow_lists import ALLOW_ALL, AllowLists
 from sailvl_operator.api.status import decode_status, encode_status
 from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.cluster import resources
@@ -61,6 +62,7 @@ class Controller:
         queue: WorkQueue[RunKey],
         metrics: Metrics,
         defaults: Defaults,
+        allowed: AllowLists = ALLOW_ALL,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._client = client
@@ -73,6 +75,7 @@ class Controller:
         self._queue = queue
         self._metrics = metrics
         self._defaults = defaults
+        self._allowed = allowed
         self._clock = clock
         self._applier = Applier(client, owned_objects, metrics_peers=defaults.metrics_peers)
 
@@ -175,7 +178,14 @@ class Controller:
         observed = self._observe(entry.run, key)
         if entry.problem:
             return reconcile_unreadable(entry.run, entry.problem, observed, now=now)
-        return reconcile(entry.run, observed, now=now, defaults=self._throttled_defaults(), planned=entry.planned)
+        return reconcile(
+            entry.run,
+            observed,
+            now=now,
+            defaults=self._throttled_defaults(),
+            allowed=self._allowed,
+            planned=entry.planned,
+        )
 
     def _throttled_defaults(self) -> Defaults:
         """Return the defaults with a progress interval that keeps all runs together below the rate of writes."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import msgspec
 
+from sailvl_operator.api.allow_lists import ALLOW_ALL, AllowLists
 from sailvl_operator.api.types import Defaults
 from sailvl_operator.errors import SettingsError
 
@@ -97,6 +98,8 @@ class OperatorSettings:
     health: HealthSettings = HealthSettings()
     defaults: Defaults = field(default_factory=Defaults)
     """Defaults of runs."""
+    allowed: AllowLists = ALLOW_ALL
+    """Allow-lists of what runs may name."""
     log_level: str = "INFO"
     """Minimum level of log messages: DEBUG, INFO, WARNING or ERROR. Defaults to INFO."""
     log_format: str = "json"
@@ -257,6 +260,36 @@ OPTIONS = (
         value="runs.backoffLimitSeconds",
     ),
     Option(
+        flag="--allowed-images",
+        target="allowed.images",
+        help="comma-separated registries and repositories that spec.image may be from; defaults to all",
+        value="allowed.images",
+    ),
+    Option(
+        flag="--allowed-priority-classes",
+        target="allowed.priority_classes",
+        help="comma-separated priority classes that workers may have; defaults to all",
+        value="allowed.priorityClasses",
+    ),
+    Option(
+        flag="--allowed-toleration-keys",
+        target="allowed.toleration_keys",
+        help="comma-separated keys of taints that workers may tolerate; defaults to all",
+        value="allowed.tolerationKeys",
+    ),
+    Option(
+        flag="--allowed-service-accounts",
+        target="allowed.service_accounts",
+        help="comma-separated service accounts that workers may have; defaults to all",
+        value="allowed.serviceAccounts",
+    ),
+    Option(
+        flag="--allowed-server-hosts",
+        target="allowed.server_hosts",
+        help="comma-separated hosts of caption.server and judge.server; defaults to all",
+        value="allowed.serverHosts",
+    ),
+    Option(
         flag="--log-level",
         target="log_level",
         help="log level: DEBUG, INFO, WARNING or ERROR",
@@ -266,22 +299,41 @@ OPTIONS = (
 )
 
 
-def read_settings(flags: argparse.Namespace, environment: Mapping[str, str]) -> OperatorSettings:
+_ALLOW_LIST_OPTIONS = tuple(option for option in OPTIONS if option.target.startswith("allowed."))
+
+
+def read_settings(
+    flags: argparse.Namespace, environment: Mapping[str, str], *, options: Iterable[Option] = OPTIONS
+) -> OperatorSettings:
     """Read the settings: flags take precedence over environment variables, and those over defaults.
 
     Raises SettingsError if a value is invalid.
     """
     default = OperatorSettings()
     changes: dict[str, dict[str, Any]] = {}
-    for option in OPTIONS:
+    for option in options:
         given = getattr(flags, option.flag.removeprefix("--").replace("-", "_"), None)
         text = given if given is not None else environment.get(option.variable)
         if text is not None:
             group, _, name = option.target.rpartition(".")
             owner = getattr(default, group) if group else default
             changes.setdefault(group, {})[name] = _parse(option, text, getattr(owner, name))
-    groups = {group: replace(getattr(default, group), **values) for group, values in changes.items() if group}
+    try:
+        groups = {group: replace(getattr(default, group), **values) for group, values in changes.items() if group}
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
     return replace(default, **groups, **changes.get("", {}))
+
+
+def add_allow_list_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the allow-lists to the parser of a command that checks specs offline."""
+    for option in _ALLOW_LIST_OPTIONS:
+        parser.add_argument(option.flag, help=option.help, default=None)
+
+
+def read_allow_lists(flags: argparse.Namespace) -> AllowLists:
+    """Read the allow-lists from flags alone. Raises SettingsError if an entry is invalid."""
+    return read_settings(flags, {}, options=_ALLOW_LIST_OPTIONS).allowed
 
 
 def describe(settings: OperatorSettings) -> dict[str, Any]:

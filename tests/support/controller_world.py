@@ -31,12 +31,12 @@ QUEUE_CONFIG = QueueConfig(backoff_seconds=0.01, backoff_limit_seconds=0.05, deb
 class ControllerWorld:
     """A controller that gets the runs of the API server as it would from kopf. Its clock starts in 2026."""
 
-    def __init__(self, api: FakeApiServer, client: Client) -> None:
+    def __init__(self, api: FakeApiServer, client: Client, settings: OperatorSettings = SETTINGS) -> None:
         self.api, self.client = api, client
         started = time.monotonic()
         self.has_backpressure = False
         self.parts = build_controller(
-            SETTINGS,
+            settings,
             client,
             clock=lambda: NEW_YEAR_2026 + time.monotonic() - started,
             queue_config=QUEUE_CONFIG,
@@ -128,13 +128,13 @@ def make_pod(stage: str, attempt: int, index: int, phase: str, *, job_uid: str) 
 
 
 @asynccontextmanager
-async def running():
+async def running(settings: OperatorSettings = SETTINGS):
     api = FakeApiServer()
     async with (
         serve(api) as url,
         Client(Credentials(AnonymousConfiguration(url)), ClientConfig(backoff_seconds=0.001)) as client,
     ):
-        world = ControllerWorld(api, client)
+        world = ControllerWorld(api, client, settings)
         parts = [world.owned_objects.run(), world.parts.recorder.run(), world.controller.run(2)]
         tasks = [asyncio.create_task(part) for part in parts]
         try:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from sailvl_operator.api.allow_lists import ALLOW_ALL, AllowLists
 from sailvl_operator.api.status import StageStatus, Status, encode_status
 from sailvl_operator.api.types import Defaults
 from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, Event
@@ -40,6 +41,8 @@ class CoreWorld:
     """Errors with which the API server refuses objects of attempts."""
     restart_stage: str = ""
     """Value of the restart annotation."""
+    allowed: AllowLists = ALLOW_ALL
+    """Allow-lists of the operator."""
     is_deleted: bool = False
     started: list[AttemptSpec] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
@@ -60,7 +63,7 @@ class CoreWorld:
             wait_reasons=self.wait_reasons,
             refusals=self.refusals,
         )
-        decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS)
+        decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS, allowed=self.allowed)
         for job in (*decision.get_deleted_jobs(BEFORE_STARTS), *decision.get_deleted_jobs(FORCE)):
             self.jobs.pop(job.name)
             self.pods = {n: p for n, p in self.pods.items() if (p.stage, p.attempt) != (job.stage, job.attempt)}

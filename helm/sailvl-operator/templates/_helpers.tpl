@@ -83,6 +83,23 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 - --network-policies={{ .Values.networkPolicy.runs }}
 - --metrics-peers={{ include "sailvl.metricsPeers" . }}
+{{- with .Values.allowed }}
+{{- with .images }}
+- --allowed-images={{ join "," . }}
+{{- end }}
+{{- with .priorityClasses }}
+- --allowed-priority-classes={{ join "," . }}
+{{- end }}
+{{- with .tolerationKeys }}
+- --allowed-toleration-keys={{ join "," . }}
+{{- end }}
+{{- with .serviceAccounts }}
+- --allowed-service-accounts={{ join "," . }}
+{{- end }}
+{{- with .serverHosts }}
+- --allowed-server-hosts={{ join "," . }}
+{{- end }}
+{{- end }}
 {{- with .Values.operator }}
 - --workers={{ int64 .workers }}
 - --progress-interval-seconds={{ .progressIntervalSeconds }}

@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sailvl_operator.api import names
+from sailvl_operator.api.allow_lists import ALLOW_ALL, AllowLists, find_disallowed_fields
 from sailvl_operator.api.crd import build_schema
 from sailvl_operator.api.parse import SpecError, find_unsupported_fields, parse_spec
 from sailvl_operator.api.rules import OFFLINE
@@ -39,8 +40,10 @@ class FieldError:
         return f"{self.field}: {self.message}"
 
 
-def validate(document: dict[str, Any]) -> list[FieldError]:
+def validate(document: dict[str, Any], allowed: AllowLists = ALLOW_ALL) -> list[FieldError]:
     """Return all validation errors of a SailVLRun; an empty list means that API server and operator accept it.
+
+    `allowed` are the allow-lists of the installation that will execute the run.
 
     Transition rules (`oldSelf`) are not evaluated, since only the API server knows the previous object.
     """
@@ -48,7 +51,9 @@ def validate(document: dict[str, Any]) -> list[FieldError]:
     errors += [FieldError(field=field, message=message) for field, message in check_schema(document, _full_schema())]
     if errors:
         return errors
-    return list(_check_rules(fill_defaults(document, build_schema()), build_schema(), "")) or _check_spec(document)
+    return list(_check_rules(fill_defaults(document, build_schema()), build_schema(), "")) or _check_spec(
+        document, allowed
+    )
 
 
 def fill_defaults(value: Any, schema: dict[str, Any]) -> Any:
@@ -137,10 +142,11 @@ def _build_cel_environment() -> celpy.Environment:
     return celpy.Environment()
 
 
-def _check_spec(document: dict[str, Any]) -> list[FieldError]:
+def _check_spec(document: dict[str, Any], allowed: AllowLists) -> list[FieldError]:
     try:
         spec = parse_spec(document["spec"])
     except SpecError as error:
         field, _, message = str(error).partition(": ")
         return [FieldError(field=field, message=message)]
-    return [FieldError(field=field, message=message) for field, message in find_unsupported_fields(spec)]
+    problems = find_unsupported_fields(spec) + find_disallowed_fields(spec, allowed)
+    return [FieldError(field=field, message=message) for field, message in problems]

@@ -75,12 +75,21 @@ class Workers(Struct, frozen=True, kw_only=True):
     """Number of GPUs per pod, one rank each; 0 runs one rank on the CPU. Defaults to 8."""
     resources: Resources | UnsetType = UNSET
     """Requests and limits of each pod. GPUs are added from gpusPerNode."""
+    shared_memory: Quantity | UnsetType = UNSET
+    """Maximum size of /dev/shm, which counts as memory of the pod. Defaults to the memory limit, or to 16Gi without
+    one."""
+    temporary_storage: Quantity | UnsetType = UNSET
+    """Maximum size of /tmp, where weights from the Hugging Face Hub are cached. Defaults to the limit of
+    ephemeral-storage, or to 100Gi without one."""
     node_selector: Labels | UnsetType = UNSET
     """Labels that a node must have to run the workers."""
     tolerations: Annotated[tuple[Toleration, ...], Meta(max_length=16)] | UnsetType = UNSET
     """Taints that the workers tolerate."""
     priority_class_name: ObjectName | UnsetType = UNSET
     """Name of the PriorityClass of the pods."""
+    service_account_name: ObjectName | UnsetType = UNSET
+    """Name of the ServiceAccount of the pods, which the workload identity of a cloud provider refers to. Its token is
+    not mounted. Defaults to the default account of the namespace."""
     scheduler_name: ObjectName | UnsetType = UNSET
     """Name of the scheduler. Defaults to the default scheduler of the cluster."""
     env: Annotated[tuple[EnvVar, ...], Meta(max_length=64, extra_json_schema=BY_NAME)] | UnsetType = UNSET

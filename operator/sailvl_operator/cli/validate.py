@@ -14,25 +14,37 @@ from typing import Any
 import yaml
 
 from sailvl_operator.api import names
+from sailvl_operator.api.allow_lists import AllowLists
 from sailvl_operator.api.validation import validate
+from sailvl_operator.errors import SettingsError
+from sailvl_operator.settings import add_allow_list_arguments, read_allow_lists
 
 Document = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the subcommand."""
+    add_allow_list_arguments(parser)
     parser.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="YAML or JSON file; objects of other kinds are skipped"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Validate all files and print one error per line. Return 0 if all are valid, else 1."""
-    invalid = sum(not _check_file(path) for path in args.files)
+    """Validate all files and print one error per line.
+
+    Return 0 if all are valid, 1 if one isn't, 2 for an invalid allow-list.
+    """
+    try:
+        allowed = read_allow_lists(args)
+    except SettingsError as error:
+        print(f"sailvl validate: {error}", file=sys.stderr)
+        return 2
+    invalid = sum(not _check_file(path, allowed) for path in args.files)
     return 1 if invalid else 0
 
 
-def _check_file(path: Path) -> bool:
+def _check_file(path: Path, allowed: AllowLists) -> bool:
     try:
         documents = read_all(path)
     except ValueError as error:
@@ -41,16 +53,16 @@ def _check_file(path: Path) -> bool:
     if not any(is_run(document) for document in documents):
         print(f"{path}: no SailVLRun found; set kind: SailVLRun", file=sys.stderr)
         return False
-    return not sum(not _check(path, document) for document in documents)
+    return not sum(not _check(path, document, allowed) for document in documents)
 
 
-def _check(path: Path, document: Document) -> bool:
+def _check(path: Path, document: Document, allowed: AllowLists) -> bool:
     metadata = document.get("metadata")
     label = f"{path}: {metadata.get('name', '?') if isinstance(metadata, dict) else '?'}"
     if not is_run(document):
         print(f"{label}: {document.get('kind', 'no kind')}, skipped")
         return True
-    errors = validate(document)
+    errors = validate(document, allowed)
     for error in errors:
         print(f"{label}: {error}", file=sys.stderr)
     if not errors:

@@ -86,14 +86,15 @@ def reconcile_finished(run: Run, status: Status, observed: Observed, *, now: flo
 def reconcile_invalid(run: Run, message: str, observed: Observed, *, now: float) -> Decision:
     """Mark the run as Failed; `message` says what to change in the spec."""
     old = decode_status(run.status)
-    if old.observed_generation == run.generation and old.is_true(ConditionType.FAILED):
+    values = build_values(Reason.INVALID_SPEC, message, failed=True)
+    conditions = build_conditions(old, values, generation=run.generation, now=now)
+    if old.observed_generation == run.generation and list(old.conditions) == conditions:
         return _reconcile_rejected(run, old, observed, now)
     is_idle = not any(stage.state in ACTIVE for stage in old.stages)
-    values = build_values(Reason.INVALID_SPEC, message, failed=True)
     status = msgspec.structs.replace(
         old,
         observed_generation=run.generation,
-        conditions=build_conditions(old, values, generation=run.generation, now=now),
+        conditions=conditions,
         summary=msgspec.structs.replace(old.summary, reason=Reason.INVALID_SPEC),
         completion_time=format_time(now) if is_idle else old.completion_time,
     )

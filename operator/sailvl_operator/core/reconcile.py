@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import inf
 
+from sailvl_operator.api.allow_lists import ALLOW_ALL, AllowLists, find_disallowed_fields
 from sailvl_operator.api.parse import find_unsupported_fields
 from sailvl_operator.api.status import StageStatus, Status, decode_status
 from sailvl_operator.api.types import Defaults, Run
@@ -25,11 +26,18 @@ from sailvl_operator.core.suspend import suspend_with_run
 
 
 def reconcile(
-    run: Run, observed: Observed, *, now: float, defaults: Defaults, planned: Sequence[PlannedStage] | None = None
+    run: Run,
+    observed: Observed,
+    *,
+    now: float,
+    defaults: Defaults,
+    allowed: AllowLists = ALLOW_ALL,
+    planned: Sequence[PlannedStage] | None = None,
 ) -> Decision:
     """Return everything that has to be done for a run at `now` (Unix seconds).
 
-    The decision repeats itself until it is executed. `planned` is the result of `plan(run)`, if the caller has it.
+    The decision repeats itself until it is executed. `allowed` are the installation's allow-lists; `planned` is the
+    result of `plan(run)`, if the caller has it.
     """
     old = decode_status(run.status)
     # A run that is being deleted needs nothing: the garbage collector deletes its objects.
@@ -38,8 +46,8 @@ def reconcile(
     # A finished run is cleaned up and kept for ttlSecondsAfterFinished, unless something has made it active again.
     if old.is_finished and not may_resume(run, old):
         return reconcile_finished(run, old, observed, now=now)
-    # A spec with an unsupported field fails the run until the spec is fixed.
-    if problems := find_unsupported_fields(run.spec):
+    # A spec with a field that isn't supported or allowed fails the run until the spec is fixed.
+    if problems := find_unsupported_fields(run.spec) or find_disallowed_fields(run.spec, allowed, old.stages):
         return reconcile_invalid(run, "; ".join(map(": ".join, problems)), observed, now=now)
 
     # Advance every stage: restart requests, success, suspend, queues, failures and restarts, start timeouts, gates.

@@ -6,12 +6,14 @@ may write only to /tmp and to a memory-backed /dev/shm.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from torchx.specs import Role
 
 from sailvl_operator.api import names
+from sailvl_operator.api.scalars import Quantity
+from sailvl_operator.api.workers import Resources
 from sailvl_operator.core.decision import AttemptSpec
 from sailvl_operator.core.desired.workload import build_defaults
 from sailvl_trainer.contract import Env
@@ -20,6 +22,8 @@ USER = 65532
 """User of the container image, and group of the files on the storage."""
 NODE_LOSS_SECONDS = 20
 """Seconds after which pods of an unreachable node are evicted; the default of Kubernetes is 300."""
+_SIZE_LIMITS = {"temporary_storage": ("ephemeral-storage", "100Gi"), "shared_memory": ("memory", "16Gi")}
+"""Resource whose limit is the default size of a volume, and the size without that limit, by field of the workers."""
 
 _CONTRACT_VARIABLES = frozenset(map(str, Env))
 
@@ -50,6 +54,7 @@ def build_pod_spec(attempt: AttemptSpec, role: Role, job: str) -> dict[str, Any]
         "affinity": _build_affinity(attempt),
         "nodeSelector": workers.node_selector,
         "priorityClassName": workers.priority_class_name,
+        "serviceAccountName": workers.service_account_name,
         "schedulerName": workers.scheduler_name,
     }
     return spec | {name: value for name, value in optional.items() if value is not msgspec.UNSET and value}
@@ -118,9 +123,19 @@ def _build_volumes(attempt: AttemptSpec) -> list[dict[str, Any]]:
     return [
         {"name": "storage", "persistentVolumeClaim": {"claimName": attempt.claim}},
         {"name": "stage", "downwardAPI": {"items": [document]}},
-        {"name": "tmp", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": _find_size_limit(attempt, "temporary_storage")}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _find_size_limit(attempt, "shared_memory")}},
     ]
+
+
+def _find_size_limit(attempt: AttemptSpec, field: Literal["temporary_storage", "shared_memory"]) -> str:
+    """Return the size of a volume: as set, else the pod's limit of the resource that it takes, else a default."""
+    given: Quantity | msgspec.UnsetType = getattr(attempt.workers, field)
+    if given is not msgspec.UNSET:
+        return given
+    resource, default = _SIZE_LIMITS[field]
+    resources = attempt.workers.resources
+    return resources.limits.get(resource, default) if isinstance(resources, Resources) else default
 
 
 def _build_spread(job: str) -> dict[str, Any]:

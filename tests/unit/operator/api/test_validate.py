@@ -88,6 +88,15 @@ def test_invalid_file_is_rejected_with_message(
     assert message in capsys.readouterr().err
 
 
+def test_allow_lists_are_given_by_flags(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(VALID)
+    assert cli.main(["validate", "--allowed-images", "registry.example.com", path]) == 0
+    assert cli.main(["validate", "--allowed-images", "ghcr.io/team,quay.io", path]) == 1
+    assert "is not allowed by the operator; it allows ghcr.io/team, quay.io" in capsys.readouterr().err
+    assert cli.main(["validate", "--allowed-images", "ghcr.io/*", path]) == 2
+    assert "has a wildcard" in capsys.readouterr().err
+
+
 def test_missing_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["validate", str(tmp_path / "none.yaml")]) == 1
     assert "No such file" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sailvl_operator.api.allow_lists import AllowLists
 from sailvl_operator.api.types import Defaults
 from sailvl_operator.cli.operator import add_arguments
 from sailvl_operator.settings import (
@@ -170,6 +171,13 @@ SETTINGS = {
             backoff_seconds=20,
             backoff_limit_seconds=1_000_000,
         ),
+        allowed=AllowLists(
+            images=("registry.example.com/sail", "localhost:5000"),
+            priority_classes=("batch", "low"),
+            toleration_keys=("nvidia.com/gpu",),
+            service_accounts=("trainer",),
+            server_hosts=("judge.team.svc:8000",),
+        ),
         log_level="DEBUG",
         log_format="text",
     ),
@@ -268,6 +276,8 @@ INVALID_VALUES = [
     pytest.param("watchNamespaces={team-a,team-a}", "/watchNamespaces", id="duplicate namespace"),
     pytest.param("watchNamespaces={Team}", "/watchNamespaces/0", id="uppercase namespace"),
     pytest.param("runs.graceSeconds=0", "/runs/graceSeconds", id="zero grace period"),
+    pytest.param("allowed.images={registry.example.com/*}", "/allowed/images/0", id="wildcard in an allow-list"),
+    pytest.param("allowed.serverHosts={http://judge}", "/allowed/serverHosts/0", id="scheme in an allow-list"),
     pytest.param("operator.logLevel=LOUD", "/operator/logLevel", id="unknown log level"),
     pytest.param("operator.events=maybe", "/operator/events", id="events is a string"),
     pytest.param("resources.limits.memory=lots", "/resources/limits/memory", id="quantity is not a number"),

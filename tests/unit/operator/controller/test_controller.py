@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sailvl_operator.api import names
-from sailvl_operator.api.status import decode_status
+from sailvl_operator.api.allow_lists import AllowLists
+from sailvl_operator.api.status import ConditionType, decode_status
 from sailvl_operator.run_series import RunCollector
 from tests.support.apiserver.http import InjectedError
 from tests.support.builders.operator import build_document, build_result
-from tests.support.controller_world import KEY, ControllerWorld, make_pod, running
+from tests.support.controller_world import KEY, SETTINGS, ControllerWorld, make_pod, running
 
 
 @pytest.fixture
@@ -41,6 +43,18 @@ async def test_first_job_and_service_are_created(world):
     assert world.api.list_objects("jobs")[0]["metadata"]["ownerReferences"][0]["uid"] == world.run["metadata"]["uid"]
     await world.until(lambda: world.api.list_objects("events"))
     assert {e["reason"] for e in world.api.list_objects("events")} == {"StageStarted"}
+
+
+async def test_nothing_is_created_for_a_run_outside_of_an_allow_list():
+    settings = replace(SETTINGS, allowed=AllowLists(images=("ghcr.io/team",)))
+    async with running(settings) as world:
+        await world.apply(spread())
+        await world.until(lambda: world.run.get("status"))
+        await world.until_idle()
+        failed = decode_status(world.run["status"]).condition(ConditionType.FAILED)
+        assert (failed.status, failed.reason) == ("True", "InvalidSpec")
+        assert failed.message.startswith("spec.image: registry.example.com/sailvl-trainer:0.1.0 is not allowed")
+        assert (world.api.list_names("jobs"), world.api.list_names("services")) == (set(), set())
 
 
 async def test_single_worker_needs_no_service(world):

@@ -118,8 +118,8 @@ POD_SPEC = {
                 ]
             },
         },
-        {"name": "tmp", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": "100Gi"}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
     ],
 }
 
@@ -164,6 +164,10 @@ def container(job: dict[str, Any]) -> dict[str, Any]:
     return pod_spec(job)["containers"][0]
 
 
+def size_limits(job: dict[str, Any]) -> dict[str, str]:
+    return {v["name"]: v["emptyDir"]["sizeLimit"] for v in pod_spec(job)["volumes"] if "emptyDir" in v}
+
+
 def environment(job: dict[str, Any]) -> dict[str, str]:
     return {e["name"]: e.get("value", "") for e in container(job)["env"]}
 
@@ -197,6 +201,24 @@ def environment(job: dict[str, Any]) -> dict[str, str]:
             lambda job: {k: pod_spec(job)[k] for k in ("nodeSelector", "priorityClassName", "schedulerName")},
             {"nodeSelector": {"zone": "a"}, "priorityClassName": "high", "schedulerName": "volcano"},
             id="placement",
+        ),
+        pytest.param(
+            {"serviceAccountName": "trainer"},
+            lambda job: (pod_spec(job)["serviceAccountName"], pod_spec(job)["automountServiceAccountToken"]),
+            ("trainer", False),
+            id="service account without its token",
+        ),
+        pytest.param(
+            {"resources": {"limits": {"memory": "64Gi", "ephemeral-storage": "20Gi"}}},
+            size_limits,
+            {"tmp": "20Gi", "shm": "64Gi"},
+            id="volumes are limited as the pod is",
+        ),
+        pytest.param(
+            {"temporaryStorage": "5Gi", "sharedMemory": "1Gi", "resources": {"limits": {"memory": "64Gi"}}},
+            size_limits,
+            {"tmp": "5Gi", "shm": "1Gi"},
+            id="sizes of volumes",
         ),
         pytest.param(
             {"tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]},
