@@ -6,6 +6,7 @@ the data isn't limited by memory. Called by stage.py.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +48,18 @@ def open_database(artifacts: CurationArtifacts) -> Iterator[duckdb.DuckDBPyConne
     options = {"temp_directory": str(spill), "preserve_insertion_order": False, "autoinstall_known_extensions": False}
     try:
         with duckdb.connect(config=options) as db:
-            db.read_parquet(f"{artifacts.rows_folder}/*.parquet").create_view("rows")
+            read_parquet(db, *sorted(artifacts.rows_folder.glob("*.parquet"))).create_view("rows")
             yield db
     finally:
         rmtree(spill, ignore_errors=True)
+
+
+def read_parquet(db: duckdb.DuckDBPyConnection, *paths: Path) -> duckdb.DuckDBPyRelation:
+    """Read Parquet files whose paths are taken literally: as patterns, `*` and `[x]` would match files of other runs.
+
+    Nor does a folder named `key=value` add a column.
+    """
+    return db.read_parquet([glob.escape(str(path)) for path in paths], hive_partitioning=False)
 
 
 def _hold_out(db: duckdb.DuckDBPyConnection, fraction: float) -> None:

@@ -188,7 +188,7 @@ def _build_token_counter(context: Context) -> TokenCounter | None:
 def _read_samples(plan: Path, shard: PlannedShard, roots: DataRoots) -> Iterator[tuple[Sample, tuple[int, int]]]:
     """Yield the samples of a shard in the plan's order, each with the width and height of its image."""
     filters = [("split", "=", shard.split), ("shard", "=", shard.number)]
-    table = pq.read_table(plan, filters=filters).sort_by("position")
+    table = pq.read_table(plan, filters=filters, partitioning=None).sort_by("position")
     with _start_threads() as threads:
         for first in range(0, table.num_rows, READ_AHEAD):
             chunk = table.slice(first, READ_AHEAD)

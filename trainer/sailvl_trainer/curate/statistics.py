@@ -15,7 +15,7 @@ from typing import Any
 import duckdb
 
 from sailvl_trainer.curate.artifacts import CurationArtifacts
-from sailvl_trainer.curate.selection import open_database
+from sailvl_trainer.curate.selection import open_database, read_parquet
 from sailvl_trainer.storage.codec import decode
 
 REPORT_JSON = "report.json"
@@ -129,7 +129,7 @@ def open_decided(artifacts: CurationArtifacts) -> Iterator[duckdb.DuckDBPyConnec
     caption as a list.
     """
     with open_database(artifacts) as db:
-        db.read_parquet(str(artifacts.decisions)).create_view("decisions")
+        read_parquet(db, artifacts.decisions).create_view("decisions")
         db.execute(
             "CREATE VIEW decided AS SELECT rows.* REPLACE (decisions.outcome AS outcome), decisions.duplicate_of "
             "FROM rows JOIN decisions USING (item)"

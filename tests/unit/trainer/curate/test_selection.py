@@ -1,0 +1,35 @@
+"""Tests of the selection's files below a storage whose path has special characters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sailvl_trainer.contract import CurateConfig
+from sailvl_trainer.curate.artifacts import CurationArtifacts, write_verified_items
+from sailvl_trainer.curate.items import Item
+from sailvl_trainer.curate.selection import select_samples
+from sailvl_trainer.curate.statistics import compute_statistics
+from sailvl_trainer.curate.verify import VerifiedItem
+
+
+def write_rows(root: Path, count: int) -> CurationArtifacts:
+    """Write verified items below a root, as steps 1 to 3 of the stage do."""
+    artifacts = CurationArtifacts(root / "run" / "curate" / "artifacts")
+    items = [Item(source="s", key=f"{number}") for number in range(count)]
+    rows = [
+        VerifiedItem(outcome="ok", text="a cat", width=60, height=40, tiles=1, pixels_sha256=f"{number:064x}")
+        for number in range(count)
+    ]
+    write_verified_items(artifacts.rows_file(0), 0, items, rows)
+    return artifacts
+
+
+@pytest.mark.parametrize("name", ["ro[x]ot", "ro*", "ro?ot", "item=5", "quote's", "back\\slash", "~", "[!a]"])
+def test_path_of_the_storage_is_no_pattern(tmp_path: Path, name: str) -> None:
+    write_rows(tmp_path / "roxot", 7)
+    artifacts = write_rows(tmp_path / name, 3)
+    config = CurateConfig(sources=(), held_out_fraction=0.0)
+    assert select_samples(artifacts, config) == {"kept": 3}
+    assert compute_statistics(artifacts).items == 3
