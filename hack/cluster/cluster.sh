@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run Kubernetes on one machine without Docker: control plane, nodes (containerd and kubelet each), DNS, a registry.
+# Run Kubernetes on one machine without Docker: control plane, nodes (containerd and kubelet each), DNS, a registry,
+# and enforced NetworkPolicies.
 #   cluster.sh up [NODES]     start it (default: two nodes); no effect if it is up; removes remains of a killed one
 #   cluster.sh add-node I     add a node, or start a killed one again
 #   cluster.sh kill-node I    end a node as a power loss would
@@ -16,7 +17,7 @@ PKI=$ROOT/pki
 API=https://127.0.0.1:6443
 REGISTRY=localhost:5000
 export KUBECONFIG=$PKI/admin.conf STORAGE_DRIVER=overlay
-NEEDS=(containerd runc buildah docker-registry busybox ip nft conntrack openssl)
+NEEDS=(containerd runc buildah docker-registry busybox ip nft conntrack openssl python3)
 
 # shellcheck source=hack/cluster/process.sh
 source "$HERE/process.sh"
@@ -34,7 +35,7 @@ binaries() {
 
 is_up() { # NODES
   local i
-  is_running apiserver && is_running registry && is_running coredns || return
+  is_running apiserver && is_running registry && is_running coredns && is_running policies || return
   for ((i = 0; i < $1; i++)); do is_running "node-$i.kubelet" && is_running "node-$i.containerd" || return; done
   kubectl get --raw /readyz >/dev/null 2>&1
 }
@@ -50,6 +51,7 @@ up() { # NODES
   control_plane
   registry
   dns
+  network_policies
   pause_image
   for ((i = 0; i < $1; i++)); do node "$i"; done
   for ((i = 0; i < $1; i++)); do await_node "$i"; done
@@ -67,7 +69,7 @@ check_disk_space() { # images take space in the registry and on each node; a kub
 down() { # also remove what a killed cluster left: processes, mounts, cgroups, bridges, nftables rules
   local i
   for i in $(known_nodes); do kill_node "$i"; done
-  stop apiserver controller-manager scheduler proxy coredns registry
+  stop apiserver controller-manager scheduler proxy coredns policies registry
   stop etcd
   stop_strays "$ROOT"
   for i in $(known_nodes); do clear_node "$i"; done
@@ -78,6 +80,7 @@ down() { # also remove what a killed cluster left: processes, mounts, cgroups, b
 require() {
   [ "$(id -u)" -eq 0 ] || cannot "needs root"
   unshare --mount --net true 2>/dev/null || cannot "needs CAP_SYS_ADMIN for mounts"
+  enable_bridge_filter || cannot "needs the kernel module br_netfilter: without it, packets between pods of a node pass no filter"
   "$HERE/../require.sh" "${NEEDS[@]}" || cannot "tools are missing"
   command -v go >/dev/null || cannot "needs Go 1.26 or later"
 }
@@ -142,7 +145,7 @@ case "${1:-} ${2:+argument}" in
   'load argument') load "$2" ;;
   'env ') echo "export KUBECONFIG=$KUBECONFIG REGISTRY=$REGISTRY PATH=$("$HERE/build.sh"):\$PATH" ;;
   *)
-    sed -n '3,9s/^# *//p' "$0"
+    sed -n '4,10s/^# *//p' "$0"
     exit 2
     ;;
 esac

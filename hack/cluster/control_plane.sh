@@ -1,4 +1,5 @@
-# Start etcd, API server, controller manager, scheduler, kube-proxy, DNS and the registry as processes of the host.
+# Start etcd, API server, controller manager, scheduler, kube-proxy, DNS, the registry and the process that enforces
+# NetworkPolicies as processes of the host.
 # Sourced by cluster.sh.
 # shellcheck shell=bash
 
@@ -58,6 +59,10 @@ http: {addr: "127.0.0.1:5000"}
 YAML
   start registry docker-registry serve "$ROOT/registry.yml"
   await 10 bash -c '</dev/tcp/127.0.0.1/5000'
+}
+
+network_policies() { # one process for all nodes, because they share the host's network
+  start policies python3 "$HERE/network_policies.py" "$API" "$PKI"
 }
 
 dns() { # CoreDNS runs on the host; a Service without a selector points to it

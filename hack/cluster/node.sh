@@ -38,6 +38,11 @@ bridge() { # I
   sysctl -qw net.ipv4.ip_forward=1
 }
 
+enable_bridge_filter() { # let packets between pods of one node pass the rules of nftables
+  [ -d /proc/sys/net/bridge ] || modprobe br_netfilter 2>/dev/null || return
+  sysctl -qw net.bridge.bridge-nf-call-iptables=1
+}
+
 hierarchies() { # cgroup trees; cgroup v1 has one per controller
   awk '$3 == "cgroup" || $3 == "cgroup2" {print $2}' /proc/mounts
 }
@@ -81,7 +86,7 @@ unmount() { # DIRECTORY: unmount everything below it
   ! grep -qF " $1/" /proc/mounts || die "still mounted below $1: $(grep -F " $1/" /proc/mounts | cut -d' ' -f2 | head -3)"
 }
 
-clear_network() { # remove the pods' network namespaces, the bridges and kube-proxy's rules
+clear_network() { # remove the pods' network namespaces, the bridges, and the rules of kube-proxy and NetworkPolicies
   local name link
   for name in $(ip netns list 2>/dev/null | awk '/^cni-/ {print $1}'); do
     if ip -n "$name" -4 -o addr show eth0 2>/dev/null | grep -qF ' 10.244.'; then ip netns delete "$name"; fi
@@ -91,6 +96,7 @@ clear_network() { # remove the pods' network namespaces, the bridges and kube-pr
   done
   nft delete table ip kube-proxy 2>/dev/null || true
   nft delete table ip6 kube-proxy 2>/dev/null || true
+  nft delete table inet network-policies 2>/dev/null || true
 }
 
 pause_image() { # build the pause image from busybox; tests use it as $REGISTRY/busybox:1

@@ -54,11 +54,15 @@ stop_strays() { # FOLDER: end its processes that have no pid file, and the shims
   local proc pids=()
   for proc in /proc/[0-9]*; do
     case $(readlink "$proc/exe" 2>/dev/null) in
-      */etcd | */kube-* | */kubelet | */coredns | */containerd | */containerd-shim-* | */docker-registry)
-        if grep -qzF -- "$1/" "$proc/cmdline" 2>/dev/null; then pids+=("${proc#/proc/}"); fi ;;
+      */etcd | */kube-* | */kubelet | */coredns | */containerd | */containerd-shim-* | */docker-registry | */python3*)
+        if grep -qzF -- "$1/" "$proc/cmdline" 2>/dev/null && is_part "$proc"; then pids+=("${proc#/proc/}"); fi ;;
     esac
   done
   [ ${#pids[@]} -eq 0 ] || end "${pids[@]}"
+}
+
+is_part() { # PROC: whether a process is one that this script starts; other programs in Python may name the folder, too
+  case $(readlink "$1/exe") in */python3*) grep -qzF -- "$HERE/network_policies.py" "$1/cmdline" ;; esac
 }
 
 listeners() { # PORT...: print the processes that listen on them

@@ -6,6 +6,7 @@
 #   slow        like hold, but saving takes 3 s
 #   until       like hold, but succeed once the file /data/<run>.<stage> exists
 #   meet        like succeed, once both workers have met at the name of the first
+#   serve       like hold, and answer every connection on the ports of a worker with the name of the host
 #   config      exit with an error in the configuration
 #   crash-once  crash in attempt 1, then like hold
 # If /data is writable, each worker logs to /data/<run>.journal: stage, attempt, index and event.
@@ -38,11 +39,13 @@ meet() {
   if [ "$SAILVL_NODE_RANK" = 0 ]; then $bb nc -l -p "$port" </dev/null >/dev/null; return; fi
   until $bb nc -w 2 "$SAILVL_RENDEZVOUS_HOST" "$port" </dev/null 2>/dev/null; do $bb sleep 0.5; done
 }
+serve() { for each in "$port" 9400; do $bb nc -ll -p "$each" -e $bb hostname & done; }
 log_event started
 case $STUB in
   succeed) $bb sleep 1; succeed ;;
   meet) meet; succeed ;;
   hold) hold ;;
+  serve) serve; hold ;;
   slow) hold 3 ;;
   until) hold; succeed ;;
   config) write_termination '{"exit_code": 64, "message": "preset huge is unknown", "rank": 0}'; exit 64 ;;

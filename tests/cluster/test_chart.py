@@ -185,7 +185,7 @@ def test_permissions_suffice_for_owned_objects(installed: InstalledChart) -> Non
     stages = [stage | {"workers": {"nodes": 2}} for stage in SPEC["stages"]]
     installed.create_run("owned-objects", storage=storage, stages=stages)
     selector = ("-l", "sailvl.dev/run=owned-objects")
-    for kind in ("jobs", "services", "persistentvolumeclaims"):
+    for kind in ("jobs", "services", "networkpolicies", "persistentvolumeclaims"):
         wait_until(partial(installed.get_items, kind, *selector))
     wait_until(lambda: installed.get_items("events", "--field-selector", "involvedObject.name=owned-objects"))
     patch = ("-n", installed.namespace, "patch", "svr", "owned-objects", "--type=merge", "-p")

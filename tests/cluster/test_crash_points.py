@@ -39,7 +39,7 @@ pytestmark = pytest.mark.cluster
 NAMESPACES = Resource(api_version="v1", plural="namespaces")
 MAX_PARALLEL_RUNS = 64
 ROOT = Path(__file__).parents[2]
-WATCHED = (resources.JOBS, resources.PODS, resources.SERVICES, resources.CLAIMS)
+WATCHED = (resources.JOBS, resources.PODS, resources.SERVICES, resources.NETWORK_POLICIES, resources.CLAIMS)
 
 
 @pytest.fixture

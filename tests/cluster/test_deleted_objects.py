@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sailvl_operator.cluster.resources import JOBS, PODS, SERVICES, Resource
+from sailvl_operator.cluster.resources import JOBS, NETWORK_POLICIES, PODS, SERVICES, Resource
 from tests.support.live.api import ClusterApi, Object, wait_until
 from tests.support.live.replicas import OperatorReplica
 from tests.support.live.stub_runs import (
@@ -98,6 +98,7 @@ DELETIONS = [
         name="pod", kind=PODS, when=wait_for_running, state=("Running", 2), restarts=SAVED, jobs=("draw-a-2",)
     ),
     DeletionCase(name="service", kind=SERVICES, when=wait_for_running, state=("Running", 1), jobs=("draw-a-1",)),
+    DeletionCase(name="policy", kind=NETWORK_POLICIES, when=wait_for_running, state=("Running", 1), jobs=("draw-a-1",)),
     DeletionCase(name="paused-job", kind=JOBS, when=suspend, then=resume, state=("Running", 2), jobs=("draw-a-2",)),
     DeletionCase(
         name="paused-service", kind=SERVICES, when=suspend, then=resume, state=("Running", 2), jobs=("draw-a-2",)
@@ -142,7 +143,7 @@ def test_deleted_object_is_replaced(case: DeletionCase, runs_by_case: dict[str, 
         lambda: (run.stage_state(), run.jobs) == (case.state, [f"{run.name}-{job}" for job in case.jobs]),
         describe=run.describe,
     )
-    wait_until(lambda: len(run.list_owned(SERVICES)) == 1)
+    wait_until(lambda: len(run.list_owned(SERVICES)) == len(run.list_owned(NETWORK_POLICIES)) == 1)
     time.sleep(2)  # enough time for an unwanted reaction to start
     assert (run.stage_state(), run.stage().get("restarts", {})) == (case.state, case.restarts)
     assert run.jobs == [f"{run.name}-{job}" for job in case.jobs]

@@ -274,5 +274,5 @@ def test_deleted_run_removes_owned_objects(operator, namespace, image):
     wait_until(lambda: run.stage_state() == ("Running", 1))
     wait_until(lambda: run.list_owned("services"))
     run.kubectl("delete", "svr", "gone")
-    wait_until(lambda: not any(run.list_owned(kind) for kind in ("jobs", "pods", "services")))
+    wait_until(lambda: not any(run.list_owned(kind) for kind in ("jobs", "pods", "services", "networkpolicies")))
     wait_until(lambda: operator.read_metric('sailvl_run_stage_attempt{namespace="' + namespace + '",run="gone"') == 0)

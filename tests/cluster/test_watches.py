@@ -27,6 +27,9 @@ UNSCHEDULABLE = TEMPLATE["spec"] | {"nodeSelector": {"sailvl.dev/there-is": "non
         pytest.param(resources.JOBS, resources.Job, {"spec": {"suspend": True, "template": TEMPLATE}}, id="jobs"),
         pytest.param(resources.PODS, resources.Pod, {"spec": UNSCHEDULABLE}, id="pods"),
         pytest.param(resources.SERVICES, resources.Service, {"spec": {"clusterIP": "None"}}, id="services"),
+        pytest.param(
+            resources.NETWORK_POLICIES, resources.NetworkPolicy, {"spec": {"podSelector": {}}}, id="network policies"
+        ),
         pytest.param(resources.RUNS, dict, build_document(suspend=True), id="runs"),
     ],
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sailvl_operator.cluster.resources import JOBS, PODS, SERVICES, Resource
+from sailvl_operator.cluster.resources import JOBS, NETWORK_POLICIES, PODS, SERVICES, Resource
 from tests.support.live.api import (
     BINDINGS,
     CLAIMS,
@@ -311,6 +311,15 @@ BLOCKED_STARTS = [
         nodes=2,
         block=occupy_name(SERVICES, "Service", "v1", "", ports=[{"port": 80}]),
         unblock=free_name(SERVICES, ""),
+    ),
+    BlockedStart(
+        name="policy",
+        reason="NameConflict",
+        message="NetworkPolicy policy exists and is not owned by this run; delete it or rename the run",
+        block=occupy_name(
+            NETWORK_POLICIES, "NetworkPolicy", "networking.k8s.io/v1", "", podSelector={"matchLabels": {"app": "other"}}
+        ),
+        unblock=free_name(NETWORK_POLICIES, ""),
     ),
     BlockedStart(
         name="claim",

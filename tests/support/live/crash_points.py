@@ -321,7 +321,8 @@ def count_expected_objects() -> Counter[str]:
     """Return the objects of an undisturbed run, each once."""
     jobs = [f"jobs/{RUN}-{attempt}" for attempt in JOBS]
     pods = [f"pods/{RUN}-{attempt}-{index}" for attempt, nodes in JOBS.items() for index in range(nodes)]
-    return Counter([*jobs, *pods, f"services/{RUN}", f"persistentvolumeclaims/{names.claim_name(RUN)}"])
+    others = [f"services/{RUN}", f"networkpolicies/{RUN}", f"persistentvolumeclaims/{names.claim_name(RUN)}"]
+    return Counter([*jobs, *pods, *others])
 
 
 _TIMES = {"startTime", "completionTime", "lastTransitionTime", "time", "settledAt", "nextAttemptTime", "goodput"}

@@ -36,7 +36,14 @@ from tests.support.live.crash_points import (
 )
 from tests.support.live.proxy import BackgroundLoop
 
-WATCHED = (resources.JOBS, resources.PODS, resources.SERVICES, resources.CLAIMS, resources.RUNS)
+WATCHED = (
+    resources.JOBS,
+    resources.PODS,
+    resources.SERVICES,
+    resources.NETWORK_POLICIES,
+    resources.CLAIMS,
+    resources.RUNS,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
