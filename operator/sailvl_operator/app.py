@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import kopf
@@ -80,8 +81,8 @@ def build_controller(
     deferred; defaults to a high start-up backlog. The other arguments replace what the operator runs with.
     """
 
-    def should_defer() -> bool:
-        return has_backpressure() if has_backpressure is not None else backlog.is_high()
+    def should_defer(namespace: str = "") -> bool:
+        return has_backpressure() if has_backpressure is not None else backlog.is_high(namespace)
 
     shared = _Shared(
         settings=settings,
@@ -91,7 +92,12 @@ def build_controller(
         metrics=metrics or Metrics(CollectorRegistry()),
         has_backpressure=should_defer,
         runs=RunStore(),
-        queue=WorkQueue(queue_config, has_backpressure=should_defer, monotonic=monotonic),
+        queue=WorkQueue(
+            queue_config,
+            group_by=itemgetter(0),
+            has_backpressure=lambda key: should_defer(key[0]),
+            monotonic=monotonic,
+        ),
     )
     owned_objects = _build_owned_objects(shared)
     backlog = StartupBacklog(owned_objects, clock=clock)
@@ -308,7 +314,7 @@ class App:
         return health.liveness_errors(
             silent_watches=self.parts.owned_objects.ages(),
             missing_events_seconds=self.parts.auditor.stale_seconds(),
-            oldest_key_seconds=self.parts.queue.oldest_seconds() if self._is_leading() else 0.0,
+            stalled_seconds=self.parts.queue.stalled_seconds() if self._is_leading() else 0.0,
         )
 
     def _readiness_errors(self) -> list[str]:

@@ -131,7 +131,7 @@ class Controller:
             return "unchanged"
         decision = self._decide(entry, key)
         refusal = await self._apply(entry.run, decision, self._applier.apply)
-        if refusal is None and may_defer and decision.may_be_deferred and self._queue.has_backlog():
+        if refusal is None and may_defer and decision.may_be_deferred and self._queue.has_backlog(key):
             return self._defer_writes(key, decision)
         if refusal is None and decision.ensure_service:
             refusal = await self._apply(entry.run, decision, self._applier.ensure_service)

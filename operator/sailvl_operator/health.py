@@ -17,20 +17,21 @@ STALE_WATCH_SECONDS = 420.0
 """A watch without data for this long fails liveness; more than the 300 s after which the API server ends a watch."""
 STALE_RUNS_SECONDS = 300.0
 """The watch of runs may miss events for this long before liveness fails."""
-STALE_KEY_SECONDS = 300.0
-"""A key may wait in the work queue for this long before liveness fails."""
+STALLED_QUEUE_SECONDS = 300.0
+"""Keys may wait in the work queue for this long, without a worker taking any, before liveness fails."""
 
 Check = Callable[[], Sequence[str]]
 """Returns the errors of a probe; none if it passes."""
 
 
 def liveness_errors(
-    *, silent_watches: Iterable[tuple[str, float]], missing_events_seconds: float, oldest_key_seconds: float
+    *, silent_watches: Iterable[tuple[str, float]], missing_events_seconds: float, stalled_seconds: float
 ) -> list[str]:
     """Return why the kubelet should restart this process; empty if it is healthy.
 
     `silent_watches`: each watched resource with the seconds since its last data. `missing_events_seconds`: for how long
-    the watch of runs has been missing events. `oldest_key_seconds`: waiting time of the oldest key; 0 on a standby.
+    the watch of runs has been missing events. `stalled_seconds`: for how long keys wait and no worker takes any; 0 on a
+    standby.
     """
     errors = [
         f"watch of {resource}: no data for {seconds:.0f} s"
@@ -39,8 +40,8 @@ def liveness_errors(
     ]
     if missing_events_seconds > STALE_RUNS_SECONDS:
         errors.append(f"watch of runs: missing events for {missing_events_seconds:.0f} s")
-    if oldest_key_seconds > STALE_KEY_SECONDS:
-        errors.append(f"work queue: oldest key is {oldest_key_seconds:.0f} s old")
+    if stalled_seconds > STALLED_QUEUE_SECONDS:
+        errors.append(f"work queue: keys wait, but no worker took any for {stalled_seconds:.0f} s")
     return errors
 
 

@@ -4,8 +4,8 @@ deferred."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 
 from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.core.observe import JobRecord
@@ -33,32 +33,37 @@ class StartupBacklog:
         self._owned_objects = owned_objects
         self._clock = clock
         self._monotonic = monotonic
-        self._is_high, self._checked_at = False, float("-inf")
+        self._lacking: Counter[str] = Counter()  # young Jobs that lack pods, by namespace
+        self._checked_at = float("-inf")
         self._complete: set[str] = set()  # UIDs of young Jobs that have had all their pods
 
-    def is_high(self) -> bool:
-        """Whether more than HIGH_BACKLOG_JOBS young Jobs lack pods."""
+    def is_high(self, namespace: str = "") -> bool:
+        """Whether more than HIGH_BACKLOG_JOBS young Jobs lack pods, and this namespace has its equal share of them.
+
+        Without a namespace, return whether they are too many in total.
+        """
         now = self._monotonic()
         if now - self._checked_at >= _CHECK_INTERVAL_SECONDS:
-            self._is_high, self._checked_at = self._count_exceeds_limit(), now
-        return self._is_high
+            self._lacking, self._checked_at = Counter(job.namespace for job in self._find_lacking()), now
+        total = self._lacking.total()
+        has_share = not namespace or self._lacking[namespace] * len(self._lacking) >= total
+        return total > HIGH_BACKLOG_JOBS and has_share
 
-    def _count_exceeds_limit(self) -> bool:
+    def _find_lacking(self) -> Iterator[JobRecord]:
+        """Yield the young Jobs without all of their pods. Jobs that have them are remembered."""
         since = self._clock() - YOUNG_SECONDS
         young = [job for job in self._owned_objects.jobs if job.started > since and not _is_inactive(job)]
         self._complete.intersection_update(job.uid for job in young)
-        lacking = (job for job in young if job.uid not in self._complete and not self._has_all_pods(job))
-        return sum(1 for _ in islice(lacking, HIGH_BACKLOG_JOBS + 1)) > HIGH_BACKLOG_JOBS
-
-    def _has_all_pods(self, job: JobRecord) -> bool:
-        """Whether all pods of a Job have been created. A positive answer is remembered."""
-        pods = self._owned_objects.pods.get((job.namespace, job.run))
-        created = {pod.index for pod in pods if (pod.stage, pod.attempt) == (job.stage, job.attempt)}
-        if len(created) < job.nodes:
-            return False
-        self._complete.add(job.uid)
-        return True
+        by_run: dict[tuple[str, str], list[JobRecord]] = defaultdict(list)
+        for job in young:
+            if job.uid not in self._complete:
+                by_run[job.namespace, job.run].append(job)
+        for key, jobs in by_run.items():
+            created = {(pod.owner_uid, pod.index) for pod in self._owned_objects.pods.get(key)}
+            pods = Counter(owner_uid for owner_uid, _ in created)
+            self._complete.update(job.uid for job in jobs if pods[job.uid] >= job.nodes)
+            yield from (job for job in jobs if pods[job.uid] < job.nodes)
 
 
 def _is_inactive(job: JobRecord) -> bool:
-    return job.is_gone or job.is_deleting or job.is_suspended
+    return job.is_gone or job.is_deleting or job.is_suspended or bool(job.alteration)

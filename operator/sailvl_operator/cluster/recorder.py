@@ -12,12 +12,14 @@ from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.fair_queue import FairQueue
 from sailvl_operator.cluster.resources import Ignored
 from sailvl_operator.errors import ApiError
 
 log = logging.getLogger(__name__)
 
 _QUEUE_LIMIT = 10_000
+"""Events that may wait. If there are more, the namespace with the most of them loses its newest."""
 _PAUSE_SECONDS = 0.01
 """Pause between two Events, so that they do not delay other writes."""
 _BACKPRESSURE_PAUSE_SECONDS = 0.04
@@ -28,6 +30,7 @@ _MESSAGE_LIMIT = 1024
 
 class Recorder:
     """Posts Events on a best-effort basis: one that can't be written is counted and dropped. Duplicates are skipped.
+    Namespaces take turns.
 
     `count`: called with the outcome of each Event (written, failed, dropped).
     """
@@ -48,7 +51,9 @@ class Recorder:
         self._count = count
         self._clock = clock
         self._has_backpressure = has_backpressure
-        self._queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_QUEUE_LIMIT)
+        self._queue: FairQueue[tuple[str, int], dict[str, Any]] = FairQueue(lambda key: key[0])
+        self._number = 0
+        self._has_events = asyncio.Event()
         self._recent: dict[tuple[str, str, str, str], None] = {}
 
     def record(self, run: Run, *, type_: str, reason: str, message: str) -> None:
@@ -59,19 +64,26 @@ class Recorder:
         self._recent[event_key] = None
         if len(self._recent) > _RECENT_LIMIT:
             del self._recent[next(iter(self._recent))]
-        try:
-            self._queue.put_nowait(
-                build_event(
-                    run, type_=type_, reason=reason, message=message, identity=self._identity, now=self._clock()
-                )
-            )
-        except asyncio.QueueFull:
+        self._number += 1
+        event = build_event(
+            run, type_=type_, reason=reason, message=message, identity=self._identity, now=self._clock()
+        )
+        self._queue.add((run.namespace, self._number), event)
+        self._has_events.set()
+        if len(self._queue) > _QUEUE_LIMIT:
+            self._queue.drop_newest_of_largest_group()
             self._count("dropped")
+
+    async def _take(self) -> dict[str, Any]:
+        while not self._queue:
+            self._has_events.clear()
+            await self._has_events.wait()
+        return self._queue.pop()[1]
 
     async def run(self) -> None:
         """Post queued Events until cancelled."""
         while True:
-            event = await self._queue.get()
+            event = await self._take()
             try:
                 await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event, decode_as=Ignored)
                 self._count("written")

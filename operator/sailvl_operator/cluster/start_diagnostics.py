@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,9 +16,11 @@ from sailvl_operator.api import names
 from sailvl_operator.api.status import Status, decode_status
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
+from sailvl_operator.cluster.fair_queue import FairQueue
 from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.runs import RunKey, RunStore
 from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord
+from sailvl_operator.core.ownership import is_own_job
 from sailvl_operator.errors import ApiError, NotFound
 
 WaitingAttempt = tuple[JobRecord, tuple[PodRecord, ...]]
@@ -26,7 +29,8 @@ WaitingAttempt = tuple[JobRecord, tuple[PodRecord, ...]]
 DELAY_SECONDS = 10.0
 """Seconds for which an attempt must have been waiting before it is diagnosed; most start within them."""
 _ATTEMPTS_PER_ROUND = 8
-"""Maximum number of attempts that are diagnosed per round, those first that were not for the longest time."""
+"""Maximum number of attempts that are diagnosed per round. Namespaces take turns, and within a namespace the attempts
+come first that were not diagnosed for the longest time."""
 
 
 class StartDiagnostics:
@@ -55,6 +59,8 @@ class StartDiagnostics:
         self._messages: dict[RunKey, dict[AttemptKey, str]] = {}
         self._waiting_since: dict[str, float] = {}  # by the Job's UID
         self._diagnosed_at: dict[str, float] = {}  # by the Job's UID
+        self._turns: dict[str, int] = {}  # number of the diagnosis that was a namespace's last
+        self._turn = 0
 
     def get(self, key: RunKey) -> Mapping[AttemptKey, str]:
         """Return the newest diagnosis of each attempt of a run."""
@@ -79,10 +85,19 @@ class StartDiagnostics:
         self._waiting_since = {uid: self._waiting_since.get(uid, now) for uid in waiting}
         self._diagnosed_at = {uid: self._diagnosed_at.get(uid, 0.0) for uid in waiting}
         self._drop_started({(job.namespace, job.run, job.stage, job.attempt) for job, _ in waiting.values()})
-        due = [uid for uid in waiting if now - self._waiting_since[uid] >= self._delay_seconds]
-        for uid in sorted(due, key=lambda uid: self._diagnosed_at[uid])[:_ATTEMPTS_PER_ROUND]:
-            self._diagnosed_at[uid] = now
+        for uid in self._choose_due({uid: job.namespace for uid, (job, _) in waiting.items()}, now):
+            self._turn += 1
+            self._diagnosed_at[uid], self._turns[waiting[uid][0].namespace] = now, self._turn
             await self._diagnose(*waiting[uid])
+
+    def _choose_due(self, namespaces: Mapping[str, str], now: float) -> list[str]:
+        """Return the UIDs of the Jobs to diagnose in this round, given the namespaces of all that wait."""
+        self._turns = {namespace: self._turns.get(namespace, 0) for namespace in namespaces.values()}
+        due = [uid for uid in namespaces if now - self._waiting_since[uid] >= self._delay_seconds]
+        queue: FairQueue[str, None] = FairQueue(namespaces.__getitem__)
+        for uid in sorted(due, key=lambda uid: (self._turns[namespaces[uid]], self._diagnosed_at[uid])):
+            queue.add(uid, None)
+        return [queue.pop()[0] for _ in range(min(_ATTEMPTS_PER_ROUND, len(queue)))]
 
     def _drop_started(self, waiting: set[tuple[str, str, str, int]]) -> None:
         for key, messages in list(self._messages.items()):
@@ -158,12 +173,20 @@ class StartDiagnostics:
 
 def find_waiting(owned_objects: OwnedObjects, runs: RunStore) -> Iterator[WaitingAttempt]:
     """Yield the current attempts that have not started."""
-    for job in [job for job in owned_objects.jobs if not job.is_gone]:
-        key = job.namespace, job.run
-        pods = tuple(p for p in owned_objects.pods.get(key) if (p.stage, p.attempt) == (job.stage, job.attempt))
+    by_run: dict[RunKey, list[JobRecord]] = defaultdict(list)
+    for job in owned_objects.jobs:
+        if not job.is_gone and not job.alteration:
+            by_run[job.namespace, job.run].append(job)
+    for key, jobs in by_run.items():
         entry = runs.get(key)
-        if entry is not None and is_waiting(job, pods) and is_current(decode_status(entry.run.status), job):
-            yield job, pods
+        if entry is None:
+            continue
+        status, run = decode_status(entry.run.status), entry.run
+        current = [job for job in jobs if is_own_job(run, job) and is_current(status, job)]
+        pods: dict[str, list[PodRecord]] = defaultdict(list)
+        for pod in owned_objects.pods.get(key) if current else ():
+            pods[pod.owner_uid].append(pod)
+        yield from ((job, tuple(pods[job.uid])) for job in current if is_waiting(job, pods[job.uid]))
 
 
 def is_current(status: Status, job: JobRecord) -> bool:

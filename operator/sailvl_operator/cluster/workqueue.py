@@ -1,8 +1,9 @@
 """Work queue of keys, after client-go's: each key is queued once and is held by one worker at a time; timers and
 backoff for keys whose reconcile failed.
 
-A key whose writes can wait is deferred. Deferred keys come after all others and only when there is no backpressure, but
-after `max_defer_seconds` in any case. An important change of a deferred key still queues it at once.
+Keys of different namespaces take turns. A key whose writes can wait is deferred: it comes after all other keys of its
+namespace and only when that has no backpressure, but after `max_defer_seconds` in any case. An important change of a
+deferred key still queues it at once.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Hashable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
+
+from sailvl_operator.cluster.fair_queue import FairQueue
 
 K = TypeVar("K", bound=Hashable)
 
@@ -38,17 +41,26 @@ class QueueConfig:
     it."""
 
 
+class _Arrival(NamedTuple):
+    """When a key was queued or deferred, and whether it was deferred and must not be deferred again."""
+
+    at: float
+    is_due: bool = False
+
+
 class WorkQueue(Generic[K]):
     """Keys to reconcile. Not thread-safe: all calls come from one event loop.
 
-    `has_backpressure`: whether deferred keys should wait although no other key does. `jitter`: factor for each backoff.
+    `group_by`: the group of a key, its namespace; groups take turns. `has_backpressure`: whether deferred keys of a
+    key's group should wait although no other of its keys does. `jitter`: factor for each backoff.
     """
 
     def __init__(
         self,
         config: QueueConfig | None = None,
         *,
-        has_backpressure: Callable[[], bool] = lambda: False,
+        group_by: Callable[[K], Hashable] = lambda _: None,
+        has_backpressure: Callable[[K], bool] = lambda _: False,
         jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -56,8 +68,9 @@ class WorkQueue(Generic[K]):
         self._has_backpressure = has_backpressure
         self._jitter = jitter
         self._monotonic = monotonic
-        self._waiting: dict[K, float] = {}  # key to the time when it was queued, oldest first
-        self._deferred: dict[K, float] = {}  # key to the time when it was deferred, oldest first
+        self._waiting: FairQueue[K, _Arrival] = FairQueue(group_by)
+        self._deferred: FairQueue[K, _Arrival] = FairQueue(group_by)
+        self._deferred_at: OrderedDict[K, float] = OrderedDict()  # the deferred keys of all groups, oldest first
         self._active: set[K] = set()  # held by a worker
         self._dirty: set[K] = set()  # changed while a worker holds them
         self._failures: dict[K, int] = {}
@@ -66,17 +79,24 @@ class WorkQueue(Generic[K]):
         self._routine: set[K] = set()  # debounced keys with routine changes only
         self._idle: deque[asyncio.Future[None]] = deque()  # workers that wait for a key
         self._recheck_timer: asyncio.TimerHandle | None = None
+        self._taken_at = monotonic()  # when a worker took a key, or no key was waiting
 
     def start(self) -> None:
         """Restart the waiting times: keys that were queued before any worker started have not been kept waiting."""
-        self._waiting = dict.fromkeys(self._waiting, self._monotonic())
+        keys = [key for group in self._waiting.list_groups() for key in group]
+        for key in keys:
+            self._waiting.remove(key)
+            self._waiting.add(key, _Arrival(self._monotonic()))
+        self._taken_at = self._monotonic()
 
     def add(self, key: K) -> None:
         """Queue a key now. If a worker holds the key, queue it when the worker is done."""
         if key in self._active:
             self._dirty.add(key)
         elif key not in self._waiting:
-            self._waiting[key] = self._monotonic()
+            if not self._waiting:
+                self._taken_at = self._monotonic()
+            self._waiting.add(key, _Arrival(self._monotonic()))
             self._wake_worker()
 
     def add_debounced(self, key: K, *, routine: bool = False) -> None:
@@ -87,14 +107,17 @@ class WorkQueue(Generic[K]):
         """
         if not routine:
             self._debounce(key, self._config.debounce_seconds, routine=False)
-        elif key not in self._deferred:
-            factor = _ROUTINE_FACTOR if self._has_backpressure() else 1
+        elif key not in self._deferred_at:
+            factor = _ROUTINE_FACTOR if self._has_backpressure(key) else 1
             self._debounce(key, self._config.debounce_seconds * factor, routine=True)
 
     def defer(self, key: K) -> None:
-        """Queue a key behind all others until there is no backpressure or `max_defer_seconds` have passed. Pending
-        routine changes of the key are covered by this."""
-        self._deferred.setdefault(key, self._monotonic())
+        """Queue a key behind all others of its group until there is no backpressure or `max_defer_seconds` have passed.
+        Pending routine changes of the key are covered by this."""
+        if key not in self._deferred_at:
+            self._deferred_at[key] = self._monotonic()
+            self._deferred.add(key, _Arrival(self._deferred_at[key], is_due=True))
+            self._schedule_recheck()
         if key in self._routine:
             self._cancel_debounce(key)
 
@@ -130,10 +153,11 @@ class WorkQueue(Generic[K]):
         be deferred again. The worker must call `done` afterwards."""
         while (found := self._pop()) is None:
             await self._wait_for_key()
-        key, since, is_due = found
+        key, arrival = found
         self._cancel_debounce(key)
         self._active.add(key)
-        return key, self._monotonic() - since, is_due
+        self._taken_at = self._monotonic()
+        return key, self._taken_at - arrival.at, arrival.is_due
 
     def done(self, key: K) -> None:
         """Release a key. If it changed meanwhile, queue it again."""
@@ -141,39 +165,69 @@ class WorkQueue(Generic[K]):
         if key in self._dirty:
             self._dirty.discard(key)
             self.add(key)
-        elif key in self._deferred:
+        elif key in self._deferred_at:
             self._wake_worker()
 
     def depth(self) -> int:
         """Return the number of keys that wait for a worker, deferred ones included."""
-        return len(self._waiting.keys() | self._deferred.keys())
+        return len(self._waiting) + sum(key not in self._waiting for key in self._deferred_at)
 
-    def has_backlog(self) -> bool:
-        """Whether a write that can wait would delay something else: another key waits, or there is backpressure."""
-        return bool(self._waiting) or self._has_backpressure()
+    def has_backlog(self, key: K) -> bool:
+        """Whether a write of this key that can wait would delay something else: another key of its group waits, or
+        there is backpressure."""
+        return bool(self._waiting.get_group(key)) or self._has_backpressure(key)
 
     def oldest_seconds(self) -> float:
         """Return the waiting time of the oldest key; 0 if no key waits."""
-        since = [next(iter(group.values())) for group in (self._waiting, self._deferred) if group]
-        return self._monotonic() - min(since) if since else 0.0
+        arrivals = [arrival.at for queue in (self._waiting, self._deferred) for arrival in queue.heads()]
+        return self._monotonic() - min(arrivals) if arrivals else 0.0
 
-    def _pop(self) -> tuple[K, float, bool] | None:
-        """Return the next key with its arrival and whether it is a deferred key; None if none may be taken now."""
-        deferred = next(((k, t) for k, t in self._deferred.items() if k not in self._active), None)
-        if deferred is not None and self._may_take_deferred(deferred[1]):
-            key, since = deferred
-            del self._deferred[key]
-            self._waiting.pop(key, None)
-            return key, since, True
+    def stalled_seconds(self) -> float:
+        """Return for how long keys have been waiting without a worker taking any; 0 if no key waits."""
+        return self._monotonic() - self._taken_at if self._waiting else 0.0
+
+    def _pop(self) -> tuple[K, _Arrival] | None:
+        """Return the next key with its arrival; None if none may be taken now."""
+        self._promote_overdue()
         if not self._waiting:
-            if deferred is not None:
-                self._schedule_recheck()
+            self._promote_deferred()
+        if not self._waiting:
             return None
-        key = next(iter(self._waiting))
-        return key, self._waiting.pop(key), False
+        key, arrival = self._waiting.pop()
+        if not self._waiting.get_group(key):
+            self._promote_next(self._deferred.get_group(key))
+        return key, arrival
 
-    def _may_take_deferred(self, since: float) -> bool:
-        return self._monotonic() - since > self._config.max_defer_seconds or not self.has_backlog()
+    def _promote_overdue(self) -> None:
+        """Queue the keys that have been deferred for `max_defer_seconds`."""
+        until = self._monotonic() - self._config.max_defer_seconds
+        while self._deferred_at:
+            key, since = next(iter(self._deferred_at.items()))
+            if since >= until:
+                return
+            self._promote(key)
+
+    def _promote_deferred(self) -> None:
+        """Queue the oldest deferred key of every group in which no other key waits."""
+        for group in self._deferred.list_groups():
+            if not self._waiting.get_group(next(iter(group))):
+                self._promote_next(group)
+
+    def _promote_next(self, group: Mapping[K, _Arrival]) -> None:
+        """Queue the oldest key of a group of deferred keys, unless there is backpressure."""
+        key = next((key for key in group if key not in self._active), None)
+        if key is not None and not self._has_backpressure(key):
+            self._promote(key)
+
+    def _promote(self, key: K) -> None:
+        """Queue a deferred key in place of its other arrival, if it has one; a worker that holds the key covers it."""
+        del self._deferred_at[key]
+        arrival = self._deferred.remove(key)
+        if key in self._active or arrival is None:
+            self._dirty.add(key)
+            return
+        self._waiting.remove(key)
+        self._waiting.add(key, arrival)
 
     async def _wait_for_key(self) -> None:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -199,7 +253,11 @@ class WorkQueue(Generic[K]):
     def _recheck_deferred(self) -> None:
         """Wake as many workers as there are deferred keys, since all of them become due together."""
         self._recheck_timer = None
-        for _ in range(min(len(self._idle), len(self._deferred))):
+        if self._deferred_at:
+            self._promote_overdue()
+            self._promote_deferred()
+            self._schedule_recheck()
+        for _ in range(min(len(self._idle), len(self._deferred) + len(self._waiting))):
             self._wake_worker()
 
     def _debounce(self, key: K, seconds: float, *, routine: bool) -> None:

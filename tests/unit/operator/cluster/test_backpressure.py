@@ -33,7 +33,7 @@ def build_jobs(number, **fields):
 
 
 def build_pods(jobs, indices):
-    return [replace(build_pod("curate", index=i), run=job.run) for job in jobs for i in indices]
+    return [replace(build_pod("curate", index=i), run=job.run, owner_uid=job.uid) for job in jobs for i in indices]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from sailvl_operator.cluster.workqueue import QueueConfig, WorkQueue
 
 def build_queue(*, has_backpressure: bool = False, **config: float) -> WorkQueue[str]:
     fields = {"backoff_seconds": 0.02, "backoff_limit_seconds": 0.05, "debounce_seconds": 0.0}
-    return WorkQueue(QueueConfig(**fields | config), has_backpressure=lambda: has_backpressure, jitter=lambda: 1.0)
+    return WorkQueue(QueueConfig(**fields | config), has_backpressure=lambda _: has_backpressure, jitter=lambda: 1.0)
 
 
 async def test_key_is_queued_once_and_held_by_one_worker():
@@ -91,7 +91,7 @@ def loaded() -> tuple[WorkQueue[str], list[str]]:
     """A queue, and a list: there is backpressure while it isn't empty."""
     load = ["other runs start"]
     config = QueueConfig(debounce_seconds=0.0, max_defer_seconds=2.0)
-    return WorkQueue(config, has_backpressure=lambda: bool(load)), load
+    return WorkQueue(config, has_backpressure=lambda _: bool(load)), load
 
 
 async def test_deferred_keys_wait_for_the_end_of_backpressure_and_then_come_together(loaded):

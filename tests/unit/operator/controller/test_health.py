@@ -39,14 +39,12 @@ async def test_probes_and_metrics_are_served():
     [
         pytest.param(1.0, 1.0, 0.0, [], id="healthy"),
         pytest.param(500.0, 1.0, 0.0, ["watch of pods: no data for 500 s"], id="silent watch"),
-        pytest.param(1.0, 400.0, 0.0, ["work queue: oldest key is 400 s old"], id="stalled queue"),
+        pytest.param(1.0, 400.0, 0.0, ["work queue: keys wait, but no worker took any for 400 s"], id="stalled queue"),
         pytest.param(1.0, 1.0, 360.0, ["watch of runs: missing events for 360 s"], id="stale watch of runs"),
     ],
 )
 def test_liveness_fails_with_the_reason(silent, oldest, missing, errors):
-    found = liveness_errors(
-        silent_watches=[("pods", silent)], missing_events_seconds=missing, oldest_key_seconds=oldest
-    )
+    found = liveness_errors(silent_watches=[("pods", silent)], missing_events_seconds=missing, stalled_seconds=oldest)
     assert found == errors
 
 
