@@ -46,15 +46,22 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end -}}
 {{- end -}}
 
+{{- /* NetworkPolicyPeer of Prometheus, as JSON; empty if its namespace isn't set. */ -}}
+{{- define "sailvl.prometheusPeer" -}}
+{{- with .Values.networkPolicy.prometheus.namespace -}}
+{{- toJson (dict
+      "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" .))
+      "podSelector" (dict "matchLabels" (default (dict "app.kubernetes.io/name" "prometheus") $.Values.networkPolicy.prometheus.podLabels))) -}}
+{{- end -}}
+{{- end -}}
+
 {{- /* NetworkPolicyPeers that may connect to the metrics port of workers, as JSON: the operator and Prometheus. */ -}}
 {{- define "sailvl.metricsPeers" -}}
 {{- $peers := list (dict
       "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" .Release.Namespace))
       "podSelector" (dict "matchLabels" (fromYaml (include "sailvl.selector" .)))) -}}
-{{- with .Values.networkPolicy.prometheus.namespace -}}
-{{- $peers = append $peers (dict
-      "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" .))
-      "podSelector" (dict "matchLabels" (default (dict "app.kubernetes.io/name" "prometheus") $.Values.networkPolicy.prometheus.podLabels))) -}}
+{{- with include "sailvl.prometheusPeer" . -}}
+{{- $peers = append $peers (fromJson .) -}}
 {{- end -}}
 {{- toJson $peers -}}
 {{- end -}}

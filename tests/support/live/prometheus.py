@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -45,20 +46,28 @@ def start_prometheus(
     folder: Path, kubeconfig: str, monitors: list[dict[str, Any]], namespaces: list[str]
 ) -> Iterator[Prometheus]:
     """Start Prometheus with the scrape configuration of some monitors; stop it at the end."""
-    if shutil.which("prometheus") is None:
+    jobs = [build_scrape_config(monitor, kubeconfig, namespaces) for monitor in monitors]
+    with run_prometheus(folder, jobs) as prometheus:
+        yield prometheus
+
+
+@contextmanager
+def run_prometheus(folder: Path, jobs: list[dict[str, Any]], interval: str = "5s") -> Iterator[Prometheus]:
+    """Start Prometheus with scrape configurations, in a folder that is emptied; stop it at the end."""
+    binary = find_prometheus()
+    if binary is None:
         pytest.skip(
             "prometheus is not installed: put one with discovery of Kubernetes on PATH (`make cluster` builds it)"
         )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    jobs = [build_scrape_config(monitor, kubeconfig, namespaces) for monitor in monitors]
     config = folder / "prometheus.yml"
-    config.write_text(yaml.safe_dump({"global": {"scrape_interval": "5s"}, "scrape_configs": jobs}))
+    config.write_text(yaml.safe_dump({"global": {"scrape_interval": interval}, "scrape_configs": jobs}))
     port = _free_port()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [
-                "prometheus",
+                binary,
                 f"--config.file={config}",
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--web.listen-address=127.0.0.1:{port}",
@@ -72,6 +81,13 @@ def start_prometheus(
     finally:
         process.terminate()
         process.wait(30)
+
+
+def find_prometheus() -> str | None:
+    """Return prometheus in PATH, else the newest that hack/cluster/build.sh has built."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    built = sorted(cache.glob("sailvl/bin/*/prometheus"), key=lambda path: path.stat().st_mtime)
+    return shutil.which("prometheus") or (str(built[-1]) if built else None)
 
 
 def render_monitors(chart: Path, release: str, system: str) -> list[dict[str, Any]]:
@@ -96,14 +112,36 @@ def build_scrape_config(monitor: dict[str, Any], kubeconfig: str, namespaces: li
     return {
         "job_name": f"{monitor['kind']}/{monitor['metadata']['name']}",
         "metrics_path": endpoint.get("path", "/metrics"),
-        "honor_labels": endpoint.get("honorLabels", False),
         "kubernetes_sd_configs": [{"role": role, "kubeconfig_file": kubeconfig, "namespaces": {"names": namespaces}}],
         "relabel_configs": [
             *keep,
             _build_keep_rule(port, endpoint["port"]),
+            *_build_target_labels(monitor),
             *map(_to_snake_case, endpoint.get("relabelings", [])),
         ],
+    } | build_limits(monitor)
+
+
+def build_limits(monitor: dict[str, Any]) -> dict[str, Any]:
+    """Return what a monitor allows its targets, as settings of a scrape configuration."""
+    spec = monitor["spec"]
+    (endpoint,) = spec["podMetricsEndpoints" if monitor["kind"] == "PodMonitor" else "endpoints"]
+    return {
+        "honor_labels": endpoint.get("honorLabels", False),
+        "honor_timestamps": endpoint.get("honorTimestamps", True),
+        "follow_redirects": endpoint.get("followRedirects", True),
+        "sample_limit": spec.get("sampleLimit", 0),
+        "body_size_limit": spec.get("bodySizeLimit", "0"),
+        "metric_relabel_configs": [_to_snake_case(rule) for rule in endpoint.get("metricRelabelings", [])],
     }
+
+
+def _build_target_labels(monitor: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rules that label a target; a ServiceMonitor's job is the Service, a PodMonitor's the monitor."""
+    labels = {"namespace": "__meta_kubernetes_namespace", "pod": "__meta_kubernetes_pod_name"}
+    if monitor["kind"] == "ServiceMonitor":
+        labels["job"] = "__meta_kubernetes_service_name"
+    return [{"source_labels": [source], "target_label": label} for label, source in labels.items()]
 
 
 def _build_keep_rule(label: str, value: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-LABELS = ("namespace", "run", "stage")
+LABELS = ("run", "stage")
+"""Labels of every metric. Prometheus adds the namespace and the pod, as for any target."""
 
 VALUES = {
     "loss": "Training loss of the latest step, averaged over its loss tokens.",

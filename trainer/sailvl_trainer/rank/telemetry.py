@@ -35,7 +35,7 @@ class Telemetry:
         """`path` is where the progress document is written, if anywhere; rank 0 also sets the run's metrics."""
         self.registry = CollectorRegistry()
         self.metrics = TrainerMetrics(self.registry)
-        self._labels = {"namespace": stage.namespace, "run": stage.run, "stage": stage.stage}
+        self._labels = {"run": stage.run, "stage": stage.stage}
         self._path, self._rank, self._written = path, rank, 0.0
         self.progress = _load_progress(stage.attempt, path)
         self._starting_since = self.progress.time

@@ -42,12 +42,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 LEASE = ["Role", "RoleBinding"]
-ALWAYS = ["Deployment", "Service", "ServiceAccount", *LEASE]
+ALWAYS = ["Deployment", "Service", "ServiceAccount", "NetworkPolicy", *LEASE]
+AGGREGATED = ["ClusterRole", "ClusterRole"]
 KINDS = {
-    "default": [*ALWAYS, "ClusterRole", "ClusterRoleBinding", "PodDisruptionBudget"],
-    "namespaced": [*ALWAYS, *LEASE, *LEASE],
+    "default": [*ALWAYS, *AGGREGATED, "ClusterRole", "ClusterRoleBinding", "PodDisruptionBudget"],
+    "namespaced": [*ALWAYS, *AGGREGATED, *LEASE, *LEASE],
     "monitored": [
         *ALWAYS,
+        *AGGREGATED,
         "ClusterRole",
         "ClusterRoleBinding",
         "PodDisruptionBudget",
@@ -57,7 +59,7 @@ KINDS = {
         "ConfigMap",
     ],
     "everything": ["Deployment", "ServiceAccount", *LEASE, *LEASE, "ConfigMap"],
-    "given-rights": ["Deployment", "Service", "PodDisruptionBudget"],
+    "given-rights": ["Deployment", "Service", "NetworkPolicy", "PodDisruptionBudget"],
 }
 
 
@@ -101,7 +103,7 @@ def test_pod_meets_the_restricted_security_standard(scenario: str) -> None:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert spec["volumes"] == [{"name": "tmp", "emptyDir": {}}]
+    assert spec["volumes"] == [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}]
     assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
     assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & set(spec)
 
@@ -258,6 +260,41 @@ def test_rbac_rules_by_namespace(scenario: str, expected: dict[str, Any]) -> Non
     assert rights_by_namespace(scenario) == expected
 
 
+def test_roles_for_users_are_aggregated_without_the_status() -> None:
+    roles = {
+        o["metadata"]["name"]: o
+        for o in render("default")
+        if o["kind"] == "ClusterRole" and ":" in o["metadata"]["name"]
+    }
+    view, edit = (roles[f"sail:train-sailvl-operator:{name}"] for name in ("view", "edit"))
+    prefix = "rbac.authorization.k8s.io/aggregate-to-"
+    targets = [{k.removeprefix(prefix) for k in o["metadata"]["labels"] if k.startswith(prefix)} for o in (view, edit)]
+    assert targets == [{"view"}, {"edit", "admin"}]
+    assert flatten_rules(view["rules"]) == {("sailvl.dev", "sailvlruns", verb, "") for verb in ("get", "list", "watch")}
+    assert flatten_rules(edit["rules"]) == {
+        ("sailvl.dev", "sailvlruns", verb, "") for verb in ("create", "update", "patch", "delete", "deletecollection")
+    }
+
+
+PROMETHEUS_RULE = {
+    "from": [
+        {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
+            "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+        }
+    ],
+    "ports": [{"port": "http", "protocol": "TCP"}],
+}
+
+
+@pytest.mark.parametrize(("scenario", "ingress"), [("default", []), ("monitored", [PROMETHEUS_RULE])])
+def test_operator_accepts_connections_from_prometheus_alone(scenario: str, ingress: list[Any]) -> None:
+    [policy] = [o["spec"] for o in render(scenario) if o["kind"] == "NetworkPolicy"]
+    labels = get_pod_template(scenario)["metadata"]["labels"]
+    assert policy.pop("podSelector")["matchLabels"].items() <= labels.items()
+    assert policy == {"policyTypes": ["Ingress"], "ingress": ingress}
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_pod_uses_the_service_account(scenario: str) -> None:
     accounts = [o["metadata"]["name"] for o in render(scenario) if o["kind"] == "ServiceAccount"]
@@ -283,6 +320,11 @@ INVALID_VALUES = [
     pytest.param("resources.limits.memory=lots", "/resources/limits/memory", id="quantity is not a number"),
     pytest.param(
         "podLabels.app\\.kubernetes\\.io/managed-by=sailvl-operator", "invalid propertyName", id="reserved pod label"
+    ),
+    pytest.param(
+        "metrics.serviceMonitor.enabled=true",
+        "keeps Prometheus from it; set networkPolicy.prometheus.namespace",
+        id="ServiceMonitor behind a NetworkPolicy without Prometheus",
     ),
     pytest.param("networkPolicy.runs=maybe", "/networkPolicy/runs", id="network policies is a string"),
     pytest.param(

@@ -8,7 +8,7 @@ from collections import Counter as Tally
 from collections.abc import Iterator
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 
 from sailvl_operator.api import names
 from sailvl_operator.api.status import Goodput, StageProgress, StageStatus, Status
@@ -56,8 +56,24 @@ def test_pod_monitor_matches_workers_in_all_namespaces() -> None:
     assert monitor["selector"]["matchLabels"] == {names.LABEL_MANAGED_BY: names.FIELD_MANAGER}
     assert is_selected(monitor["selector"]["matchLabels"], worker["selector"])
     [endpoint] = monitor["podMetricsEndpoints"]
-    assert endpoint == {"port": names.METRICS_PORT_NAME, "path": "/metrics", "interval": "5s", "honorLabels": True}
+    assert (endpoint["port"], endpoint["path"], endpoint["interval"]) == (names.METRICS_PORT_NAME, "/metrics", "5s")
     assert monitor["namespaceSelector"] == {"any": True}
+
+
+def test_pod_monitor_takes_the_series_of_the_trainer_alone() -> None:
+    [endpoint] = find_object(render("monitored"), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    keep, drop = endpoint["metricRelabelings"]
+    assert (keep["action"], keep["sourceLabels"]) == ("keep", ["__name__"])
+    kept = {name for name in describe_series() if re.fullmatch(keep["regex"], name)}
+    assert kept == {f.name + ("_total" if f.type == "counter" else "") for f in collect_trainer_metrics()}
+    assert drop == {"action": "labeldrop", "regex": "exported_.*"}
+
+
+def collect_trainer_metrics() -> list[Metric]:
+    """Return the families of all metrics of the trainer."""
+    registry = CollectorRegistry()
+    TrainerMetrics(registry)
+    return list(registry.collect())
 
 
 TARGET_LABELS = {"namespace", "job", "pod"}

@@ -40,7 +40,7 @@ def test_another_attempt_starts_from_zero(tmp_path: Path) -> None:
 
 def test_only_rank_0_sets_metrics_of_the_run(tmp_path: Path) -> None:
     stage = build_stage(tmp_path)
-    labels = {"namespace": "team", "run": "demo", "stage": "curate"}
+    labels = {"run": "demo", "stage": "curate"}
     first, other = Telemetry(stage, None, rank=0), Telemetry(stage, None, rank=1)
     for telemetry in (first, other):
         telemetry.count_samples("kept", 2)
