@@ -48,7 +48,8 @@ def reconcile(
         return reconcile_finished(run, old, observed, now=now)
     # A spec with a field that isn't supported or allowed fails the run until the spec is fixed.
     if problems := find_unsupported_fields(run.spec) or find_disallowed_fields(run.spec, allowed, old.stages):
-        return reconcile_invalid(run, "; ".join(map(": ".join, problems)), observed, now=now)
+        decision = reconcile_invalid(run, "; ".join(map(": ".join, problems)), observed, now=now)
+        return replace(decision, network_policy=_find_policy_action(run, old.stages, observed, defaults))
 
     # Advance every stage: restart requests, success, suspend, queues, failures and restarts, start timeouts, gates.
     views = build_views(run, planned or plan(run), old, observed, defaults=defaults, now=now)
@@ -75,7 +76,7 @@ def reconcile(
     # Decide on Jobs to delete, suspend and create, the Service, the NetworkPolicy, the restart annotation, the status
     # and its events.
     times = [deferred_until, now + seconds_left, *(stage.requeue_at for stage in transition.stages)]
-    policy = _find_policy_action(run, transition, observed, defaults)
+    policy = _find_policy_action(run, new.stages, observed, defaults)
     requeue_at = _find_requeue_time(new, times)
     return _build_decision(run, old, new, transition, observed, network_policy=policy, requeue_at=requeue_at)
 
@@ -108,15 +109,15 @@ def _build_decision(
 
 
 def _find_policy_action(
-    run: Run, transition: RunTransition, observed: Observed, defaults: Defaults
+    run: Run, stages: Iterable[StageStatus], observed: Observed, defaults: Defaults
 ) -> NetworkPolicyAction | None:
-    """Return what is done to the NetworkPolicy, which is created once a stage has workers and then kept up to date."""
+    """Return the change of the NetworkPolicy, which is created once a stage has workers and then kept up to date."""
     state = observed.network_policy
     if not defaults.network_policies or run.spec.network.policy == "Disabled":
         return None if state == "Missing" else NetworkPolicyAction.DELETE
     if state == "Outdated":
         return NetworkPolicyAction.UPDATE
-    has_workers = state == "Missing" and any(stage.status.state in ACTIVE for stage in transition.stages)
+    has_workers = state == "Missing" and any(stage.state in ACTIVE for stage in stages)
     return NetworkPolicyAction.CREATE if has_workers else None
 
 

@@ -57,6 +57,7 @@ def test_policy_without_metrics_peers_has_no_rule_with_an_empty_list_of_peers() 
     assert build_policy()["spec"]["ingress"] == [{"from": [{"podSelector": WORKERS}]}]
 
 
+REFUSED = {"engine": {"name": "fsdp2"}}
 STARTING = Status(stages=(StageStatus(name="curate", state="Starting", attempt=1),))
 
 
@@ -71,6 +72,9 @@ STARTING = Status(stages=(StageStatus(name="curate", state="Starting", attempt=1
         pytest.param(STARTING, "Current", {"network": {"policy": "Disabled"}}, DELETE, id="disabled later"),
         pytest.param(STARTING, "Outdated", {"network": {"policy": "Disabled"}}, DELETE, id="disabled and outdated"),
         pytest.param(Status(), "Missing", {"network": {"policy": "Disabled"}}, None, id="disabled from the start"),
+        pytest.param(STARTING, "Missing", REFUSED, CREATE, id="workers of a run whose spec is refused"),
+        pytest.param(STARTING, "Outdated", REFUSED, UPDATE, id="changed peers of a run whose spec is refused"),
+        pytest.param(Status(), "Missing", REFUSED, None, id="new run whose spec is refused"),
     ],
 )
 def test_policy_follows_the_spec(
