@@ -27,8 +27,8 @@ from sailvl_trainer.data.samples import IMAGE_PLACEHOLDER, Message
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.evaluate.tsv import Question
 from sailvl_trainer.model.presets import Preset
+from sailvl_trainer.rank.collectives import broadcast_value
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.files import translate_storage_errors
 
@@ -113,9 +113,8 @@ class AnswerCache:
         folder = context.files.output / "artifacts"
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"answers-{context.stage.attempt:04d}-{context.rank:05d}.jsonl"
-        self._answers: dict[tuple[str, str], list[str]] = broadcast_object(
-            _read_answers(folder) if context.is_first else None
-        )
+        batches = broadcast_value(list[_CachedBatch], _read_batches(folder) if context.is_first else None)
+        self._answers = {(found.benchmark, found.batch): found.answers for found in batches}
 
     def find(self, benchmark: str, batch: Sequence[Question]) -> list[str] | None:
         """Return the answers of an earlier attempt to these questions, or None."""
@@ -134,14 +133,13 @@ def _hash_batch(batch: Sequence[Question]) -> str:
     return hashlib.sha256(encode(batch)).hexdigest()
 
 
-def _read_answers(folder: Path) -> dict[tuple[str, str], list[str]]:
-    """Return the answers by benchmark and hash of the batch."""
-    answers: dict[tuple[str, str], list[str]] = {}
+def _read_batches(folder: Path) -> list[_CachedBatch]:
+    """Return the batches that earlier attempts answered, oldest first."""
+    batches: list[_CachedBatch] = []
     for path in sorted(folder.glob("answers-*.jsonl")):
         for data in path.read_bytes().splitlines():
             try:
-                line = decode(_CachedBatch, data)
+                batches.append(decode(_CachedBatch, data))
             except ValueError:
                 continue
-            answers[line.benchmark, line.batch] = line.answers
-    return answers
+    return batches

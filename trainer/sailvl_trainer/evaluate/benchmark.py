@@ -15,8 +15,8 @@ from sailvl_trainer.errors import DataError, Preempted
 from sailvl_trainer.evaluate.answers import AnswerCache, Generator
 from sailvl_trainer.evaluate.scoring import is_yes, parse_accepted_answers, score_answers
 from sailvl_trainer.evaluate.tsv import Question, read_tsv
+from sailvl_trainer.rank.collectives import all_gather_values
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.distributed import all_gather_object
 from sailvl_trainer.train.dataset_cache import open_dataset
 from sailvl_trainer.train.forward import PackedModel
 from sailvl_trainer.train.validation import measure_validation_loss
@@ -140,7 +140,9 @@ def _generate_answers(
         context.telemetry.update(step=step)
         if context.preemption.should_stop():
             raise Preempted(f"stopped on request during benchmark {benchmark.name}; its answers so far are kept")
-    answered = cached | {number: answers for rank in all_gather_object(generated) for number, answers in rank.items()}
+    answered = dict(cached)
+    for answers_by_batch in all_gather_values(dict[int, list[str]], generated):
+        answered |= answers_by_batch
     return [answer for number in range(len(batches)) for answer in answered[number]]
 
 

@@ -6,15 +6,15 @@ Every rank has to call the collectives below, in the same order; they run on the
 from __future__ import annotations
 
 import os
+import pickle
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import Store
-
-T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Time after which a collective fails because a rank hangs; a rank that dies breaks the connection at once."""
@@ -24,6 +24,7 @@ def start_process_group(device: torch.device) -> None:
     """Join the process group that torch's elastic agent set in the environment, or a group of one without an agent."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
         os.environ.setdefault(name, value)
+    forbid_pickled_objects()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_PORT" in os.environ:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
@@ -31,23 +32,27 @@ def start_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, text, lists, tuples, dicts and sets, and refuses everything else, which could run code."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        """Refuse a class or function that the pickle names. Raises UnpicklingError."""
+        raise pickle.UnpicklingError(f"another rank sent {module}.{name}, but only plain values are accepted")
+
+
+def forbid_pickled_objects() -> None:
+    """Have torch's object collectives refuse all but plain values from other ranks, in this process.
+
+    The trainer uses none of them, since `rank/collectives.py` replaces them. But torch and DeepSpeed call them in some
+    configurations, and gloo's connections aren't authenticated: a process that poses as a rank would run code here.
+    """
+    # c10d's _tensor_to_object, which all of them call, reads this module attribute
+    distributed_c10d._unpickler = PlainUnpickler
+
+
 def get_default_store() -> Store:
     """Return the key-value store of the process group, for which torch has no public name."""
-    return dist.distributed_c10d._get_default_store()
-
-
-def broadcast_object(value: T | None) -> T:
-    """Return rank 0's value on every rank; the other ranks pass None."""
-    objects = [value]
-    dist.broadcast_object_list(objects, src=0)
-    return objects[0]  # type: ignore[return-value]  # rank 0 passed a value
-
-
-def all_gather_object(value: T) -> list[T]:
-    """Return the values of all ranks, in the order of the ranks, on every rank."""
-    values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]  # every rank passed a value
+    return distributed_c10d._get_default_store()
 
 
 def sum_over_ranks(*values: float) -> tuple[float, ...]:

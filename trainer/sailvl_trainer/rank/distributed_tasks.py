@@ -16,8 +16,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from sailvl_trainer.errors import Preempted
+from sailvl_trainer.rank.collectives import broadcast_value
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.distributed import broadcast_object
 
 BARRIER_TIMEOUT = timedelta(days=30)
 """Time for which a rank waits for the others. It is long because the first rank may search duplicates for hours; the
@@ -34,7 +34,7 @@ class TaskPool:
         group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup), "every rank is a member"
         self._group = group
-        self._prefix = broadcast_object(f"tasks/{uuid.uuid4().hex}" if context.is_first else None)
+        self._prefix = broadcast_value(str, f"tasks/{uuid.uuid4().hex}" if context.is_first else None)
         """Prefix of the pool's keys in the store, which outlives the pool."""
 
     def run(

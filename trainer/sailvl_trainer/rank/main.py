@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from sailvl_trainer.contract import CONFIG_FILE, ExitCode, Result, Termination
 from sailvl_trainer.errors import ConfigError
+from sailvl_trainer.rank.collectives import broadcast_value
 from sailvl_trainer.rank.context import Context, build_context
-from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.rank.exceptions import build_termination
 from sailvl_trainer.rank.settings import Scratch, Settings, read_settings
 from sailvl_trainer.rank.termination import exit_rank
@@ -55,10 +55,10 @@ def run_stage(settings: Settings, *, rank: int, local_rank: int) -> Result:
     device = choose_device(settings, local_rank)
     seed_everything(stage.seed)
     context = build_context(stage, device=device, rank=rank, local_rank=local_rank, scratch=Scratch(settings.scratch))
-    found = broadcast_object([_claim_or_find_result(context)] if context.is_first else None)[0]
-    if found is not None:
-        logger.info("found an existing result in %s", found.output)
-        return found
+    found = broadcast_value(list[Result], _claim_or_find_result(context) if context.is_first else None)
+    if found:
+        logger.info("found an existing result in %s", found[0].output)
+        return found[0]
     module = importlib.import_module(f"sailvl_trainer.{STAGE_PACKAGES[stage.kind]}.stage")
     with translate_storage_errors(context.files.output, root=context.files.output):
         result: Result = module.run(context)
@@ -90,8 +90,8 @@ def choose_device(settings: Settings, local_rank: int) -> torch.device:
     return device
 
 
-def _claim_or_find_result(context: Context) -> Result | None:
-    """Return the stage's result if there is one; else claim the stage for this attempt and return None.
+def _claim_or_find_result(context: Context) -> list[Result]:
+    """Return the stage's result, in a list, if there is one; else claim the stage for this attempt and return none.
 
     After a restart in place the result may be this attempt's own, written before another rank failed.
     """
@@ -99,7 +99,8 @@ def _claim_or_find_result(context: Context) -> Result | None:
     if found is None:
         claim_stage(context.files, context.stage.attempt)
         write_atomic(context.files.output / CONFIG_FILE, encode(context.stage))
-    return found
+        return []
+    return [found]
 
 
 def _finish(context: Context, result: Result) -> None:

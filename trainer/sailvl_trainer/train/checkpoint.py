@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.planner import DataPosition
 from sailvl_trainer.errors import ConfigError, DataError
-from sailvl_trainer.rank.distributed import all_gather_object
+from sailvl_trainer.rank.collectives import all_gather_values
 from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors, write_atomic
 from sailvl_trainer.storage.layout import StageFiles
@@ -122,7 +122,7 @@ def save_checkpoint(folder: Path, fragments: Iterable[Fragment], *, digest: str,
     dist.barrier()
     with translate_storage_errors(folder):
         own = _write_fragments(folder, fragments)
-    written = all_gather_object(own)
+    written = all_gather_values(_RankFile, own)
     if is_first:
         manifest = CheckpointManifest(
             digest=digest,
@@ -173,7 +173,7 @@ def load_checkpoint(folder: Path, manifest: CheckpointManifest, fragments: Itera
                 _verify_file(folder / tensor_slice.file, manifest.files[tensor_slice.file])
                 verified.add(tensor_slice.file)
             _copy_overlap(folder, tensor_slice, fragment)
-    unread_by_all = set.intersection(*all_gather_object(unread))
+    unread_by_all = set.intersection(*all_gather_values(set[str], unread))
     if unread_by_all:
         raise ConfigError(
             f"checkpoint {folder} contains parameters that are frozen in this stage: {sorted(unread_by_all)[:3]}; "

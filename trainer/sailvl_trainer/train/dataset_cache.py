@@ -31,8 +31,8 @@ from sailvl_trainer.data.dataset import (
 )
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.token_counts import TokenCountFiles
+from sailvl_trainer.rank.collectives import broadcast_value
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.rank.distributed_tasks import TaskPool
 from sailvl_trainer.storage.lineage import check_not_superseded, find_newest_attempt
 
@@ -57,7 +57,7 @@ def open_dataset(context: Context, directories: Sequence[Path], split: str, enco
         return build_dataset(shards, encoder)
     folder = context.files.output / INDEX_DIR
     path = folder / f"{split}-{compute_fingerprint(shards, encoder)}.npy"
-    if not broadcast_object(has_lengths(path, shards.samples) if context.is_first else None):
+    if not broadcast_value(bool, has_lengths(path, shards.samples) if context.is_first else None):
         counts = TokenCountFiles(folder=folder / f"{path.stem}-tokens", counter=encoder.counter)
         pool = TaskPool(context)
         _count_tokens(context, pool, shards, counts)

@@ -19,7 +19,7 @@ from torch import nn
 
 from sailvl_trainer.contract import EngineConfig, TrainConfig
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.rank.distributed import all_gather_object
+from sailvl_trainer.rank.collectives import all_gather_values
 from sailvl_trainer.train.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,8 @@ def check_frozen(engine: Engine, trainable_names: Collection[str]) -> None:
     frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
     with_gradient = [name for name, parameter in frozen.items() if parameter.grad is not None]
     assert not with_gradient, f"frozen parameters have a gradient: {with_gradient[:3]}"
-    with_state = set[str]().union(*all_gather_object({f.name.removeprefix("model.") for f in engine.fragments()}))
+    own = {fragment.name.removeprefix("model.") for fragment in engine.fragments()}
+    with_state = set[str]().union(*all_gather_values(set[str], own))
     wrong = sorted(with_state ^ set(trainable_names))
     assert not wrong, f"frozen parameters have optimizer state, or trainable ones have none: {wrong[:3]}"
 

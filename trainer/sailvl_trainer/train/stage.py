@@ -15,8 +15,8 @@ import torch.distributed as dist
 from sailvl_trainer.contract import Lineage, Result, TrainConfig
 from sailvl_trainer.errors import NonFiniteError
 from sailvl_trainer.model.export import export_model
+from sailvl_trainer.rank.collectives import broadcast_value
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.distributed import broadcast_object
 from sailvl_trainer.storage.lineage import begin_attempt, check_not_superseded
 from sailvl_trainer.train import validation
 from sailvl_trainer.train.checkpoint import (
@@ -40,7 +40,8 @@ def run(context: Context) -> Result:
     assert config is not None, "read_stage has checked the kind"
     # 1. Build what every rank needs, and find the checkpoint to resume from.
     setup = prepare(context, config)
-    lineage = broadcast_object(begin_attempt(context.files, context.stage.attempt) if context.is_first else None)
+    own = begin_attempt(context.files, context.stage.attempt) if context.is_first else None
+    lineage = broadcast_value(Lineage, own)
     model = PackedModel(setup.model).to(context.device).train()
     engine = build_engine(model, context.stage.engine, config, device=context.device)
     context.telemetry.update(checkpoint=lineage.start, lost_steps=_count_lost_steps(context, lineage))
