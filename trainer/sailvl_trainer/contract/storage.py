@@ -25,6 +25,8 @@ HELD_OUT_DIR = "held-out"
 """Directory of curated shards that are held out from training."""
 REPORT_DIR = "report"
 """Directory of a stage's HTML report and its data."""
+VERIFIED_DIR = "verified"
+"""Directory in a run's directory: records of files of other runs whose hashes were verified."""
 RESULTS_DIR = "results"
 """Directory at the root of the storage: <digest>.json names the output that holds the result of a digest."""
 

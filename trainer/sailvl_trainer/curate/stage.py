@@ -35,7 +35,13 @@ from sailvl_trainer.curate.statistics import Statistics, read_statistics
 from sailvl_trainer.curate.verify import VerifiedItem, verify_item
 from sailvl_trainer.data.encoder import TokenCounter
 from sailvl_trainer.data.samples import Sample, build_caption_sample
-from sailvl_trainer.data.shards import ShardInfo, ShardWriter, write_shard_manifest
+from sailvl_trainer.data.shards import (
+    ShardInfo,
+    ShardWriter,
+    list_shard_files,
+    read_shard_manifest,
+    write_shard_manifest,
+)
 from sailvl_trainer.errors import DataError, StorageError
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
@@ -44,6 +50,7 @@ from sailvl_trainer.rank.distributed_tasks import TaskPool
 from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
 from sailvl_trainer.storage.files import write_atomic
+from sailvl_trainer.storage.hashes import HashedFile
 
 READ_AHEAD = 64
 """Images in memory while a shard is written."""
@@ -71,6 +78,16 @@ def run(context: Context) -> Result:
     # 6. Publish the shards in their manifests, and report.
     pool.run_on_first_rank("reporting", lambda: _publish(context, artifacts, config, roots))
     return _build_result(context, read_statistics(context.files.report), time.time() - started)
+
+
+def list_output_files(output: Path, storage: Path) -> list[HashedFile]:
+    """Return the files that a reused result consists of: both splits. Raises DataError if they can't be listed."""
+    roots = DataRoots.resolve(output, storage)
+    return [
+        file
+        for folder in (output / SHARDS_DIR, output / HELD_OUT_DIR)
+        for file in list_shard_files(folder, read_shard_manifest(folder, roots))
+    ]
 
 
 def list_partitions(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:

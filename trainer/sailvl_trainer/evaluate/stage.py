@@ -19,6 +19,8 @@ from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
+from sailvl_trainer.storage.hashes import HashedFile
+from sailvl_trainer.train.setup import verify_export
 
 
 def run(context: Context) -> Result:
@@ -55,6 +57,11 @@ def run(context: Context) -> Result:
     )
 
 
+def list_output_files(output: Path, storage: Path) -> list[HashedFile]:
+    """Return the files that a reused result consists of beside its metrics: none."""
+    return []
+
+
 def build_metrics(results: list[BenchmarkResult]) -> dict[str, float]:
     """Return the score of every benchmark and, as in the SAIL-VL paper, unweighted means over all and over each group.
 
@@ -85,6 +92,7 @@ def _load_generator(context: Context, config: EvaluateConfig) -> Generator:
     if stage.init_from is None:
         raise ConfigError("an evaluate stage needs a model; put a training stage before it or set initFrom")
     export = Path(stage.init_from) / EXPORT_DIR
+    verify_export(context, export)
     tokenizer = load_tokenizer(stage.model, export)
     model = build_model(stage.model, tokenizer, init_from=export).to(context.device).eval()
     return Generator(

@@ -11,14 +11,21 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
+from sailvl_trainer.contract import MANIFEST_FILE, SCHEMA_VERSION
+from sailvl_trainer.errors import DataError
 from sailvl_trainer.model.presets import IMAGENET_MEAN, IMAGENET_STD, Preset
 from sailvl_trainer.model.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE_CONTEXT, IMAGE_END, IMAGE_START
-from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors
+from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.data_files import DataRoots
+from sailvl_trainer.storage.documents import UnusableDocumentError, read_document
+from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors, write_atomic
+from sailvl_trainer.storage.hashes import FILE_NAME, FileHash, HashedFile, hash_file
 
 MAX_TILES = 12
 BICUBIC = 3
@@ -37,6 +44,15 @@ CHAT_TEMPLATE = (
     f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
 )
 """ChatML. The processor replaces each image's one IMAGE_CONTEXT by the whole span, with one per image token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportManifest:
+    """The contents of an export's `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    files: dict[str, FileHash]
+    """All other files by name."""
 
 
 def export_model(
@@ -62,6 +78,7 @@ def export_model(
             _write_processor(preset, temporary)
             for file in filter(Path.is_file, temporary.rglob("*")):
                 sync_file(file)
+            _write_manifest(temporary)
             sync_directory(temporary)
         check()
     except BaseException:
@@ -70,6 +87,30 @@ def export_model(
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
     sync_directory(path.parent)
+
+
+def list_export_files(folder: Path, storage: Path) -> list[HashedFile]:
+    """Return the files of an export, as its manifest describes them. Raises DataError if it has no usable one."""
+    try:
+        manifest = read_document(
+            ExportManifest, folder / MANIFEST_FILE, DataRoots.resolve(folder, storage), check=_describe_invalid
+        )
+    except (OSError, UnusableDocumentError) as error:
+        raise DataError(f"export {folder} has no usable {MANIFEST_FILE}: {error}; train the stage again") from error
+    return [HashedFile(path=folder / name, expected=expected) for name, expected in sorted(manifest.files.items())]
+
+
+def _write_manifest(folder: Path) -> None:
+    """Write the sizes and hashes of all files, which a stage of another run verifies before it loads them."""
+    roots = DataRoots.resolve(folder)
+    files = {path.name: hash_file(path, roots) for path in sorted(folder.iterdir())}
+    write_atomic(folder / MANIFEST_FILE, encode(ExportManifest(files=files)))
+
+
+def _describe_invalid(manifest: ExportManifest) -> str:
+    """Return what is wrong with a manifest's values; empty if nothing is."""
+    is_valid = all(FILE_NAME.fullmatch(name) and file.is_valid for name, file in manifest.files.items())
+    return "" if is_valid else "it lists a file with an impossible name, size or hash"
 
 
 def _write_processor(preset: Preset, folder: Path) -> None:

@@ -12,22 +12,22 @@ import os
 import random
 import time
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from sailvl_trainer.contract import CONFIG_FILE, ExitCode, Result, Termination
+from sailvl_trainer.contract import ExitCode, Kind, Result, Termination
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.rank.collectives import broadcast_value
 from sailvl_trainer.rank.context import Context, build_context
 from sailvl_trainer.rank.exceptions import build_termination
+from sailvl_trainer.rank.reused_result import find_result_or_claim
 from sailvl_trainer.rank.settings import Scratch, Settings, read_settings
 from sailvl_trainer.rank.termination import exit_rank
-from sailvl_trainer.storage.codec import encode, read_stage
-from sailvl_trainer.storage.files import translate_storage_errors, write_atomic
-from sailvl_trainer.storage.lineage import check_not_superseded, claim_stage
+from sailvl_trainer.storage.codec import read_stage
+from sailvl_trainer.storage.files import translate_storage_errors
+from sailvl_trainer.storage.lineage import check_not_superseded
 
 STAGE_PACKAGES = {"curate": "curate", "pretrain": "train", "sft": "train", "evaluate": "evaluate"}
 """Package that runs a stage, by its kind."""
@@ -55,11 +55,11 @@ def run_stage(settings: Settings, *, rank: int, local_rank: int) -> Result:
     device = choose_device(settings, local_rank)
     seed_everything(stage.seed)
     context = build_context(stage, device=device, rank=rank, local_rank=local_rank, scratch=Scratch(settings.scratch))
-    found = broadcast_value(list[Result], _claim_or_find_result(context) if context.is_first else None)
-    if found:
-        logger.info("found an existing result in %s", found[0].output)
-        return found[0]
-    module = importlib.import_module(f"sailvl_trainer.{STAGE_PACKAGES[stage.kind]}.stage")
+    found = find_result_or_claim(context, lambda *paths: _import_stage(stage.kind).list_output_files(*paths))
+    if found is not None:
+        logger.info("found an existing result in %s", found.output)
+        return found
+    module = _import_stage(stage.kind)
     with translate_storage_errors(context.files.output, root=context.files.output):
         result: Result = module.run(context)
         _finish(context, result)
@@ -90,17 +90,9 @@ def choose_device(settings: Settings, local_rank: int) -> torch.device:
     return device
 
 
-def _claim_or_find_result(context: Context) -> list[Result]:
-    """Return the stage's result, in a list, if there is one; else claim the stage for this attempt and return none.
-
-    After a restart in place the result may be this attempt's own, written before another rank failed.
-    """
-    found = context.files.find_result()
-    if found is None:
-        claim_stage(context.files, context.stage.attempt)
-        write_atomic(context.files.output / CONFIG_FILE, encode(context.stage))
-        return []
-    return [found]
+def _import_stage(kind: Kind) -> Any:
+    """Import the module that runs a kind of stage; it takes seconds."""
+    return importlib.import_module(f"sailvl_trainer.{STAGE_PACKAGES[kind]}.stage")
 
 
 def _finish(context: Context, result: Result) -> None:

@@ -1,6 +1,7 @@
 """Where a stage keeps its files on the shared storage, and how its result is written and found again.
 
 <storage>/results/<digest>.json                 points to the output that holds the result of a digest
+<storage>/<run>/verified/                       see rank/file_verification.py
 <storage>/<run>/<stage>-<digest12>/             the stage's output
     config.json  result.json
     attempts/<attempt>.json                     see lineage.py
@@ -37,6 +38,8 @@ class StageFiles:
         self.storage = Path(stage.storage)
         self.roots = DataRoots.resolve(self.storage)
         self.output = Path(stage.output)
+        self.run = self.output.parent
+        self.verified = self.run / contract.VERIFIED_DIR
         self.checkpoints = self.output / contract.CHECKPOINTS_DIR
         self.attempts = self.output / contract.ATTEMPTS_DIR
         self.export = self.output / contract.EXPORT_DIR

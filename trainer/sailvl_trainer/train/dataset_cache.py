@@ -34,6 +34,7 @@ from sailvl_trainer.data.token_counts import TokenCountFiles
 from sailvl_trainer.rank.collectives import broadcast_value
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import TaskPool
+from sailvl_trainer.rank.file_verification import verify_input
 from sailvl_trainer.storage.lineage import check_not_superseded, find_newest_attempt
 
 INDEX_DIR = "index"
@@ -49,10 +50,12 @@ logger = logging.getLogger(__name__)
 def open_dataset(context: Context, directories: Sequence[Path], split: str, encoder: SampleEncoder) -> ShardDataset:
     """Return the dataset of a split in all directories; measure its samples if the cache lacks them. COLLECTIVE.
 
-    Raises DataError for a missing manifest, shard or index, and for a record that can't be counted; StorageError if the
+    The hashes of shards that this run didn't write are verified first. Raises DataError for a missing manifest, for a
+    shard or index that is missing or differs from it, and for a record that can't be counted; StorageError if the
     volume is full or unavailable; Preempted if a stop was requested.
     """
-    shards = list_shards(directories, split)
+    shards = list_shards(directories, split, storage=context.files.storage)
+    verify_input(context, shards.files, advice="copy or curate the data set again")
     if not shards.samples:
         return build_dataset(shards, encoder)
     folder = context.files.output / INDEX_DIR

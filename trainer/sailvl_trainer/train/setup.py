@@ -12,9 +12,11 @@ from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.model.build import build_model, set_trainable
+from sailvl_trainer.model.export import list_export_files
 from sailvl_trainer.model.presets import Preset, get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
+from sailvl_trainer.rank.file_verification import is_from_this_run, verify_input
 from sailvl_trainer.train.dataset_cache import open_dataset
 
 
@@ -43,6 +45,8 @@ def prepare(context: Context, config: TrainConfig) -> TrainingSetup:
     """
     stage = context.stage
     init_from = None if stage.init_from is None else Path(stage.init_from) / EXPORT_DIR
+    if init_from is not None:
+        verify_export(context, init_from)
     tokenizer, preset = load_tokenizer(stage.model, init_from), get_preset(stage.model.preset)
     model = build_model(stage.model, tokenizer, init_from=init_from, seed=stage.seed)
     encoder = SampleEncoder(
@@ -67,6 +71,13 @@ def prepare(context: Context, config: TrainConfig) -> TrainingSetup:
         planner=planner,
         steps=planner.num_steps(stage.seed, epochs=config.epochs, tokens=config.tokens),
     )
+
+
+def verify_export(context: Context, folder: Path) -> None:
+    """Verify the hashes of an export that this run didn't write. COLLECTIVE. Raises DataError if a file differs."""
+    if not is_from_this_run(context, folder):
+        files = list_export_files(folder, context.files.storage)
+        verify_input(context, files, advice="train the stage that wrote it again, or set another initFrom")
 
 
 def _open_validation_set(context: Context, folders: list[Path], encoder: SampleEncoder) -> ShardDataset | None:
