@@ -123,6 +123,29 @@ def test_workflow_runs_targets_and_scripts_that_exist(path: Path) -> None:
         assert (ROOT / script).exists(), script
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_actions_are_pinned_by_commit_with_their_version(path: Path) -> None:
+    used = re.findall(r"uses: *(.*)", path.read_text())
+    assert used
+    assert [line for line in used if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
+
+
+def test_release_signs_everything_that_it_pushes() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    pushing = {name: job for name, job in jobs.items() if job.get("permissions", {}).get("packages") == "write"}
+    assert set(pushing) == {"images", "chart"}
+    for name, job in pushing.items():
+        assert job["permissions"]["id-token"] == "write", name
+        assert any("cosign sign --yes" in step.get("run", "") for step in job["steps"]), name
+
+
+def test_base_images_are_pinned_by_one_digest() -> None:
+    files = [(ROOT / f"images/{name}/Dockerfile").read_text() for name in ("operator", "trainer")]
+    bases = {base for text in files for base in re.findall(r"^ARG BASE=(.*)$", text, re.M)}
+    assert len(bases) == 1
+    assert re.fullmatch(r"\S+:[\w.-]+@sha256:[0-9a-f]{64}", bases.pop())
+
+
 def test_code_owners_own_paths_that_exist() -> None:
     for line in (ROOT / ".github/CODEOWNERS").read_text().splitlines():
         if line and not line.startswith("#"):

@@ -64,8 +64,8 @@ def test_pod_monitor_takes_the_series_of_the_trainer_alone() -> None:
     [endpoint] = find_object(render("monitored"), "PodMonitor")["spec"]["podMetricsEndpoints"]
     keep, drop = endpoint["metricRelabelings"]
     assert (keep["action"], keep["sourceLabels"]) == ("keep", ["__name__"])
-    kept = {name for name in describe_series() if re.fullmatch(keep["regex"], name)}
-    assert kept == {f.name + ("_total" if f.type == "counter" else "") for f in collect_trainer_metrics()}
+    passed = {name for name in describe_series() if re.fullmatch(keep["regex"], name)}
+    assert passed == {f.name + ("_total" if f.type == "counter" else "") for f in collect_trainer_metrics()}
     assert drop == {"action": "labeldrop", "regex": "exported_.*"}
 
 
