@@ -21,12 +21,13 @@ from sailvl_operator import handlers, health
 from sailvl_operator.api import names
 from sailvl_operator.api.status import decode_status
 from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.background import keep_running
 from sailvl_operator.cluster.backpressure import StartupBacklog
 from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.lease import Leadership
 from sailvl_operator.cluster.owned_objects import OwnedObjects
-from sailvl_operator.cluster.progress import ProgressReader
+from sailvl_operator.cluster.progress import ProgressReader, find_readable
 from sailvl_operator.cluster.recorder import Recorder
 from sailvl_operator.cluster.runs import RunKey, RunStore
 from sailvl_operator.cluster.server_clock import ServerClock
@@ -143,6 +144,7 @@ def _build_owned_objects(shared: _Shared) -> OwnedObjects:
         count_restart=lambda resource, cause: shared.metrics.watch_restarts.labels(resource, cause).inc(),
         clock=shared.clock,
         metrics_peers=shared.settings.defaults.metrics_peers,
+        count_error=shared.metrics.count_loop_error,
     )
 
 
@@ -155,6 +157,7 @@ def _build_auditor(shared: _Shared) -> WatchAuditor:
         on_event=partial(handlers.handle_run_event, runs=shared.runs, queue=shared.queue),
         count=shared.metrics.missed_changes.inc,
         monotonic=shared.monotonic,
+        count_error=shared.metrics.count_loop_error,
     )
 
 
@@ -166,17 +169,19 @@ def _build_recorder(shared: _Shared) -> Recorder:
         count=lambda outcome: shared.metrics.events.labels(outcome).inc(),
         clock=shared.clock,
         has_backpressure=shared.has_backpressure,
+        count_error=shared.metrics.count_loop_error,
     )
 
 
 def _build_progress_reader(shared: _Shared, owned_objects: OwnedObjects) -> ProgressReader:
     return ProgressReader(
         interval_seconds=shared.settings.controller.progress_interval_seconds,
-        pods=lambda: owned_objects.pods,
+        pods=lambda: find_readable(owned_objects, shared.runs),
         on_change=shared.queue.add,
         count=lambda outcome: shared.metrics.progress_reads.labels(outcome).inc(),
         has_backpressure=shared.has_backpressure,
         monotonic=shared.monotonic,
+        count_error=shared.metrics.count_loop_error,
     )
 
 
@@ -188,6 +193,7 @@ def _build_diagnostics(shared: _Shared, owned_objects: OwnedObjects, delay_secon
         on_change=shared.queue.add,
         delay_seconds=delay_seconds,
         monotonic=shared.monotonic,
+        count_error=shared.metrics.count_loop_error,
     )
 
 
@@ -222,7 +228,7 @@ class App:
         self._settings = settings
         self._credentials = credentials
         registry, clock = CollectorRegistry(), ServerClock()
-        metrics = Metrics(registry)
+        metrics = self._metrics = Metrics(registry)
         self._client = Client(
             credentials,
             client_config,
@@ -267,7 +273,8 @@ class App:
         """Run the watches from the start, also on a standby; run the controller only while this replica leads."""
         try:
             async with asyncio.TaskGroup() as group:
-                parts = self.parts.owned_objects.run(), self.parts.auditor.run(), self._lead()
+                audit = keep_running("watch-audit", self.parts.auditor.run, self._metrics.count_loop_error)
+                parts = self.parts.owned_objects.run(), audit, self._lead()
                 tasks = [group.create_task(part) for part in parts]
 
                 def stop() -> None:
@@ -283,7 +290,11 @@ class App:
         await self._wait_for_crd()
         namespaces = self._settings.api.namespaces
         registry = handlers.build_registry(
-            self.parts.on_run_event, self._credentials, is_known=self.parts.runs.is_known, on_stop=on_stop
+            self.parts.on_run_event,
+            self._credentials,
+            is_known=self.parts.runs.is_known,
+            on_stop=on_stop,
+            count_error=self._metrics.count_loop_error,
         )
         await kopf.operator(registry=registry, standalone=True, clusterwide=not namespaces, namespaces=namespaces)
 
@@ -305,9 +316,12 @@ class App:
         async with asyncio.TaskGroup() as group:
             if is_elected:
                 group.create_task(self.leadership.keep())
-            group.create_task(self.parts.recorder.run())
-            group.create_task(self.parts.progress.run())
-            group.create_task(self.parts.diagnostics.run())
+            for loop, run in (
+                ("recorder", self.parts.recorder.run),
+                ("progress", self.parts.progress.run),
+                ("start-diagnostics", self.parts.diagnostics.run),
+            ):
+                group.create_task(keep_running(loop, run, self._metrics.count_loop_error))
             group.create_task(self.parts.controller.run(self._settings.controller.workers))
 
     def _liveness_errors(self) -> list[str]:

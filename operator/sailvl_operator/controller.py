@@ -14,14 +14,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from sailvl_operator.api.allow_lists import ALLOW_ALL, AllowLists
-from sailvl_operator.api.status import decode_status, encode_status
+from sailvl_operator.api.status import Reason, decode_status, encode_status
 from sailvl_operator.api.types import Defaults, Run
+from sailvl_operator.api.untrusted import DocumentError
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.apply import Applier, RefusalLog, Refusals
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.merge_patch import build_merge_patch, drop_nulls
 from sailvl_operator.cluster.owned_objects import OwnedObjects
-from sailvl_operator.cluster.progress import PROGRESS_WRITES_PER_SECOND, ProgressReader
+from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.recorder import Recorder
 from sailvl_operator.cluster.runs import RunEntry, RunKey, RunStore
 from sailvl_operator.cluster.start_diagnostics import StartDiagnostics
@@ -113,11 +114,22 @@ class Controller:
         except (ApiError, NameConflict) as error:
             logger.warning("reconcile failed, retrying in %.1f s: %s", self._queue.retry(key), error)
             return "error"
+        except DocumentError as error:
+            logger.warning("reconcile failed, retrying in %.1f s: %s", self._queue.retry(key), error)
+            self._report_unreadable(key, error)
+            return "error"
         except Exception:
             logger.exception("internal error, retrying in %.1f s", self._queue.retry(key))
             return "error"
         self._queue.reset_backoff(key)
         return outcome
+
+    def _report_unreadable(self, key: RunKey, error: DocumentError) -> None:
+        """Report with an Event that the status of a run was changed to something that can't be read."""
+        entry = self._runs.get(key)
+        if entry is not None:
+            message = f"{error}; remove the field with kubectl edit --subresource=status, or delete the run"
+            self._recorder.record(entry.run, type_="Warning", reason=Reason.INVALID_STATUS, message=message)
 
     async def reconcile_key(self, key: RunKey, *, may_defer: bool = False) -> str:
         """Reconcile one run: decide, apply, write the status, record events.
@@ -182,14 +194,14 @@ class Controller:
             entry.run,
             observed,
             now=now,
-            defaults=self._throttled_defaults(),
+            defaults=self._throttled_defaults(key[0]),
             allowed=self._allowed,
             planned=entry.planned,
         )
 
-    def _throttled_defaults(self) -> Defaults:
-        """Return the defaults with a progress interval that keeps all runs together below the rate of writes."""
-        seconds = max(self._defaults.progress_seconds, len(self._progress) / PROGRESS_WRITES_PER_SECOND)
+    def _throttled_defaults(self, namespace: str) -> Defaults:
+        """Return the defaults with a progress interval that keeps the runs of a namespace to its share of writes."""
+        seconds = max(self._defaults.progress_seconds, self._progress.write_interval_seconds(namespace))
         return replace(self._defaults, progress_seconds=seconds)
 
     def _observe(self, run: Run, key: RunKey) -> Observed:

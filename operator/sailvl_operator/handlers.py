@@ -19,6 +19,8 @@ import kopf
 import msgspec
 
 from sailvl_operator.api import names
+from sailvl_operator.api.untrusted import DocumentError, decode_json
+from sailvl_operator.cluster.background import CountError, contain_errors
 from sailvl_operator.cluster.client import WATCH_SILENCE_SECONDS, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials, build_connector
 from sailvl_operator.cluster.runs import RunKey, RunStore
@@ -48,12 +50,17 @@ def handle_run_event(type_: str | None, raw: dict[str, Any], runs: RunStore, que
 
 
 def build_registry(
-    on_event: OnEvent, credentials: Credentials, *, is_known: IsKnown, on_stop: Callable[[], None]
+    on_event: OnEvent,
+    credentials: Credentials,
+    *,
+    is_known: IsKnown,
+    on_stop: Callable[[], None],
+    count_error: CountError,
 ) -> kopf.OperatorRegistry:
     """Build a registry with kopf's handlers and settings.
 
     Events whose resourceVersion is already stored (`is_known`) are filtered out. `on_stop` is called as soon as this
-    process is asked to terminate.
+    process is asked to terminate. `count_error` is called for each event that can't be handled.
     """
     registry = kopf.OperatorRegistry()
 
@@ -79,7 +86,8 @@ def build_registry(
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
     async def on_run_event(event: kopf.RawEvent, **_: Any) -> None:
-        on_event(event["type"], dict(event["object"]))
+        with contain_errors("runs", count_error, subject="an event of a run"):
+            on_event(event["type"], dict(event["object"]))
 
     return registry
 
@@ -157,9 +165,9 @@ def build_session(credentials: Credentials, is_known: IsKnown = lambda *_: False
 
 async def _check_json(response: aiohttp.ClientResponse) -> None:
     try:
-        msgspec.json.decode(await response.read(), type=dict[str, msgspec.Raw])
-    except (msgspec.MsgspecError, aiohttp.ClientPayloadError) as error:
-        raise aiohttp.ClientConnectionError(f"the response is malformed: {error}") from error
+        decode_json(await response.read(), dict[str, msgspec.Raw], subject="the response")
+    except (DocumentError, aiohttp.ClientPayloadError) as error:
+        raise aiohttp.ClientConnectionError(str(error)) from error
 
 
 def _filter_events(response: aiohttp.ClientResponse, is_known: IsKnown) -> aiohttp.ClientResponse:
@@ -197,13 +205,13 @@ def _is_known_event(line: bytes, is_known: IsKnown) -> bool:
     Raises ClientPayloadError if the line is malformed or reports an error other than 410.
     """
     try:
-        event = msgspec.json.decode(line, type=_Event)
+        event = decode_json(line, _Event, subject="an event")
         if event.type == "MODIFIED":
-            changed = msgspec.json.decode(event.object, type=_Object).metadata
+            changed = decode_json(event.object, _Object, subject="an event").metadata
             return is_known(changed.namespace, changed.name, changed.resourceVersion)
-        reported = msgspec.json.decode(event.object, type=_Status) if event.type == "ERROR" else None
-    except msgspec.MsgspecError as error:
-        raise aiohttp.ClientPayloadError(f"an event is malformed: {error}") from error
+        reported = decode_json(event.object, _Status, subject="an event") if event.type == "ERROR" else None
+    except DocumentError as error:
+        raise aiohttp.ClientPayloadError(str(error)) from error
     if reported is not None and reported.code != 410:
         raise aiohttp.ClientPayloadError(f"{reported.code} {reported.reason}: {reported.message}")
     return False

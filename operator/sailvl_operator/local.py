@@ -25,10 +25,12 @@ from torchx.specs import AppDef
 from sailvl_operator.api import names
 from sailvl_operator.api.status import Status, encode_status
 from sailvl_operator.api.types import Defaults, Run
+from sailvl_operator.api.untrusted import DocumentError
 from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, Event
 from sailvl_operator.core.desired.workload import build_appdef, count_nodes, encode_document
 from sailvl_operator.core.observe import AttemptKey, JobRecord, Observed, PodRecord, Terminated, observe
 from sailvl_operator.core.reconcile import reconcile
+from sailvl_operator.core.reports import decode_progress
 from sailvl_trainer.contract import Env, Progress
 
 POLL_SECONDS = 0.5
@@ -224,14 +226,14 @@ def _observe_end(attempt: LocalAttempt, index: int, code: int | None) -> Termina
 
 def _terminated(code: int, folder: Path) -> Terminated:
     path = folder / "termination.json"
-    message = path.read_text() if path.exists() else ""
+    message = path.read_text(errors="replace") if path.exists() else ""
     return Terminated(exit_code=code if code >= 0 else 128 - code, message=message, finished=time.time())
 
 
 def _read_progress(path: Path) -> Progress | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Progress)
-    except (OSError, msgspec.MsgspecError):
+        return decode_progress(path.read_bytes())
+    except (OSError, DocumentError):
         return None
 
 

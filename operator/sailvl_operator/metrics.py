@@ -11,6 +11,19 @@ from prometheus_client.registry import Collector
 Ages = Callable[[], Iterable[tuple[str, float]]]
 """Function that returns the name of each watched resource and the seconds since its watch last received data."""
 
+LOOPS = (
+    "informer-jobs",
+    "informer-networkpolicies",
+    "informer-pods",
+    "informer-services",
+    "progress",
+    "recorder",
+    "runs",
+    "start-diagnostics",
+    "watch-audit",
+)
+"""Background loops whose unexpected errors are counted; `runs` is the watch of runs."""
+
 
 class Metrics:
     """Counters and histograms that the components of the operator update directly."""
@@ -58,12 +71,22 @@ class Metrics:
             ("outcome",),
             registry=registry,
         )
+        self.loop_errors = Counter(
+            "sailvl_operator_loop_errors",
+            "Unexpected errors in background loops, which continue: " + ", ".join(LOOPS) + ".",
+            ("loop",),
+            registry=registry,
+        )
         self.events = Counter(
             "sailvl_operator_events",
             "Kubernetes Events by outcome: written, failed or dropped.",
             ("outcome",),
             registry=registry,
         )
+
+    def count_loop_error(self, loop: str) -> None:
+        """Count an unexpected error in a background loop."""
+        self.loop_errors.labels(loop).inc()
 
 
 class OperatorCollector(Collector):

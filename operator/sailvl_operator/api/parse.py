@@ -16,11 +16,14 @@ from msgspec import UNSET
 from sailvl_operator.api import names
 from sailvl_operator.api.stages import Curate
 from sailvl_operator.api.types import EngineSpec, Run, Spec, StageSpec
+from sailvl_operator.api.untrusted import clean_line
 
 Problem = tuple[str, str]
 """Path of the field and the error message."""
 
 _CAPTION = "not supported yet; set it to keep or remove caption to use the alt-text"
+
+_MAX_ANNOTATION_LENGTH = 1024
 
 
 class SpecError(ValueError):
@@ -54,7 +57,9 @@ def refresh_run(run: Run, raw: Mapping[str, Any]) -> Run:
         resource_version=metadata.get("resourceVersion", ""),
         deleting="deletionTimestamp" in metadata,
         status=dict(raw.get("status") or {}),
-        restart_stage=(metadata.get("annotations") or {}).get(names.ANNOTATION_RESTART, ""),
+        restart_stage=clean_line(
+            (metadata.get("annotations") or {}).get(names.ANNOTATION_RESTART, ""), _MAX_ANNOTATION_LENGTH
+        ),
     )
 
 

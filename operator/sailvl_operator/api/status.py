@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from sailvl_operator.api.untrusted import convert_document
+
 Time = Annotated[str, Meta(max_length=32)]
 Text = Annotated[str, Meta(max_length=1024)]
 Short = Annotated[str, Meta(max_length=64)]
@@ -40,6 +42,7 @@ class Reason(enum.StrEnum):
     RESUMED = "Resumed"
     COMPLETED = "Completed"
     INVALID_SPEC = "InvalidSpec"
+    INVALID_STATUS = "InvalidStatus"
     STAGE_STARTED = "StageStarted"
     STAGE_SUCCEEDED = "StageSucceeded"
     STAGE_FAILED = "StageFailed"
@@ -280,8 +283,12 @@ class Status(StatusStruct, frozen=True, kw_only=True):
 
 
 def decode_status(raw: dict[str, object]) -> Status:
-    """Convert the status of a run as the API server holds it; fields of later versions are ignored."""
-    return msgspec.convert(raw, Status)
+    """Convert the status of a run as the API server holds it; fields of later versions are ignored.
+
+    Raises DocumentError if a client wrote something that can't be used.
+    """
+    status: Status = convert_document(raw, Status, subject="status")
+    return status
 
 
 def encode_status(status: Status) -> dict[str, object]:

@@ -18,6 +18,7 @@ import msgspec
 from yarl import URL
 
 from sailvl_operator.api import names
+from sailvl_operator.api.untrusted import DocumentError, clean_line, decode_json
 from sailvl_operator.cluster.credentials import Credentials, build_connector
 from sailvl_operator.cluster.resources import ObjectType, Resource
 from sailvl_operator.cluster.server_clock import ServerClock
@@ -248,9 +249,9 @@ class Client:
         if response.status >= 400:
             raise self._build_error(response, answer, f"{verb} {path}")
         try:
-            decoded: Object = msgspec.json.decode(answer, type=decode_as)
-        except msgspec.MsgspecError as error:
-            raise Unreachable(f"{verb} {path}: the response is malformed: {error}") from error
+            decoded: Object = decode_json(answer, decode_as, subject="the response")
+        except DocumentError as error:
+            raise Unreachable(f"{verb} {path}: {error}") from error
         return decoded
 
     def _build_url(self, path: str, parameters: Mapping[str, str]) -> URL:
@@ -258,9 +259,9 @@ class Client:
 
     def _build_error(self, response: aiohttp.ClientResponse, answer: bytes, request: str) -> ApiError:
         try:
-            body = msgspec.json.decode(answer, type=dict)
-        except msgspec.MsgspecError:
-            body = {"message": answer[:200].decode(errors="replace")}
+            body = decode_json(answer, dict, subject="the response")
+        except DocumentError:
+            body = {"message": clean_line(answer[:200].decode(errors="replace"), 200)}
         if response.status == 401:
             self._credentials.forget()
         retry_after = response.headers.get("Retry-After")

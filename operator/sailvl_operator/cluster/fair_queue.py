@@ -1,6 +1,6 @@
 """Queue whose groups take turns, so that one namespace with many items does not delay the items of another.
 
-Used by the work queue and by the recorder of Events. Adding and taking an item cost the same however many there are.
+Used by the work queue, the recorder of Events and the reader of progress. Adding and taking an item cost the same however many there are.
 """
 
 from __future__ import annotations
@@ -82,3 +82,14 @@ class FairQueue(Generic[K, V]):
         self._length -= 1
         if not items:
             del self._groups[group]
+
+
+def divide_fairly(demands: Mapping[str, float], capacity: float) -> dict[str, float]:
+    """Return the share of each namespace in the capacity (max-min fairness): its demand if that is at most an equal
+    share, else an equal share of what the modest ones leave."""
+    shares: dict[str, float] = {}
+    for name in sorted(demands, key=lambda name: demands[name]):
+        share = min(demands[name], capacity / (len(demands) - len(shares)))
+        shares[name] = share
+        capacity -= share
+    return shares

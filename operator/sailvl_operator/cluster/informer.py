@@ -12,12 +12,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from msgspec.structs import replace
 
 from sailvl_operator.api import names
+from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.resources import ObjectType, Resource
 from sailvl_operator.cluster.runs import RunKey
@@ -193,6 +195,7 @@ class Informer(Generic[Record]):
     """Keeps a store up to date while `run` runs.
 
     `namespace`: the namespace to watch; empty: all. `count_restart`: called with resource and cause of each restart.
+    `count_error`: called for each object that can't be parsed; the others are not affected.
     """
 
     def __init__(
@@ -203,12 +206,14 @@ class Informer(Generic[Record]):
         *,
         namespace: str = "",
         count_restart: Callable[[str, str], None],
+        count_error: CountError = ignore_count,
     ) -> None:
         self._client = client
         self._kind = kind
         self._store = store
         self._namespace = namespace
         self._count_restart = count_restart
+        self._count_error = count_error
         self._last_received_at = time.monotonic()
         self._version = ""
         self._failures = 0
@@ -247,7 +252,10 @@ class Informer(Generic[Record]):
         )
         async for items, version in pages:  # noqa: B007  # the last page's is used
             self._last_received_at = time.monotonic()
-            records.extend(self._kind.parse(raw) for raw in items)
+            for raw in items:
+                known.discard(raw["metadata"]["uid"])  # keeps the last record of an object that can't be parsed
+                with self._contain_errors(raw):
+                    records.append(self._kind.parse(raw))
         self._store.replace_all(records, namespace=self._namespace, known=known)
         self._version = version
         self.synced.set()
@@ -264,7 +272,12 @@ class Informer(Generic[Record]):
             self._last_received_at = time.monotonic()
             self._version = raw["metadata"]["resourceVersion"]
             self._failures = 0
-            self._handle(type_, raw)
+            with self._contain_errors(raw):
+                self._handle(type_, raw)
+
+    def _contain_errors(self, raw: Object) -> AbstractContextManager[None]:
+        subject = f"{self.resource} {raw['metadata'].get('namespace', '')}/{raw['metadata'].get('name', '')}"
+        return contain_errors(f"informer-{self.resource}", self._count_error, subject=subject)
 
     def _handle(self, type_: EventType, raw: Object) -> None:
         if type_ == "DELETED":

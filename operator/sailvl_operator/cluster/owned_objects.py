@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.background import CountError, ignore_count, keep_running
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.informer import Informer, Kind, Record, Store, mark_gone
 from sailvl_operator.cluster.parse import (
@@ -61,12 +62,14 @@ class OwnedObjects:
         clock: Callable[[], float] = time.time,
         on_routine_change: Callable[[RunKey], None] | None = None,
         metrics_peers: Sequence[dict[str, Any]] = (),
+        count_error: CountError = ignore_count,
     ) -> None:
         """Create the stores and informers.
 
         `namespaces` are those to watch; none means all. `on_change` receives the key of a run whose objects have
         changed; `on_routine_change` is called instead for changes that need no action. `count_restart` receives the
-        resource and the reason whenever a watch is restarted. `metrics_peers` are those of the NetworkPolicies to be.
+        resource and the reason whenever a watch is restarted, and `count_error` the name of an informer with an
+        unexpected error. `metrics_peers` are those of the NetworkPolicies to be.
         """
         policies = _build_network_policy_kind(metrics_peers)
         self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock, on_routine_change=on_routine_change)
@@ -78,8 +81,12 @@ class OwnedObjects:
 
         def watch(kind: Kind[Record], store: Store[Record]) -> list[Informer[Any]]:
             scopes = namespaces or ("",)
-            return [Informer(client, kind, store, namespace=scope, count_restart=count_restart) for scope in scopes]
+            return [
+                Informer(client, kind, store, namespace=scope, count_restart=count_restart, count_error=count_error)
+                for scope in scopes
+            ]
 
+        self._count_error = count_error
         self._informers = [
             *watch(_JOBS, self.jobs),
             *watch(_PODS, self.pods),
@@ -91,7 +98,8 @@ class OwnedObjects:
         """Run the informers until cancelled."""
         async with asyncio.TaskGroup() as group:
             for informer in self._informers:
-                group.create_task(informer.run(), name=f"informer-{informer.resource}")
+                name = f"informer-{informer.resource}"
+                group.create_task(keep_running(name, informer.run, self._count_error), name=name)
 
     def retain_deleted(self) -> None:
         """Keep the last state of deleted Jobs and pods from now on, until it is forgotten. Called by the leading

@@ -2,30 +2,43 @@
 
 Reads are best effort and separate from reconciles, with limits on rate, time and concurrency. A failed read is only
 counted, but an attempt that has never answered is reported with the error, since its progress is unknown.
+
+The answers are untrusted. Any container image may serve them, slowly or never; namespaces share reads and writes
+fairly, and no round waits for the reads of the last one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from ipaddress import IPv6Address, ip_address
 from math import inf
 from typing import Any, TypeVar
 
 import aiohttp
-import msgspec
 
-from sailvl_operator.cluster.runs import RunKey
+from sailvl_operator.api.untrusted import DocumentError, clean_line
+from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
+from sailvl_operator.cluster.fair_queue import FairQueue, divide_fairly
+from sailvl_operator.cluster.owned_objects import OwnedObjects
+from sailvl_operator.cluster.runs import RunKey, RunStore
 from sailvl_operator.core.observe import AttemptKey, PodRecord
+from sailvl_operator.core.ownership import select_pods
+from sailvl_operator.core.reports import MAX_PROGRESS_BYTES, decode_progress
 from sailvl_operator.errors import Unreachable
 from sailvl_trainer.contract import METRICS_PORT, Progress
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 PROGRESS_WRITES_PER_SECOND = 10.0
-"""Maximum rate of status writes for progress alone, over all runs. Progress is not read more often than it is written:
-with many runs, each is read less often."""
+"""Maximum rate of status writes for progress alone, over all runs, shared fairly by namespaces. Progress is not read
+more often than it is written: with many runs, each is read less often."""
 TIMEOUT_SECONDS = 2.0
 """Timeout of one read."""
 _CONCURRENCY = 32
@@ -36,7 +49,7 @@ _BACKPRESSURE_DIVISOR = 4
 """Under backpressure the rate of reads is divided by this, since the status write would be deferred anyway."""
 _UNREACHABLE_SECONDS = 300.0
 """Failed reads are reported after this time: a worker imports its libraries and waits for storage before it answers."""
-_SIZE_LIMIT = 65536
+_ERROR_LENGTH = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +61,34 @@ class _Schedule:
     failing_since: float = inf
 
 
+def is_worker_address(ip: str) -> bool:
+    """Whether a worker may have this address.
+
+    A client that may write the status of pods could otherwise point the operator at its own loopback interface, or at
+    the metadata service of the cloud, which has a link-local address.
+    """
+    try:
+        address = ip_address(ip)
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return not (
+        address.is_loopback
+        or address.is_link_local
+        or address.is_multicast
+        or address.is_unspecified
+        or address.is_reserved
+    )
+
+
 class ProgressReader:
     """Newest progress by run and attempt.
 
     `interval_seconds`: time between rounds of reads; 0 disables them. `pods`: returns all known pods. `on_change`:
     called with the run's key when its progress changes. `count`: called with the outcome of each read (ok, failed).
-    `port`: port of the workers.
+    `port`: port of the workers. `may_read`: whether a worker may have an address. `count_error`: called for each
+    unexpected error.
     """
 
     def __init__(
@@ -67,6 +102,8 @@ class ProgressReader:
         timeout_seconds: float = TIMEOUT_SECONDS,
         port: int = METRICS_PORT,
         monotonic: Callable[[], float] = time.monotonic,
+        may_read: Callable[[str], bool] = is_worker_address,
+        count_error: CountError = ignore_count,
     ) -> None:
         self._interval_seconds = interval_seconds
         self._pods = pods
@@ -76,9 +113,14 @@ class ProgressReader:
         self._timeout_seconds = timeout_seconds
         self._port = port
         self._monotonic = monotonic
+        self._may_read = may_read
+        self._count_error = count_error
+        self._slots = asyncio.Semaphore(_CONCURRENCY)
         self._documents: dict[RunKey, dict[AttemptKey, tuple[str, Progress]]] = {}  # with the run's UID
         self._errors: dict[RunKey, dict[AttemptKey, tuple[str, str]]] = {}  # with the run's UID
         self._schedules: dict[str, _Schedule] = {}  # by the pod's UID
+        self._reads: dict[str, asyncio.Task[None]] = {}  # reads that have not ended, by the pod's UID
+        self._write_intervals: dict[str, float] = {}  # by namespace
 
     def get(self, key: RunKey, uid: str) -> Mapping[AttemptKey, Progress]:
         """Return the newest progress of each attempt of a run. `uid`: UID of the run, since an earlier run may have had
@@ -89,9 +131,10 @@ class ProgressReader:
         """Return the attempts of a run that have never answered, each with the error."""
         return _select_run(self._errors.get(key, {}), uid)
 
-    def __len__(self) -> int:
-        """Return the number of runs whose progress is known."""
-        return len(self._documents)
+    def write_interval_seconds(self, namespace: str) -> float:
+        """Return the seconds between two writes of a run's progress with which its namespace keeps to its share of
+        PROGRESS_WRITES_PER_SECOND."""
+        return self._write_intervals.get(namespace, 0.0)
 
     def forget(self, key: RunKey, is_closed: Callable[[str, int], bool]) -> None:
         """Remove progress and errors of closed attempts."""
@@ -103,28 +146,73 @@ class ProgressReader:
         if not self._interval_seconds:
             return
         timeout = aiohttp.ClientTimeout(total=self._timeout_seconds)
-        connector = aiohttp.TCPConnector(limit=_CONCURRENCY, force_close=True)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            while True:
-                await asyncio.sleep(self._interval_seconds)
-                await self.read_due(session)
+        async with aiohttp.ClientSession(
+            timeout=timeout,
+            connector=aiohttp.TCPConnector(limit=_CONCURRENCY, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Accept-Encoding": "identity"},
+            auto_decompress=False,
+        ) as session:
+            try:
+                while True:
+                    await asyncio.sleep(self._interval_seconds)
+                    with contain_errors("progress", self._count_error, subject="a round of reads"):
+                        self._start_due(session)
+            finally:
+                reads = list(self._reads.values())
+                for read in reads:
+                    read.cancel()
+                await asyncio.gather(*reads, return_exceptions=True)
 
     async def read_due(self, session: aiohttp.ClientSession) -> None:
-        """Read one round: the running attempts that are due, those that have waited longest first, up to the rate."""
-        pods = {pod.uid: pod for pod in self._pods() if is_readable(pod)}
+        """Read one round, and wait for its end."""
+        await asyncio.gather(*self._start_due(session))
+
+    def _start_due(self, session: aiohttp.ClientSession) -> list[asyncio.Task[None]]:
+        """Start one round of reads: the running attempts that are due, of each namespace in turn, those that have
+        waited longest first, up to the rate."""
+        pods = {pod.uid: pod for pod in self._pods() if is_readable(pod) and self._may_read(pod.ip)}
         now = self._monotonic()
         self._schedules = {uid: self._schedules.get(uid, _Schedule()) for uid in pods}
-        due = sorted((schedule.at, uid) for uid, schedule in self._schedules.items() if schedule.at <= now)
+        self._update_write_intervals()
+        due = ((schedule.at, uid) for uid, schedule in self._schedules.items() if schedule.at <= now)
+        queue: FairQueue[str, PodRecord] = FairQueue(lambda uid: pods[uid].namespace)
+        for _, uid in sorted(due):
+            if uid not in self._reads:
+                queue.add(uid, pods[uid])
         rate = PROGRESS_WRITES_PER_SECOND / (_BACKPRESSURE_DIVISOR if self._has_backpressure() else 1)
-        selected = due[: max(1, round(rate * self._interval_seconds))]
-        await asyncio.gather(*(self._read(session, pods[uid]) for _, uid in selected))
+        limit = max(1, round(rate * self._interval_seconds))
+        return [self._start_read(session, queue.pop()[1]) for _ in range(min(limit, len(queue)))]
+
+    def _start_read(self, session: aiohttp.ClientSession, pod: PodRecord) -> asyncio.Task[None]:
+        read = self._reads[pod.uid] = asyncio.create_task(self._read(session, pod))
+        read.add_done_callback(lambda _: self._reads.pop(pod.uid))
+        return read
+
+    def _update_write_intervals(self) -> None:
+        runs = Counter(namespace for namespace, _ in self._documents)
+        demands = {namespace: count / self._interval_seconds for namespace, count in runs.items()}
+        shares = divide_fairly(demands, PROGRESS_WRITES_PER_SECOND)
+        self._write_intervals = {namespace: runs[namespace] / share for namespace, share in shares.items()}
 
     async def _read(self, session: aiohttp.ClientSession, pod: PodRecord) -> None:
-        try:
-            document = await self._fetch(session, pod.ip)
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, Unreachable) as error:
+        """Read one worker. A slot is taken in the order in which the reads were started, so those of a namespace with
+        slow workers delay no other's by more than the timeout."""
+        document, error = None, ""
+        async with self._slots:
+            try:
+                document = await self._fetch(session, pod.ip)
+            except (aiohttp.ClientError, TimeoutError, DocumentError, Unreachable) as failure:
+                error = clean_line(str(failure), _ERROR_LENGTH) or "no answer in time"
+            except Exception as failure:
+                self._count_error("progress")
+                log.exception("internal error, skipping pod %s/%s", pod.namespace, pod.name)
+                error = type(failure).__name__
+        if pod.uid not in self._schedules:
+            return  # the pod has ended meanwhile
+        if document is None:
             self._count("failed")
-            self._back_off(pod, str(error) or "no answer in time")
+            self._back_off(pod, error)
             return
         self._count("ok")
         self._schedules[pod.uid] = _Schedule(at=self._monotonic())
@@ -155,9 +243,9 @@ class ProgressReader:
             body = bytearray()
             async for chunk in response.content.iter_any():
                 body += chunk
-                if len(body) > _SIZE_LIMIT:
-                    raise Unreachable(f"/progress returned more than {_SIZE_LIMIT} bytes")
-            return msgspec.json.decode(body, type=Progress)
+                if len(body) > MAX_PROGRESS_BYTES:
+                    raise Unreachable(f"/progress returned more than {MAX_PROGRESS_BYTES} bytes")
+            return decode_progress(body)
 
     def _store(self, pod: PodRecord, document: Progress) -> None:
         key, attempt = (pod.namespace, pod.run), (pod.stage, pod.attempt)
@@ -169,6 +257,18 @@ class ProgressReader:
         documents[attempt] = pod.run_uid, document
         if before is None or before[0] != pod.run_uid or _drop_times(before[1]) != _drop_times(document):
             self._on_change(key)
+
+
+def find_readable(owned_objects: OwnedObjects, runs: RunStore) -> Iterator[PodRecord]:
+    """Yield the pods that can be read. Those that other clients created with a run's labels are left out."""
+    readable: dict[RunKey, list[PodRecord]] = defaultdict(list)
+    for pod in owned_objects.pods:
+        if is_readable(pod):
+            readable[pod.namespace, pod.run].append(pod)
+    for key, pods in readable.items():
+        entry = runs.get(key)
+        if entry is not None:
+            yield from select_pods(entry.run, owned_objects.jobs.get(key), pods)
 
 
 def is_readable(pod: PodRecord) -> bool:

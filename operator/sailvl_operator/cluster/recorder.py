@@ -10,7 +10,9 @@ from typing import Any
 
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
+from sailvl_operator.api.untrusted import clean_line
 from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.fair_queue import FairQueue
 from sailvl_operator.cluster.resources import Ignored
@@ -32,7 +34,8 @@ class Recorder:
     """Posts Events on a best-effort basis: one that can't be written is counted and dropped. Duplicates are skipped.
     Namespaces take turns.
 
-    `count`: called with the outcome of each Event (written, failed, dropped).
+    `count`: called with the outcome of each Event (written, failed, dropped). `count_error`: called for each that fails
+    unexpectedly.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Recorder:
         count: Callable[[str], None],
         clock: Callable[[], float],
         has_backpressure: Callable[[], bool] = lambda: False,
+        count_error: CountError = ignore_count,
     ) -> None:
         self._client = client
         self._identity = identity
@@ -51,6 +55,7 @@ class Recorder:
         self._count = count
         self._clock = clock
         self._has_backpressure = has_backpressure
+        self._count_error = count_error
         self._queue: FairQueue[tuple[str, int], dict[str, Any]] = FairQueue(lambda key: key[0])
         self._number = 0
         self._has_events = asyncio.Event()
@@ -84,13 +89,17 @@ class Recorder:
         """Post queued Events until cancelled."""
         while True:
             event = await self._take()
-            try:
-                await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event, decode_as=Ignored)
-                self._count("written")
-            except ApiError as error:
-                self._count("failed")
-                log.warning("Event not written: %s", error)
+            with contain_errors("recorder", self._count_error, subject="an Event"):
+                await self._post(event)
             await asyncio.sleep(_BACKPRESSURE_PAUSE_SECONDS if self._has_backpressure() else _PAUSE_SECONDS)
+
+    async def _post(self, event: dict[str, Any]) -> None:
+        try:
+            await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event, decode_as=Ignored)
+            self._count("written")
+        except ApiError as error:
+            self._count("failed")
+            log.warning("Event not written: %s", error)
 
 
 def build_event(run: Run, *, type_: str, reason: str, message: str, identity: str, now: float) -> dict[str, Any]:
@@ -110,7 +119,7 @@ def build_event(run: Run, *, type_: str, reason: str, message: str, identity: st
         },
         "type": type_,
         "reason": reason,
-        "message": message[:_MESSAGE_LIMIT],
+        "message": clean_line(message, _MESSAGE_LIMIT),
         "firstTimestamp": time,
         "lastTimestamp": time,
         "count": 1,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sailvl_operator.api.parse import SpecError, parse_run, refresh_run
 from sailvl_operator.api.types import Model, Run, Spec, Storage
+from sailvl_operator.api.untrusted import describe_error
 from sailvl_operator.core.plan import PlannedStage, plan
 from sailvl_operator.core.units import parse_time
+
+log = logging.getLogger(__name__)
 
 RunKey = tuple[str, str]
 """Namespace and name of a run; the keys of the work queue."""
@@ -87,6 +91,9 @@ def _parse(raw: dict[str, Any]) -> RunEntry:
         return RunEntry(run=run, planned=plan(run))
     except SpecError as error:
         return RunEntry(run=_without_spec(raw), problem=str(error))
+    except Exception as error:
+        log.exception("internal error, spec of %s/%s not read", *key_of(raw))
+        return RunEntry(run=_without_spec(raw), problem=f"the spec can't be read: {describe_error(error)}")
 
 
 def _without_spec(raw: dict[str, Any]) -> Run:

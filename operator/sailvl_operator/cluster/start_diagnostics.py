@@ -14,7 +14,10 @@ from typing import Any
 
 from sailvl_operator.api import names
 from sailvl_operator.api.status import Status, decode_status
+from sailvl_operator.api.types import Run
+from sailvl_operator.api.untrusted import DocumentError, clean_line
 from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.fair_queue import FairQueue
 from sailvl_operator.cluster.owned_objects import OwnedObjects
@@ -28,6 +31,8 @@ WaitingAttempt = tuple[JobRecord, tuple[PodRecord, ...]]
 
 DELAY_SECONDS = 10.0
 """Seconds for which an attempt must have been waiting before it is diagnosed; most start within them."""
+_MESSAGE_LIMIT = 1024
+"""Maximum length of a diagnosis."""
 _ATTEMPTS_PER_ROUND = 8
 """Maximum number of attempts that are diagnosed per round. Namespaces take turns, and within a namespace the attempts
 come first that were not diagnosed for the longest time."""
@@ -37,7 +42,8 @@ class StartDiagnostics:
     """Newest diagnosis by run and attempt.
 
     `interval_seconds`: time between rounds; 0 disables them. `find_attempts`: returns the attempts that have not
-    started. `on_change`: called with the run's key when a diagnosis changes.
+    started. `on_change`: called with the run's key when a diagnosis changes. `count_error`: called for each attempt
+    that can't be diagnosed.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class StartDiagnostics:
         on_change: Callable[[RunKey], None],
         delay_seconds: float = DELAY_SECONDS,
         monotonic: Callable[[], float] = time.monotonic,
+        count_error: CountError = ignore_count,
     ) -> None:
         self._client = client
         self._interval_seconds = interval_seconds
@@ -56,6 +63,7 @@ class StartDiagnostics:
         self._on_change = on_change
         self._delay_seconds = delay_seconds
         self._monotonic = monotonic
+        self._count_error = count_error
         self._messages: dict[RunKey, dict[AttemptKey, str]] = {}
         self._waiting_since: dict[str, float] = {}  # by the Job's UID
         self._diagnosed_at: dict[str, float] = {}  # by the Job's UID
@@ -88,7 +96,8 @@ class StartDiagnostics:
         for uid in self._choose_due({uid: job.namespace for uid, (job, _) in waiting.items()}, now):
             self._turn += 1
             self._diagnosed_at[uid], self._turns[waiting[uid][0].namespace] = now, self._turn
-            await self._diagnose(*waiting[uid])
+            with contain_errors("start-diagnostics", self._count_error, subject=f"Job with UID {uid}"):
+                await self._diagnose(*waiting[uid])
 
     def _choose_due(self, namespaces: Mapping[str, str], now: float) -> list[str]:
         """Return the UIDs of the Jobs to diagnose in this round, given the namespaces of all that wait."""
@@ -109,7 +118,7 @@ class StartDiagnostics:
             message = await self._read_message(job, pods)
         except ApiError:
             return
-        self._store((job.namespace, job.run), (job.stage, job.attempt), message)
+        self._store((job.namespace, job.run), (job.stage, job.attempt), clean_line(message, _MESSAGE_LIMIT))
 
     async def _read_message(self, job: JobRecord, pods: tuple[PodRecord, ...]) -> str:
         """Read the Workload of a suspended Job, else the Events of the Job if it lacks pods, else those of a pod that
@@ -139,8 +148,8 @@ class StartDiagnostics:
         selector = f"{names.LABEL_KUEUE_JOB}={job.uid}"
         workloads = await self._list_workloads(job.namespace, selector)
         conditions = [c for workload in workloads for c in workload.get("status", {}).get("conditions", [])]
-        pending = next((c for c in conditions if c["type"] == "QuotaReserved" and c["status"] == "False"), None)
-        return f"Kueue's queue {job.queue}: {pending['message']}" if pending is not None else ""
+        pending = next((c for c in conditions if c.get("type") == "QuotaReserved" and c.get("status") == "False"), None)
+        return f"Kueue's queue {job.queue}: {pending.get('message', '')}" if pending is not None else ""
 
     async def _list_workloads(self, namespace: str, selector: str) -> list[dict[str, Any]]:
         """List Workloads in the newest API version that the installed Kueue serves."""
@@ -172,21 +181,27 @@ class StartDiagnostics:
 
 
 def find_waiting(owned_objects: OwnedObjects, runs: RunStore) -> Iterator[WaitingAttempt]:
-    """Yield the current attempts that have not started."""
+    """Yield the current attempts that have not started. Runs whose status can't be read are left out."""
     by_run: dict[RunKey, list[JobRecord]] = defaultdict(list)
     for job in owned_objects.jobs:
         if not job.is_gone and not job.alteration:
             by_run[job.namespace, job.run].append(job)
     for key, jobs in by_run.items():
         entry = runs.get(key)
-        if entry is None:
-            continue
-        status, run = decode_status(entry.run.status), entry.run
-        current = [job for job in jobs if is_own_job(run, job) and is_current(status, job)]
+        current = [] if entry is None else _select_current(entry.run, jobs)
         pods: dict[str, list[PodRecord]] = defaultdict(list)
         for pod in owned_objects.pods.get(key) if current else ():
             pods[pod.owner_uid].append(pod)
         yield from ((job, tuple(pods[job.uid])) for job in current if is_waiting(job, pods[job.uid]))
+
+
+def _select_current(run: Run, jobs: Iterable[JobRecord]) -> list[JobRecord]:
+    """Return the Jobs of a run's current attempts; none if the status of the run can't be read."""
+    try:
+        status = decode_status(run.status)
+    except DocumentError:
+        return []
+    return [job for job in jobs if is_own_job(run, job) and is_current(status, job)]
 
 
 def is_current(status: Status, job: JobRecord) -> bool:

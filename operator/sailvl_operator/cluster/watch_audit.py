@@ -14,6 +14,7 @@ from typing import Any
 
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
+from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.runs import RunKey, RunStore, key_of
 from sailvl_operator.errors import ApiError, NotFound
@@ -28,7 +29,7 @@ class WatchAuditor:
     """Audits the watch that fills `runs`.
 
     `namespaces`: namespaces to list; empty: all. `interval_seconds`: time between rounds; 0 disables them. `on_event`:
-    handles a missed event; `count`: called once for each.
+    handles a missed event; `count`: called once for each. `count_error`: called for each that can't be handled.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class WatchAuditor:
         on_event: OnEvent,
         count: Callable[[], None],
         monotonic: Callable[[], float] = time.monotonic,
+        count_error: CountError = ignore_count,
     ) -> None:
         self._client = client
         self._runs = runs
@@ -49,6 +51,7 @@ class WatchAuditor:
         self._on_event = on_event
         self._count = count
         self._monotonic = monotonic
+        self._count_error = count_error
         self._listed: dict[RunKey, int] = {}  # resourceVersions of the previous round
         self._stored: list[Run] = []  # runs in the store after the previous round
         self._clean_rounds = 0
@@ -121,4 +124,5 @@ class WatchAuditor:
     def _replay(self, type_: str, raw: dict[str, Any]) -> None:
         self._count()
         log.warning("watch of runs missed an event, replaying it", extra={"type": type_, "key": "/".join(key_of(raw))})
-        self._on_event(type_, raw)
+        with contain_errors("watch-audit", self._count_error, subject="/".join(key_of(raw))):
+            self._on_event(type_, raw)

@@ -10,8 +10,7 @@ from collections.abc import AsyncIterable, AsyncIterator
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
-import msgspec
-
+from sailvl_operator.api.untrusted import DocumentError, decode_json
 from sailvl_operator.cluster.resources import ObjectType
 from sailvl_operator.errors import Gone, Unreachable, error_from_status
 
@@ -59,16 +58,16 @@ def decode_event(line: bytes, path: str, decode_as: ObjectType) -> WatchEvent:
     """
     malformed: Exception | None = None
     try:
-        event = msgspec.json.decode(line, type=_event_type(decode_as))
+        event = decode_json(line, _event_type(decode_as), subject="an event")
         if event["type"] != "ERROR":
             return WatchEvent(cast("EventType", event["type"]), event["object"])
-    except msgspec.MsgspecError as error:
+    except DocumentError as error:
         malformed = error
     type_, found = _decode_untyped(line)
     if type_ == "BOOKMARK":
         return WatchEvent("BOOKMARK", found)
     if type_ != "ERROR":
-        raise Unreachable(f"watch {path}: an event is malformed: {malformed}") from malformed
+        raise Unreachable(f"watch {path}: {malformed}") from malformed
     reported = error_from_status(found.get("code", 500), found, request=f"watch {path}")
     raise Gone(str(reported), status=410, reason="Expired") if reported.reason == "Expired" else reported
 
@@ -76,8 +75,8 @@ def decode_event(line: bytes, path: str, decode_as: ObjectType) -> WatchEvent:
 def _decode_untyped(line: bytes) -> tuple[str, Object]:
     """Return type and object of an event; an empty type if the line is not an event."""
     try:
-        event = msgspec.json.decode(line, type=_event_type(dict))
-    except msgspec.MsgspecError:
+        event = decode_json(line, _event_type(dict), subject="an event")
+    except DocumentError:
         return "", {}
     return event["type"], event["object"]
 

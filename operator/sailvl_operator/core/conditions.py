@@ -14,6 +14,7 @@ import msgspec
 
 from sailvl_operator.api.status import Condition, ConditionType, Reason, StageStatus, Status, Summary
 from sailvl_operator.api.types import Run
+from sailvl_operator.api.untrusted import clean_line
 from sailvl_operator.core.gates import GateResult
 from sailvl_operator.core.restart_request import MAX_REQUEST_LENGTH
 from sailvl_operator.core.stage_view import ACTIVE, StageTransition
@@ -96,7 +97,7 @@ def build_conditions(old: Status, values: ConditionValues, *, generation: int, n
                 type=type_,
                 status="True" if value.is_true else "False",
                 reason=value.reason,
-                message=value.message[:1024],
+                message=clean_line(value.message, 1024),
                 last_transition_time=known.last_transition_time if known is not None and is_same else format_time(now),
                 observed_generation=generation,
             )
@@ -132,7 +133,7 @@ def build_summary(transitions: Sequence[StageTransition], *, reason: str, goodpu
     position, current = _find_current_stage(stages)
     progress = current.progress
     is_active = current.state not in ("Succeeded", "Failed")
-    percent = 0 if progress is None or not progress.steps else 100 * progress.step // progress.steps
+    percent = 0 if progress is None or not progress.steps else min(100, 100 * progress.step // progress.steps)
     eta = progress.eta_seconds if progress is not None and is_active else None
     return Summary(
         stage=f"{current.name} ({position}/{len(stages)})",

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sailvl_operator.api.status import Cause
-from sailvl_operator.core.observe import INVALID_CONFIG_REASONS, PodRecord, decode_termination
+from sailvl_operator.api.untrusted import clean_end, clean_line
+from sailvl_operator.core.observe import INVALID_CONFIG_REASONS, PodRecord
+from sailvl_operator.core.reports import MAX_MESSAGE_LENGTH, MAX_TRACEBACK_LENGTH, decode_termination
 from sailvl_trainer.contract import ExitCode, Termination
 
 CAUSE_BY_EXIT_CODE: dict[int, Cause] = {
@@ -136,7 +138,7 @@ def _examine_exit(pod: PodRecord) -> Evidence:
     elif has_never_run(pod) and _MISSING_COMMAND.search(pod.terminated.message):
         cause = Cause.CONFIG
     if termination is None:
-        log = pod.terminated.message.strip()
+        log = clean_end(pod.terminated.message.strip(), MAX_TRACEBACK_LENGTH)
         termination = Termination(exit_code=code, message=_describe_exit(code, log), traceback=log)
     return _build_evidence(
         pod, cause, termination.message or _describe_exit(code, ""), exit_code=code, termination=termination
@@ -166,11 +168,11 @@ def _build_evidence(
     return Evidence(
         cause=cause,
         pod=pod,
-        message=message[:1000],
+        message=clean_line(message, MAX_MESSAGE_LENGTH),
         reports_lost_peer=exit_code == ExitCode.PEER_LOST,
         exit_code=exit_code,
         rank=termination.rank,
-        traceback=termination.traceback[-2000:],
+        traceback=termination.traceback,
         at=at,
         seen=pod.ended_seen or at,
         min_seconds=min_seconds,

@@ -9,6 +9,7 @@ from msgspec import UNSET
 
 from sailvl_operator.api.status import StageGateResult
 from sailvl_operator.api.types import Gate, StageSpec
+from sailvl_operator.api.untrusted import clean_line
 
 _MAX_LISTED_METRICS = 12
 """Metrics that are listed if the gate's metric is missing."""
@@ -31,7 +32,7 @@ class GateResult:
 
     def to_status(self) -> StageGateResult:
         """Return the result as the stage's status shows it."""
-        return StageGateResult(passed=self.is_passed, message=self.message[:1000])
+        return StageGateResult(passed=self.is_passed, message=clean_line(self.message, 1000))
 
 
 def evaluate_gate(stage: StageSpec, metrics: Mapping[str, str]) -> GateResult | None:

@@ -24,6 +24,9 @@ from sailvl_trainer.contract import ExitCode
 PRODUCTIVE_BUCKETS = ("training", "curating", "evaluating")
 """Buckets of the time whose results last."""
 
+_MAX_COST = 1e18
+"""Largest cost that is shown; a price may be any number."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StageAccount:
@@ -97,7 +100,8 @@ def _add_cost(ledger: Goodput, price_per_gpu_hour: str | UnsetType) -> Goodput:
         return ledger
     whole = sum(ledger.gpu_seconds.values())
     lost = whole - sum(ledger.gpu_seconds.get(name, 0) for name in PRODUCTIVE_BUCKETS)
-    cost, lost_cost = (f"{seconds * float(price_per_gpu_hour) / 3600:.2f}" for seconds in (whole, lost))
+    costs = (min(seconds * float(price_per_gpu_hour) / 3600, _MAX_COST) for seconds in (whole, lost))
+    cost, lost_cost = (f"{value:.2f}" for value in costs)
     return msgspec.structs.replace(ledger, cost=cost, lost_cost=lost_cost)
 
 

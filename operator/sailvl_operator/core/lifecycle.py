@@ -16,8 +16,8 @@ from sailvl_operator.api.names import DIGEST_LETTERS
 from sailvl_operator.api.status import Reason, StageProgress
 from sailvl_operator.api.types import RestartPolicy
 from sailvl_operator.core.decision import Event
-from sailvl_operator.core.observe import PodRecord, decode_termination
-from sailvl_operator.core.progress import MAX_METRICS
+from sailvl_operator.core.observe import PodRecord
+from sailvl_operator.core.reports import decode_termination
 from sailvl_operator.core.restart_policy import bump_attempt, restart_after_infra_failure
 from sailvl_operator.core.stage_view import StageTransition, StageView
 from sailvl_operator.core.stuck import UNSCHEDULED_GRACE_SECONDS, is_recently_unscheduled
@@ -159,7 +159,7 @@ def complete_stage(view: StageView) -> StageTransition | None:
         return None
     result = find_result(view.attempt.pods)
     if result is None:
-        message = "the termination message is missing; a new attempt will read the result from the storage"
+        message = "the result is missing in the termination message; a new attempt will read it from the storage"
         return restart_after_infra_failure(view, message)
     known_lost_steps = 0 if view.status.progress is None else view.status.progress.lost_steps
     status = msgspec.structs.replace(
@@ -168,7 +168,7 @@ def complete_stage(view: StageView) -> StageTransition | None:
         completion_time=format_time(view.now),
         output=result.output,
         reused=result.reused,
-        metrics={name: format_decimal(value) for name, value in sorted(result.metrics.items())[:MAX_METRICS]},
+        metrics={name: format_decimal(value) for name, value in result.metrics.items()},
         progress=StageProgress(
             step=result.steps,
             steps=result.steps,

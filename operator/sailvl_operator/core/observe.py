@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from sailvl_trainer.contract import Progress, Termination
+from sailvl_trainer.contract import Progress
 
 AttemptKey = tuple[str, int]
 """Stage name and attempt number."""
@@ -206,13 +206,3 @@ def observe(
         )
     existing = tuple(jobs_by_attempt[key] for key in sorted(jobs_by_attempt) if not jobs_by_attempt[key].is_gone)
     return Observed(attempts=attempts, jobs=existing, has_service=has_service, network_policy=network_policy)
-
-
-def decode_termination(pod: PodRecord) -> Termination | None:
-    """Return the worker's termination message; None if there is none or it was cut off."""
-    if pod.terminated is None or not pod.terminated.message:
-        return None
-    try:
-        return msgspec.json.decode(pod.terminated.message, type=Termination)
-    except msgspec.MsgspecError:
-        return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from sailvl_operator.api.status import IN_PLACE, StageCheckpoint, StageProgress, StageStatus
-from sailvl_operator.core.observe import AttemptObservation, decode_termination
+from sailvl_operator.core.observe import AttemptObservation
+from sailvl_operator.core.reports import decode_termination
 from sailvl_operator.core.units import format_decimal
 from sailvl_trainer.contract import Progress
 
@@ -23,8 +24,6 @@ ACTIVITY_BUCKETS = {
     "evaluating": "evaluating",
 }
 """Bucket of each activity of contract.Progress.seconds; other activities count as the stage's main one."""
-MAX_METRICS = 64
-"""Metrics of a stage that its status keeps, the first ones by name."""
 
 
 def update_progress(status: StageStatus, attempt: AttemptObservation, *, kind: str) -> StageStatus:
@@ -48,7 +47,7 @@ def update_progress(status: StageStatus, attempt: AttemptObservation, *, kind: s
             lost_steps=max(known.lost_steps, report.lost_steps),
             in_place_restarts=max(known.in_place_restarts, report.in_place_restarts),
         ),
-        metrics={name: format_decimal(value) for name, value in sorted(report.metrics.items())[:MAX_METRICS]},
+        metrics={name: format_decimal(value) for name, value in report.metrics.items()},
         checkpoint=_find_checkpoint(status, attempt),
     )
 

@@ -46,6 +46,7 @@ async def reading():
             count=outcomes.append,
             has_backpressure=lambda: world.has_backpressure,
             port=server.port,
+            may_read=lambda ip: True,
         )
         world = SimpleNamespace(
             has_backpressure=False,
