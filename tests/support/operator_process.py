@@ -10,6 +10,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from prometheus_client import CollectorRegistry
+
 from sailvl_operator.api.types import Defaults
 from sailvl_operator.app import build_controller
 from sailvl_operator.cluster import resources
@@ -17,6 +19,7 @@ from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.progress import ProgressReader
 from sailvl_operator.cluster.workqueue import QueueConfig
 from sailvl_operator.errors import ApiError, Gone
+from sailvl_operator.metrics import Metrics
 from sailvl_operator.settings import ApiSettings, ControllerSettings, LeaseSettings, OperatorSettings
 
 _WORKERS = 2
@@ -52,11 +55,13 @@ class OperatorProcess:
             lease=LeaseSettings(identity="test"),
             defaults=defaults,
         )
+        self._metrics = Metrics(CollectorRegistry())
         self.parts = build_controller(
             settings,
             client,
             clock=clock,
             monotonic=monotonic,
+            metrics=self._metrics,
             queue_config=QueueConfig(
                 backoff_seconds=backoff_seconds, backoff_limit_seconds=backoff_limit_seconds, debounce_seconds=0.0
             ),
@@ -85,7 +90,9 @@ class OperatorProcess:
             self.queue.cancel_timer((entry.run.namespace, entry.run.name))
 
     def check(self) -> None:
-        """Raise the error of a task that has ended; tasks only end by `kill`."""
+        """Raise the error of a task that has ended, since tasks only end by `kill`. Fail if a loop contained one."""
+        for metric in self._metrics.loop_errors.collect():
+            assert not metric.samples, f"unexpected errors in background loops, see the log: {metric.samples}"
         for task in self._tasks:
             if task.done():
                 task.result()

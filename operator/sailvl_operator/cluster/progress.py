@@ -145,14 +145,7 @@ class ProgressReader:
         """Read in rounds until cancelled."""
         if not self._interval_seconds:
             return
-        timeout = aiohttp.ClientTimeout(total=self._timeout_seconds)
-        async with aiohttp.ClientSession(
-            timeout=timeout,
-            connector=aiohttp.TCPConnector(limit=_CONCURRENCY, force_close=True),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"Accept-Encoding": "identity"},
-            auto_decompress=False,
-        ) as session:
+        async with self.build_session() as session:
             try:
                 while True:
                     await asyncio.sleep(self._interval_seconds)
@@ -163,6 +156,16 @@ class ProgressReader:
                 for read in reads:
                     read.cancel()
                 await asyncio.gather(*reads, return_exceptions=True)
+
+    def build_session(self) -> aiohttp.ClientSession:
+        """Build the HTTP session for reads; it keeps no cookies, decompresses nothing and opens a connection a read."""
+        return aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self._timeout_seconds),
+            connector=aiohttp.TCPConnector(limit=_CONCURRENCY, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Accept-Encoding": "identity"},
+            auto_decompress=False,
+        )
 
     async def read_due(self, session: aiohttp.ClientSession) -> None:
         """Read one round, and wait for its end."""

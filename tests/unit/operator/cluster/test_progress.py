@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -36,7 +35,7 @@ async def reading():
     worker, changes, outcomes = Worker(), [], []
     app = web.Application()
     app.router.add_get("/progress", worker.answer)
-    async with TestServer(app, host="127.0.0.1") as server, aiohttp.ClientSession() as session:
+    async with TestServer(app, host="127.0.0.1") as server:
         pods = [build_pod("curate", ip="127.0.0.1")]
         reader = ProgressReader(
             interval_seconds=5.0,
@@ -48,16 +47,17 @@ async def reading():
             port=server.port,
             may_read=lambda ip: True,
         )
-        world = SimpleNamespace(
-            has_backpressure=False,
-            worker=worker,
-            changes=changes,
-            outcomes=outcomes,
-            pods=pods,
-            reader=reader,
-            read=lambda: reader.read_due(session),
-        )
-        yield world
+        async with reader.build_session() as session:
+            world = SimpleNamespace(
+                has_backpressure=False,
+                worker=worker,
+                changes=changes,
+                outcomes=outcomes,
+                pods=pods,
+                reader=reader,
+                read=lambda: reader.read_due(session),
+            )
+            yield world
 
 
 async def test_only_changed_progress_is_reported(reading):
