@@ -81,10 +81,10 @@ def _check_termination(termination: Termination) -> Termination:
     _check_counts(rank=termination.rank or 0, superseded_by=termination.superseded_by)
     return replace(
         termination,
-        message=clean_line(termination.message, MAX_MESSAGE_LENGTH),
-        traceback=clean_end(termination.traceback, MAX_TRACEBACK_LENGTH),
         checkpoint=_check_checkpoint(termination.checkpoint),
         result=None if termination.result is None else _check_result(termination.result),
+        message=clean_line(termination.message, MAX_MESSAGE_LENGTH),
+        traceback=clean_end(termination.traceback, MAX_TRACEBACK_LENGTH),
     )
 
 

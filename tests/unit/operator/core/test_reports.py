@@ -1,4 +1,4 @@
-"""Reports of workers are untrusted: whatever they hold, the run goes on, and its status keeps to the schema."""
+"""Reports of workers are untrusted: whatever they hold, the run continues, and its status keeps to the schema."""
 
 from __future__ import annotations
 
