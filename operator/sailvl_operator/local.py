@@ -30,7 +30,7 @@ from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, E
 from sailvl_operator.core.desired.workload import build_appdef, count_nodes, encode_document
 from sailvl_operator.core.observe import AttemptKey, JobRecord, Observed, PodRecord, Terminated, observe
 from sailvl_operator.core.reconcile import reconcile
-from sailvl_operator.core.reports import decode_progress
+from sailvl_operator.core.reports import build_terminated, decode_progress
 from sailvl_trainer.contract import Env, Progress
 
 POLL_SECONDS = 0.5
@@ -227,7 +227,7 @@ def _observe_end(attempt: LocalAttempt, index: int, code: int | None) -> Termina
 def _terminated(code: int, folder: Path) -> Terminated:
     path = folder / "termination.json"
     message = path.read_text(errors="replace") if path.exists() else ""
-    return Terminated(exit_code=code if code >= 0 else 128 - code, message=message, finished=time.time())
+    return build_terminated(exit_code=code if code >= 0 else 128 - code, message=message, finished=time.time())
 
 
 def _read_progress(path: Path) -> Progress | None:

@@ -17,8 +17,8 @@ from sailvl_operator.core.evidence import Evidence, collect_evidence
 from sailvl_operator.core.failure import find_root_cause
 from sailvl_operator.core.jobs import build_attempt
 from sailvl_operator.core.lifecycle import find_result
-from sailvl_operator.core.observe import Terminated
 from sailvl_operator.core.plan import plan
+from sailvl_operator.core.reports import build_terminated
 from sailvl_trainer import contract
 from sailvl_trainer.contract import (
     METRICS_PORT,
@@ -87,7 +87,7 @@ def test_trainer_starts_one_rank_per_gpu() -> None:
 
 
 def end_with(termination: Termination) -> Evidence:
-    terminated = Terminated(
+    terminated = build_terminated(
         exit_code=termination.exit_code, reason="Error", message=encode_termination(termination).decode(), finished=1.0
     )
     pod = build_pod("alignment", terminated=terminated, phase="Failed")
@@ -131,7 +131,9 @@ def test_operator_drops_metrics_that_are_not_finite() -> None:
         metrics={"heldOutLoss": 2.0, "loss": float("nan")},
     )
     said = Termination(exit_code=0, result=result, checkpoint=Checkpoint(step=1, path="p"))
-    terminated = Terminated(exit_code=0, reason="Completed", message=encode_termination(said).decode(), finished=1.0)
+    terminated = build_terminated(
+        exit_code=0, reason="Completed", message=encode_termination(said).decode(), finished=1.0
+    )
     found = find_result([build_pod("alignment", terminated=terminated)])
     assert found is not None
     assert found.metrics == {"heldOutLoss": 2.0}, "a gate can't be evaluated on NaN"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -40,14 +39,6 @@ def decode_json(content: bytes | bytearray | str, type_: Any, *, subject: str, m
         raise DocumentError(f"{subject} is larger than {max_bytes} bytes")
     try:
         return msgspec.json.decode(content, type=type_)
-    except Exception as error:
-        raise DocumentError(f"{subject} is malformed: {describe_error(error)}") from error
-
-
-def convert_document(raw: Mapping[str, Any], type_: Any, *, subject: str) -> Any:
-    """Convert an untrusted object that is decoded already. Raises DocumentError for every failure."""
-    try:
-        return msgspec.convert(raw, type_)
     except Exception as error:
         raise DocumentError(f"{subject} is malformed: {describe_error(error)}") from error
 

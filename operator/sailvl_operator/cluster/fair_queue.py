@@ -1,6 +1,7 @@
 """Queue whose groups take turns, so that one namespace with many items does not delay the items of another.
 
-Used by the work queue, the recorder of Events and the reader of progress. Adding and taking an item cost the same however many there are.
+Used by the work queue, the recorder of Events, the start diagnostics and the reader of progress. Adding and taking an
+item cost the same however many there are.
 """
 
 from __future__ import annotations

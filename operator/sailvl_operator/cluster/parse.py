@@ -9,6 +9,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from sailvl_operator.api import names
+from sailvl_operator.api.untrusted import clean_line
 from sailvl_operator.api.workers import MAX_GPUS, MAX_NODES
 from sailvl_operator.core.desired.network_policy import build_policy_spec
 from sailvl_operator.core.observe import (
@@ -20,7 +21,11 @@ from sailvl_operator.core.observe import (
     Terminated,
 )
 from sailvl_operator.core.ownership import describe_shape, has_indexed_name, split_job_name
+from sailvl_operator.core.reports import MAX_MESSAGE_LENGTH, build_terminated
 from sailvl_operator.core.units import parse_time
+
+_MAX_DIGITS = 10
+"""Labels of at least this many digits hold no number of ours."""
 
 
 def parse_job(raw: Mapping[str, Any]) -> JobRecord:
@@ -76,7 +81,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
         owner_uid=_find_owner_uid(metadata, "Job", job) if has_indexed_name(metadata["name"], job, index) else "",
         phase=status.get("phase", "Pending"),
         node=spec.get("nodeName", ""),
-        ip=status.get("podIP", ""),
+        ip="" if spec.get("hostNetwork") else status.get("podIP", ""),
         created=parse_time(metadata.get("creationTimestamp")),
         placed=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else 0.0,
         is_ready=conditions.get("Ready", {}).get("status") == "True",
@@ -84,9 +89,9 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
         delete_by=parse_time(metadata.get("deletionTimestamp")),
         terminated=_parse_terminated(state.get("terminated")),
         waiting_reason=state.get("waiting", {}).get("reason", ""),
-        waiting_message=state.get("waiting", {}).get("message", ""),
+        waiting_message=clean_line(state.get("waiting", {}).get("message", ""), MAX_MESSAGE_LENGTH),
         scheduler=spec.get("schedulerName", ""),
-        unschedulable=scheduled.get("message") or scheduled.get("reason", "") if is_unscheduled else "",
+        unschedulable=_format_unscheduled(scheduled) if is_unscheduled else "",
         disrupted=_format_condition(disruption) if disruption.get("status") == "True" else "",
     )
 
@@ -174,7 +179,7 @@ def _describe_alteration(labels: Mapping[str, str], spec: Mapping[str, Any], sta
 
 def _parse_number(text: str | None) -> int:
     """Return the value of a numeric label, and 0 if the user changed it to something else."""
-    return int(text) if text is not None and text.isdecimal() else 0
+    return int(text) if text is not None and text.isdecimal() and len(text) < _MAX_DIGITS else 0
 
 
 def _find_owner_uid(metadata: Mapping[str, Any], kind: str, name: str) -> str:
@@ -197,7 +202,7 @@ def _find_container_state(status: Mapping[str, Any]) -> Mapping[str, Any]:
 def _parse_terminated(state: Mapping[str, Any] | None) -> Terminated | None:
     if state is None:
         return None
-    return Terminated(
+    return build_terminated(
         exit_code=state.get("exitCode", -1),
         reason=state.get("reason", ""),
         message=state.get("message", ""),
@@ -206,4 +211,9 @@ def _parse_terminated(state: Mapping[str, Any] | None) -> Terminated | None:
 
 
 def _format_condition(condition: Mapping[str, Any]) -> str:
-    return ": ".join(filter(None, (condition.get("reason"), condition.get("message"))))
+    text = ": ".join(filter(None, (condition.get("reason"), condition.get("message"))))
+    return clean_line(text, MAX_MESSAGE_LENGTH)
+
+
+def _format_unscheduled(condition: Mapping[str, Any]) -> str:
+    return clean_line(condition.get("message") or condition.get("reason", ""), MAX_MESSAGE_LENGTH)

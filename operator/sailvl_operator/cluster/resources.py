@@ -130,6 +130,7 @@ class Job(TypedDict, total=False):
 
 class PodSpec(TypedDict, total=False):
     nodeName: str
+    hostNetwork: bool
     schedulerName: str
 
 

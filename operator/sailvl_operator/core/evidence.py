@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sailvl_operator.api.status import Cause
-from sailvl_operator.api.untrusted import clean_end, clean_line
 from sailvl_operator.core.observe import INVALID_CONFIG_REASONS, PodRecord
-from sailvl_operator.core.reports import MAX_MESSAGE_LENGTH, MAX_TRACEBACK_LENGTH, decode_termination
+from sailvl_operator.core.reports import MAX_MESSAGE_LENGTH
 from sailvl_trainer.contract import ExitCode, Termination
 
 CAUSE_BY_EXIT_CODE: dict[int, Cause] = {
@@ -131,14 +130,14 @@ def _count_grace_seconds(pod: PodRecord) -> float:
 
 def _examine_exit(pod: PodRecord) -> Evidence:
     assert pod.terminated is not None
-    code, termination = pod.terminated.exit_code, decode_termination(pod)
+    code, termination = pod.terminated.exit_code, pod.terminated.report
     cause = CAUSE_BY_EXIT_CODE.get(code, Cause.CRASH)
     if pod.terminated.reason == "OOMKilled":
         cause = Cause.OUT_OF_MEMORY
     elif has_never_run(pod) and _MISSING_COMMAND.search(pod.terminated.message):
         cause = Cause.CONFIG
     if termination is None:
-        log = clean_end(pod.terminated.message.strip(), MAX_TRACEBACK_LENGTH)
+        log = pod.terminated.message.strip()
         termination = Termination(exit_code=code, message=_describe_exit(code, log), traceback=log)
     return _build_evidence(
         pod, cause, termination.message or _describe_exit(code, ""), exit_code=code, termination=termination
@@ -168,7 +167,7 @@ def _build_evidence(
     return Evidence(
         cause=cause,
         pod=pod,
-        message=clean_line(message, MAX_MESSAGE_LENGTH),
+        message=message[:MAX_MESSAGE_LENGTH],
         reports_lost_peer=exit_code == ExitCode.PEER_LOST,
         exit_code=exit_code,
         rank=termination.rank,

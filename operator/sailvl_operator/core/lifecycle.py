@@ -17,7 +17,7 @@ from sailvl_operator.api.status import Reason, StageProgress
 from sailvl_operator.api.types import RestartPolicy
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.observe import PodRecord
-from sailvl_operator.core.reports import decode_termination
+from sailvl_operator.core.reports import find_reports
 from sailvl_operator.core.restart_policy import bump_attempt, restart_after_infra_failure
 from sailvl_operator.core.stage_view import StageTransition, StageView
 from sailvl_operator.core.stuck import UNSCHEDULED_GRACE_SECONDS, is_recently_unscheduled
@@ -192,5 +192,4 @@ def has_succeeded(pods: Sequence[PodRecord], nodes: int) -> bool:
 
 def find_result(pods: Sequence[PodRecord]) -> Result | None:
     """Return the stage's result from the termination message of any worker that has it."""
-    terminations = (decode_termination(pod) for pod in pods)
-    return next((t.result for t in terminations if t is not None and t.result is not None), None)
+    return next((report.result for report in find_reports(pods) if report.result is not None), None)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from sailvl_trainer.contract import Progress
+from sailvl_trainer.contract import Progress, Termination
 
 AttemptKey = tuple[str, int]
 """Stage name and attempt number."""
@@ -27,7 +27,9 @@ class Terminated(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     """Reason that the kubelet gives: Error, Completed, OOMKilled, …"""
     message: str = ""
-    """Termination message: JSON of contract.Termination, or the tail of the log."""
+    """Termination message if it isn't a report: usually the tail of the log."""
+    report: Termination | None = None
+    """Termination message if it is a report of the worker, decoded and bounded by `reports.py`."""
     finished: float = 0.0
     """End of the container in Unix seconds."""
 
@@ -48,6 +50,7 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     """UID of the run; empty if a version of the operator created the pod that didn't set this label."""
     node: str = ""
     ip: str = ""
+    """Address of the pod; empty if it has none of its own, because it uses the network of its node."""
     owner_uid: str = ""
     """UID of the Job that controls the pod; empty if the pod's name, labels and controller don't fit together."""
     created: float = 0.0

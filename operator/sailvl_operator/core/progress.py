@@ -6,7 +6,7 @@ import msgspec
 
 from sailvl_operator.api.status import IN_PLACE, StageCheckpoint, StageProgress, StageStatus
 from sailvl_operator.core.observe import AttemptObservation
-from sailvl_operator.core.reports import decode_termination
+from sailvl_operator.core.reports import find_reports
 from sailvl_operator.core.units import format_decimal
 from sailvl_trainer.contract import Progress
 
@@ -64,10 +64,9 @@ def count_seconds(report: Progress, kind: str) -> Buckets:
 def _find_checkpoint(status: StageStatus, attempt: AttemptObservation) -> StageCheckpoint | None:
     """Return the newest checkpoint in the progress or in a termination message, else the one that is known."""
     report = attempt.progress
-    terminations = (decode_termination(pod) for pod in attempt.pods)
     reported = [
         report.checkpoint if report is not None else None,
-        *(t.checkpoint for t in terminations if t is not None),
+        *(termination.checkpoint for termination in find_reports(attempt.pods)),
     ]
     newest = max((c for c in reported if c is not None), key=lambda c: c.step, default=None)
     return status.checkpoint if newest is None else StageCheckpoint(step=newest.step, path=newest.path)

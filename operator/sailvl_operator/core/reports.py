@@ -8,9 +8,9 @@ is cleaned.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import PurePosixPath
 
 from sailvl_operator.api.untrusted import (
@@ -23,7 +23,7 @@ from sailvl_operator.api.untrusted import (
     decode_json,
     is_metric_name,
 )
-from sailvl_operator.core.observe import PodRecord
+from sailvl_operator.core.observe import PodRecord, Terminated
 from sailvl_trainer.contract import TERMINATION_MESSAGE_BYTES, Checkpoint, Progress, Result, Termination
 
 MAX_PROGRESS_BYTES = 65536
@@ -60,21 +60,29 @@ def decode_progress(content: bytes | bytearray) -> Progress:
     )
 
 
-def decode_termination(pod: PodRecord) -> Termination | None:
-    """Return the worker's termination message; None if there is none, or if it was cut off or can't be used."""
-    if pod.terminated is None or not pod.terminated.message:
-        return None
-    return _decode_termination_message(pod.terminated.message)
+def build_terminated(*, exit_code: int, message: str, reason: str = "", finished: float = 0.0) -> Terminated:
+    """Build the terminated state of a worker's container, with its termination message decoded if that is a report.
+
+    A message that was cut off or can't be used as a report is treated like the tail of the worker's log.
+    """
+    report = None
+    with suppress(DocumentError):
+        report = _decode_termination(message) if message else None
+    text = clean_end(message, MAX_TRACEBACK_LENGTH) if report is None else ""
+    return Terminated(exit_code=exit_code, reason=reason, message=text, report=report, finished=finished)
 
 
-@lru_cache(maxsize=512)  # each reconcile reads the messages of all pods of the attempt again
-def _decode_termination_message(message: str) -> Termination | None:
-    try:
-        return _check_termination(
-            decode_json(message, Termination, subject="termination message", max_bytes=TERMINATION_MESSAGE_BYTES)
-        )
-    except DocumentError:
-        return None
+def find_reports(pods: Sequence[PodRecord]) -> Iterator[Termination]:
+    """Yield the reports in the termination messages of pods."""
+    for pod in pods:
+        if pod.terminated is not None and pod.terminated.report is not None:
+            yield pod.terminated.report
+
+
+def _decode_termination(message: str) -> Termination:
+    subject = "termination message"
+    termination: Termination = decode_json(message, Termination, subject=subject, max_bytes=TERMINATION_MESSAGE_BYTES)
+    return _check_termination(termination)
 
 
 def _check_termination(termination: Termination) -> Termination:

@@ -11,6 +11,7 @@ import msgspec
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Run, Spec
 from sailvl_operator.core.observe import JobRecord, PodRecord, Terminated
+from sailvl_operator.core.reports import build_terminated
 
 SPEC: dict[str, Any] = {
     "image": "registry.example.com/sailvl-trainer:0.1.0",
@@ -81,7 +82,7 @@ def build_pod(stage: str, attempt: int = 1, index: int = 0, **fields: Any) -> Po
 def build_end(exit_code: int, *, at: float = 0.0, reason: str = "", **message: Any) -> Terminated:
     """Build the terminated state of a worker; `message` are fields of its termination message."""
     text = json.dumps({"exit_code": exit_code, **message})
-    return Terminated(exit_code=exit_code, reason=reason, message=text, finished=at)
+    return build_terminated(exit_code=exit_code, reason=reason, message=text, finished=at)
 
 
 def build_result(stage: str, **fields: Any) -> dict[str, Any]:

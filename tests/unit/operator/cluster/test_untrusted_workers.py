@@ -13,10 +13,10 @@ import aiohttp
 import pytest
 from msgspec.structs import replace
 
-from sailvl_operator.cluster.progress import ProgressReader, is_worker_address, select_of_known_runs
+from sailvl_operator.cluster.progress import ProgressReader, find_readable, is_worker_address
 from sailvl_operator.cluster.runs import RunStore
 from sailvl_operator.core.observe import PodRecord
-from tests.support.builders.operator import build_document, build_pod
+from tests.support.builders.operator import build_document, build_job, build_pod
 from tests.support.fuzz import draw_generators, mutate_bytes
 
 OK = b'"attempt":1,"phase":"running"'
@@ -275,10 +275,18 @@ async def test_pod_with_a_loopback_address_is_not_read():
     assert reading.outcomes == []
 
 
-def test_pods_of_no_run_are_not_read():
+def test_only_pods_of_the_jobs_of_a_run_are_read():
     runs, document = RunStore(), build_document()
-    document["metadata"] |= {"uid": "u", "resourceVersion": "1"}
+    document["metadata"] |= {"uid": "run-uid", "resourceVersion": "1"}
     runs.put(document)
-    own = replace(build_pod("curate", ip="10.0.0.1"), run_uid="u")
-    foreign = [replace(own, run="other"), replace(own, run_uid="former"), replace(own, namespace="else")]
-    assert list(select_of_known_runs([*foreign, own], runs)) == [own]
+    job = build_job("curate")
+    own = replace(build_pod("curate", ip="10.0.0.1"), run_uid="run-uid", owner_uid=job.uid)
+    foreign = [
+        replace(own, run="other"),
+        replace(own, namespace="else"),
+        replace(own, owner_uid=""),
+        replace(own, owner_uid="other-job"),
+        replace(own, index=1),
+    ]
+    stores = SimpleNamespace(pods=[*foreign, own], jobs=SimpleNamespace(get=lambda key: [job]))
+    assert list(find_readable(stores, runs)) == [own]
