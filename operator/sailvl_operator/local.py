@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
@@ -37,11 +37,16 @@ POLL_SECONDS = 0.5
 REPLICA = "${replica_id}"
 """Macro of torchx for the index of a worker."""
 
+T = TypeVar("T")
 OnStatus = Callable[[Status, tuple[Event, ...]], None]
 
 
 class LockedError(Exception):
     """Another process executes this run."""
+
+
+class LocalStateError(Exception):
+    """The root or a file in it can't be used. The message names it and says what to do."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,8 +74,10 @@ class LocalRun:
     def __post_init__(self) -> None:
         self.root = self.root.resolve()
         self.scheduler = LocalScheduler("sailvl", CWDImageProvider)
-        saved = self.folder / "status.json"
-        self.status = msgspec.json.decode(saved.read_bytes(), type=Status) if saved.exists() else Status()
+        if self.root.exists() and not self.root.is_dir():
+            raise LocalStateError(f"{self.root} is not a directory; set --root to one")
+        advice = "delete it to start the run anew: results of finished stages and checkpoints are found again"
+        self.status = _read_state(self.folder / "status.json", Status, advice=advice) or Status()
 
     @property
     def folder(self) -> Path:
@@ -164,16 +171,21 @@ class LocalRun:
 
     def _end_orphans(self) -> None:
         """Kill workers that a killed process left behind, which are recognised by their PID and their command line."""
-        path = self.folder / "processes.json"
-        for pid in json.loads(path.read_bytes()) if path.exists() else ():
+        advice = "end the workers of an earlier `sailvl run` of this run, if there are any, and delete it"
+        for pid in _read_state(self.folder / "processes.json", list[int], advice=advice) or ():
             command = Path(f"/proc/{pid}/cmdline")
             if command.exists() and b"sailvl_trainer" in command.read_bytes():
                 _kill_group(pid)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            message = f"{self.folder} can't be written ({error.strerror}); set --root to a directory of your own"
+            raise LocalStateError(message) from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -251,11 +263,30 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _read_state(path: Path, type_: type[T], *, advice: str) -> T | None:
+    """Read a file of the run's folder; None if there is none. Raises LocalStateError if it can't be decoded."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=type_)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LocalStateError(f"{path} can't be read ({error}); {advice}") from error
+
+
 def _write(path: Path, data: bytes) -> None:
+    """Replace a file so that a crash of the process or of the machine leaves the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def parse_local(document: dict[str, Any], parse: Callable[[dict[str, Any]], Run]) -> Run:

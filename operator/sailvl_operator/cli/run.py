@@ -16,7 +16,7 @@ from sailvl_operator.api.validation import validate
 from sailvl_operator.cli.validate import read_documents
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.units import format_duration, parse_time
-from sailvl_operator.local import LocalRun, LockedError, parse_local
+from sailvl_operator.local import LocalRun, LocalStateError, LockedError, parse_local
 
 PLAIN_WIDTH = 120
 """Width of the output in characters if it is not a terminal."""
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         local = LocalRun(parse_local(document, parse_run), args.root)
         with Display(console) as display:
             status = local.run_to_completion(display.show)
-    except (ValueError, SpecError, LockedError) as error:
+    except (ValueError, SpecError, LockedError, LocalStateError) as error:
         print(f"sailvl run: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
