@@ -19,7 +19,6 @@ from prometheus_client import CollectorRegistry
 
 from sailvl_operator import handlers, health
 from sailvl_operator.api import names
-from sailvl_operator.api.status import decode_status
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.background import keep_running
 from sailvl_operator.cluster.backpressure import StartupBacklog
@@ -340,5 +339,4 @@ class App:
     def _leader_statuses(self) -> Iterator[RunStatus]:
         """Yield the status of every run; none on a standby, so that each run has its series once."""
         if self._is_leading():
-            for entry in self.parts.runs:
-                yield entry.run.namespace, entry.run.name, partial(decode_status, entry.run.status)
+            yield from self.parts.runs.statuses()

@@ -32,6 +32,9 @@ OnEvent = Callable[[str | None, dict[str, Any]], None]
 IsKnown = Callable[[str, str, str], bool]
 """Called with namespace, name and resourceVersion of an object. Whether this version or a newer one is known."""
 
+LIST_CHUNK_SIZE = 50
+"""Runs in one response of the first list: at most 75 MB, since a stored object has at most 1.5 MB."""
+
 _EXPIRED = b'{"type":"ERROR","object":{"kind":"Status","code":410,"reason":"Expired"}}\n'
 
 
@@ -73,6 +76,7 @@ def build_registry(
         settings.watching.server_timeout = ClientConfig().watch_timeout_seconds
         settings.watching.connect_timeout = 10
         settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
+        settings.watching.chunk_size = LIST_CHUNK_SIZE
         settings.networking.request_timeout = ClientConfig().request_timeout_seconds
         settings.networking.error_backoffs = EndlessBackoff()
 

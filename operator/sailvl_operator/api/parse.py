@@ -21,6 +21,8 @@ from sailvl_operator.api.untrusted import clean_line
 Problem = tuple[str, str]
 """Path of the field and the error message."""
 
+MAX_SPEC_BYTES = 256 * 1024
+"""Largest spec as JSON. The schema alone would allow several megabytes, which the operator holds for every run."""
 _CAPTION = "not supported yet; set it to keep or remove caption to use the alt-text"
 
 _MAX_ANNOTATION_LENGTH = 1024
@@ -65,6 +67,12 @@ def refresh_run(run: Run, raw: Mapping[str, Any]) -> Run:
 
 def parse_spec(spec: Mapping[str, Any]) -> Spec:
     """Parse a spec. Raises SpecError, whose message begins with the path of the field, as in `spec.stages[0].name`."""
+    size = len(msgspec.json.encode(spec))
+    if size > MAX_SPEC_BYTES:
+        raise SpecError(
+            f"spec: has {size} bytes as JSON, and may have at most {MAX_SPEC_BYTES}; set workers.env once for all "
+            "stages instead of in each, or divide the stages into several runs"
+        )
     try:
         return msgspec.convert(dict(spec), Spec)
     except msgspec.ValidationError as error:

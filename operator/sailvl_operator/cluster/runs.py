@@ -1,13 +1,22 @@
-"""Store of the newest state of every SailVLRun, filled by the watch (`handlers.py`) and by responses to our patches."""
+"""Store of the newest state of every SailVLRun, filled by the watch (`handlers.py`) and by responses to our patches.
+
+Most runs of a long-lived installation have finished, and a finished run is rarely read again. Such runs are kept as
+compressed JSON and parsed again whenever one is reconciled.
+"""
 
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from sailvl_operator.api.parse import SpecError, parse_run, refresh_run
+import msgspec
+
+from sailvl_operator.api import names
+from sailvl_operator.api.parse import MAX_SPEC_BYTES, SpecError, parse_run, refresh_run
+from sailvl_operator.api.status import ConditionType, Status, decode_status
 from sailvl_operator.api.types import Model, Run, Spec, Storage
 from sailvl_operator.api.untrusted import describe_error
 from sailvl_operator.core.plan import PlannedStage, plan
@@ -17,6 +26,10 @@ log = logging.getLogger(__name__)
 
 RunKey = tuple[str, str]
 """Namespace and name of a run; the keys of the work queue."""
+
+_METADATA = ("namespace", "name", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+_FINAL = (ConditionType.SUCCEEDED, ConditionType.FAILED)
+_COMPRESSION_LEVEL = 1  # higher levels save a few percent and take several times longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,46 +43,90 @@ class RunEntry:
     """Parse error of the spec; `run.spec` is then empty. Empty if the spec is valid."""
 
 
+class RunVersion(NamedTuple):
+    """UID and resourceVersion of a stored run."""
+
+    uid: str
+    version: int
+
+
+class _Stored(NamedTuple):
+    """One run, parsed or packed."""
+
+    uid: str
+    version: int
+    entry: RunEntry | None
+    packed: bytes = b""
+    """Compressed JSON of the object; empty if the run is parsed."""
+
+    def read(self) -> RunEntry:
+        return _parse(_unpack(self.packed)) if self.entry is None else self.entry
+
+    def read_status(self) -> Status:
+        return decode_status(_unpack(self.packed)["status"] if self.entry is None else self.entry.run.status)
+
+
 class RunStore:
     """Runs by key. An older resourceVersion never replaces a newer one."""
 
     def __init__(self) -> None:
-        self._entries: dict[RunKey, RunEntry] = {}
+        self._runs: dict[RunKey, _Stored] = {}
 
     def get(self, key: RunKey) -> RunEntry | None:
-        """Return the newest state; None if there is no such run."""
-        return self._entries.get(key)
+        """Return the newest state; None if there is no such run. A finished run is parsed anew by each call."""
+        stored = self._runs.get(key)
+        return None if stored is None else stored.read()
+
+    def get_unfinished(self, key: RunKey) -> RunEntry | None:
+        """Return the newest state of a run; None if it has finished or doesn't exist."""
+        stored = self._runs.get(key)
+        return None if stored is None else stored.entry
+
+    def get_version(self, key: RunKey) -> RunVersion | None:
+        """Return UID and resourceVersion of a run without parsing it; None if there is no such run."""
+        stored = self._runs.get(key)
+        return None if stored is None else RunVersion(stored.uid, stored.version)
+
+    def versions(self) -> dict[RunKey, RunVersion]:
+        """Return UID and resourceVersion of every run."""
+        return {key: RunVersion(stored.uid, stored.version) for key, stored in self._runs.items()}
+
+    def statuses(self) -> list[tuple[str, str, Any]]:
+        """Return namespace and name of every run, and a function that decodes its status."""
+        return [(*key, stored.read_status) for key, stored in self._runs.items()]
 
     def __iter__(self) -> Iterator[RunEntry]:
-        return iter(list(self._entries.values()))
+        return (stored.read() for stored in list(self._runs.values()))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._runs)
 
     def is_known(self, namespace: str, name: str, version: str) -> bool:
         """Whether this resourceVersion of a run, or a newer one, is stored."""
-        known = self._entries.get((namespace, name))
-        return known is not None and bool(version) and int(known.run.resource_version) >= int(version)
+        known = self._runs.get((namespace, name))
+        return known is not None and bool(version) and known.version >= int(version)
 
     def put(self, raw: dict[str, Any]) -> bool:
         """Store a state if it is newer than the stored one. Return whether it is."""
         key, version = key_of(raw), int(raw["metadata"]["resourceVersion"])
-        known = self._entries.get(key)
-        if known is not None and int(known.run.resource_version) >= version:
+        known = self._runs.get(key)
+        if known is not None and known.version >= version:
             return False
-        self._entries[key] = _parse_update(raw, known) if known is not None else _parse(raw)
+        packed = _try_pack(raw) if _is_finished(raw) else b""
+        entry = None if packed else _parse_update(raw, None if known is None else known.entry)
+        self._runs[key] = _Stored(raw["metadata"]["uid"], version, entry, packed)
         return True
 
     def put_patched(self, raw: dict[str, Any]) -> bool:
         """Store the response to our own patch, unless the run was deleted meanwhile."""
-        known = self._entries.get(key_of(raw))
-        return known is not None and known.run.uid == raw["metadata"]["uid"] and self.put(raw)
+        known = self._runs.get(key_of(raw))
+        return known is not None and known.uid == raw["metadata"]["uid"] and self.put(raw)
 
     def delete(self, key: RunKey, uid: str) -> None:
         """Remove a deleted run, unless a new run already has its name."""
-        known = self._entries.get(key)
-        if known is not None and known.run.uid == uid:
-            del self._entries[key]
+        known = self._runs.get(key)
+        if known is not None and known.uid == uid:
+            del self._runs[key]
 
 
 def key_of(raw: dict[str, Any]) -> RunKey:
@@ -77,10 +134,40 @@ def key_of(raw: dict[str, Any]) -> RunKey:
     return raw["metadata"]["namespace"], raw["metadata"]["name"]
 
 
-def _parse_update(raw: dict[str, Any], known: RunEntry) -> RunEntry:
+def _is_finished(raw: dict[str, Any]) -> bool:
+    """Return whether the status says that the run has succeeded or failed."""
+    conditions = (raw.get("status") or {}).get("conditions") or ()
+    return any(c.get("type") in _FINAL and c.get("status") == "True" for c in conditions)
+
+
+def _try_pack(raw: dict[str, Any]) -> bytes:
+    """Pack an object; empty if that is impossible, because a text in it can't be encoded."""
+    try:
+        return _pack(raw)
+    except UnicodeEncodeError:
+        return b""
+
+
+def _pack(raw: dict[str, Any]) -> bytes:
+    """Compress the fields of an object that are read; empty if its spec is too large to be parsed anyway."""
+    metadata = {name: raw["metadata"][name] for name in _METADATA if name in raw["metadata"]}
+    request = (raw["metadata"].get("annotations") or {}).get(names.ANNOTATION_RESTART)
+    metadata |= {} if request is None else {"annotations": {names.ANNOTATION_RESTART: request}}
+    spec = msgspec.json.encode(raw.get("spec"))
+    if len(spec) > MAX_SPEC_BYTES:
+        return b""
+    document = {"metadata": metadata, "spec": msgspec.Raw(spec), "status": raw["status"]}
+    return zlib.compress(msgspec.json.encode(document), _COMPRESSION_LEVEL)
+
+
+def _unpack(packed: bytes) -> dict[str, Any]:
+    return msgspec.json.decode(zlib.decompress(packed), type=dict[str, Any])
+
+
+def _parse_update(raw: dict[str, Any], known: RunEntry | None) -> RunEntry:
     """Reuse the parsed spec if the generation is the same. Most changes are our own status writes."""
     metadata = raw["metadata"]
-    if (metadata["uid"], metadata.get("generation")) != (known.run.uid, known.run.generation):
+    if known is None or (metadata["uid"], metadata.get("generation")) != (known.run.uid, known.run.generation):
         return _parse(raw)
     return replace(known, run=refresh_run(known.run, raw))
 

@@ -187,7 +187,7 @@ def find_waiting(owned_objects: OwnedObjects, runs: RunStore) -> Iterator[Waitin
         if not job.is_gone and not job.alteration:
             by_run[job.namespace, job.run].append(job)
     for key, jobs in by_run.items():
-        entry = runs.get(key)
+        entry = runs.get_unfinished(key)
         current = [] if entry is None else _select_current(entry.run, jobs)
         pods: dict[str, list[PodRecord]] = defaultdict(list)
         for pod in owned_objects.pods.get(key) if current else ():

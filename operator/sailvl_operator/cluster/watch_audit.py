@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.runs import RunKey, RunStore, key_of
+from sailvl_operator.cluster.runs import RunKey, RunStore, RunVersion, key_of
 from sailvl_operator.errors import ApiError, NotFound
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class WatchAuditor:
         self._monotonic = monotonic
         self._count_error = count_error
         self._listed: dict[RunKey, int] = {}  # resourceVersions of the previous round
-        self._stored: list[Run] = []  # runs in the store after the previous round
+        self._stored: dict[RunKey, RunVersion] = {}  # runs in the store after the previous round
         self._clean_rounds = 0
         self._stale_since: float | None = None
 
@@ -79,13 +78,16 @@ class WatchAuditor:
         missed = [
             key for key, version in listed_before.items() if key in self._listed and self._is_behind(key, version)
         ]
-        deleted = [run for run in stored_before if self._was_deletion_missed(run, listed_before)]
+        deleted = [
+            (key, known.uid)
+            for key, known in stored_before.items()
+            if self._was_deletion_missed(key, known.uid, listed_before)
+        ]
         for key in missed:
             await self._replay_change(key)
-        for run in deleted:
-            metadata = {"namespace": run.namespace, "name": run.name, "uid": run.uid}
-            self._replay("DELETED", {"metadata": metadata})
-        self._stored = [entry.run for entry in self._runs]
+        for (namespace, name), uid in deleted:
+            self._replay("DELETED", {"metadata": {"namespace": namespace, "name": name, "uid": uid}})
+        self._stored = self._runs.versions()
         self._update_staleness(is_clean=not missed and not deleted)
 
     def _update_staleness(self, *, is_clean: bool) -> None:
@@ -105,14 +107,13 @@ class WatchAuditor:
         return versions
 
     def _is_behind(self, key: RunKey, version: int) -> bool:
-        entry = self._runs.get(key)
-        return entry is None or int(entry.run.resource_version) < version
+        known = self._runs.get_version(key)
+        return known is None or known.version < version
 
-    def _was_deletion_missed(self, run: Run, listed_before: dict[RunKey, int]) -> bool:
+    def _was_deletion_missed(self, key: RunKey, uid: str, listed_before: dict[RunKey, int]) -> bool:
         """Whether a run is missing from this list and the previous one, but is still in the store."""
-        key = run.namespace, run.name
-        entry = self._runs.get(key)
-        is_stored = entry is not None and entry.run.uid == run.uid
+        known = self._runs.get_version(key)
+        is_stored = known is not None and known.uid == uid
         return is_stored and key not in listed_before and key not in self._listed
 
     async def _replay_change(self, key: RunKey) -> None:
