@@ -269,7 +269,7 @@ def find_readable(owned_objects: OwnedObjects, runs: RunStore) -> Iterator[PodRe
         if is_readable(pod):
             readable[pod.namespace, pod.run].append(pod)
     for key, pods in readable.items():
-        entry = runs.get(key)
+        entry = runs.get_unfinished(key)
         if entry is not None:
             yield from select_pods(entry.run, owned_objects.jobs.get(key), pods)
 
