@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -147,7 +148,8 @@ class LocalRun:
         name = names.job_name(document.run, document.stage, document.attempt)
         folder = self.folder / "workers" / name
         _write(folder / "stage.json", encode_document(document).encode())
-        app = localise(build_appdef(attempt), folder, self.python, _free_port(), _free_port())
+        app = build_appdef(attempt, rendezvous_secret=secrets.token_hex(16))
+        app = localise(app, folder, self.python, _free_port(), _free_port())
         app_id = self.scheduler.schedule(self.scheduler.submit_dryrun(app, {"log_dir": str(folder / "logs")}))
         record = JobRecord(
             namespace=document.namespace,

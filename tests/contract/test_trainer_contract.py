@@ -36,7 +36,7 @@ from sailvl_trainer.storage.codec import read_stage
 from tests.support.builders.operator import build_pod, build_run
 
 OUTPUTS = {name: f"demo/{name}-0" for name in ("curate", "alignment", "knowledge", "evaluate")}
-DOWNWARD_API = {Env.NODE_RANK: "1", Env.NODE_NAME: "node-1"}
+DOWNWARD_API = {Env.NODE_RANK: "1", Env.NODE_NAME: "node-1", Env.POD_IP: "10.1.2.3"}
 """Variables that the downward API sets."""
 ON_GPUS = {Env.PROCESSES_PER_NODE, Env.DEVICE}
 LOCAL_MODE_ONLY = {
@@ -61,11 +61,12 @@ def test_trainer_reads_every_stage_config_of_the_operator(tmp_path: Path, index:
 def test_trainer_reads_every_variable_of_the_operator() -> None:
     run = build_run()
     attempt = build_attempt(run, plan(run)[1], attempt=2, outputs=OUTPUTS, defaults=Defaults(grace_seconds=90))
-    given = build_env(attempt) | DOWNWARD_API
+    given = build_env(attempt, "1a2b") | DOWNWARD_API
     assert set(given) == set(Env) - LOCAL_MODE_ONLY - ON_GPUS
     settings = read_settings(given)
     assert (settings.nodes, settings.node_rank, settings.rendezvous_host) == (2, 1, "demo-alignment-2-0.demo")
     assert (settings.processes_per_node, settings.device) == (1, "cpu")
+    assert (settings.rendezvous_secret, settings.pod_ip) == ("1a2b", "10.1.2.3")
     assert (settings.rendezvous_port, settings.metrics_port) == (RENDEZVOUS_PORT, METRICS_PORT), (
         "the ports of the Service"
     )
@@ -75,14 +76,17 @@ def test_trainer_reads_every_variable_of_the_operator() -> None:
 
 def test_omitted_variables_equal_their_defaults() -> None:
     run = build_run()
-    given = build_env(build_attempt(run, plan(run)[1], attempt=1, outputs=OUTPUTS, defaults=Defaults())) | DOWNWARD_API
+    given = (
+        build_env(build_attempt(run, plan(run)[1], attempt=1, outputs=OUTPUTS, defaults=Defaults()), "1a2b")
+        | DOWNWARD_API
+    )
     assert read_settings(build_defaults() | given) == read_settings(given)
 
 
 def test_trainer_starts_one_rank_per_gpu() -> None:
     run = build_run(workers={"nodes": 2, "gpusPerNode": 4})
     attempt = build_attempt(run, plan(run)[1], attempt=1, outputs=OUTPUTS, defaults=Defaults())
-    settings = read_settings(build_env(attempt) | DOWNWARD_API)
+    settings = read_settings(build_env(attempt, "1a2b") | DOWNWARD_API)
     assert (settings.processes_per_node, settings.device) == (4, "cuda")
 
 

@@ -9,7 +9,6 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from sailvl_trainer.evaluate.answers import AnswerCache
 from sailvl_trainer.model import export
 from sailvl_trainer.rank.main import main as rank_main
 from sailvl_trainer.rank.settings import Scratch
+from sailvl_trainer.rank.store import STORE_VARIABLE, StoreAddress
 from sailvl_trainer.rank.termination import ERROR_FILE_VARIABLE
 from sailvl_trainer.storage import layout
 from sailvl_trainer.storage.codec import decode, encode
@@ -62,7 +62,8 @@ class FaultyRanks:
         self.folder = beside.with_name(f"{beside.name}-ranks") / f"{document.run}-{document.attempt}"
         self.folder.mkdir(parents=True)
         (self.folder / "stage.json").write_bytes(encode(document))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+        store = StoreAddress(path=str(self.folder / "store"))
+        place = {STORE_VARIABLE: encode(store).decode(), "WORLD_SIZE": str(world_size)}
         place |= {Env.STAGE_FILE: str(self.folder / "stage.json")}
         by_rank = list(faults) * (world_size if len(faults) == 1 else 1) or [do_nothing] * world_size
         self.processes = [self._start(rank, place, by_rank[rank]) for rank in range(world_size)]
@@ -131,13 +132,6 @@ def provide_volume(folder: Path, *, is_disk: bool) -> Iterator[Volume]:
         pytest.skip(f"no volume can be mounted here: {error}")
     yield volume
     volume.unmount()
-
-
-def free_port() -> int:
-    """Return a free port."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 @cache

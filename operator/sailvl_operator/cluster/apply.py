@@ -5,6 +5,7 @@ Writes that the API server refuses are kept until a later reconcile succeeds, si
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -176,7 +177,7 @@ class Applier:
             )
 
     async def _start(self, attempt: AttemptSpec) -> None:
-        job = build_job(attempt, build_appdef(attempt))
+        job = build_job(attempt, build_appdef(attempt, rendezvous_secret=secrets.token_hex(16)))
         found = await self._create(resources.JOBS, job, attempt.owner_uid, resources.Job)
         # The Job was created from an older spec, and the status has not been written since.
         if _get_digest(found) not in ("", _get_digest(job)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +18,7 @@ from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.rank.context import Context, build_context
 from sailvl_trainer.rank.settings import Scratch
+from sailvl_trainer.rank.store import STORE_VARIABLE, StoreAddress
 from sailvl_trainer.storage.codec import encode, read_stage
 
 SAMPLES = 40
@@ -97,13 +97,11 @@ def start_ranks(script: Path, stage: Stage, world_size: int, scratch: Path) -> l
     """A script on every rank of a group over gloo; it finds the stage document at $STAGE and a folder at $SCRATCH."""
     scratch.mkdir(parents=True)
     (scratch / "stage.json").write_bytes(encode(stage))
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    store = StoreAddress(path=str(scratch / "store"))
     processes = []
     for rank in range(world_size):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost"}
-        settings = place | {"MASTER_PORT": port, "STAGE": scratch / "stage.json", "SCRATCH": scratch}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        settings = place | {STORE_VARIABLE: encode(store).decode(), "STAGE": scratch / "stage.json", "SCRATCH": scratch}
         environment = os.environ | {name: str(value) for name, value in settings.items()}
         environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
         with (scratch / f"log-{rank}").open("wb") as log:

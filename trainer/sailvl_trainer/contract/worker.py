@@ -14,7 +14,7 @@ from sailvl_trainer.contract.stage_config import SCHEMA_VERSION, Kind
 METRICS_PORT = 9400
 """Port on which every worker serves /metrics (Prometheus), /progress (JSON) and /healthz."""
 RENDEZVOUS_PORT = 29500
-"""Port of torch's rendezvous store, on the worker of index 0."""
+"""Port of the rendezvous store, on the worker of index 0; a single worker has none."""
 TERMINATION_MESSAGE_BYTES = 4096
 """Longest termination message, in bytes; the kubelet truncates a longer one, which would break the JSON."""
 WATCHDOG_INTERVAL_SECONDS = 5.0
@@ -72,9 +72,15 @@ class Env(enum.StrEnum):
     DEVICE = "SAILVL_DEVICE"
     """Device that ranks use: cuda or cpu. Default cpu."""
     RENDEZVOUS_HOST = "SAILVL_RENDEZVOUS_HOST"
-    """Host name or address of the worker of index 0. Default localhost."""
+    """Host name or address of the worker of index 0; a single worker needs none. Default localhost."""
     RENDEZVOUS_PORT = "SAILVL_RENDEZVOUS_PORT"
     """Port of the rendezvous store. Default RENDEZVOUS_PORT."""
+    RENDEZVOUS_SECRET = "SAILVL_RENDEZVOUS_SECRET"
+    """Random text, the same for all workers of an attempt, with which the keys of the rendezvous store begin. It makes
+    them hard to guess, but the store has no authentication. Default: empty."""
+    POD_IP = "SAILVL_POD_IP"
+    """Address of this worker's pod, on which the rendezvous store listens if the worker has index 0 and isn't the only
+    one. Default: loopback if RENDEZVOUS_HOST is, else all addresses."""
     METRICS_PORT = "SAILVL_METRICS_PORT"
     """Port of the worker's HTTP server, before the offset below. Default METRICS_PORT."""
     METRICS_PORT_OFFSET = "SAILVL_METRICS_PORT_OFFSET"

@@ -16,20 +16,25 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import Store
 
+from sailvl_trainer.rank.store import STORE_VARIABLE, StoreAddress, open_store
+from sailvl_trainer.storage.codec import decode
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Time after which a collective fails because a rank hangs; a rank that dies breaks the connection at once."""
 
 
 def start_process_group(device: torch.device) -> None:
-    """Join the process group that torch's elastic agent set in the environment, or a group of one without an agent."""
+    """Join the process group that the worker's agent set in the environment, or a group of one without an agent."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
-        os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)  # DeepSpeed reads them
     forbid_pickled_objects()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    rank, world_size = 0, 1
+    store: Store = HashStore()
+    if STORE_VARIABLE in os.environ:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = open_store(decode(StoreAddress, os.environ[STORE_VARIABLE]), world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
 
 
 class PlainUnpickler(pickle.Unpickler):

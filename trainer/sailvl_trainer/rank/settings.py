@@ -38,6 +38,10 @@ class Settings:
     """Host name or address of the worker of index 0."""
     rendezvous_port: int = RENDEZVOUS_PORT
     """Port of the rendezvous store."""
+    rendezvous_secret: str = ""
+    """Prefix of the keys of the rendezvous store."""
+    pod_ip: str = ""
+    """Address of this worker's pod, on which the rendezvous store listens."""
     metrics_port: int = METRICS_PORT
     """Port of this worker's HTTP server; it includes the offset."""
     in_place_restarts: int = 0
@@ -77,6 +81,10 @@ class Scratch:
         """Directory of prometheus_client's multiprocess files."""
         return self.root / "metrics"
 
+    def store_path(self, start: int) -> Path:
+        """Return the path of the file in which the ranks of a single worker meet, at their n-th start."""
+        return self.root / f"store-{start}"
+
     @property
     def elastic_dir(self) -> Path:
         """Directory in which torch's elastic agent keeps the error files of the ranks."""
@@ -91,7 +99,7 @@ class Scratch:
         """Create the directory and remove what an earlier worker left in it."""
         self.root.mkdir(parents=True, exist_ok=True)
         self.stop_file.unlink(missing_ok=True)
-        for path in self.root.glob("progress*.json"):
+        for path in (*self.root.glob("progress*.json"), *self.root.glob("store-*")):
             path.unlink()
         for folder in (self.metrics_dir, self.elastic_dir, self.stacks_dir):
             shutil.rmtree(folder, ignore_errors=True)
@@ -114,6 +122,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         device=_parse_device(environment),
         rendezvous_host=environment.get(Env.RENDEZVOUS_HOST, base.rendezvous_host),
         rendezvous_port=_parse_number(environment, Env.RENDEZVOUS_PORT, base.rendezvous_port, minimum=1, maximum=65535),
+        rendezvous_secret=environment.get(Env.RENDEZVOUS_SECRET, base.rendezvous_secret),
+        pod_ip=environment.get(Env.POD_IP, base.pod_ip),
         metrics_port=_parse_number(environment, Env.METRICS_PORT, base.metrics_port, maximum=65535) + offset,
         in_place_restarts=_parse_number(environment, Env.IN_PLACE_RESTARTS, base.in_place_restarts),
         grace_seconds=_parse_number(environment, Env.GRACE_SECONDS, base.grace_seconds),

@@ -1,7 +1,7 @@
 """Run the ranks of a worker with torch's elastic agent, in the worker's own process.
 
-Called by `worker/main.py`. The workers of an attempt find each other at torch's c10d rendezvous, which the worker of
-index 0 hosts; then the agent of each starts `rank/bootstrap.py` once per rank. torchrun isn't used because it always
+Called by `worker/main.py`. The workers of an attempt find each other at the rendezvous of `worker/rendezvous.py`; then
+the agent of each starts `rank/bootstrap.py` once per rank. torchrun isn't used because it always
 exits with code 1, restarts ranks in place even after a configuration error, and forwards SIGTERM to the ranks, which
 then look like lost peers to each other.
 """
@@ -9,10 +9,8 @@ then look like lost peers to each other.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,20 +19,24 @@ from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, registry
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-from sailvl_trainer.contract import NON_RETRYABLE_EXIT_CODES, ExitCode, Stage, Termination
+from sailvl_trainer.contract import NON_RETRYABLE_EXIT_CODES, ExitCode, Termination
 from sailvl_trainer.rank import bootstrap
 from sailvl_trainer.rank.cgroup import count_cores, read_memory
 from sailvl_trainer.rank.settings import Scratch, Settings
+from sailvl_trainer.rank.store import STORE_VARIABLE
 from sailvl_trainer.rank.telemetry import RESTARTS_VARIABLE
+from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.worker.ranks import RankProcesses
+from sailvl_trainer.worker.rendezvous import (
+    FixedRendezvous,
+    build_rendezvous,
+    find_loopback_interface,
+    is_on_one_machine,
+)
 from sailvl_trainer.worker.root_cause import find_root_cause, read_stack
 
-JOIN_TIMEOUT_SECONDS = 86_400
-"""Timeout of the first rendezvous. It is long because pods may start minutes apart (image pulls, scale-up); the
-operator's start timeout ends the attempt earlier."""
 REJOIN_TIMEOUT_SECONDS = 120
 """Timeout of the rendezvous after a restart in place: peers rejoin within seconds, or not at all."""
 SHUTDOWN_TIMEOUT_SECONDS = 5
@@ -44,14 +46,20 @@ MONITOR_INTERVAL_SECONDS = 0.2
 
 
 class RankAgent(LocalElasticAgent):
-    """torch's agent, with three changes.
+    """torch's agent, with four changes.
 
-    It keeps `ranks` up to date; it doesn't restart ranks after a non-retryable exit code or a stop request; and it
-    calls `on_rejoin_timeout` if the other workers don't join the rendezvous again after a restart in place.
+    It keeps `ranks` up to date; it passes the ranks the address of their store; it doesn't restart ranks after a
+    non-retryable exit code or a stop request; and it calls `on_rejoin_timeout` if the other workers don't join the
+    rendezvous again after a restart in place.
     """
 
     def __init__(
-        self, spec: WorkerSpec, ranks: RankProcesses, scratch: Scratch, on_rejoin_timeout: Callable[[], None]
+        self,
+        spec: WorkerSpec,
+        rendezvous: FixedRendezvous,
+        ranks: RankProcesses,
+        scratch: Scratch,
+        on_rejoin_timeout: Callable[[], None],
     ) -> None:
         super().__init__(
             spec,
@@ -60,6 +68,7 @@ class RankAgent(LocalElasticAgent):
             exit_barrier_timeout=60,
         )
         self._ranks, self._scratch, self._on_rejoin_timeout = ranks, scratch, on_rejoin_timeout
+        self._fixed_rendezvous = rendezvous
         self._starts = 0
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
@@ -76,6 +85,7 @@ class RankAgent(LocalElasticAgent):
         # torch's own count leaves out restarts that another worker's failure caused
         os.environ[RESTARTS_VARIABLE] = str(self._starts)
         self._starts += 1
+        os.environ[STORE_VARIABLE] = encode(self._fixed_rendezvous.rank_store).decode()
         started: dict[int, Any] = super()._start_workers(worker_group)
         self._ranks.set_running(started.values())
         return started
@@ -99,58 +109,37 @@ class RankAgent(LocalElasticAgent):
 
 def run_ranks(
     settings: Settings,
-    stage: Stage,
     ranks: RankProcesses,
     rank_module: str,
     exit_worker: Callable[[Termination], None],
 ) -> Termination:
     """Run the ranks to their end and return the worker's termination. `exit_worker` is called from other threads."""
-    # otherwise restarted ranks read the addresses of dead ones (torch 2.15, pytorch#135712)
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT"  # the worker itself handles SIGTERM
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // settings.processes_per_node)))
+    _prepare_environment(settings)
     rejoin_timeout = Termination(
         exit_code=ExitCode.PEER_LOST, message=f"peers did not rejoin within {REJOIN_TIMEOUT_SECONDS} s"
     )
     try:
-        rendezvous = _build_rendezvous(settings, stage)
+        rendezvous = build_rendezvous(settings)
         scratch = Scratch(settings.scratch)
         spec = _build_spec(settings, rendezvous, rank_module)
-        agent = RankAgent(spec, ranks, scratch, lambda: exit_worker(rejoin_timeout))
+        agent = RankAgent(spec, rendezvous, ranks, scratch, lambda: exit_worker(rejoin_timeout))
         return _run_agent(agent, rendezvous, scratch)
     except (RendezvousError, DistNetworkError, DistStoreError) as error:
         return Termination(exit_code=ExitCode.PEER_LOST, message=f"{type(error).__name__}: {error}")
 
 
-def _build_rendezvous(settings: Settings, stage: Stage) -> RendezvousHandler:
-    """Return the rendezvous of the attempt; blocks until the worker of index 0 accepts connections."""
-    if settings.node_rank:
-        _wait_for_store(settings.rendezvous_host, settings.rendezvous_port)
-    return registry.get_rendezvous_handler(
-        RendezvousParameters(
-            backend="c10d",
-            endpoint=f"{settings.rendezvous_host}:{settings.rendezvous_port}",
-            run_id=f"{stage.namespace}.{stage.run}.{stage.stage}.{stage.attempt}",
-            min_nodes=settings.nodes,
-            max_nodes=settings.nodes,
-            join_timeout=JOIN_TIMEOUT_SECONDS,
-            is_host=str(settings.node_rank == 0).lower(),
-        )
-    )
+def _prepare_environment(settings: Settings) -> None:
+    """Set the variables that torch's agent and the ranks read."""
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT"  # the worker itself handles SIGTERM
+    os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # number the ranks by the workers' indexes alone
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // settings.processes_per_node)))
+    loopback = find_loopback_interface()
+    if loopback and is_on_one_machine(settings):
+        # gloo and nccl would listen on the pod's address; overrides the user's choice, which is for several machines
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
 
 
-def _wait_for_store(host: str, port: int) -> None:
-    """Wait for worker 0, whose DNS name may appear minutes later; torch itself gives up after two minutes."""
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=2).close()
-        except OSError:
-            time.sleep(0.5)
-        else:
-            return
-
-
-def _build_spec(settings: Settings, rendezvous: RendezvousHandler, rank_module: str) -> WorkerSpec:
+def _build_spec(settings: Settings, rendezvous: FixedRendezvous, rank_module: str) -> WorkerSpec:
     stacks_dir = Scratch(settings.scratch).stacks_dir
     return WorkerSpec(
         role="trainer",
@@ -163,7 +152,7 @@ def _build_spec(settings: Settings, rendezvous: RendezvousHandler, rank_module: 
     )
 
 
-def _run_agent(agent: RankAgent, rendezvous: RendezvousHandler, scratch: Scratch) -> Termination:
+def _run_agent(agent: RankAgent, rendezvous: FixedRendezvous, scratch: Scratch) -> Termination:
     """Run the agent, then close the rendezvous, so that workers that try to rejoin it exit too."""
     before = read_memory()
     try:

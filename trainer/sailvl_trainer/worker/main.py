@@ -74,7 +74,7 @@ def _run(settings: Settings, ranks: RankProcesses, rank_module: str, exit_worker
     _start_server(settings, stage, scratch)
     from sailvl_trainer.worker.agent import run_ranks
 
-    termination = run_ranks(settings, stage, ranks, rank_module, exit_worker)
+    termination = run_ranks(settings, ranks, rank_module, exit_worker)
     if termination.exit_code == ExitCode.OK and settings.node_rank == 0:
         return _build_success(settings, files.read_result())
     return termination

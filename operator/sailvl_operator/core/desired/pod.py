@@ -89,12 +89,14 @@ def _build_env(attempt: AttemptSpec, role: Role) -> list[dict[str, Any]]:
         str(Env.NODE_RANK): f"metadata.labels['{names.LABEL_COMPLETION_INDEX}']",
         str(Env.NODE_NAME): "spec.nodeName",
     }
+    if role.num_replicas > 1:  # worker 0 listens there
+        references[str(Env.POD_IP)] = "status.podIP"
     given = () if attempt.workers.env is msgspec.UNSET else attempt.workers.env
     user = [{"name": e.name, "value": e.value} for e in given if e.name not in _CONTRACT_VARIABLES]
     is_imported = attempt.workers.env_from is not msgspec.UNSET and bool(attempt.workers.env_from)
     own = (build_defaults() if is_imported else {}) | role.env  # a Secret may set any variable
     return [
-        *({"name": str(name), "value": value} for name, value in own.items()),
+        *({"name": str(name), "value": value} for name, value in own.items() if name not in references),
         *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in references.items()),
         *user,
     ]

@@ -14,8 +14,8 @@ ENTRYPOINT = "python"
 ARGS = ("-m", "sailvl_trainer")
 
 
-def build_appdef(attempt: AttemptSpec) -> AppDef:
-    """Build the app with one role, whose replicas are the workers."""
+def build_appdef(attempt: AttemptSpec, *, rendezvous_secret: str) -> AppDef:
+    """Build the app with one role, whose replicas are the workers; the secret is random for each Job."""
     document, nodes = attempt.document, count_nodes(attempt.workers)
     return AppDef(
         name=names.job_name(document.run, document.stage, document.attempt),
@@ -25,7 +25,7 @@ def build_appdef(attempt: AttemptSpec) -> AppDef:
                 image=attempt.image,
                 entrypoint=ENTRYPOINT,
                 args=list(ARGS),
-                env=build_env(attempt),
+                env=build_env(attempt, rendezvous_secret),
                 num_replicas=nodes,
                 resource=Resource(cpu=-1, gpu=count_gpus(attempt.workers), memMB=-1),
                 port_map={names.METRICS_PORT_NAME: METRICS_PORT},
@@ -35,8 +35,8 @@ def build_appdef(attempt: AttemptSpec) -> AppDef:
     )
 
 
-def build_env(attempt: AttemptSpec) -> dict[str, str]:
-    """Build the environment of a worker.
+def build_env(attempt: AttemptSpec, rendezvous_secret: str) -> dict[str, str]:
+    """Build the environment of a worker; a single worker has no rendezvous over the network and gets no secret.
 
     Variables that equal the trainer's defaults are omitted: the API server validates each one again on every update of
     every pod. The worker's index and node are set where it runs.
@@ -50,6 +50,8 @@ def build_env(attempt: AttemptSpec) -> dict[str, str]:
         Env.GRACE_SECONDS: str(max(1, attempt.grace_seconds - 5)),
         Env.STALL_TIMEOUT_SECONDS: str(attempt.stall_timeout_seconds),
     }
+    if count_nodes(attempt.workers) > 1:
+        env[Env.RENDEZVOUS_SECRET] = rendezvous_secret
     if gpus:
         env |= {Env.PROCESSES_PER_NODE: str(gpus), Env.DEVICE: "cuda"}
     return env
@@ -61,6 +63,8 @@ def build_defaults() -> dict[str, str]:
         Env.PROCESSES_PER_NODE: "1",
         Env.DEVICE: "cpu",
         Env.RENDEZVOUS_PORT: str(RENDEZVOUS_PORT),
+        Env.RENDEZVOUS_SECRET: "",
+        Env.POD_IP: "",
         Env.METRICS_PORT: str(METRICS_PORT),
         Env.METRICS_PORT_OFFSET: "0",
         Env.TERMINATION_LOG: "/dev/termination-log",

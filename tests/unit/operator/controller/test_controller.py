@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.allow_lists import AllowLists
 from sailvl_operator.api.status import ConditionType, decode_status
 from sailvl_operator.run_series import RunCollector
+from sailvl_trainer.contract import Env
 from tests.support.apiserver.http import InjectedError
 from tests.support.builders.operator import build_document, build_result
 from tests.support.controller_world import KEY, SETTINGS, ControllerWorld, make_pod, running
@@ -62,6 +64,29 @@ async def test_single_worker_needs_no_service(world):
     await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     await world.until_idle()
     assert world.api.list_names("services") == set()
+
+
+def find_rendezvous_secrets(world: ControllerWorld) -> list[str]:
+    """Return the secrets in the environments of all Jobs."""
+    containers = [job["spec"]["template"]["spec"]["containers"][0] for job in world.api.list_objects("jobs")]
+    return [e["value"] for c in containers for e in c["env"] if e["name"] == Env.RENDEZVOUS_SECRET]
+
+
+async def test_each_job_has_a_random_rendezvous_secret_of_its_own(world):
+    for name in ("demo", "other"):
+        document = spread()
+        document["metadata"]["name"] = name
+        world.send_event(world.api.put("sailvlruns", document), "ADDED")
+    await world.until(lambda: len(world.api.list_names("jobs")) == 2)
+    secrets = set(find_rendezvous_secrets(world))
+    assert len(secrets) == 2
+    assert all(re.fullmatch("[0-9a-f]{32}", secret) for secret in secrets)
+
+
+async def test_job_of_a_single_worker_needs_no_secret(world):
+    await world.apply(build_document())
+    await world.until(lambda: world.api.list_names("jobs"))
+    assert find_rendezvous_secrets(world) == []
 
 
 async def test_deleted_service_is_created_again(world):

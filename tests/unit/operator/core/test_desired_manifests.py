@@ -29,7 +29,7 @@ def make_attempt(run: Run, stage: int = 1, **nodes: tuple[str, ...]) -> AttemptS
 
 def make_job(attempt: AttemptSpec) -> dict[str, Any]:
     """As the API server gets it."""
-    return json.loads(msgspec.json.encode(build_job(attempt, build_appdef(attempt))))
+    return json.loads(msgspec.json.encode(build_job(attempt, build_appdef(attempt, rendezvous_secret="1a2b"))))
 
 
 OWNER = {
@@ -54,11 +54,13 @@ ENV = [
     {"name": "SAILVL_IN_PLACE_RESTARTS", "value": "3"},
     {"name": "SAILVL_GRACE_SECONDS", "value": "85"},
     {"name": "SAILVL_STALL_TIMEOUT_SECONDS", "value": "900"},
+    {"name": "SAILVL_RENDEZVOUS_SECRET", "value": "1a2b"},
     {
         "name": "SAILVL_NODE_RANK",
         "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-completion-index']"}},
     },
     {"name": "SAILVL_NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+    {"name": "SAILVL_POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
 ]
 CONTAINER = {
     "name": "worker",
@@ -255,6 +257,18 @@ def test_env_includes_defaults_that_a_secret_could_override():
     env = environment(job)
     assert (env["SAILVL_DEVICE"], env["SAILVL_TERMINATION_LOG"]) == ("cpu", "/dev/termination-log")
     assert set(env) == set(map(str, Env))
+
+
+@pytest.mark.parametrize("env_from", [[], [{"secretRef": {"name": "tokens"}}]], ids=["plain", "with envFrom"])
+def test_every_variable_is_given_once(env_from):
+    for nodes in (1, 2):
+        given = [variable["name"] for variable in container(bend(nodes=nodes, envFrom=env_from))["env"]]
+        assert sorted(given) == sorted(set(given))
+
+
+def test_single_worker_gets_neither_the_secret_nor_the_address_of_a_rendezvous():
+    env = environment(bend(nodes=1))
+    assert not env.keys() & {"SAILVL_RENDEZVOUS_SECRET", "SAILVL_POD_IP"}
 
 
 def test_suspect_node_is_avoided_by_preference():

@@ -28,7 +28,7 @@ def make_job(**changes: Any) -> dict[str, Any]:
     """Build the Job of the first attempt as the API server returns it; `changes` are dotted paths and values."""
     decision = reconcile(build_run(**ONE_STAGE), observe(), now=1000.0, defaults=DEFAULTS)
     [attempt] = decision.start
-    job = build_job_manifest(attempt, build_appdef(attempt))
+    job = build_job_manifest(attempt, build_appdef(attempt, rendezvous_secret="1a2b"))
     job["metadata"] |= {"uid": "job-uid", "creationTimestamp": "2026-01-01T00:00:00Z"}
     for path, value in changes.items():
         *parents, name = path.split("__")
