@@ -50,7 +50,7 @@ def _read_listeners() -> list[tuple[str, int, str]]:
 
 
 def _parse_address(text: str) -> str:
-    """Return an address from its hexadecimal words, each in the machine's byte order."""
-    words = [int(text[i : i + 8], 16) for i in range(0, len(text), 8)]
-    family = socket.AF_INET if len(words) == 1 else socket.AF_INET6
-    return socket.inet_ntop(family, struct.pack(f"={len(words)}I", *words)).removeprefix("::ffff:")
+    """Return an address from groups of eight hexadecimal digits, each in the machine's byte order."""
+    groups = [int(text[i : i + 8], 16) for i in range(0, len(text), 8)]
+    family = socket.AF_INET if len(groups) == 1 else socket.AF_INET6
+    return socket.inet_ntop(family, struct.pack(f"={len(groups)}I", *groups)).removeprefix("::ffff:")

@@ -136,7 +136,8 @@ def _prepare_environment(settings: Settings) -> None:
     loopback = find_loopback_interface()
     if loopback and is_on_one_machine(settings):
         # gloo and nccl would listen on the pod's address; overrides the user's choice, which is for several machines
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback
+        os.environ["NCCL_SOCKET_IFNAME"] = f"={loopback}"  # without "=" it would be a prefix
 
 
 def _build_spec(settings: Settings, rendezvous: FixedRendezvous, rank_module: str) -> WorkerSpec:
