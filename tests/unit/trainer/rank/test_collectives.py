@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from sailvl_trainer.errors import PeerLost
 from sailvl_trainer.rank import collectives
 from sailvl_trainer.rank.collectives import all_gather_values, broadcast_value
 from sailvl_trainer.rank.distributed import start_process_group
+from tests.support.pickle_attack import PickleAttack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,20 +90,10 @@ def test_own_value_that_is_too_long_is_not_sent(monkeypatch: pytest.MonkeyPatch)
         broadcast_value(str, "0123456789")
 
 
-class Attack:
-    """An object whose pickle creates a file where it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self.marker}",)
-
-
 def test_torchs_object_collectives_run_no_code(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     with pytest.raises(pickle.UnpicklingError, match=r"sent posix\.system, but only plain values"):
-        dist.all_gather_object([None], Attack(marker))
+        dist.all_gather_object([None], PickleAttack(marker))
     assert not marker.exists()
 
 

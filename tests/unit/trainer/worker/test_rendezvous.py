@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -27,6 +26,7 @@ from sailvl_trainer.rank.store import StoreAddress
 from sailvl_trainer.worker import rendezvous
 from sailvl_trainer.worker.rendezvous import FixedRendezvous, build_rendezvous
 from tests.support.builders.worker import free_port
+from tests.support.pickle_attack import build_pickle_attack
 from tests.support.sockets import find_listeners
 
 SETTINGS = Settings(stage_file=Path("stage.json"), nodes=2, rendezvous_secret="1a2b", scratch=Path("/scratch"))
@@ -167,16 +167,6 @@ def test_port_in_use_is_named() -> None:
         build_rendezvous(settings)
 
 
-class Attack:
-    """An object whose pickle creates a file where it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self.marker}",)
-
-
 @pytest.fixture
 def served() -> tuple[list[FixedRendezvous], TCPStore]:
     """Return both members of an attempt on a store over loopback, and a foreign client of the store."""
@@ -204,7 +194,7 @@ def test_foreign_client_that_writes_into_the_keys_of_a_round_ends_it(
 ) -> None:
     """No code runs, and the worker that finds the junk ends the wait of the others."""
     members, client = served
-    data = pickle.dumps(Attack(tmp_path / "marker"))
+    data = build_pickle_attack(tmp_path / "marker")
     client.set("torch.rendezvous.team.demo.curate.1", data)  # where torch's c10d rendezvous keeps its state
     join = pool.submit(members[0].next_rendezvous)
     while not client.check(["1a2b/1/joined"]):

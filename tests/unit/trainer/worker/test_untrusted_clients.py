@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -15,22 +14,13 @@ import pytest
 from torch._C._distributed_c10d import TCPStore
 
 from sailvl_trainer.contract import Env
+from tests.support.pickle_attack import build_pickle_attack
 from tests.support.sockets import find_descendants, find_listeners
 from tests.support.worker_processes import WorkerProcesses
 
 pytestmark = pytest.mark.slow
 Build = Callable[..., WorkerProcesses]
 IDLE_CONNECTIONS = 1_000
-
-
-class Attack:
-    """An object whose pickle creates a file where it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self.marker}",)
 
 
 def find_all_listeners(workers: WorkerProcesses) -> set[tuple[str, int]]:
@@ -64,7 +54,7 @@ def open_client(workers: WorkerProcesses) -> TCPStore:
 def test_attempt_succeeds_despite_foreign_keys_junk_and_idle_connections(build_workers: Build, tmp_path: Path) -> None:
     workers = build_workers("succeed", nodes=2, environment={Env.RENDEZVOUS_SECRET: "1a2b"})
     workers.start(0)
-    data = pickle.dumps(Attack(tmp_path / "marker"))
+    data = build_pickle_attack(tmp_path / "marker")
     client = open_client(workers)
     for key in ("torch.rendezvous.team.demo.curate.1", "default_pg/0//cpu//0/0", "1/joined", "closed"):
         client.set(key, data)
@@ -87,7 +77,7 @@ def test_client_that_overwrites_all_keys_can_end_an_attempt_but_runs_no_code(
     )
     workers.start_all()
     workers.wait_for_step(2)
-    data = pickle.dumps(Attack(tmp_path / "marker"))
+    data = build_pickle_attack(tmp_path / "marker")
     client = open_client(workers)
     for key in client.list_keys():
         client.set(key, data)
