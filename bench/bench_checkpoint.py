@@ -26,11 +26,12 @@ from bench import history
 from sailvl_trainer.data.planner import DataPosition
 from sailvl_trainer.rank.distributed import start_process_group
 from sailvl_trainer.train import checkpoint
+from sailvl_trainer.train.checkpoint_manifest import TrainingState
 from sailvl_trainer.train.engine import STATE_KEYS, Fragment
 
 MEGABYTES, ROUNDS = 480, 5
 """Defaults; only figures of runs with these are recorded in the history."""
-STATE = checkpoint.TrainingState(step=1, data=DataPosition(seed=0, fingerprint="bench"))
+STATE = TrainingState(step=1, data=DataPosition(seed=0, fingerprint="bench"))
 Tensors = dict[str, dict[str, torch.Tensor]]
 """Tensors by parameter name, then by key: weight or moment."""
 
@@ -103,7 +104,7 @@ def save_ours(folder: Path, tensors: Tensors) -> None:
 
 
 def load_ours(folder: Path, tensors: Tensors) -> None:
-    checkpoint.load_checkpoint(folder, checkpoint.read_checkpoint_manifest(folder, "d"), as_fragments(tensors))
+    checkpoint.load_checkpoint(folder, "d", list(as_fragments(tensors)))
 
 
 def save_dcp(folder: Path, tensors: Tensors) -> None:

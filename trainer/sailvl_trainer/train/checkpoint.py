@@ -8,97 +8,35 @@ generator: nothing draws random numbers during training, and the order of the da
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sailvl_trainer.contract import MANIFEST_FILE
-from sailvl_trainer.data.planner import DataPosition
-from sailvl_trainer.errors import ConfigError, DataError
+from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.rank.collectives import all_gather_values
-from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.data_files import DataRoots
 from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors, write_atomic
+from sailvl_trainer.storage.hashes import FileHash, HashedFile, describe_difference, hash_file
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import find_newest_attempt, iter_checkpoints
+from sailvl_trainer.train.checkpoint_manifest import (
+    CheckpointManifest,
+    DamagedCheckpointError,
+    ParameterEntry,
+    TensorSlice,
+    TrainingState,
+    read_checkpoint_manifest,
+)
 from sailvl_trainer.train.engine import STATE_KEYS, Fragment
-
-FORMAT = 1
-"""Version of the layout below; a checkpoint of another version is refused."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingState:
-    """Progress of a training stage: everything that a resume needs beside weights and optimizer state."""
-
-    step: int = 0
-    """Optimizer steps done, including skipped ones."""
-    tokens: int = 0
-    """Tokens trained on, without padding and without skipped steps."""
-    samples: int = 0
-    """Samples trained on, without skipped steps."""
-    skipped_steps: int = 0
-    """Steps among `step` whose data was skipped and that made no update."""
-    skipped_samples: int = 0
-    """Samples of the skipped steps."""
-    loss: float | None = None
-    """Training loss of the latest step; None before the first one."""
-    data: DataPosition
-    """Position in the data at which the next step begins."""
-
-    @property
-    def updates(self) -> int:
-        """Number of updates that the optimizer made."""
-        return self.step - self.skipped_steps
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorSlice:
-    """A contiguous slice of one flattened parameter, and the file that holds it."""
-
-    file: str
-    """File name within the checkpoint's folder."""
-    start: int
-    """Offset in the flattened parameter."""
-    numel: int
-    """Number of elements."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParameterEntry:
-    """A saved parameter; its slices cover it without gap or overlap."""
-
-    shape: tuple[int, ...]
-    slices: list[TensorSlice] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileEntry:
-    """Size and hash of one file as it was written."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointManifest:
-    """The contents of `manifest.json`."""
-
-    format: int = FORMAT
-    digest: str
-    """Digest of the stage's settings; a checkpoint resumes only a stage with the same digest."""
-    state: TrainingState
-    files: dict[str, FileEntry]
-    """Files by name."""
-    parameters: dict[str, ParameterEntry]
-    """Trainable parameters by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +44,7 @@ class _RankFile:
     """The file that one rank wrote, with the name, shape and slice of every tensor in it."""
 
     name: str
-    file: FileEntry
+    file: FileHash
     slices: list[tuple[str, tuple[int, ...], TensorSlice]]
 
 
@@ -135,50 +73,24 @@ def save_checkpoint(folder: Path, fragments: Iterable[Fragment], *, digest: str,
     dist.barrier()
 
 
-def read_checkpoint_manifest(folder: Path, digest: str) -> CheckpointManifest:
-    """Return the manifest of a checkpoint of the stage with this digest.
+def load_checkpoint(folder: Path, digest: str, fragments: Sequence[Fragment]) -> TrainingState:
+    """Fill this rank's fragments from a checkpoint that any number of ranks wrote, and return its state. COLLECTIVE.
 
-    Raises DataError if the folder holds no complete checkpoint, or one of another stage.
+    Nothing is filled before all ranks have verified the files that they need. Raises ConfigError if the trainable
+    parameters differ from the saved ones; DamagedCheckpointError, on every rank, if a file is missing or altered.
     """
-    try:
-        manifest = decode(CheckpointManifest, (folder / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"checkpoint {folder}: {error}; delete the folder to resume from the previous checkpoint"
-        ) from error
-    if (manifest.format, manifest.digest) != (FORMAT, digest):
-        raise DataError(
-            f"checkpoint {folder} has format {manifest.format} and stage digest {manifest.digest[:12]}, expected "
-            f"{FORMAT} and {digest[:12]}; delete the folder or give the stage a new name"
-        )
-    return manifest
-
-
-def load_checkpoint(folder: Path, manifest: CheckpointManifest, fragments: Iterable[Fragment]) -> None:
-    """Fill this rank's fragments from a checkpoint that any number of ranks wrote. COLLECTIVE.
-
-    Raises ConfigError if the trainable parameters differ from the saved ones, DataError if a file is missing or
-    altered.
-    """
-    unread, verified = set(manifest.parameters), set[str]()
+    manifest = _verify_checkpoint(folder, digest, fragments)
     for fragment in fragments:
-        saved = manifest.parameters.get(fragment.name)
-        if saved is None or tuple(saved.shape) != fragment.shape:
-            raise ConfigError(
-                f"checkpoint {folder} has no {fragment.name} of shape {fragment.shape}; give the stage a new name"
-            )
-        unread.discard(fragment.name)
-        for tensor_slice in saved.slices:
-            if _overlap(tensor_slice, fragment) and tensor_slice.file not in verified:
-                _verify_file(folder / tensor_slice.file, manifest.files[tensor_slice.file])
-                verified.add(tensor_slice.file)
+        for tensor_slice in manifest.parameters[fragment.name].slices:
             _copy_overlap(folder, tensor_slice, fragment)
+    unread = set(manifest.parameters) - {fragment.name for fragment in fragments}
     unread_by_all = set.intersection(*all_gather_values(set[str], unread))
     if unread_by_all:
         raise ConfigError(
             f"checkpoint {folder} contains parameters that are frozen in this stage: {sorted(unread_by_all)[:3]}; "
             "give the stage a new name"
         )
+    return manifest.state
 
 
 def delete_old_checkpoints(files: StageFiles, attempt: int, keep: int) -> list[Path]:
@@ -220,7 +132,7 @@ def _write_fragments(folder: Path, fragments: Iterable[Fragment]) -> _RankFile:
             slices.append((fragment.name, fragment.shape, tensor_slice))
     save_file(tensors, folder / name)
     sync_file(folder / name)
-    return _RankFile(name=name, file=_describe_file(folder / name), slices=slices)
+    return _RankFile(name=name, file=hash_file(folder / name, DataRoots.resolve(folder)), slices=slices)
 
 
 def _merge_slices(written: list[_RankFile]) -> dict[str, ParameterEntry]:
@@ -244,6 +156,58 @@ def _overlap(tensor_slice: TensorSlice, fragment: Fragment) -> tuple[int, int] |
     return (low, high) if low < high else None
 
 
+def _verify_checkpoint(folder: Path, digest: str, fragments: Sequence[Fragment]) -> CheckpointManifest:
+    """Return the manifest once every rank has verified what it needs. COLLECTIVE. Raises as `load_checkpoint`."""
+    manifest, damage = None, ""
+    try:
+        manifest = read_checkpoint_manifest(folder, digest)
+        _check_shapes(folder, manifest, fragments)
+        _verify_files(folder, manifest, fragments)
+    except DamagedCheckpointError as error:
+        damage = str(error)
+    damages = [text for text in all_gather_values(str, damage) if text]
+    if damages or manifest is None:
+        raise DamagedCheckpointError(damages[0])
+    return manifest
+
+
+def _check_shapes(folder: Path, manifest: CheckpointManifest, fragments: Sequence[Fragment]) -> None:
+    for fragment in fragments:
+        saved = manifest.parameters.get(fragment.name)
+        if saved is None or tuple(saved.shape) != fragment.shape:
+            raise ConfigError(
+                f"checkpoint {folder} has no {fragment.name} of shape {fragment.shape}; give the stage a new name"
+            )
+
+
+def _verify_files(folder: Path, manifest: CheckpointManifest, fragments: Sequence[Fragment]) -> None:
+    """Verify the files that hold a part of the fragments. Raises DamagedCheckpointError."""
+    needed: dict[str, list[tuple[str, TensorSlice]]] = {}
+    for fragment in fragments:
+        for tensor_slice in manifest.parameters[fragment.name].slices:
+            if _overlap(tensor_slice, fragment):
+                needed.setdefault(tensor_slice.file, []).append((fragment.name, tensor_slice))
+    for name, slices in needed.items():
+        file = HashedFile(path=folder / name, expected=manifest.files[name])
+        problem = describe_difference(file, DataRoots.resolve(folder)) or _describe_wrong_tensor(file.path, slices)
+        if problem:
+            raise DamagedCheckpointError(f"checkpoint file {file.path}: {problem}")
+
+
+def _describe_wrong_tensor(path: Path, slices: Sequence[tuple[str, TensorSlice]]) -> str:
+    """Return which tensor of a file isn't as the manifest says; empty if all are. Only the header is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            for name, tensor_slice in slices:
+                for key in STATE_KEYS:
+                    shape = file.get_slice(f"{key}:{name}").get_shape()
+                    if shape != [tensor_slice.numel]:
+                        return f"{key} of {name} has shape {shape}, expected {[tensor_slice.numel]}"
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return ""
+
+
 def _copy_overlap(folder: Path, tensor_slice: TensorSlice, fragment: Fragment) -> None:
     overlap = _overlap(tensor_slice, fragment)
     if overlap is None:
@@ -253,23 +217,3 @@ def _copy_overlap(folder: Path, tensor_slice: TensorSlice, fragment: Fragment) -
         for key in STATE_KEYS:
             saved = file.get_slice(f"{key}:{fragment.name}")[low - tensor_slice.start : high - tensor_slice.start]
             fragment.tensors[key][low - fragment.start : high - fragment.start].copy_(saved)
-
-
-def _verify_file(path: Path, written: FileEntry) -> None:
-    try:
-        found = _describe_file(path)
-    except OSError as error:
-        raise DataError(
-            f"checkpoint file {path}: {error}; delete its folder to resume from the previous checkpoint"
-        ) from error
-    if found != written:
-        raise DataError(
-            f"checkpoint file {path} has {found.bytes} bytes with SHA-256 {found.sha256[:12]}, expected "
-            f"{written.bytes} with {written.sha256[:12]}; delete its folder to resume from the previous checkpoint"
-        )
-
-
-def _describe_file(path: Path) -> FileEntry:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(bytes=path.stat().st_size, sha256=digest)

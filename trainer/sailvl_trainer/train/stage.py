@@ -21,11 +21,12 @@ from sailvl_trainer.rank.context import Context
 from sailvl_trainer.storage.hashes import HashedFile
 from sailvl_trainer.storage.lineage import begin_attempt, check_not_superseded
 from sailvl_trainer.train import validation
-from sailvl_trainer.train.checkpoint import (
+from sailvl_trainer.train.checkpoint import delete_old_checkpoints, load_checkpoint
+from sailvl_trainer.train.checkpoint_manifest import (
+    DamagedCheckpointError,
     TrainingState,
-    delete_old_checkpoints,
-    load_checkpoint,
-    read_checkpoint_manifest,
+    discard_checkpoint,
+    is_usable_checkpoint,
 )
 from sailvl_trainer.train.engine import Engine, build_engine
 from sailvl_trainer.train.forward import PackedModel
@@ -42,15 +43,14 @@ def run(context: Context) -> Result:
     assert config is not None, "read_stage has checked the kind"
     # 1. Build what every rank needs, and find the checkpoint to resume from.
     setup = prepare(context, config)
-    own = begin_attempt(context.files, context.stage.attempt) if context.is_first else None
-    lineage = broadcast_value(Lineage, own)
+    lineage = _begin_attempt(context)
     model = PackedModel(setup.model).to(context.device).train()
     engine = build_engine(model, context.stage.engine, config, device=context.device)
     context.telemetry.update(checkpoint=lineage.start, lost_steps=_count_lost_steps(context, lineage))
     # 2. Measure the initial weights, before a checkpoint replaces them.
     loss_before = _measure_validation_loss(context, model, setup, config)
     # 3. Resume and train to the end of the budget.
-    state = _load_state(context, setup, engine, lineage)
+    state, lineage = _load_state(context, setup, engine, lineage)
     trainer = Trainer(context=context, config=config, setup=setup, engine=engine, state=state, skips=lineage.skips)
     if context.is_first:
         delete_old_checkpoints(context.files, context.stage.attempt, config.keep_checkpoints)
@@ -117,18 +117,37 @@ def _measure_validation_loss(
     return loss
 
 
-def _load_state(context: Context, setup: TrainingSetup, engine: Engine, lineage: Lineage) -> TrainingState:
-    """Load the checkpoint that the attempt starts from into the engine; without one, return the initial state."""
-    start = lineage.start
-    if start is None:
-        return TrainingState(data=setup.planner.first_position(context.stage.seed))
-    folder = context.files.storage / start.path
-    manifest = read_checkpoint_manifest(folder, context.stage.digest)
-    with context.telemetry.activity("checkpoint"):
-        load_checkpoint(folder, manifest, engine.fragments())
-        engine.sync_after_load(manifest.state.updates)
-    logger.info("resuming from %s at step %d; skipped step ranges: %s", start.path, start.step, lineage.skips or "none")
-    return manifest.state
+def _begin_attempt(context: Context) -> Lineage:
+    """Choose the checkpoint to resume from on the first rank, and return the lineage on every rank. COLLECTIVE."""
+    if not context.is_first:
+        return broadcast_value(Lineage, None)
+    is_usable = partial(is_usable_checkpoint, context.files, context.stage.digest)
+    return broadcast_value(Lineage, begin_attempt(context.files, context.stage.attempt, is_usable=is_usable))
+
+
+def _load_state(
+    context: Context, setup: TrainingSetup, engine: Engine, lineage: Lineage
+) -> tuple[TrainingState, Lineage]:
+    """Load the checkpoint that the attempt starts from into the engine; without one, return the initial state.
+
+    A damaged checkpoint is set aside, and an earlier one is chosen; the lineage that is returned names it. COLLECTIVE.
+    """
+    while lineage.start is not None:
+        folder = context.files.storage / lineage.start.path
+        try:
+            with context.telemetry.activity("checkpoint"):
+                state = load_checkpoint(folder, context.stage.digest, list(engine.fragments()))
+                engine.sync_after_load(state.updates)
+        except DamagedCheckpointError as error:
+            if context.is_first:
+                discard_checkpoint(folder, error)
+            lineage = _begin_attempt(context)
+            context.telemetry.update(checkpoint=lineage.start, lost_steps=_count_lost_steps(context, lineage))
+            continue
+        skipped = lineage.skips or "none"
+        logger.info("resuming from %s at step %d; skipped step ranges: %s", folder, state.step, skipped)
+        return state, lineage
+    return TrainingState(data=setup.planner.first_position(context.stage.seed)), lineage
 
 
 def _export(context: Context, setup: TrainingSetup) -> None:

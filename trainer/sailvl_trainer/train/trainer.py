@@ -21,7 +21,8 @@ from sailvl_trainer.rank.distributed import sum_over_ranks
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.storage.lineage import check_not_superseded, non_finite_path
-from sailvl_trainer.train.checkpoint import TrainingState, delete_old_checkpoints, save_checkpoint
+from sailvl_trainer.train.checkpoint import delete_old_checkpoints, save_checkpoint
+from sailvl_trainer.train.checkpoint_manifest import TrainingState
 from sailvl_trainer.train.engine import Engine, check_frozen
 from sailvl_trainer.train.optimizer import build_schedule
 from sailvl_trainer.train.sample_log import SampleLog

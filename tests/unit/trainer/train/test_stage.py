@@ -88,6 +88,25 @@ def test_stop_saves_a_checkpoint_and_the_resume_is_bit_identical(
     assert used == dict.fromkeys(range(SAMPLES), 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [{6}, {3, 6}], ids=["the newest", "all"])
+def test_damaged_checkpoint_is_passed_over_and_the_result_is_bit_identical(
+    damaged: set[int], root: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_name = f"damaged-{len(damaged)}"
+    interrupt(build_stage(root, run=run_name), 6, monkeypatch)
+    files = StageFiles(build_stage(root, run=run_name))
+    for step in damaged:
+        path = files.checkpoint_dir(1, step) / "rank-00000.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    resumed = run_stage(build_stage(root, run=run_name, attempt=2))
+    assert (resumed.steps, resumed.samples) == (whole.steps, whole.samples)
+    assert resumed.lost_steps == (3 if damaged == {6} else 6)
+    assert weights(root, run_name) == weights(root, "whole")
+
+
 def test_next_stage_starts_from_the_export(root: Path, whole: Result) -> None:
     first = StageFiles(build_stage(root, run="whole"))
     stage = replace(build_stage(root, run="next", train=("connector",), epochs=0.1), init_from=str(first.output))
