@@ -25,7 +25,7 @@ from sailvl_operator.core.reports import MAX_MESSAGE_LENGTH, build_terminated
 from sailvl_operator.core.units import parse_time
 
 _MAX_DIGITS = 10
-"""Labels of at least this many digits hold no number of ours."""
+"""Digits of a label that are read; no number of the operator's has as many."""
 
 
 def parse_job(raw: Mapping[str, Any]) -> JobRecord:
@@ -178,8 +178,9 @@ def _describe_alteration(labels: Mapping[str, str], spec: Mapping[str, Any], sta
 
 
 def _parse_number(text: str | None) -> int:
-    """Return the value of a numeric label, and 0 if the user changed it to something else."""
-    return int(text) if text is not None and text.isdecimal() and len(text) < _MAX_DIGITS else 0
+    """Return the value of a numeric label, and 0 if the user changed it to something else. Further digits of a long
+    number are ignored."""
+    return int(text[:_MAX_DIGITS]) if text is not None and text.isdecimal() else 0
 
 
 def _find_owner_uid(metadata: Mapping[str, Any], kind: str, name: str) -> str:

@@ -39,7 +39,7 @@ async def reading():
         pods = [build_pod("curate", ip="127.0.0.1")]
         reader = ProgressReader(
             interval_seconds=5.0,
-            timeout_seconds=0.5,
+            timeout_seconds=10.0,
             pods=lambda: pods,
             on_change=changes.append,
             count=outcomes.append,
