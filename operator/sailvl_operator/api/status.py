@@ -11,9 +11,18 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from sailvl_operator.api.untrusted import DocumentError, describe_error
+from sailvl_operator.api.untrusted import MAX_COUNT, DocumentError, describe_error
 
-Time = Annotated[str, Meta(max_length=32)]
+_TIME = r"^([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?Z)?$"
+_NUMBER = r"^-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]{1,3})?$"
+_COST = r"^([0-9]+\.[0-9]{2})?$"
+"""Patterns that the API server enforces. They are not checked again whenever a status is decoded, which would take most
+of a reconcile's time; text that isn't a time or number raises DocumentError where it is parsed."""
+
+Time = Annotated[str, Meta(max_length=32, extra_json_schema={"pattern": _TIME})]
+Number = Annotated[str, Meta(max_length=32, extra_json_schema={"pattern": _NUMBER})]
+Cost = Annotated[str, Meta(max_length=64, extra_json_schema={"pattern": _COST})]
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Text = Annotated[str, Meta(max_length=1024)]
 Short = Annotated[str, Meta(max_length=64)]
 
@@ -100,36 +109,36 @@ class Condition(StatusStruct, frozen=True, kw_only=True, omit_defaults=False):
     """Human-readable explanation of the status."""
     last_transition_time: Time
     """Time at which the status last changed."""
-    observed_generation: int
+    observed_generation: Count
     """Generation of the spec from which the condition was computed."""
 
 
 class StageProgress(StatusStruct, frozen=True, kw_only=True, omit_defaults=False):
     """Progress of a stage as its workers last reported it."""
 
-    step: int = 0
+    step: Count = 0
     """Number of units done: optimizer steps, samples or questions, by the kind of the stage."""
-    steps: int = 0
+    steps: Count = 0
     """Total number of units; 0 if it is not known yet."""
-    tokens: int = 0
+    tokens: Count = 0
     """Number of tokens trained on, without padding, including those before a resume."""
-    eta_seconds: int | None = None
+    eta_seconds: Count | None = None
     """Estimated seconds until the stage completes. Unset if it is unknown."""
-    seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    seconds: Annotated[dict[str, Count], Meta(max_length=16)] = {}
     """Seconds that the workers of the newest attempt have spent, by goodput bucket."""
-    unsaved_seconds: int = 0
+    unsaved_seconds: Count = 0
     """Seconds of training since the newest checkpoint, which a failure now would lose."""
-    lost_steps: int = 0
+    lost_steps: Count = 0
     """Number of optimizer steps that had to be repeated so far, over all attempts, because training resumed from an
     earlier checkpoint."""
-    in_place_restarts: int = 0
+    in_place_restarts: Count = 0
     """Number of times that the newest attempt restarted its ranks without replacing the pods."""
 
 
 class StageCheckpoint(StatusStruct, frozen=True, kw_only=True):
     """Newest complete checkpoint of a stage."""
 
-    step: int
+    step: Count
     """Optimizer step at which the checkpoint was written."""
     path: Annotated[str, Meta(max_length=1024)]
     """Directory of the checkpoint, relative to the storage."""
@@ -140,9 +149,9 @@ class LastFailure(StatusStruct, frozen=True, kw_only=True):
 
     cause: Short
     """Cause of the failure: Config, Data, NonFinite, OutOfMemory, Stalled, Preempted, Infra or Crash."""
-    attempt: int
+    attempt: Count
     """Number of the attempt that failed."""
-    rank: int | None = None
+    rank: Count | None = None
     """Rank that failed first. Unset if the failure is not attributed to a rank."""
     node: Annotated[str, Meta(max_length=253)] = ""
     """Node on which the failure occurred. Empty if it is not attributed to a node."""
@@ -172,18 +181,18 @@ class StageStatus(StatusStruct, frozen=True, kw_only=True):
     """Name of the stage."""
     state: StageState
     """Current state: Pending, Starting, Running, Restarting, Suspended, Succeeded or Failed."""
-    attempt: int = 0
+    attempt: Count = 0
     """Number of the newest attempt, counted from 1. It is written before the Job of the attempt is created, except for
     the first."""
-    restarts: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    restarts: Annotated[dict[str, Count], Meta(max_length=16)] = {}
     """Number of restarts by the cause of the failure before them. The key InPlace counts restarts of ranks within an
     attempt."""
-    counted_restarts: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    counted_restarts: Annotated[dict[str, Count], Meta(max_length=16)] = {}
     """Number of restarts by cause that count against the budgets of restartPolicy: those since the saved progress last
     grew."""
-    progress_at_last_failure: int = 0
+    progress_at_last_failure: Count = 0
     """Saved progress, in units of progress.step, at the most recent counted restart."""
-    node_failures: Annotated[dict[str, int], Meta(max_length=32)] = {}
+    node_failures: Annotated[dict[str, Count], Meta(max_length=32)] = {}
     """Number of failed attempts by the node that caused the failure."""
     digest: Annotated[str, Meta(max_length=64)] = ""
     """Digest of the settings and inputs of the stage, by which its result is found on the storage."""
@@ -197,7 +206,7 @@ class StageStatus(StatusStruct, frozen=True, kw_only=True):
     """Earliest time at which the next attempt starts, after the backoff. Empty if no attempt is delayed."""
     progress: StageProgress | None = None
     """Progress as the workers last reported it."""
-    metrics: Annotated[dict[str, Annotated[str, Meta(max_length=32)]], Meta(max_length=64)] = {}
+    metrics: Annotated[dict[str, Number], Meta(max_length=64)] = {}
     """Metrics of the stage, for example heldOutLoss or score, as decimal strings. Gates refer to their keys."""
     checkpoint: StageCheckpoint | None = None
     """Newest complete checkpoint."""
@@ -218,7 +227,7 @@ class Summary(StatusStruct, frozen=True, kw_only=True):
     """Progress of the current stage in percent."""
     ready: Short = ""
     """Number of ready pods and of all pods of the current stage, for example 1/2."""
-    restarts: int = 0
+    restarts: Count = 0
     """Number of restarts of all stages."""
     goodput: Short = ""
     """Percentage of the time, without suspension, that was spent on training, curating or evaluating."""
@@ -234,23 +243,23 @@ class Goodput(StatusStruct, frozen=True, kw_only=True):
 
     settled_at: Time = ""
     """Time up to which the run is accounted for."""
-    seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    seconds: Annotated[dict[str, Count], Meta(max_length=16)] = {}
     """Seconds by bucket: queued, starting, training, curating, evaluating, dataWait, checkpoint, lost, restarting and
     suspended."""
-    gpu_seconds: Annotated[dict[str, int], Meta(max_length=16)] = {}
+    gpu_seconds: Annotated[dict[str, Count], Meta(max_length=16)] = {}
     """GPU seconds by bucket: the seconds multiplied by the number of GPUs held."""
-    lost_steps: int = 0
+    lost_steps: Count = 0
     """Number of optimizer steps that had to be repeated because training resumed from an earlier checkpoint."""
-    cost: Short = ""
+    cost: Cost = ""
     """Cost of all GPU seconds at spec.pricePerGpuHour. Empty if no price is set."""
-    lost_cost: Short = ""
+    lost_cost: Cost = ""
     """Cost of the GPU seconds that were not spent on training, curating or evaluating."""
 
 
 class Status(StatusStruct, frozen=True, kw_only=True):
     """Observed state of a SailVLRun."""
 
-    observed_generation: int = 0
+    observed_generation: Count = 0
     """Generation of the spec that the operator last acted upon."""
     start_time: Time = ""
     """Time at which the run started."""

@@ -10,6 +10,7 @@ from msgspec import UNSET
 from sailvl_operator.api.status import StageGateResult
 from sailvl_operator.api.types import Gate, StageSpec
 from sailvl_operator.api.untrusted import clean_line
+from sailvl_operator.core.units import parse_decimal
 
 _MAX_LISTED_METRICS = 12
 """Metrics that are listed if the gate's metric is missing."""
@@ -50,7 +51,7 @@ def evaluate_gate(stage: StageSpec, metrics: Mapping[str, str]) -> GateResult | 
 
 def _compare(gate: Gate, text: str) -> tuple[bool, str]:
     """Return whether a metric's value keeps the gate's bounds, and the comparison as text."""
-    value = float(text)
+    value = parse_decimal(text)
     bounds = []
     if gate.at_most is not UNSET:
         bounds.append(f"<= {gate.at_most}")

@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from sailvl_operator.api.status import ConditionType, Goodput, StageStatus, Status
 from sailvl_operator.api.types import Run
+from sailvl_operator.api.untrusted import MAX_COUNT
 from sailvl_operator.core.evidence import was_checkpoint_saved
 from sailvl_operator.core.progress import MAIN_BUCKETS, Buckets, count_seconds
 from sailvl_operator.core.stage_view import ACTIVE, StageTransition, StageView
@@ -66,8 +67,8 @@ def account(old: Status, stages: Sequence[StageTransition], *, now: float) -> tu
     lost_steps = sum(0 if entry.status.progress is None else entry.status.progress.lost_steps for entry in accounts)
     ledger = Goodput(
         settled_at=format_time(since + elapsed),
-        seconds={name: value for name, value in seconds.items() if value},
-        gpu_seconds={name: value for name, value in gpu_seconds.items() if value},
+        seconds={name: min(value, MAX_COUNT) for name, value in seconds.items() if value},
+        gpu_seconds={name: min(value, MAX_COUNT) for name, value in gpu_seconds.items() if value},
         lost_steps=max(old.goodput.lost_steps, lost_steps),
     )
     return ledger, [entry.status for entry in accounts]

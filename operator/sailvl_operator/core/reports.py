@@ -35,6 +35,7 @@ MAX_TRACEBACK_LENGTH = 2000
 
 _MAX_ACTIVITIES = 64
 """Activities of one report, of which each belongs to a goodput bucket."""
+_MAX_SUMMED_COUNT = MAX_COUNT // 10_000
 _MAX_PATH_LENGTH = 1024
 
 
@@ -47,9 +48,8 @@ def decode_progress(content: bytes | bytearray) -> Progress:
         steps=report.steps,
         tokens=report.tokens,
         samples=report.samples,
-        lost_steps=report.lost_steps,
-        in_place_restarts=report.in_place_restarts,
     )
+    _check_summed_counts(lost_steps=report.lost_steps, in_place_restarts=report.in_place_restarts)
     return replace(
         report,
         eta_seconds=None if report.eta_seconds is None else _bound_seconds(report.eta_seconds),
@@ -102,8 +102,8 @@ def _check_result(result: Result) -> Result:
         steps=result.steps,
         tokens=result.tokens,
         samples=result.samples,
-        lost_steps=result.lost_steps,
     )
+    _check_summed_counts(lost_steps=result.lost_steps)
     return replace(
         result,
         stage=clean_line(result.stage, MAX_NAME_LENGTH),
@@ -114,10 +114,15 @@ def _check_result(result: Result) -> Result:
     )
 
 
-def _check_counts(**counts: int) -> None:
+def _check_counts(limit: int = MAX_COUNT, **counts: int) -> None:
     for name, value in counts.items():
-        if not 0 <= value <= MAX_COUNT:
-            raise DocumentError(f"{name} is not between 0 and {MAX_COUNT}")
+        if not 0 <= value <= limit:
+            raise DocumentError(f"{name} is not between 0 and {limit}")
+
+
+def _check_summed_counts(**counts: int) -> None:
+    """Check numbers whose sum over all stages and attempts has to fit into the status."""
+    _check_counts(_MAX_SUMMED_COUNT, **counts)
 
 
 def _check_checkpoint(checkpoint: Checkpoint | None) -> Checkpoint | None:

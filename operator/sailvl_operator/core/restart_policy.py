@@ -18,7 +18,7 @@ from sailvl_operator.core.failure import Diagnosis, Undecided, diagnose_attempt,
 from sailvl_operator.core.stage_view import StageTransition, StageView
 from sailvl_operator.core.units import format_time
 
-_ADVICE = {
+_ADVICE: dict[str, str] = {
     Cause.CONFIG: "change the settings named above",
     Cause.DATA: "fix or remove the record named above",
     Cause.NON_FINITE: "lower learningRate, or check the data of the last step",
@@ -72,8 +72,9 @@ def bump_attempt(status: StageStatus, *, after: int = 0) -> StageStatus:
 def describe_failure(status: StageStatus) -> str:
     """Describe why a failed stage failed and what the user can do about it."""
     last = status.last_failure
-    assert last is not None, "a stage fails with its last failure recorded"
-    advice = _ADVICE.get(Cause(last.cause), "")
+    if last is None:  # a client removed it
+        return f"Stage {status.name} attempt {status.attempt} failed"
+    advice = _ADVICE.get(last.cause, "")
     message = f"Stage {status.name} attempt {status.attempt} failed ({last.cause}): {last.message}"
     return message[: 1000 - len(advice)] + (f"; {advice}" if advice else "")
 

@@ -47,6 +47,14 @@ def parse_count(text: str) -> int:
     return round(float(text.rstrip("KMBT")) * factor)
 
 
+def parse_decimal(text: str) -> float:
+    """Return the number that a decimal string of a status holds. Raises DocumentError for any other text."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise DocumentError(f"{clean_line(text, 40)!r} is not a number") from error
+
+
 def format_decimal(value: float) -> str:
     """Format a number with at most six significant digits."""
     return f"{value:.6g}"
