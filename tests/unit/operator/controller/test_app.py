@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from sailvl_operator.app import App
 from sailvl_operator.cluster.client import ClientConfig
@@ -18,15 +20,16 @@ from sailvl_operator.errors import LeaseLost
 from sailvl_operator.settings import ControllerSettings, HealthSettings, LeaseSettings, OperatorSettings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.builders.operator import build_document
+from tests.support.controller_world import make_pod
 
 LEASE = LeaseSettings(namespace="team", renew_interval_seconds=0.2, renew_deadline_seconds=50, duration_seconds=60)
 
 
-def make_settings(identity: str) -> OperatorSettings:
+def make_settings(identity: str, progress_seconds: float) -> OperatorSettings:
     return OperatorSettings(
         lease=replace(LEASE, identity=identity),
         health=HealthSettings(host="127.0.0.1", port=0),
-        controller=ControllerSettings(progress_interval_seconds=0),
+        controller=ControllerSettings(progress_interval_seconds=progress_seconds),
     )
 
 
@@ -34,9 +37,9 @@ class Process:
     """An operator in a thread and an event loop of its own, because kopf waits for all tasks of its loop, or cancels
     them, when it ends."""
 
-    def __init__(self, url: str, identity: str) -> None:
+    def __init__(self, url: str, identity: str, progress_seconds: float) -> None:
         self.app = App(
-            make_settings(identity),
+            make_settings(identity, progress_seconds),
             Credentials(AnonymousConfiguration(url)),
             client_config=ClientConfig(backoff_seconds=0.01),
         )
@@ -55,8 +58,8 @@ class Process:
 
 
 @asynccontextmanager
-async def operating(url: str, identity: str = "a"):
-    process = Process(url, identity)
+async def operating(url: str, identity: str = "a", *, progress_seconds: float = 0.0):
+    process = Process(url, identity, progress_seconds)
     try:
         yield process
     finally:
@@ -130,3 +133,33 @@ async def test_losing_the_lease_ends_the_process(api):
             await asyncio.wait_for(process.ended, 8)
         assert error.value.subgroup(LeaseLost) is not None
         assert api.list_objects("leases")[0]["spec"]["holderIdentity"] == "b"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b'{"attempt":1,"phase":"running","x":' + b"[" * 30_000 + b"]" * 30_000 + b"}", id="too deep"),
+        pytest.param(b'{"attempt":1,"phase":"running","metrics":{"\xff":1}}', id="not UTF-8"),
+    ],
+)
+async def test_answer_of_a_worker_does_not_end_the_operator(api, body):
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    app = web.Application()
+    app.router.add_get("/progress", answer)
+    async with TestServer(app, host="127.0.0.1") as worker, serve(api) as url:
+        api.put("sailvlruns", build_document())
+        async with operating(url, progress_seconds=0.05) as process:
+            reader = process.app.parts.progress
+            reader._port, reader._may_read = worker.port, lambda _: True
+            await until(lambda: api.list_names("jobs"))
+            pod = make_pod("curate", 1, 0, "Running", job_uid=api.list_objects("jobs")[0]["metadata"]["uid"])
+            pod["status"]["podIP"] = "127.0.0.1"
+            api.put("pods", pod)
+            await until(lambda: any(schedule.failures > 1 for schedule in reader._schedules.values()))
+            second = build_document()
+            second["metadata"]["name"] = "later"
+            api.put("sailvlruns", second)
+            await until(lambda: "later-curate-1" in api.list_names("jobs"))
+            assert not process.ended.done()
