@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
 from sailvl_operator.api import names
+from sailvl_operator.api.allow_lists import AllowLists
 from sailvl_operator.api.parse import find_unsupported_fields
 from sailvl_operator.api.status import Cause, Reason
 from sailvl_operator.api.types import RestartPolicy
@@ -37,8 +40,9 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 ARTIFACTS = {"held-out/", "export/", "models/", "raw/", "sft/", "benchmarks/", "charts/"}
 """Folders of the storage and the registry, which are not of the repository."""
-OPERATIONS, QUICKSTART, RECIPE = (
-    ROOT / "docs" / name for name in ("guide/operations.md", "quickstart.md", "guide/recipe.md")
+OPERATIONS, QUICKSTART, RECIPE, MULTI_TENANCY = (
+    ROOT / "docs" / name
+    for name in ("guide/operations.md", "quickstart.md", "guide/recipe.md", "guide/multi-tenancy.md")
 )
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`|^    [^\n]*$", re.M | re.S)
 BLOCK = re.compile(r"^```ya?ml\n(.*?)^```", re.M | re.S)
@@ -220,6 +224,31 @@ def test_limits_list_every_unsupported_field() -> None:
         assert field in text
     for value in ("fsdp2", "adalrs", "caption", "judge", "balance", "parquet", "jsonl"):
         assert value in text
+
+
+def test_allow_lists_table_matches_the_chart() -> None:
+    schema = json.loads((ROOT / "helm/sailvl-operator/values.schema.json").read_text())
+    rows = read_table(read_section(MULTI_TENANCY, "Allow-lists"))
+    assert [row[0] for row in rows] == list(schema["properties"]["allowed"]["properties"])
+
+
+def test_values_in_the_guide_are_accepted_by_the_chart() -> None:
+    schema = json.loads((ROOT / "helm/sailvl-operator/values.schema.json").read_text())
+    text = MULTI_TENANCY.read_text()
+    blocks = BLOCK.findall(text) + re.findall(r"(?:^    .*\n)+", BLOCK.sub("", text), re.M)
+    values = [v for block in blocks for v in yaml.safe_load_all(block) if isinstance(v, dict) and "kind" not in v]
+    assert {name for value in values for name in value} == {"watchNamespaces", "allowed", "networkPolicy"}
+    for value in values:
+        jsonschema.validate(value, schema)
+
+
+def test_example_of_teams_is_within_its_allow_lists() -> None:
+    folder = ROOT / "examples/06-team-namespaces"
+    given = yaml.safe_load((folder / "values.yaml").read_text())["allowed"]
+    options = {option.value.partition(".")[2]: option.target.partition(".")[2] for option in OPTIONS}
+    allowed = AllowLists(**{options[name]: tuple(entries) for name, entries in given.items()})
+    assert validate(yaml.safe_load((folder / "run.yaml").read_text()), allowed) == []
+    assert validate(yaml.safe_load((folder / "run.yaml").read_text()), AllowLists(toleration_keys=("other",))) != []
 
 
 RECORDS = sorted((ROOT / "docs/adr").glob("0*.md"))
