@@ -1,6 +1,7 @@
 """The artifacts of curation: files below <output>/artifacts by which its steps pass on results and resume.
 
-Every file is written atomically, so that one that exists is complete. Used by all steps of curation.
+Every file is written atomically; resume.py decides whether one of an earlier attempt is used. Used by all steps of
+curation.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ WRITE_BATCH = 32 * ROW_GROUP_SIZE
 MAX_UNIT_SIZE = 4096
 TARGET_UNITS = 2000
 """Number of work units beyond which their size grows."""
-_ARROW_TYPES = {str: pa.string(), str | None: pa.string(), bytes: pa.binary(), int: pa.int64(), int | None: pa.int64()}
+ARROW_TYPES = {str: pa.string(), str | None: pa.string(), bytes: pa.binary(), int: pa.int64(), int | None: pa.int64()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +122,7 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
     """Write the item list of a partition; only the compressed list is held in memory as a whole."""
     schema = pa.table(_build_columns(Item, [])).schema
     remaining, sink = iter(items), io.BytesIO()
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         while batch := list(islice(remaining, WRITE_BATCH)):
             writer.write_table(pa.table(_build_columns(Item, batch)), row_group_size=ROW_GROUP_SIZE)
     write_atomic(path, sink.getvalue())
@@ -150,10 +151,11 @@ def write_verified_items(path: Path, first_item: int, items: list[Item], verifie
 def _build_columns(type_: type, records: list[Any]) -> dict[str, pa.Array]:
     hints = get_type_hints(type_)
     columns = zip(*map(astuple, records), strict=True) if records else ([] for _ in fields(type_))
-    return {f.name: pa.array(c, _ARROW_TYPES[hints[f.name]]) for f, c in zip(fields(type_), columns, strict=True)}
+    return {f.name: pa.array(c, ARROW_TYPES[hints[f.name]]) for f, c in zip(fields(type_), columns, strict=True)}
 
 
 def _write_parquet(path: Path, columns: dict[str, pa.Array]) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, row_group_size=ROW_GROUP_SIZE, compression="zstd")
+    table = pa.table(columns)
+    pq.write_table(table, sink, row_group_size=ROW_GROUP_SIZE, compression="zstd", write_page_checksum=True)
     write_atomic(path, sink.getvalue())

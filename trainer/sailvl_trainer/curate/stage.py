@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig, Result
-from sailvl_trainer.curate import sources
+from sailvl_trainer.curate import resume, sources
 from sailvl_trainer.curate.artifacts import (
     CurationArtifacts,
     PlannedShard,
@@ -92,7 +92,7 @@ def list_output_files(output: Path, storage: Path) -> list[HashedFile]:
 
 def list_partitions(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:
     """Write the list of partitions of all sources, unless an earlier attempt has. Called on the first rank."""
-    if not artifacts.partitions_file.exists():
+    if not resume.has_partitions(artifacts):
         partitions = sources.list_partitions(config.sources, context.stage.seed)
         write_atomic(artifacts.partitions_file, encode(partitions))
 
@@ -105,7 +105,7 @@ def list_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts, r
         items = sources.list_items(partitions[number], roots)
         write_items(artifacts.items_file(number), _iterate_with_heartbeats(context, items))
 
-    pool.run("listing", len(partitions), lambda number: artifacts.items_file(number).exists(), run_task)
+    pool.run("listing", len(partitions), lambda number: resume.has_items(artifacts, number), run_task)
 
 
 def verify_items(
@@ -127,14 +127,14 @@ def verify_items(
         pool.run(
             "verifying",
             len(units),
-            lambda number: artifacts.rows_file(number).exists(),
+            lambda number: resume.has_rows(artifacts, number),
             run_task,
             count_samples=lambda number: units[number].count,
         )
 
 
 def _select_samples(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:
-    if artifacts.shards.exists():
+    if resume.has_selection(artifacts):
         return
     for outcome, count in sorted(select_samples(artifacts, config).items()):
         context.telemetry.count_samples(outcome, count)
@@ -152,7 +152,8 @@ def write_shards(context: Context, pool: TaskPool, artifacts: CurationArtifacts,
                 writer.write(sample, size)
         write_atomic(artifacts.shard_info_file(shard), encode(writer.info))
 
-    pool.run("writing", len(shards), lambda number: artifacts.shard_info_file(shards[number]).exists(), run_task)
+    output = context.files.output
+    pool.run("writing", len(shards), lambda number: resume.has_shard(artifacts, output, shards[number]), run_task)
 
 
 def write_manifests(context: Context, artifacts: CurationArtifacts) -> None:
