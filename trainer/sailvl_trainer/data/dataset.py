@@ -23,7 +23,8 @@ from sailvl_trainer.data.encoder import LENGTHS, SampleEncoder, TokenCounter
 from sailvl_trainer.data.shards import ShardInfo, ShardPool, ShardReader, list_shard_files, read_shard_manifest
 from sailvl_trainer.data.token_counts import DIGEST_BYTES, TokenCountFiles
 from sailvl_trainer.errors import DataError
-from sailvl_trainer.storage.data_files import DataRoots
+from sailvl_trainer.storage.data_files import DataRoots, open_data_file
+from sailvl_trainer.storage.documents import set_aside
 from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors
 from sailvl_trainer.storage.hashes import HashedFile
 
@@ -188,30 +189,41 @@ def write_lengths(path: Path, shards: ShardList, encoder: SampleEncoder, *, coun
 
 
 def has_lengths(path: Path, samples: int) -> bool:
-    """Whether a file has the LENGTHS of so many samples and is intact; reads all of it.
+    """Whether a file has the possible LENGTHS of so many samples and is intact; reads all of it.
 
-    Raises StorageError if the volume is unavailable.
+    A file that isn't is set aside. Raises StorageError if the volume is unavailable.
     """
     with translate_storage_errors(path):
-        if not path.exists():
+        try:
+            is_intact = _read_digest(path) == _hash_all_but_digest(path)
+            if is_intact and _are_possible(load_lengths(path), samples):
+                return True
+        except FileNotFoundError:
             return False
-        if _read_digest(path) != _hash_all_but_digest(path):
-            logger.warning("%s is damaged or of another version; all samples are measured again", path)
-            return False
-        lengths_S = load_lengths(path)
-    return lengths_S.dtype == LENGTHS and lengths_S.shape == (samples,)
+        except (ValueError, EOFError) as error:  # of numpy, for a file that isn't an array; or no regular file
+            logger.warning("%s: %s", path, error)
+    logger.warning("%s is damaged or of another version; all samples are measured again", path)
+    set_aside(path)
+    return False
 
 
 def load_lengths(path: Path) -> np.ndarray:
     """Return the LENGTHS in an intact file, memory-mapped and read-only."""
-    lengths_S: np.ndarray = np.load(path, mmap_mode="r")
+    lengths_S: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return lengths_S
 
 
+def _are_possible(lengths_S: np.ndarray, samples: int) -> bool:
+    """Return whether an array holds LENGTHS of so many samples, none of which is negative."""
+    if lengths_S.dtype != LENGTHS or lengths_S.shape != (samples,):
+        return False
+    return all(int(lengths_S[name].min(initial=0)) >= 0 for name in ("tokens", "tiles"))
+
+
 def _read_digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - DIGEST_BYTES))
-        return file.read()
+    with open_data_file(path, DataRoots.resolve(path.parent)) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - DIGEST_BYTES))
+        return file.read(DIGEST_BYTES)
 
 
 def _hash_all_but_digest(path: Path) -> bytes:

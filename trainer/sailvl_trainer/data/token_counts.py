@@ -15,6 +15,8 @@ import numpy as np
 
 from sailvl_trainer.data.encoder import TokenCounter
 from sailvl_trainer.data.shards import ShardInfo, ShardReader
+from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, read_data_file
+from sailvl_trainer.storage.documents import set_aside
 from sailvl_trainer.storage.files import write_atomic
 
 DTYPE = np.dtype("<i4")
@@ -37,15 +39,20 @@ class TokenCountFiles:
         return self.read(info) is not None
 
     def read(self, info: ShardInfo) -> np.ndarray | None:
-        """Return the text tokens of a shard's rows, int32; None if the file is missing, truncated or altered."""
+        """Return the text tokens of a shard's rows, int32; None if the file is missing or damaged."""
+        path, size = self._path(info), DIGEST_BYTES + info.samples * DTYPE.itemsize
         try:
-            data = self._path(info).read_bytes()
+            data = read_data_file(path, DataRoots.resolve(path.parent), max_bytes=size)
         except FileNotFoundError:
+            return None
+        except RefusedFileError:
+            set_aside(path)
             return None
         digest, payload = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
         if len(payload) != info.samples * DTYPE.itemsize or hashlib.sha256(payload).digest() != digest:
             return None
-        return np.frombuffer(payload, dtype=DTYPE).astype(np.int32)
+        text_tokens_R = np.frombuffer(payload, dtype=DTYPE).astype(np.int32)
+        return text_tokens_R if (text_tokens_R >= 0).all() else None
 
     def count(self, info: ShardInfo, reader: ShardReader, on_row: Callable[[int], None]) -> None:
         """Count a shard's text tokens and write its file atomically; `on_row` is called after each row.

@@ -29,7 +29,9 @@ from sailvl_trainer.evaluate.tsv import Question
 from sailvl_trainer.model.presets import Preset
 from sailvl_trainer.rank.collectives import broadcast_value
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.data_files import DataRoots
+from sailvl_trainer.storage.documents import iterate_lines
 from sailvl_trainer.storage.files import translate_storage_errors
 
 
@@ -118,7 +120,8 @@ class AnswerCache:
 
     def find(self, benchmark: str, batch: Sequence[Question]) -> list[str] | None:
         """Return the answers of an earlier attempt to these questions, or None."""
-        return self._answers.get((benchmark, _hash_batch(batch)))
+        found = self._answers.get((benchmark, _hash_batch(batch)))
+        return found if found is not None and len(found) == len(batch) else None
 
     def add(self, benchmark: str, batch: Sequence[Question], answers: list[str]) -> None:
         """Append a batch's answers to this rank's file; they are on the disk on return. Raises StorageError."""
@@ -135,11 +138,7 @@ def _hash_batch(batch: Sequence[Question]) -> str:
 
 def _read_batches(folder: Path) -> list[_CachedBatch]:
     """Return the batches that earlier attempts answered, oldest first."""
-    batches: list[_CachedBatch] = []
-    for path in sorted(folder.glob("answers-*.jsonl")):
-        for data in path.read_bytes().splitlines():
-            try:
-                batches.append(decode(_CachedBatch, data))
-            except ValueError:
-                continue
-    return batches
+    roots = DataRoots.resolve(folder)
+    return [
+        batch for path in sorted(folder.glob("answers-*.jsonl")) for batch in iterate_lines(_CachedBatch, path, roots)
+    ]

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from sailvl_trainer.errors import DataError
 from sailvl_trainer.rank.collectives import all_gather_values, broadcast_value
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import TaskPool
-from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file
+from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.data_files import DataRoots
+from sailvl_trainer.storage.documents import iterate_lines
 from sailvl_trainer.storage.files import format_bytes, translate_storage_errors
 from sailvl_trainer.storage.hashes import HashedFile, describe_difference
 
@@ -29,7 +29,6 @@ STAT_THREADS = 16
 """Threads that ask for the sizes of files, because each answer of a network volume takes about a millisecond."""
 LOG_SECONDS = 30.0
 """Minimum time between two log messages about the progress."""
-MAX_LINE_BYTES = 1 << 16
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,8 @@ def _verify_file(context: Context, file: HashedFile, roots: DataRoots) -> str:
 
 def _list_pending(context: Context, files: Sequence[HashedFile]) -> list[int]:
     """Return the numbers of the files that aren't recorded as they are now."""
-    verified = _read_records(context.files.verified, context.files.roots)
+    records = context.files.verified.glob("*.jsonl")
+    verified = {line for path in records for line in iterate_lines(VerifiedFile, path, context.files.roots)}
     with ThreadPoolExecutor(STAT_THREADS) as threads:
         pending = []
         for number, state in enumerate(threads.map(_describe_state, files)):
@@ -113,20 +113,6 @@ def _list_pending(context: Context, files: Sequence[HashedFile]) -> list[int]:
             if state not in verified:
                 pending.append(number)
     return pending
-
-
-def _read_records(folder: Path, roots: DataRoots) -> set[VerifiedFile | None]:
-    """Return all records; a line that can't be read, as a killed rank leaves, is left out."""
-    found: set[VerifiedFile | None] = set()
-    for path in folder.glob("*.jsonl"):
-        try:
-            with translate_storage_errors(path), open_data_file(path, roots) as file:
-                while line := file.readline(MAX_LINE_BYTES):
-                    with suppress(ValueError):
-                        found.add(decode(VerifiedFile, line))
-        except (FileNotFoundError, RefusedFileError) as error:
-            logger.warning("record %s is not used: %s", path, error)
-    return found
 
 
 def _describe_state(file: HashedFile) -> VerifiedFile | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from sailvl_trainer.contract import SCHEMA_VERSION
 from sailvl_trainer.storage.codec import decode
-from sailvl_trainer.storage.data_files import DataRoots, read_data_file
+from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file, read_data_file
 from sailvl_trainer.storage.files import sync_directory, translate_storage_errors
 
 T = TypeVar("T")
@@ -84,6 +84,20 @@ def find_document(
         if should_set_aside:
             set_aside(path)
         return None
+
+
+def iterate_lines(type_: type[T], path: Path, roots: DataRoots) -> Iterator[T]:
+    """Yield the documents in a file of JSON lines, without lines that can't be used, as a killed process leaves them.
+
+    A file that doesn't exist, or that is no regular file, counts as empty. Raises StorageError if the volume is
+    unavailable.
+    """
+    with translate_storage_errors(path), suppress(FileNotFoundError, RefusedFileError):
+        file = open_data_file(path, roots)
+        with file:
+            while line := file.readline(MAX_DOCUMENT_BYTES):
+                with suppress(ValueError):
+                    yield decode(type_, line)
 
 
 def set_aside(path: Path, *, keep: bool = False) -> None:

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file
-from sailvl_trainer.storage.documents import set_aside
+from sailvl_trainer.storage.documents import iterate_lines, set_aside
 from sailvl_trainer.storage.files import sync_file, translate_storage_errors
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import read_lineage
-
-MAX_LINE_BYTES = 64 << 20
-"""Longest line that is read: a step of 8 million samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,20 +93,8 @@ def _attempt_starts(files: StageFiles, last_attempt: int) -> Iterator[tuple[int,
 
 
 def _iterate_entries(files: StageFiles, attempt: int) -> Iterator[_Entry]:
-    """Yield an attempt's entries, without lines that can't be read.
-
-    A kill cuts off the last line, and no checkpoint was saved after its step. A log that is no regular file counts as
-    empty: it is only used to count and to prove.
-    """
-    path = sample_log_path(files, attempt)
-    try:
-        file = open_data_file(path, files.roots)
-    except (FileNotFoundError, RefusedFileError):
-        return
-    with file:
-        while line := file.readline(MAX_LINE_BYTES):
-            with suppress(ValueError):
-                yield decode(_Entry, line)
+    """Return an attempt's entries, without a line that a kill cut off: no checkpoint was saved after its step."""
+    return iterate_lines(_Entry, sample_log_path(files, attempt), files.roots)
 
 
 def _ends_with_line_break(path: Path) -> bool:

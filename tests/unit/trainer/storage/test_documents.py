@@ -14,7 +14,7 @@ from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinit
 from sailvl_trainer.errors import Preempted, StorageError
 from sailvl_trainer.storage import documents
 from sailvl_trainer.storage.codec import encode
-from sailvl_trainer.storage.documents import UnusableDocumentError, find_document, resolve_below
+from sailvl_trainer.storage.documents import UnusableDocumentError, find_document, iterate_lines, resolve_below
 from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import (
@@ -272,3 +272,16 @@ def test_unusable_non_finite_record_is_set_aside(content: bytes, files: StageFil
     assert read_non_finite(files, 1) is None
     assert not non_finite_path(files, 1).exists()
     assert begin_attempt(files, 2) == Lineage(attempt=2, start=None)
+
+
+def test_lines_that_cannot_be_used_are_left_out(files: StageFiles) -> None:
+    path = files.storage / "x.jsonl"
+    good = encode(Checkpoint(step=1, path="x"))
+    path.write_bytes(b"\n".join([good, b"[" * 100_000, b"\xff", b"{}", b"", b'{"step":1}', good[:5]]))
+    assert list(iterate_lines(Checkpoint, path, files.roots)) == [Checkpoint(step=1, path="x")]
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_endless, make_directory, lambda path: None])
+def test_lines_of_what_is_no_file_are_none(make: Callable[[Path], None], files: StageFiles) -> None:
+    make(files.storage / "x.jsonl")
+    assert list(iterate_lines(Checkpoint, files.storage / "x.jsonl", files.roots)) == []

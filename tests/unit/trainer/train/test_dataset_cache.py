@@ -220,12 +220,19 @@ def alter(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
+def forge(data: bytes, count: int) -> bytes:
+    """Return the file of other counts, with the hash that belongs to them."""
+    payload = np.full((len(data) - 32) // 4, count, dtype="<i4").tobytes()
+    return hashlib.sha256(payload).digest() + payload
+
+
 DAMAGES = [
     pytest.param(lambda data: data[:-4], id="truncated by a row"),
     pytest.param(lambda data: data[:7], id="truncated within the hash"),
     pytest.param(lambda _: b"", id="empty"),
     pytest.param(alter, id="a flipped bit"),
     pytest.param(lambda data: data + data[-4:], id="one row too many"),
+    pytest.param(lambda data: forge(data, -1), id="negative counts with their hash"),
 ]
 
 
