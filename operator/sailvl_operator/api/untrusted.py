@@ -7,6 +7,7 @@ handle by ignoring this document alone. Text from it is cleaned before it reache
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from typing import Any
 
@@ -20,6 +21,11 @@ MAX_SECONDS = 10.0**10
 MAX_NAME_LENGTH = 63
 """Letters of a metric's name."""
 
+RECURSION_LIMIT = 12_000
+"""Recursion limit with which every object decodes that the API server can store: it refuses JSON that is nested more
+than 10,000 deep. With Python's own limit of 1,000 a single object with deep managed fields, which clients may write,
+would make all lists and watches fail. Decoding takes at most half of a process' C stack at this limit."""
+
 _NAME = re.compile(r"\w[\w .:/+()-]{0,62}")
 _MAX_ERROR_LENGTH = 200
 """Letters of an error's text, which may quote the document."""
@@ -27,6 +33,11 @@ _MAX_ERROR_LENGTH = 200
 
 class DocumentError(ValueError):
     """An untrusted document can't be used. The message says which one and why, in one line."""
+
+
+def allow_deep_objects() -> None:
+    """Raise the process' recursion limit to RECURSION_LIMIT."""
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), RECURSION_LIMIT))
 
 
 def decode_json(content: bytes | bytearray | str, type_: Any, *, subject: str, max_bytes: int | None = None) -> Any:

@@ -11,6 +11,7 @@ import sys
 
 import uvloop
 
+from sailvl_operator.api.untrusted import allow_deep_objects
 from sailvl_operator.app import App
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.errors import OperatorError
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     log.info("starting", extra={"settings": describe(settings), "server": credentials.server})
     code = 0
     _tune_gc()
+    allow_deep_objects()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(App(settings, credentials).serve())

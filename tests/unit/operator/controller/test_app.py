@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import copy
+import sys
 import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from sailvl_operator.api.untrusted import RECURSION_LIMIT, allow_deep_objects
 from sailvl_operator.app import App
+from sailvl_operator.cli import operator as operator_command
 from sailvl_operator.cluster.client import ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.errors import LeaseLost
@@ -163,3 +168,54 @@ async def test_answer_of_a_worker_does_not_end_the_operator(api, body):
             api.put("sailvlruns", second)
             await until(lambda: "later-curate-1" in api.list_names("jobs"))
             assert not process.ended.done()
+
+
+@pytest.fixture
+def deep_objects_allowed():
+    limit = sys.getrecursionlimit()
+    allow_deep_objects()
+    yield
+    sys.setrecursionlimit(limit)
+
+
+def nest_fields(depth: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for _ in range(depth):
+        fields = {"f:a": fields}
+    return fields
+
+
+@pytest.mark.usefixtures("deep_objects_allowed")
+async def test_object_with_deep_managed_fields_does_not_blind_the_operator(api):
+    async with serve(api) as url:
+        for plural, deep in (("sailvlruns", build_document()), ("pods", make_pod("x", 1, 0, "Running", job_uid="x"))):
+            deep["metadata"] |= {"name": "deep", "managedFields": [{"fieldsV1": nest_fields(9_900)}]}
+            api.put(plural, deep)
+        api.put("sailvlruns", build_document())
+        async with operating(url) as process:
+            await until(lambda: api.list_names("jobs") == {"deep-curate-1", "demo-curate-1"})
+            assert not process.ended.done()
+
+
+@pytest.mark.usefixtures("deep_objects_allowed")
+def test_command_allows_deep_objects(monkeypatch):
+    limits = []
+
+    class Served:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        async def serve(self) -> None:
+            limits.append(sys.getrecursionlimit())
+
+    monkeypatch.setattr("sailvl_operator.cli.operator.App", Served)
+    monkeypatch.setattr("sailvl_operator.cli.operator._tune_gc", lambda: None)
+    monkeypatch.setattr("sailvl_operator.cli.operator.configure_logging", lambda *_: None)
+    monkeypatch.setattr(
+        "sailvl_operator.cli.operator.load_credentials", lambda *_: Credentials(AnonymousConfiguration("http://x"))
+    )
+    sys.setrecursionlimit(1000)
+    parser = argparse.ArgumentParser()
+    operator_command.add_arguments(parser)
+    assert operator_command.run(parser.parse_args([])) == 0
+    assert limits == [RECURSION_LIMIT]
