@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import strategies as st
 
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.evaluate import tsv
@@ -17,6 +18,7 @@ from sailvl_trainer.evaluate.cells import parse_list
 from sailvl_trainer.evaluate.scoring import parse_accepted_answers
 from sailvl_trainer.evaluate.tsv import read_tsv
 from tests.support.builders.evaluation import build_row, draw_colour, encode_base64, write_tsv
+from tests.support.fuzz import draw_generators, fuzz, mutate_bytes
 
 RED, BLUE = encode_base64(draw_colour("red")), encode_base64(draw_colour("blue"))
 ROW = build_row()
@@ -228,3 +230,37 @@ def test_huge_file_is_refused_unread(tmp_path: Path) -> None:
         file.truncate(9 << 30)
     with pytest.raises(DataError, match="split it into files of at most"):
         read_tsv(tmp_path / "b.tsv")
+
+
+@pytest.mark.fuzz
+def test_any_change_of_a_benchmark_is_read_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(draw_colour("red"))
+    rows = [
+        build_row(A="red", B="blue", hint="Look."),
+        build_row(index="1", image="0", answer=str(["red", "blue", 1.5])),
+        build_row(index="2", image=str([RED, "0"]), question='one\ttwo\n"three"'),
+        build_row(index="3", image="", image_path=str(["red.png"])),
+    ]
+    path = write_tsv(tmp_path / "b.tsv", rows)
+    content = path.read_bytes()
+    for generator in draw_generators(100):
+        path.write_bytes(mutate_bytes(content, generator))
+        try:
+            for question in read_tsv(path):
+                build_prompt(question)
+                parse_accepted_answers(question)
+        except DataError:
+            continue
+        except BaseException as error:
+            error.add_note(f"repeat with SAILVL_FUZZ_SEED={generator.number}")  # type: ignore[attr-defined]
+            raise
+
+
+@pytest.mark.fuzz
+def test_any_text_is_a_list_of_strings_and_numbers_or_none() -> None:
+    def check(text: str) -> None:
+        values = parse_list(f"[{text}]")
+        assert values is None or all(isinstance(value, str | int | float) for value in values)
+
+    alphabet = st.text("[](){},'\"\\\n\r 0123456789.eE+-xuUN:abBr#jλ\ud800", max_size=60)
+    fuzz(alphabet, check, examples=200)
