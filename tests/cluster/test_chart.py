@@ -65,6 +65,32 @@ def test_server_accepts_every_object(scenario: str, kubectl: Kubectl, namespace:
     assert answer.stdout.count("(server dry run)") == len(objects)
 
 
+@pytest.fixture
+def roles(kubectl: Kubectl, namespace: str, resource: None) -> Iterator[None]:
+    """Apply the chart's roles for users, and bind `view` to alice and `edit` to bob in the namespace."""
+    text = yaml.safe_dump_all(
+        o for o in render_for("default", namespace) if "aggregate" in json.dumps(o["metadata"].get("labels", {}))
+    )
+    assert kubectl("apply", "-f", "-", stdin=text).returncode == 0
+    for user, role in (("alice", "view"), ("bob", "edit")):
+        binding = ("create", "rolebinding", user, f"--clusterrole={role}", f"--user={user}")
+        assert kubectl("-n", namespace, *binding).returncode == 0
+    yield
+    kubectl("delete", "-f", "-", stdin=text)
+
+
+def test_users_may_edit_runs_but_not_write_their_status(kubectl: Kubectl, namespace: str, roles: None) -> None:
+    def may(user: str, verb: str, *flags: str) -> bool:
+        can_i = ("auth", "can-i", verb, "sailvlruns.sailvl.dev", f"--as={user}")
+        return kubectl("-n", namespace, *can_i, *flags).stdout.strip() == "yes"
+
+    wait_until(lambda: may("bob", "create") and may("bob", "list") and may("alice", "list"))  # roles are aggregated
+    assert not may("alice", "create")
+    for user in ("alice", "bob"):
+        for verb in ("patch", "update"):
+            assert not may(user, verb, "--subresource=status")
+
+
 def get_api_group(document: dict[str, Any]) -> str:
     group, _, version = document["apiVersion"].rpartition("/")
     return group if version else ""
