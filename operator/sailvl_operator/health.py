@@ -5,6 +5,7 @@ kopf's liveness endpoint isn't used, since it returns 200 even if a probe report
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from aiohttp import web
@@ -19,6 +20,11 @@ STALE_RUNS_SECONDS = 300.0
 """The watch of runs may miss events for this long before liveness fails."""
 STALLED_QUEUE_SECONDS = 300.0
 """Keys may wait in the work queue for this long, without a worker taking any, before liveness fails."""
+
+MAX_SCRAPES = 8
+"""Requests to /metrics that are answered at a time; a client that reads slowly holds a copy of the page in memory."""
+SCRAPE_SECONDS = 10.0
+"""A client must have read the page within this time."""
 
 Check = Callable[[], Sequence[str]]
 """Returns the errors of a probe; none if it passes."""
@@ -63,6 +69,7 @@ class HealthServer:
         app.router.add_get("/metrics", self._serve_metrics)
         app.router.add_get("/healthz", _build_probe(liveness))
         app.router.add_get("/readyz", _build_probe(readiness))
+        self._scrapes = 0
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
         self.port = settings.port
 
@@ -78,8 +85,27 @@ class HealthServer:
 
     async def _serve_metrics(self, request: web.Request) -> web.Response:
         """Serve all series, or those with the requested names: /metrics?name[]=sailvl_operator_queue_depth."""
-        page = await self._page.read(request.query.getall("name[]", []))
-        return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
+        if self._scrapes >= MAX_SCRAPES:
+            return web.Response(status=503, text=f"{MAX_SCRAPES} other requests are being answered; try again")
+        self._scrapes += 1
+        try:
+            page = await self._page.read(request.query.getall("name[]", []))
+            response = web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
+            await _send(response, request)
+        finally:
+            self._scrapes -= 1
+        return response
+
+
+async def _send(response: web.Response, request: web.Request) -> None:
+    """Send a response, or close the connection if the client doesn't read it in time."""
+    try:
+        async with asyncio.timeout(SCRAPE_SECONDS):
+            await response.prepare(request)
+            await response.write_eof()
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
 
 
 def _build_probe(check: Check) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

@@ -19,13 +19,19 @@ from sailvl_operator.cluster.parse import (
     parse_network_policy,
     parse_pod,
     parse_service,
+    stamp_job,
     stamp_pod,
 )
 from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.core.observe import JobRecord, NetworkPolicyRecord, PodRecord, ServiceRecord
 
 _JOBS: Kind[JobRecord] = Kind(
-    resource=resources.JOBS, decode_as=resources.Job, parse=parse_job, mark_gone=mark_gone, is_routine=is_routine_job
+    resource=resources.JOBS,
+    decode_as=resources.Job,
+    parse=parse_job,
+    mark_gone=mark_gone,
+    stamp=stamp_job,
+    is_routine=is_routine_job,
 )
 _SERVICES: Kind[ServiceRecord] = Kind(
     resource=resources.SERVICES, decode_as=resources.Service, parse=parse_service, is_routine=lambda _: True

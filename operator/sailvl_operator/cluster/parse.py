@@ -142,6 +142,11 @@ def stamp_pod(pod: PodRecord, known: PodRecord | None, now: float) -> PodRecord:
     return replace(pod, ended_seen=now) if is_failing or became_unready else pod
 
 
+def stamp_job(job: JobRecord, known: JobRecord | None, now: float) -> JobRecord:
+    """Set `gone_at` of a Job that is gone to the time at which that was observed."""
+    return replace(job, gone_at=now) if job.is_gone and (known is None or not known.is_gone) else job
+
+
 def is_routine_pod(pod: PodRecord) -> bool:
     """Return whether the pod is starting or running as expected, so that no decision depends on its change."""
     is_failing = pod.ended_seen or pod.disrupted or pod.terminated is not None or pod.phase == "Failed"

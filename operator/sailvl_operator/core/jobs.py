@@ -16,7 +16,7 @@ from sailvl_operator.api.status import Cause, StageStatus
 from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.core import stage_config
 from sailvl_operator.core.decision import AttemptSpec, Deletion, DeletionMode
-from sailvl_operator.core.observe import JobRecord, Observed
+from sailvl_operator.core.observe import JobRecord, Observed, has_live_pods
 from sailvl_operator.core.plan import PlannedStage
 from sailvl_operator.core.restart_policy import find_excluded_nodes
 from sailvl_operator.core.stage_view import StageTransition
@@ -27,8 +27,9 @@ def find_deletions(
     stages: Sequence[StageStatus], transitions: Sequence[StageTransition], observed: Observed
 ) -> tuple[Deletion, ...]:
     """Return the deletions of an active run; `stages` are the stages of the status as it was last written."""
-    superseded = find_superseded_jobs(stages, observed)
-    released = [t.view.attempt.job for t in transitions if t.should_delete_job and t.view.attempt.job is not None]
+    superseded = [*find_superseded_jobs(stages, observed), *find_lost_jobs(stages, observed)]
+    attempts = [t.view.attempt for t in transitions if t.should_delete_job]
+    released = [job for a in attempts for job in (a.job or a.gone_job,) if job is not None]
     return (
         *build_deletions(DeletionMode.BEFORE_STARTS, (job for job in superseded if not _is_dead(job, observed))),
         *build_deletions(DeletionMode.FORCE, (job for job in superseded if _is_dead(job, observed))),
@@ -50,6 +51,16 @@ def find_superseded_jobs(stages: Sequence[StageStatus], observed: Observed) -> l
         if not job.is_deleting
         and job.stage in current
         and (job.attempt < current[job.stage].attempt or current[job.stage].state == "Failed")
+    ]
+
+
+def find_lost_jobs(stages: Sequence[StageStatus], observed: Observed) -> list[JobRecord]:
+    """Return the Jobs of older attempts that lost their labels, and whose workers still run."""
+    current = {stage.name: stage.attempt for stage in stages}
+    return [
+        attempt.gone_job
+        for (stage, number), attempt in observed.attempts.items()
+        if attempt.gone_job is not None and number < current.get(stage, 0) and has_live_pods(attempt)
     ]
 
 

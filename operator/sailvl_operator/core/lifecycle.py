@@ -16,13 +16,16 @@ from sailvl_operator.api.names import DIGEST_LETTERS
 from sailvl_operator.api.status import Reason, StageProgress
 from sailvl_operator.api.types import RestartPolicy
 from sailvl_operator.core.decision import Event
-from sailvl_operator.core.observe import PodRecord
+from sailvl_operator.core.observe import PodRecord, has_live_pods
 from sailvl_operator.core.reports import find_reports
 from sailvl_operator.core.restart_policy import bump_attempt, restart_after_infra_failure
 from sailvl_operator.core.stage_view import StageTransition, StageView
 from sailvl_operator.core.stuck import UNSCHEDULED_GRACE_SECONDS, is_recently_unscheduled
 from sailvl_operator.core.units import format_decimal, format_duration, format_time, parse_time
 from sailvl_trainer.contract import Result
+
+LOST_JOB_SECONDS = 60.0
+"""Seconds within which the garbage collector deletes the pods of a deleted Job."""
 
 
 def has_started(view: StageView) -> bool:
@@ -45,7 +48,7 @@ def start_stage(view: StageView) -> StageTransition:
         start_time=format_time(view.now),
     )
     event = Event(reason=Reason.STAGE_STARTED, message=f"Started stage {status.name} (attempt 1)")
-    has_job = has_started(view) or view.attempt.is_job_deleted
+    has_job = has_started(view) or view.attempt.gone_job is not None
     return StageTransition(view=view, status=status, events=(event,), should_start=not has_job)
 
 
@@ -69,8 +72,8 @@ def create_job(view: StageView) -> StageTransition | None:
     """
     if has_started(view):
         return None
-    if view.status.state == "Running" or view.attempt.is_job_deleted:
-        return restart_after_infra_failure(view, "the Job was deleted externally")
+    if view.status.state == "Running" or view.attempt.gone_job is not None:
+        return restart_after_infra_failure(view, "the Job was deleted externally, or its owner was changed")
     next_attempt_time = parse_time(view.status.next_attempt_time)
     if next_attempt_time > view.now:
         return StageTransition(view=view, status=view.status, requeue_at=next_attempt_time)
@@ -83,6 +86,21 @@ def restart_after_alteration(view: StageView) -> StageTransition | None:
     if job is None or job.is_deleting or view.status.state == "Suspended":
         return None
     return restart_after_infra_failure(view, f"Job {job.name} was altered: {job.alteration}")
+
+
+def restart_after_lost_job(view: StageView) -> StageTransition | None:
+    """Restart an attempt whose Job is gone, but whose workers continue: the Job lost its labels or was orphaned.
+
+    The operator could neither suspend nor delete it. The pods of a deleted Job are deleted within seconds.
+    """
+    job = view.attempt.gone_job
+    if job is None or not has_live_pods(view.attempt):
+        return None
+    deadline = job.gone_at + LOST_JOB_SECONDS
+    if deadline > view.now:
+        return StageTransition(view=view, status=view.latest, requeue_at=deadline)
+    message = f"Job {job.name} is gone or lost its labels, but its pods still run"
+    return restart_after_infra_failure(view, message)
 
 
 def mark_running(view: StageView) -> StageTransition | None:

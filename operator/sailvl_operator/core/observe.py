@@ -93,7 +93,9 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     started: float = 0.0
     """Unix seconds at which the Job started: its creation, or its admission by a queue; 0 before that."""
     is_gone: bool = False
-    """Whether the Job was deleted from the API; the record is kept until its attempt is closed."""
+    """Whether the Job was deleted from the API, or lost its labels; the record is kept until its attempt is closed."""
+    gone_at: float = 0.0
+    """Unix seconds, by the operator's clock, at which that was observed; 0 if it wasn't."""
     queue: str = ""
     """Kueue queue that admits the Job."""
     is_suspended_here: bool = False
@@ -138,8 +140,8 @@ class AttemptObservation:
     """Everything that was observed of one attempt."""
 
     job: JobRecord | None = None
-    is_job_deleted: bool = False
-    """Whether the attempt's Job existed and was deleted."""
+    gone_job: JobRecord | None = None
+    """The attempt's Job if it existed and was deleted, or lost its labels."""
     altered_job: JobRecord | None = None
     """The attempt's Job if it was altered; `job` is then None, since nothing in it can be relied on."""
     pods: tuple[PodRecord, ...] = ()
@@ -174,6 +176,11 @@ class Observed:
         return self.attempts.get((stage, attempt), NOTHING_OBSERVED)
 
 
+def has_live_pods(attempt: AttemptObservation) -> bool:
+    """Return whether pods of an attempt exist that have neither ended nor are being deleted."""
+    return any(not (pod.is_gone or pod.is_deleting) and pod.terminated is None for pod in attempt.pods)
+
+
 def observe(
     jobs: Iterable[JobRecord] = (),
     pods: Iterable[PodRecord] = (),
@@ -199,7 +206,7 @@ def observe(
         job = jobs_by_attempt.get(key)
         attempts[key] = AttemptObservation(
             job=job if job is not None and not job.is_gone and not job.alteration else None,
-            is_job_deleted=job is not None and job.is_gone,
+            gone_job=job if job is not None and job.is_gone else None,
             altered_job=job if job is not None and not job.is_gone and job.alteration else None,
             pods=tuple(pods_by_attempt.get(key, ())),
             progress=progress.get(key),

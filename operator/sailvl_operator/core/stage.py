@@ -20,6 +20,7 @@ from sailvl_operator.core.lifecycle import (
     mark_running,
     replace_outdated_job,
     restart_after_alteration,
+    restart_after_lost_job,
     restart_after_missing_pod,
     start_stage,
 )
@@ -40,6 +41,7 @@ POLICIES: tuple[Callable[[StageView], StageTransition | None], ...] = (
     restart_after_missing_pod,
     mark_running,
     enforce_start_timeout,
+    restart_after_lost_job,
 )
 """Policies of an active stage: the first that returns a transition decides."""
 

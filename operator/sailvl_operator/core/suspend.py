@@ -12,7 +12,7 @@ from sailvl_operator.api.status import Cause, LastFailure, Reason
 from sailvl_operator.core.decision import Event
 from sailvl_operator.core.evidence import was_checkpoint_saved
 from sailvl_operator.core.failure import Diagnosis
-from sailvl_operator.core.observe import PodRecord
+from sailvl_operator.core.observe import PodRecord, has_live_pods
 from sailvl_operator.core.restart_policy import bump_attempt, restart_or_fail
 from sailvl_operator.core.stage_view import ACTIVE, StageTransition, StageView
 from sailvl_operator.core.units import format_time
@@ -27,6 +27,8 @@ def suspend_stage(view: StageView) -> StageTransition | None:
     if not view.run.spec.suspend:
         return None
     job = view.attempt.job
+    if view.attempt.gone_job is not None and has_live_pods(view.attempt):
+        return StageTransition(view=view, status=view.latest, should_delete_job=True)
     if job is not None and _is_queued(view):
         return StageTransition(view=view, status=view.latest, should_delete_job=not job.is_deleting)
     should_suspend = job is not None and not job.is_suspended

@@ -13,6 +13,7 @@ from sailvl_operator.cluster.parse import parse_job, parse_pod, parse_service
 from sailvl_operator.core.desired.manifests import build_job as build_job_manifest
 from sailvl_operator.core.desired.manifests import build_service
 from sailvl_operator.core.desired.workload import build_appdef
+from sailvl_operator.core.lifecycle import LOST_JOB_SECONDS
 from sailvl_operator.core.observe import JobRecord, observe
 from sailvl_operator.core.ownership import is_own_job, is_own_service, select_pods, split_job_name
 from sailvl_operator.core.reconcile import reconcile
@@ -112,7 +113,7 @@ def test_altered_job_is_recognised_and_keeps_its_attempt(changes: dict[str, Any]
 
 def test_number_of_gpus_is_bounded() -> None:
     job = make_job()
-    job["spec"]["template"]["spec"]["containers"][0]["resources"] = {"limits": {"nvidia.com/gpu": "9" * 20}}
+    job["spec"]["template"]["spec"]["containers"][0]["resources"] = {"limits": {"nvidia.com/gpu": "9" * 9}}
     assert parse_job(job).gpus == MAX_GPUS
 
 
@@ -247,3 +248,35 @@ def test_attempt_without_a_job_is_restarted_after_the_start_timeout() -> None:
     world.now += 61
     world.run_until_stable()
     assert (world.stage(STAGE).state, world.stage(STAGE).attempt) == ("Running", 2)
+
+
+def lose_job(world: CoreWorld) -> JobRecord:
+    """Remove the labels of the run's Job: for the operator it is gone, but its pods still run."""
+    [(name, job)] = world.jobs.items()
+    world.jobs[name] = replace(job, is_gone=True, gone_at=world.now)
+    return job
+
+
+def test_attempt_whose_job_lost_its_labels_is_restarted_and_the_job_deleted() -> None:
+    world = CoreWorld(spec=ONE_STAGE, advances_time=False)
+    world.run_until_stable()
+    job = lose_job(world)
+    world.run_until_stable()
+    assert world.stage(STAGE).attempt == 1, "the garbage collector may still delete the pods"
+    world.now += LOST_JOB_SECONDS
+    world.run_until_stable()
+    stage = world.stage(STAGE)
+    assert (stage.state, stage.attempt) == ("Running", 2)
+    assert stage.last_failure is not None
+    assert stage.last_failure.message == f"Job {job.name} is gone or lost its labels, but its pods still run"
+    assert list(world.jobs) == ["demo-knowledge-2"]
+    assert {pod.attempt for pod in world.pods.values()} == {2}
+
+
+def test_run_whose_job_lost_its_labels_can_be_suspended() -> None:
+    world = CoreWorld(spec=ONE_STAGE, advances_time=False)
+    world.run_until_stable()
+    lose_job(world)
+    world.spec, world.generation = ONE_STAGE | {"suspend": True}, 2
+    world.run_until_stable()
+    assert world.stage(STAGE).state == "Suspended"

@@ -338,7 +338,7 @@ def test_existing_job_counts_and_a_deleted_one_of_the_same_attempt_does_not(is_g
     observed = observe(reversed(jobs) if is_gone_first else jobs)
     attempt = observed.attempts["curate", 1]
     assert attempt.job is not None
-    assert (attempt.job.uid, attempt.is_job_deleted) == ("new", False)
+    assert (attempt.job.uid, attempt.gone_job) == ("new", None)
 
 
 @pytest.mark.parametrize(
