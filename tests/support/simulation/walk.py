@@ -162,6 +162,8 @@ class RandomWalk:
         await asyncio.sleep(seconds)
         if self.operator is not None:
             self.operator.check()
+        else:
+            self.invariants.overlapping_since.clear()  # a transition lasts until an operator runs again
         self._check_invariants(CONTINUOUS_INVARIANTS)
 
     def _check_invariants(self, invariants: tuple[Callable[[InvariantChecker], None], ...]) -> None:
