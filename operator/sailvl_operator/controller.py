@@ -19,6 +19,7 @@ from sailvl_operator.api.types import Defaults, Run
 from sailvl_operator.api.untrusted import DocumentError
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.apply import Applier, RefusalLog, Refusals
+from sailvl_operator.cluster.background import keep_running
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.merge_patch import build_merge_patch, drop_nulls
 from sailvl_operator.cluster.owned_objects import OwnedObjects
@@ -88,7 +89,8 @@ class Controller:
         self._queue.start()
         async with asyncio.TaskGroup() as group:
             for number in range(workers):
-                group.create_task(self._run_worker(), name=f"worker-{number}")
+                worker = keep_running("controller", self._run_worker, self._metrics.count_loop_error)
+                group.create_task(worker, name=f"worker-{number}")
 
     async def _run_worker(self) -> None:
         while True:

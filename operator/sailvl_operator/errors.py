@@ -19,6 +19,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sailvl_operator.api.untrusted import clean_line
+
+_MAX_MESSAGE_LENGTH = 4096
+"""Letters of an error of the API server; it may quote an admission webhook or the object."""
+
 
 class OperatorError(Exception):
     """Base class of all errors of the operator."""
@@ -109,8 +114,8 @@ def error_from_status(
 ) -> ApiError:
     """Build the error for an HTTP status. `body`: a metav1.Status, or empty; `retry_after`: the header of that name."""
     kind = _BY_STATUS.get(status, ServerError if status >= 500 else ApiError)
-    message = body.get("message") or f"HTTP {status}"
+    message = clean_line(str(body.get("message") or f"HTTP {status}"), _MAX_MESSAGE_LENGTH)
     error = kind(f"{request}: {message}", status=status, reason=str(body.get("reason", "")))
-    if isinstance(error, TooManyRequests) and retry_after is not None and retry_after.isdigit():
+    if isinstance(error, TooManyRequests) and retry_after is not None and retry_after.isdecimal():
         error.retry_after = float(retry_after)
     return error

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any
 
+from sailvl_operator.api.untrusted import clean_lines
+
 _NOISY_LOGGERS = ("kopf", "kubernetes", "aiohttp")
 
 
@@ -29,11 +31,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class TextFormatter(logging.Formatter):
+    """Formats a record as lines of text, without control characters, which a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return clean_lines(super().format(record))
+
+
 def configure_logging(level: str, format_: str) -> None:
     """Configure the root logger. `level`: DEBUG, INFO, WARNING or ERROR; `format_`: json or text. Libraries log
     warnings and errors only."""
     handler = logging.StreamHandler(sys.stderr)
-    formatter = JsonFormatter() if format_ == "json" else logging.Formatter("%(asctime)s %(name)s %(message)s")
+    formatter = JsonFormatter() if format_ == "json" else TextFormatter("%(asctime)s %(name)s %(message)s")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -12,6 +12,7 @@ Ages = Callable[[], Iterable[tuple[str, float]]]
 """Function that returns the name of each watched resource and the seconds since its watch last received data."""
 
 LOOPS = (
+    "controller",
     "informer-jobs",
     "informer-networkpolicies",
     "informer-pods",

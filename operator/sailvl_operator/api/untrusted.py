@@ -74,8 +74,13 @@ def clean_line(text: str, max_length: int) -> str:
 
 def clean_end(text: str, max_length: int) -> str:
     """Return the last `max_length` characters of text of several lines, each line cleaned as by `clean_line`."""
-    lines = text[-max_length:].split("\n")
-    return "\n".join(line if line.isprintable() else clean_line(line, max_length) for line in lines)
+    return clean_lines(text[-max_length:])
+
+
+def clean_lines(text: str) -> str:
+    """Return text of several lines, each line cleaned as by `clean_line`."""
+    lines = text.split("\n")
+    return "\n".join(line if line.isprintable() else clean_line(line, len(line)) for line in lines)
 
 
 def is_metric_name(name: str) -> bool:

@@ -94,3 +94,26 @@ def test_job_that_was_just_admitted_has_not_started() -> None:
 )
 def test_jobs_that_need_no_action_are_routine(fields: dict[str, Any], is_routine: bool) -> None:
     assert is_routine_job(build_job("a", **fields)) is is_routine
+
+
+def test_pod_of_the_network_of_its_node_has_no_address_of_its_own() -> None:
+    pod = raw({names.LABEL_RUN: "demo"}, podIP="10.0.0.1")
+    assert parse_pod(pod).ip == "10.0.0.1"
+    pod["spec"]["hostNetwork"] = True
+    assert parse_pod(pod).ip == ""
+
+
+def test_messages_of_a_pod_are_clean_lines_of_bounded_length() -> None:
+    message = "no\x1b[2J\nroom\u202e" + "x" * 5000
+    disrupted = {"type": "DisruptionTarget", "status": "True", "reason": "Evicted", "message": message}
+    unscheduled = {"type": "PodScheduled", "status": "False", "message": message}
+    waiting = {"name": names.CONTAINER, "state": {"waiting": {"reason": "ErrImagePull", "message": message}}}
+    pod = parse_pod(raw({}, conditions=[disrupted, unscheduled], containerStatuses=[waiting]))
+    cleaned = ("no[2J room" + "x" * 5000)[:1000]
+    assert (pod.unschedulable, pod.waiting_message) == (cleaned, cleaned)
+    assert pod.disrupted == f"Evicted: {cleaned}"[:1000]
+
+
+def test_long_numbers_of_labels_are_cut() -> None:
+    labels = {names.LABEL_RUN: "demo", names.LABEL_ATTEMPT: "9" * 63, names.LABEL_COMPLETION_INDEX: "9" * 63}
+    assert max(parse_pod(raw(labels)).attempt, parse_pod(raw(labels)).index) < 2**63
