@@ -52,7 +52,7 @@ def read_stage(path: Path) -> Stage:
     except (OSError, ValueError) as error:
         raise ConfigError(f"can't read the stage config {path}: {error}") from error
     _check_settings(path, stage)
-    if not Path(stage.output).is_relative_to(stage.storage):
+    if not Path(stage.output).is_relative_to(stage.storage) or ".." in Path(stage.output).parts:
         raise ConfigError(
             f"stage config {path}: output {stage.output} is not below storage {stage.storage}; set a directory in it"
         )

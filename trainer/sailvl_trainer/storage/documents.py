@@ -35,7 +35,7 @@ class UnusableDocumentError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Header:
+class _VersionedDocument:
     schema_version: int = SCHEMA_VERSION
 
 
@@ -51,7 +51,7 @@ def read_document(
         with translate_storage_errors(path):
             data = read_data_file(path, roots, max_bytes=MAX_DOCUMENT_BYTES)
         if "schema_version" in getattr(type_, "__dataclass_fields__", {}):
-            _check_version(decode(_Header, data).schema_version)
+            _check_version(decode(_VersionedDocument, data).schema_version)
         document = decode(type_, data)
     except FileNotFoundError:
         raise

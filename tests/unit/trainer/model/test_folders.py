@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from transformers import AutoModel
 
 from sailvl_trainer.contract import ModelConfig
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.model.build import _load
+from sailvl_trainer.model.build import _load, build_model
 from sailvl_trainer.model.folders import translate_model_errors
 from sailvl_trainer.model.tokenizer import load_tokenizer
+from tests.support.builders.evaluation import export_untrained
+from tests.support.fuzz import draw_generators, mutate_bytes
 
 BERT = {
     "model_type": "bert",
@@ -133,3 +136,27 @@ def test_error_of_the_volume_is_none_of_the_folder() -> None:
 def test_lack_of_memory_is_no_error_of_the_folder() -> None:
     with pytest.raises(MemoryError), translate_model_errors("/data/model"):
         raise MemoryError
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_untrained(tmp_path_factory.mktemp("storage")) / "model/export"
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_any_change_of_an_export_is_loaded_or_refused(name: str, export: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(export, tmp_path / "export"))
+    content = (folder / name).read_bytes()
+    for generator in draw_generators(4):
+        # weights have a short header, so that most changes of the file as a whole would only change numbers
+        head = mutate_bytes(content[:20_000], generator)
+        (folder / name).write_bytes(head + content[20_000:])
+        try:
+            tokenizer = load_tokenizer(ModelConfig(preset="tiny"), folder)
+            build_model(ModelConfig(preset="tiny"), tokenizer, init_from=folder)
+        except ConfigError:
+            continue
+        except BaseException as error:
+            error.add_note(f"repeat with SAILVL_FUZZ_SEED={generator.number}")  # type: ignore[attr-defined]
+            raise

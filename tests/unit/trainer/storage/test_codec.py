@@ -35,6 +35,13 @@ def test_invalid_stage_config_is_refused(tmp_path: Path, changes: dict[str, Any]
     assert message in str(error.value)
 
 
+def test_output_that_leaves_the_storage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stage.json"
+    path.write_bytes(encode(replace(build_stage(tmp_path), output=str(tmp_path / "../etc"))))
+    with pytest.raises(ConfigError, match="is not below storage"):
+        read_stage(path)
+
+
 def test_valid_stage_config_is_read(tmp_path: Path) -> None:
     path = tmp_path / "stage.json"
     path.write_bytes(encode(build_stage(tmp_path)))
