@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +87,7 @@ def _read_scalar(text: str, key: str) -> str:
     return found[1]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run one of the commands; print an error and exit with status 1 if it fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -95,7 +96,7 @@ def main() -> None:
     chart = commands.add_parser("chart")
     chart.add_argument("operator")
     chart.add_argument("trainer")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
         if given.command == "check":
             print(check_versions(ROOT, given.tag))

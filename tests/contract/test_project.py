@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -202,3 +203,31 @@ def test_image_without_a_digest_is_refused_for_the_chart(image: str) -> None:
     text = (ROOT / "helm/sailvl-operator/values.yaml").read_text()
     with pytest.raises(ValueError, match="expected REPOSITORY@sha256:DIGEST"):
         release.set_images(text, image, TRAINER_IMAGE)
+
+
+def test_release_command_writes_each_image_to_its_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chart = tmp_path / "helm/sailvl-operator"
+    chart.mkdir(parents=True)
+    shutil.copy(ROOT / "helm/sailvl-operator/values.yaml", chart)
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    release.main(["chart", OPERATOR_IMAGE, TRAINER_IMAGE])
+    values = yaml.safe_load((chart / "values.yaml").read_text())
+    assert f"{values['image']['repository']}@{values['image']['digest']}" == OPERATOR_IMAGE
+    assert values["runs"]["trainerImage"] == TRAINER_IMAGE
+    with pytest.raises(SystemExit, match="has 0 lines .*, expected 1"):
+        release.main(["chart", OPERATOR_IMAGE, TRAINER_IMAGE])
+
+
+def test_release_workflow_writes_the_images_into_the_chart_before_it_is_packaged() -> None:
+    workflow = (ROOT / ".github/workflows/release.yml").read_text()
+    written = workflow.index("release.py chart")
+    line = workflow[written : workflow.index("\n", written)]
+    assert line.index("digest-operator/operator") < line.index("digest-trainer/trainer")
+    assert written < workflow.index("helm package")
+
+
+@pytest.mark.parametrize("image", ["", "ghcr.io/team/sailvl-trainer:0.1.0"])
+def test_trainer_image_without_a_digest_is_refused_for_the_chart(image: str) -> None:
+    text = (ROOT / "helm/sailvl-operator/values.yaml").read_text()
+    with pytest.raises(ValueError, match="expected REPOSITORY@sha256:DIGEST"):
+        release.set_images(text, OPERATOR_IMAGE, image)

@@ -381,6 +381,12 @@ SCHEMA = _table(
         '"exact_match"',
     ),
     (
+        "gate on a held-out loss that is not measured",
+        {f"{ALIGN}.heldOutSamples": 0, "spec.stages.1.gate": {"metric": "heldOutLoss", "atMost": "2"}},
+        "spec.stages[1].pretrain.heldOutSamples",
+        "the gate needs a held-out loss; set heldOutSamples to more than 0",
+    ),
+    (
         "gate without a bound",
         {"spec.stages.1.gate": {"metric": "heldOutLoss"}},
         "spec.stages[1].gate",

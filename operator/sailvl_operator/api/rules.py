@@ -39,6 +39,15 @@ def _less_than_one(field: str) -> Rule:
     return _compare_number(field, "< 1.0", "must be less than 1")
 
 
+def _gate_needs_held_out_samples(kind: str) -> Rule:
+    has_held_out_gate = "has(self.gate) && self.gate.metric.startsWith('heldOutLoss')"
+    return _rule(
+        f"!(has(self.{kind}) && self.{kind}.heldOutSamples == 0 && {has_held_out_gate})",
+        "the gate needs a held-out loss; set heldOutSamples to more than 0",
+        f".{kind}.heldOutSamples",
+    )
+
+
 _TRAINING = [
     _exactly_one("tokens", "epochs"),
     _positive("epochs"),
@@ -108,7 +117,11 @@ RULES: dict[type, list[Rule]] = {
             "data, the directory with <name>.tsv, is required if benchmarks is set",
         ),
     ],
-    types.StageSpec: [_exactly_one("curate", "pretrain", "sft", "evaluate")],
+    types.StageSpec: [
+        _exactly_one("curate", "pretrain", "sft", "evaluate"),
+        _gate_needs_held_out_samples("pretrain"),
+        _gate_needs_held_out_samples("sft"),
+    ],
 }
 
 OFFLINE: dict[str, str] = {}

@@ -142,7 +142,7 @@ class Training(Struct, frozen=True, kw_only=True):
     checkpoint_steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 500
     """Number of optimizer steps between checkpoints."""
     held_out_samples: Annotated[int, Meta(ge=0, le=1_000_000)] = 256
-    """Maximum number of held-out samples used to compute the held-out loss."""
+    """Maximum number of held-out samples used to compute the held-out loss; 0 computes none."""
 
 
 class Pretrain(Training, frozen=True, kw_only=True):

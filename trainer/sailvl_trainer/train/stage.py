@@ -96,8 +96,8 @@ def _count_lost_steps(context: Context, lineage: Lineage) -> int:
 def _measure_validation_loss(
     context: Context, model: PackedModel, setup: TrainingSetup, config: TrainConfig, *, shuffle_images: bool = False
 ) -> float | None:
-    """Return the validation loss; None if the data has no held-out samples. Raises NonFiniteError for a NaN."""
-    if setup.validation_set is None:
+    """Return the validation loss; None if no sample is held out or measured. Raises NonFiniteError for a NaN."""
+    if setup.validation_set is None or not config.held_out_samples:
         return None
     context.telemetry.update(phase="evaluating")
     with context.telemetry.activity("evaluating"):
@@ -110,7 +110,7 @@ def _measure_validation_loss(
             pack_tiles=config.pack_tiles,
             shuffle_images=shuffle_images,
         )
-    if not math.isfinite(loss):
+    if loss is not None and not math.isfinite(loss):
         raise NonFiniteError(
             f"the held-out loss is {loss}; check the model that the stage starts from, and its held-out data"
         )

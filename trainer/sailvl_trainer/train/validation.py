@@ -23,8 +23,8 @@ def measure_validation_loss(
     samples: int,
     pack_tiles: int,
     shuffle_images: bool = False,
-) -> float:
-    """Return the mean loss on at most `samples` samples. COLLECTIVE.
+) -> float | None:
+    """Return the mean loss on at most `samples` samples; None if they contain no loss token. COLLECTIVE.
 
     `shuffle_images` shows each sample another sample's image, which raises the loss if the model uses the image. Raises
     Preempted if a stop is requested; nothing is lost then, since everything worth saving was saved before.
@@ -50,4 +50,4 @@ def measure_validation_loss(
         context.telemetry.update()
     model.train(was_training)
     total_loss, total_tokens = sum_over_ranks(loss_sum, loss_tokens)
-    return total_loss / max(1.0, total_tokens)
+    return total_loss / total_tokens if total_tokens else None

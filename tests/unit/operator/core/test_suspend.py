@@ -87,6 +87,8 @@ def test_pod_on_a_dead_node_ends_the_suspension_after_its_grace_period() -> None
     world.now = delete_by + 29.9
     world.run_until_stable()
     assert world.stage("curate").state != "Suspended"
-    world.now = delete_by + 30
+    world.advances_time = True
+    world.reconcile_once()
+    assert world.now == delete_by + 30, "the run is reconciled again at that time"
     world.run_until_stable()
     assert world.stage("curate").state == "Suspended"

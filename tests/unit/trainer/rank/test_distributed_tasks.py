@@ -58,27 +58,29 @@ def test_time_is_recorded_once(phase: str, context: Context) -> None:
 
 def test_stop_of_one_rank_is_announced_to_the_others(context: Context, tmp_path: Path) -> None:
     """The rank that was asked to stop announces it in the store, which the pool of another rank reads."""
-    pool = TaskPool(context)
+    pool, pool_of_another_rank = TaskPool(context), TaskPool(context)
+    pool_of_another_rank._prefix = pool._prefix
     (tmp_path / "scratch" / "stop").touch()
     with pytest.raises(Preempted):
         pool.run("counting", 3, lambda _: False, lambda _: pytest.fail("no task may start"))
     (tmp_path / "scratch" / "stop").unlink()
     assert not context.preemption.is_requested_locally, "as on a rank that was not asked"
-    pool.run("measuring", 3, lambda _: False, lambda _: pytest.fail("no task may start"))
+    pool_of_another_rank.run("measuring", 3, lambda _: False, lambda _: pytest.fail("no task may start"))
 
 
 def test_heartbeats_continue_while_the_first_rank_works(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed_tasks, "HEARTBEAT_SECONDS", 0.001)
-    is_sent = threading.Event()
+    sent = threading.Semaphore(0)
     update = context.telemetry.update
 
     def note_and_update(**changes: object) -> None:
         update(**changes)
-        is_sent.set()
+        sent.release()
 
-    def wait_for_heartbeat() -> None:
-        is_sent.clear()
-        assert is_sent.wait(timeout=60)
+    def wait_for_heartbeats() -> None:
+        while sent.acquire(blocking=False):
+            pass
+        assert all(sent.acquire(timeout=60) for _ in range(3))
 
     monkeypatch.setattr(context.telemetry, "update", note_and_update)
-    TaskPool(context).run_on_first_rank("measuring", wait_for_heartbeat)
+    TaskPool(context).run_on_first_rank("measuring", wait_for_heartbeats)

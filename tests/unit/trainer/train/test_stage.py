@@ -70,6 +70,11 @@ def test_stage_lowers_and_reports_the_validation_loss(root: Path, whole: Result)
     assert sorted(trained) == list(range(1, whole.steps + 1))
 
 
+def test_stage_that_measures_no_held_out_samples_reports_no_held_out_loss(root: Path) -> None:
+    stage = build_stage(root, run="unmeasured", epochs=0.1, held_out_samples=0)
+    assert run_stage(stage).metrics.keys() == {"loss", "skippedSamples"}
+
+
 @pytest.mark.parametrize(
     "stop", [pytest.param(2, id="between checkpoints"), pytest.param(-1, id="after the last step")]
 )
