@@ -1,4 +1,4 @@
-"""What a hostile tenant sends: pods with hostile answers, forged Jobs and pods, the largest legal runs, and churn.
+"""A hostile tenant: pods with hostile answers, forged Jobs and pods, the largest legal runs, and churn.
 
 Used by `tenants.py`. Everything lies in the namespace `hostile`; its pods have an address of their own on this machine,
 where one server answers on the workers' port.

@@ -214,7 +214,7 @@ def test_release_command_writes_each_image_to_its_value(tmp_path: Path, monkeypa
     values = yaml.safe_load((chart / "values.yaml").read_text())
     assert f"{values['image']['repository']}@{values['image']['digest']}" == OPERATOR_IMAGE
     assert values["runs"]["trainerImage"] == TRAINER_IMAGE
-    with pytest.raises(SystemExit, match="has 0 lines .*, expected 1"):
+    with pytest.raises(SystemExit, match=r"has 0 lines .*, expected 1"):
         release.main(["chart", OPERATOR_IMAGE, TRAINER_IMAGE])
 
 
