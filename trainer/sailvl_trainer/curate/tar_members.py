@@ -47,7 +47,7 @@ class TarMember:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Header:
+class _TarHeader:
     """Header of a member, after which its extended headers may replace name and size."""
 
     kind: bytes
@@ -91,7 +91,7 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     return data
 
 
-def _parse_header(block: bytes, offset: int) -> _Header:
+def _parse_header(block: bytes, offset: int) -> _TarHeader:
     checksum = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
     if _parse_number(block[148:156], offset) != checksum:
         raise BrokenTarError(f"neither a header nor the end marker at byte {offset}")
@@ -102,7 +102,7 @@ def _parse_header(block: bytes, offset: int) -> _Header:
         kind = b"5"  # a directory of Unix version 7
     if prefix and kind not in (LONG_NAME, LONG_LINK):
         name = f"{prefix}/{name}"
-    return _Header(kind=kind, name=name, size=_parse_number(block[124:136], offset))
+    return _TarHeader(kind=kind, name=name, size=_parse_number(block[124:136], offset))
 
 
 def _parse_number(field: bytes, offset: int) -> int:
@@ -151,7 +151,7 @@ def _iter_pax_records(data: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]
         position = stop
 
 
-def _apply_extension(header: _Header, extension: _Extension) -> None:
+def _apply_extension(header: _TarHeader, extension: _Extension) -> None:
     if extension.name is not None:
         header.name = extension.name
     if extension.size is not None:

@@ -160,7 +160,7 @@ def _measure_caption_loss(context: Context, generator: Generator, benchmark: Ben
     if not len(dataset):
         raise DataError(f"benchmark {folder} contains no samples, so its loss is undefined")
     with context.telemetry.activity("evaluating"):
-        return measure_validation_loss(
+        loss = measure_validation_loss(
             context,
             PackedModel(generator.model),
             dataset,
@@ -168,6 +168,9 @@ def _measure_caption_loss(context: Context, generator: Generator, benchmark: Ben
             samples=limit or len(dataset),
             pack_tiles=4 * max_tiles,
         )
+    if loss is None:
+        raise DataError(f"benchmark {folder} contains no caption tokens, so its loss is undefined")
+    return loss
 
 
 def _find_shards(benchmark: BenchmarkConfig) -> Path:
