@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from sailvl_trainer.data.images import UnreadableImage, open_image
+from sailvl_trainer.data.image_headers import UnreadableImage
+from sailvl_trainer.data.images import open_image
 
 THUMBNAIL_SIDE = 180
 """Longer side in pixels. Pages display thumbnails at half this size, to be sharp on high-resolution screens."""
@@ -34,13 +35,13 @@ def render_page(template: str, **values: Any) -> bytes:
 
 def encode_thumbnail(data: bytes) -> str:
     """Return a small JPEG of an encoded image in base64, or an empty string if it can't be decoded."""
+    buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about unusual metadata
-            image = open_image(data, max_pixels=MAX_PIXELS)
+            with open_image(data, max_pixels=MAX_PIXELS, resized_width=THUMBNAIL_SIDE) as image:
+                image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+                image.save(buffer, "JPEG", quality=85)
     except UnreadableImage:
         return ""
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()

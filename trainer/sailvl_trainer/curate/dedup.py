@@ -24,6 +24,8 @@ from PIL import Image
 
 PHASH_BITS = 64
 PHASH_SIDE, PHASH_FREQUENCIES = 32, 8
+HASHED_PIXELS = 1 << 18
+"""Pixels that are hashed at once, so that an image isn't copied as a whole."""
 MIN_CONTRAST = 1.0
 """Standard deviation in grey levels. Below it the frequencies of an image are only rounding noise."""
 MAX_JOIN_KEYS = 64
@@ -32,7 +34,11 @@ MAX_JOIN_KEYS = 64
 
 def hash_pixels(image: Image.Image) -> str:
     """Return the SHA-256 of size and pixels, which is equal for one image in different formats, keys or folders."""
-    return hashlib.sha256(f"{image.width}x{image.height}".encode() + image.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
+    rows = max(1, HASHED_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        digest.update(image.crop((0, top, image.width, min(image.height, top + rows))).tobytes())
+    return digest.hexdigest()
 
 
 def hash_perceptually(image: Image.Image) -> int | None:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sailvl_trainer.curate.captions import MAX_TEXT_BYTES, clean_text
+from sailvl_trainer.data.image_memory import FILE_MEMORY
 from sailvl_trainer.data.synthetic import draw_caption
-from sailvl_trainer.storage.data_files import DataRoots, Reason, RefusedFileError, open_data_file, read_limited
+from sailvl_trainer.storage.data_files import DataRoots, Reason, RefusedFileError, open_data_file
+from sailvl_trainer.storage.files import format_bytes
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
 MAX_FILE_BYTES = 256 << 20
@@ -85,21 +89,39 @@ class ItemContent:
     caption: str
 
 
-def read_item(item: Item, roots: DataRoots) -> ItemContent:
-    """Read an item from its files below `roots`, or draw it if it is synthetic. Raises OSError or RefusedFileError."""
+@contextmanager
+def open_item(item: Item, roots: DataRoots) -> Iterator[ItemContent]:
+    """Read an item from its files below `roots`, or draw it if it is synthetic.
+
+    Its memory is reserved during the block; the call waits until it is free. Raises OSError or RefusedFileError.
+    """
     if item.index >= 0:
         sample = draw_caption(item.seed, item.index, item.level)
         assert sample.image is not None, "every synthetic sample has an image"
-        return ItemContent(image=sample.image, caption=str(sample.meta["caption"]))
-    if item.size > MAX_FILE_BYTES:
-        raise RefusedFileError("too_large", f"larger than {MAX_FILE_BYTES} bytes")
+        yield ItemContent(image=sample.image, caption=str(sample.meta["caption"]))
+        return
     with open_data_file(item.path, roots) as file:
-        file.seek(item.offset)
-        image = file.read(item.size) if item.size >= 0 else read_limited(file, MAX_FILE_BYTES)
-    if item.caption is None and item.caption_file:
-        with open_data_file(item.caption_file, roots) as file:
-            return ItemContent(image=image, caption=file.read(MAX_TEXT_BYTES).decode("utf-8", "replace"))
-    return ItemContent(image=image, caption=item.caption or "")
+        size = item.size if item.size >= 0 else os.fstat(file.fileno()).st_size
+        limit = min(MAX_FILE_BYTES, FILE_MEMORY.total_bytes)
+        if size > limit:
+            raise RefusedFileError("too_large", f"larger than {format_bytes(limit)}")
+        with FILE_MEMORY.reserve(size):
+            file.seek(item.offset)
+            image = file.read(size)
+            yield ItemContent(image=image, caption=_read_caption(item, roots))
+
+
+def read_item(item: Item, roots: DataRoots) -> ItemContent:
+    """Read an item as `open_item` does, and reserve its memory only while it is read."""
+    with open_item(item, roots) as content:
+        return content
+
+
+def _read_caption(item: Item, roots: DataRoots) -> str:
+    if item.caption is not None or not item.caption_file:
+        return item.caption or ""
+    with open_data_file(item.caption_file, roots) as file:
+        return file.read(MAX_TEXT_BYTES).decode("utf-8", "replace")
 
 
 def classify_file_error(error: OSError | RefusedFileError) -> tuple[str, str]:

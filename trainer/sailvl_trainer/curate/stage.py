@@ -34,6 +34,7 @@ from sailvl_trainer.curate.selection import select_samples
 from sailvl_trainer.curate.statistics import Statistics, read_statistics
 from sailvl_trainer.curate.verify import VerifiedItem, verify_item
 from sailvl_trainer.data.encoder import TokenCounter
+from sailvl_trainer.data.image_memory import limit_image_memory
 from sailvl_trainer.data.samples import Sample, build_caption_sample
 from sailvl_trainer.data.shards import (
     ShardInfo,
@@ -62,6 +63,7 @@ def run(context: Context) -> Result:
     started, config = time.time(), context.stage.curate
     assert config is not None, "read_stage has checked the kind"
     pool, artifacts = TaskPool(context), CurationArtifacts(context.files.output / "artifacts")
+    limit_image_memory(context.memory_bytes)
     roots = sources.resolve_roots(config.sources, context.stage.storage)
     context.telemetry.update(phase="running", unit="samples", step=0)
 

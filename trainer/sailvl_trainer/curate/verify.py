@@ -5,20 +5,25 @@ Nothing in an item's bytes is fatal. Only a failing storage raises an error.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sailvl_trainer.contract import CurateConfig
 from sailvl_trainer.curate.captions import classify_caption, clean_caption, clean_text
-from sailvl_trainer.curate.dedup import hash_perceptually, hash_pixels
-from sailvl_trainer.curate.items import Item, ItemContent, classify_file_error, read_item
-from sailvl_trainer.data.images import UnreadableImage, choose_grid, count_tiles, open_image, read_size
+from sailvl_trainer.curate.dedup import PHASH_SIDE, hash_perceptually, hash_pixels
+from sailvl_trainer.curate.items import Item, ItemContent, classify_file_error, open_item
+from sailvl_trainer.data.image_headers import (
+    ImageHeader,
+    ImageTooLarge,
+    UnreadableImage,
+    open_encoded,
+    read_header,
+)
+from sailvl_trainer.data.images import open_image
+from sailvl_trainer.data.tiles import choose_grid, count_tiles
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats that are accepted. No others, because Pillow would run Ghostscript for EPS."""
 FORMAT_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg"}
 """File name suffix in a shard of the formats that differ from it. MPO, from phones, is a JPEG with further frames."""
 
@@ -54,34 +59,40 @@ def verify_item(item: Item, config: CurateConfig, tile_size: int, roots: DataRoo
     if item.problem:
         return VerifiedItem(outcome=item.problem, detail=item.detail)
     try:
-        content = read_item(item, roots)
+        with open_item(item, roots) as content:
+            return _verify_content(content, config, tile_size)
     except (OSError, RefusedFileError) as error:
         outcome, detail = classify_file_error(error)
         return VerifiedItem(outcome=outcome, detail=detail)
+
+
+def _verify_content(content: ItemContent, config: CurateConfig, tile_size: int) -> VerifiedItem:
     caption = clean_caption(content.caption)
     outcome = classify_caption(caption)
     if outcome != "ok":
         return VerifiedItem(outcome=outcome, text=caption, detail=f"{len(caption)} characters")
-    return _verify_image(content, caption, config, tile_size)
-
-
-def _verify_image(content: ItemContent, caption: str, config: CurateConfig, tile_size: int) -> VerifiedItem:
-    """Verify the image; its size is read from the header first, so that a decompression bomb is never decoded."""
-    width = height = 0
+    header = None
     try:
-        suffix = _read_format(content.image)
-        width, height = read_size(content.image)
-        outcome = _classify_size(width, height, config)
+        header = read_header(content.image)
+        outcome = _classify_size(header, config)
         if outcome != "ok":
-            detail = f"{width} × {height} pixels"
-            return VerifiedItem(outcome=outcome, text=caption, width=width, height=height, detail=detail)
-        image = open_image(content.image, max_pixels=config.max_pixels)
+            return _drop(outcome, caption, f"{header.width} × {header.height} pixels", header)
+        _check_checksums(content.image)
+        with open_image(content.image, max_pixels=config.max_pixels, resized_width=PHASH_SIDE) as image:
+            return _measure(image, caption, header, config, tile_size)
+    except ImageTooLarge as error:
+        return _drop("too_large", caption, str(error), header)
     except UnreadableImage as error:
-        return VerifiedItem(outcome="unreadable", text=caption, width=width, height=height, detail=_describe(error))
+        return _drop("unreadable", caption, _describe(error), header)
+
+
+def _measure(
+    image: Image.Image, caption: str, header: ImageHeader, config: CurateConfig, tile_size: int
+) -> VerifiedItem:
     return VerifiedItem(
         outcome="ok",
         text=caption,
-        format=suffix,
+        format=FORMAT_SUFFIXES.get(header.format, header.format.lower()),
         width=image.width,
         height=image.height,
         tiles=count_tiles(choose_grid(image.width, image.height, config.max_tiles, tile_size)),
@@ -90,23 +101,22 @@ def _verify_image(content: ItemContent, caption: str, config: CurateConfig, tile
     )
 
 
-def _read_format(data: bytes) -> str:
-    """Return the suffix of the image's format. Raises UnreadableImage for other formats and for broken checksums."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            name = str(image.format)
-            image.verify()  # checks the checksums of a PNG; decoding ignores them and turns a flipped bit into noise
-    except UnidentifiedImageError:
-        raise UnreadableImage("not an image of a supported format") from None
-    except Exception as error:  # decoders raise many types of errors for broken bytes
-        raise UnreadableImage(str(error)) from error
-    return FORMAT_SUFFIXES.get(name, name.lower())
+def _drop(outcome: str, caption: str, detail: str, header: ImageHeader | None) -> VerifiedItem:
+    width, height = (header.width, header.height) if header is not None else (0, 0)
+    return VerifiedItem(outcome=outcome, text=caption, width=width, height=height, detail=detail)
 
 
-def _classify_size(width: int, height: int, config: CurateConfig) -> str:
-    if width * height > config.max_pixels:
+def _check_checksums(data: bytes) -> None:
+    """Check the checksums of a PNG: decoding ignores them, and turns a flipped bit into noise."""
+    with open_encoded(data) as image:
+        image.verify()
+
+
+def _classify_size(header: ImageHeader, config: CurateConfig) -> str:
+    """Return the outcome by the size in the header, so that a decompression bomb is never decoded."""
+    if header.width * header.height > config.max_pixels:
         return "too_large"
-    return "too_small" if min(width, height) < config.min_side else "ok"
+    return "too_small" if min(header.width, header.height) < config.min_side else "ok"
 
 
 def _describe(error: UnreadableImage) -> str:

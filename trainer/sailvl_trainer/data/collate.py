@@ -17,8 +17,10 @@ import torch
 from sailvl_trainer.data.chat import IGNORE_INDEX
 from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.encoder import SampleEncoder
-from sailvl_trainer.data.images import UnreadableImage, count_tiles, cut_tiles, open_image
+from sailvl_trainer.data.image_headers import UnreadableImage
+from sailvl_trainer.data.images import open_image
 from sailvl_trainer.data.packing import Pack
+from sailvl_trainer.data.tiles import count_tiles, cut_tiles
 
 MODEL_INPUTS = ("input_ids_1T", "labels_1T", "position_ids_1T", "pixels_N3HW")
 
@@ -111,10 +113,10 @@ def _read_tiles(dataset: ShardDataset, encoder: SampleEncoder, sample: int, sour
     data = reader.image(row)
     assert data is not None, "only samples with an image are sources"
     try:
-        image = open_image(data)
+        with open_image(data, resized_width=grid[0] * encoder.preset.image_size) as image:
+            return cut_tiles(image, grid, encoder.preset.image_size)
     except UnreadableImage as error:
         raise reader.error(row, error) from error
-    return cut_tiles(image, grid, encoder.preset.image_size)
 
 
 def _black_tile(side: int) -> np.ndarray:

@@ -13,9 +13,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from sailvl_trainer.data.chat import EncodedDialogue, count_tokens, encode_messages, get_chat_tokenizer, truncate
-from sailvl_trainer.data.images import choose_grid, choose_grids
 from sailvl_trainer.data.samples import Message, check_image_placeholder
 from sailvl_trainer.data.shards import ShardReader
+from sailvl_trainer.data.tiles import choose_grid, choose_grids
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.model.presets import Preset
 

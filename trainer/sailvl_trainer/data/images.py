@@ -1,28 +1,32 @@
-"""Images as tiles: decode files to upright RGB from any mode, and cut them into the tiles of the vision tower.
+"""Images: untrusted files are decoded to upright RGB, within the pixel limit and the memory budget of the rank.
 
-Modes: CMYK, 16 bits, palette, transparency, animation, EXIF orientation. Tiling is dynamic as in InternVL2 (arXiv
-2404.16821, §3): the grid with the closest aspect ratio, and a thumbnail. Used by curation, the encoder (grids of many
-images at once), the collate function, evaluation and the reports.
+Modes: CMYK, 16 bits, palette, transparency, animation (the first frame), EXIF orientation. Large images are converted
+in strips. Used by curation, the collate function, evaluation and the reports; tiles.py cuts the result into tiles.
 
-Array suffixes: H, W: height and width in pixels; N tiles, for which H = W = image_size; S images, G grids.
+Array suffixes: H, W: height and width in pixels.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
-from sailvl_trainer.model.presets import IMAGENET_MEAN, IMAGENET_STD
+from sailvl_trainer.data.image_headers import RGB_BYTES, ImageHeader, ImageTooLarge, open_encoded, read_header
+from sailvl_trainer.data.image_memory import IMAGE_MEMORY
+from sailvl_trainer.storage.files import format_bytes
 
-Image.MAX_IMAGE_PIXELS = None  # open_image checks its own limit and raises, where Pillow warns first
 MAX_PIXELS = 178_956_970
 """Larger images are rejected from their header, before decoding, because they may be decompression bombs."""
-ORIENTATION_TAG = 0x0112
+MAX_RESIZE_BYTES = 256 << 20
+"""Pillow resizes horizontally first. A high and narrow image would need more than this; it is resized vertically
+first."""
+STRIP_PIXELS = 1 << 18
+"""Number of pixels that are converted at once."""
+COEFFICIENT_BYTES = 64
+"""Memory of Pillow's filter per column and row of the image that is resized, at most."""
 UPRIGHT_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,13 +37,6 @@ UPRIGHT_TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation to the transpose that makes the image upright."""
-MEAN, STD = np.array(IMAGENET_MEAN, dtype=np.float32), np.array(IMAGENET_STD, dtype=np.float32)
-SCALE, SHIFT = 1.0 / (255.0 * STD), -MEAN / STD
-"""(value / 255 - MEAN) / STD as one multiplication and one addition."""
-
-
-class UnreadableImage(ValueError):  # noqa: N818  # reads better in a message
-    """The bytes can't be decoded to a complete image."""
 
 
 def read_size(data: bytes) -> tuple[int, int]:
@@ -47,119 +44,119 @@ def read_size(data: bytes) -> tuple[int, int]:
 
     Raises UnreadableImage.
     """
-    with _translate_errors(), Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        return (height, width) if _read_orientation(image) >= 5 else (width, height)
-
-
-def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode the first frame to upright RGB; transparent areas become white.
-
-    Raises UnreadableImage if the image is incomplete or has more than `max_pixels` pixels.
-    """
-    with _translate_errors(), Image.open(io.BytesIO(data)) as image:
-        if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width} x {image.height} exceeds the limit of {max_pixels} pixels")
-        transpose = UPRIGHT_TRANSPOSES.get(_read_orientation(image))
-        image.load()
-        rgb = _to_rgb(image)
-        return rgb if transpose is None else rgb.transpose(transpose)
-
-
-def choose_grid(width: int, height: int, max_tiles: int, image_size: int) -> tuple[int, int]:
-    """Return columns and rows of the grid with the closest aspect ratio.
-
-    On a tie, the larger grid wins if the image fills at least half of it.
-    """
-    cols_S, rows_S = choose_grids(np.array([width]), np.array([height]), max_tiles, image_size)
-    return int(cols_S[0]), int(rows_S[0])
-
-
-def choose_grids(
-    width_S: np.ndarray, height_S: np.ndarray, max_tiles: int, image_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return `choose_grid` of many images: columns and rows, each of shape (S,)."""
-    grids_G2 = _all_grids(max_tiles)
-    ratio_S = width_S / np.maximum(height_S, 1)
-    area_S = width_S.astype(np.int64) * height_S
-    best_S = np.zeros(len(width_S), dtype=np.int64)
-    gap_S = np.full(len(width_S), np.inf)
-    for number, (cols, rows) in enumerate(grids_G2.tolist()):
-        distance_S = np.abs(ratio_S - cols / rows)
-        is_filled_S = area_S > 0.5 * image_size**2 * cols * rows
-        is_better_S = (distance_S < gap_S) | ((distance_S == gap_S) & is_filled_S)
-        best_S[is_better_S] = number
-        gap_S = np.minimum(gap_S, distance_S)
-    return grids_G2[best_S, 0], grids_G2[best_S, 1]
-
-
-def count_tiles(grid: tuple[int, int]) -> int:
-    """Return the number of tiles of a grid; more than one tile is followed by a thumbnail."""
-    tiles = grid[0] * grid[1]
-    return tiles + 1 if tiles > 1 else tiles
-
-
-def cut_tiles(image: Image.Image, grid: tuple[int, int], image_size: int) -> np.ndarray:
-    """Return an image's tiles row by row, the thumbnail last; float32 (N, 3, H, W), normalised as ImageNet."""
-    cols, rows = grid
-    size = image_size
-    resized = image.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
-    pixels_NHW3 = np.asarray(resized).reshape(rows, size, cols, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-    if cols * rows > 1:
-        thumbnail_HW3 = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-        pixels_NHW3 = np.concatenate([pixels_NHW3, thumbnail_HW3[None]])
-    pixels_N3HW = np.empty((len(pixels_NHW3), 3, size, size), dtype=np.float32)
-    for channel in range(3):
-        np.multiply(pixels_NHW3[..., channel], SCALE[channel], out=pixels_N3HW[:, channel])
-        pixels_N3HW[:, channel] += SHIFT[channel]
-    return pixels_N3HW
+    header = read_header(data)
+    return header.width, header.height
 
 
 @contextmanager
-def _translate_errors() -> Iterator[None]:
-    """Raise UnreadableImage for any error of a decoder; broken bytes cause OSError, struct.error and others."""
-    try:
-        yield
-    except Exception as error:
-        raise UnreadableImage(f"unreadable image: {error or type(error).__name__}") from error
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, resized_width: int = 0) -> Iterator[Image.Image]:
+    """Decode the first frame to upright RGB; transparent areas become white.
+
+    The memory for the image, and for resizing it to `resized_width`, is reserved during the block; the call waits until
+    it is free. Raises UnreadableImage if the image is incomplete, and ImageTooLarge if it has more
+    than `max_pixels` pixels or needs more memory than all images may take.
+    """
+    header = read_header(data)
+    if header.width * header.height > max_pixels:
+        raise ImageTooLarge(f"{header.width} x {header.height} exceeds the limit of {max_pixels} pixels")
+    needed_bytes = header.peak_bytes + _estimate_resize_bytes(header, resized_width)
+    if needed_bytes > IMAGE_MEMORY.total_bytes:
+        needed, limit = format_bytes(needed_bytes), format_bytes(IMAGE_MEMORY.total_bytes)
+        raise ImageTooLarge(
+            f"{header.width} x {header.height} pixels need {needed} to decode, more than the {limit} that images may "
+            "take; raise the memory limit of the workers"
+        )
+    with IMAGE_MEMORY.reserve(needed_bytes):
+        yield _decode(data, header.orientation)
 
 
-def _read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) if EXIF is absent or broken."""
-    try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001  # broken EXIF, see the docstring
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+def resize_image(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize an image with Pillow's bicubic filter."""
+    if width > image.width and width * image.height * RGB_BYTES > MAX_RESIZE_BYTES:
+        image = image.resize((image.width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _estimate_resize_bytes(header: ImageHeader, width: int) -> int:
+    """Estimate the memory for resizing: the rows in their new width, and the coefficients of Pillow's filter."""
+    rows_bytes = width * header.height * RGB_BYTES
+    if width > header.width:
+        rows_bytes = min(rows_bytes, MAX_RESIZE_BYTES)
+    return rows_bytes + (COEFFICIENT_BYTES * (header.width + header.height) if width else 0)
+
+
+def _decode(data: bytes, orientation: int) -> Image.Image:
+    with open_encoded(data) as image:
+        image.load()
+        rgb = _to_rgb(image)
+        if rgb is not image:
+            image.close()  # frees its pixels before the transpose
+        transpose = UPRIGHT_TRANSPOSES.get(orientation)
+        rgb = rgb if transpose is None else rgb.transpose(transpose)
+        rgb.info = {}
+        return rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+    """Convert a loaded image to RGB: in strips, so that only the result has the size of the image."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy() if image.format == "WEBP" else image  # the copy releases the decoder with its canvases
+    convert = _choose_conversion(image)
+    if image.width * image.height <= STRIP_PIXELS:
+        return convert(image)
+    rgb = Image.new("RGB", image.size)
+    for strip, top in _iter_strips(image):
+        rgb.paste(convert(strip), (0, top))
+    return rgb
+
+
+def _iter_strips(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
+    """Yield strips of at most STRIP_PIXELS pixels, or of one row, each with the number of its first row."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(image.height, top + rows))), top
+
+
+def _choose_conversion(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Return the function that converts a strip of the image to RGB."""
+    if image.mode.startswith("I;16"):
+        return _convert_sixteen_bits
+    if image.mode in ("I", "F"):
+        white = _find_white_level(image)
+        return lambda strip: Image.fromarray(_scale(_read_finite(strip), white)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+        return _blend_with_white
+    return lambda strip: strip.convert("RGB")
 
 
-def _to_eight_bits(values_HW: np.ndarray, mode: str) -> np.ndarray:
-    """Scale 16-bit and floating-point grey values to 0..255 by their range instead of clipping them."""
-    finite_HW = np.nan_to_num(values_HW.astype(np.float64), posinf=0.0, neginf=0.0)
-    white = _find_white_level(mode, float(finite_HW.max(initial=0.0)))
-    return np.clip(finite_HW * (255.0 / white) + 0.5, 0, 255).astype(np.uint8)
+def _blend_with_white(strip: Image.Image) -> Image.Image:
+    layer = strip.convert("RGBA")
+    white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, layer).convert("RGB")
 
 
-def _find_white_level(mode: str, maximum: float) -> float:
-    """Return the value of white: fixed for 16-bit modes, else the smallest common range that holds the maximum."""
-    if mode.startswith("I;16"):
-        return 65535.0
-    ranges = (255.0, 65535.0) if mode == "I" else (1.0, 255.0, 65535.0)
+def _convert_sixteen_bits(strip: Image.Image) -> Image.Image:
+    return Image.fromarray(_SIXTEEN_TO_EIGHT_BITS[np.asarray(strip)]).convert("RGB")
+
+
+def _read_finite(strip: Image.Image) -> np.ndarray:
+    """Return the values as float64, with zeros in the place of NaN and infinities."""
+    values_HW: np.ndarray = np.nan_to_num(np.asarray(strip).astype(np.float64), posinf=0.0, neginf=0.0)
+    return values_HW
+
+
+def _scale(values_HW: np.ndarray, white: float) -> np.ndarray:
+    """Scale grey values to 0..255 by their range instead of clipping them."""
+    scaled_HW: np.ndarray = np.clip(values_HW * (255.0 / white) + 0.5, 0, 255).astype(np.uint8)
+    return scaled_HW
+
+
+def _find_white_level(image: Image.Image) -> float:
+    """Return the value of white: the smallest common range that holds the maximum."""
+    maximum = max(float(_read_finite(strip).max(initial=0.0)) for strip, _ in _iter_strips(image))
+    ranges = (255.0, 65535.0) if image.mode == "I" else (1.0, 255.0, 65535.0)
     return next((limit for limit in ranges if maximum <= limit), maximum)
 
 
-@lru_cache(maxsize=32)
-def _all_grids(max_tiles: int) -> np.ndarray:
-    """Return the (columns, rows) of all grids with at most `max_tiles` tiles, in ascending size."""
-    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
-    return np.array(sorted(grids, key=lambda g: (g[0] * g[1], g)), dtype=np.int64)
+_SIXTEEN_TO_EIGHT_BITS = _scale(np.arange(65536, dtype=np.float64), 65535.0)
+"""Grey level of each 16-bit value."""

@@ -22,8 +22,10 @@ import torch
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from sailvl_trainer.data.chat import encode_prompt
-from sailvl_trainer.data.images import UnreadableImage, choose_grid, cut_tiles, open_image
+from sailvl_trainer.data.image_headers import UnreadableImage
+from sailvl_trainer.data.images import open_image
 from sailvl_trainer.data.samples import IMAGE_PLACEHOLDER, Message
+from sailvl_trainer.data.tiles import choose_grid, cut_tiles
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.evaluate.tsv import Question
 from sailvl_trainer.model.presets import Preset
@@ -80,12 +82,12 @@ class Generator:
         return encode_prompt((message,), self.tokenizer, image_tokens), pixels_N3HW
 
     def _read_tiles(self, question: Question, data: bytes, max_tiles: int) -> np.ndarray:
+        size = self.preset.image_size
         try:
-            image = open_image(data)
+            with open_image(data, resized_width=max_tiles * size) as image:
+                return cut_tiles(image, choose_grid(image.width, image.height, max_tiles, size), size)
         except UnreadableImage as error:
             raise DataError(f"benchmark question {question.index}: {error}; replace the image") from error
-        grid = choose_grid(image.width, image.height, max_tiles, self.preset.image_size)
-        return cut_tiles(image, grid, self.preset.image_size)
 
 
 def build_prompt(question: Question) -> str:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from sailvl_trainer.contract import EXPORT_DIR, EvaluateConfig, Result
+from sailvl_trainer.data.image_memory import limit_image_memory
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.evaluate.answers import AnswerCache, Generator
 from sailvl_trainer.evaluate.benchmark import BenchmarkResult, check_benchmark, evaluate_benchmark
@@ -30,6 +31,7 @@ def run(context: Context) -> Result:
     """
     started, config = time.time(), context.stage.evaluate
     assert config is not None, "read_stage has checked the kind"
+    limit_image_memory(context.memory_bytes)
     _check_names([b.name for b in config.benchmarks], {b.group for b in config.benchmarks})
     question_count = sum(check_benchmark(b, config.limit, context.files.storage) for b in config.benchmarks)
     generator, cache = _load_generator(context, config), AnswerCache(context)

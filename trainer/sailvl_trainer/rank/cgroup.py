@@ -53,6 +53,13 @@ def read_memory(mount: Path = MOUNT, own_groups: Path = OWN_GROUPS) -> MemoryUsa
     return MemoryUsage()
 
 
+def read_memory_limit(mount: Path = MOUNT, own_groups: Path = OWN_GROUPS) -> int:
+    """Return the number of bytes that this container may use: its limit, or else the memory of the machine."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = read_memory(mount, own_groups).limit_bytes
+    return installed if limit is None else min(limit, installed)
+
+
 def count_cores(cpu_max: Path = CPU_MAX) -> int:
     """Return the number of cores that the process may use, at least 1: its CPU affinity or, if less, its quota."""
     allowed = len(os.sched_getaffinity(0))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from sailvl_trainer.contract import Stage
+from sailvl_trainer.rank.cgroup import read_memory_limit
 from sailvl_trainer.rank.distributed import get_default_store, start_process_group, sum_over_ranks
 from sailvl_trainer.rank.settings import Scratch
 from sailvl_trainer.rank.telemetry import Telemetry
@@ -57,6 +58,8 @@ class Context:
     """Whether the attempt was asked to stop."""
     store: Store
     """Key-value store shared by all ranks; each use needs its own key prefix."""
+    memory_bytes: int | None = None
+    """This rank's part of the worker's memory; None: unknown."""
 
     @property
     def is_first(self) -> bool:
@@ -64,7 +67,15 @@ class Context:
         return self.rank == 0
 
 
-def build_context(stage: Stage, *, device: torch.device, rank: int, local_rank: int, scratch: Scratch) -> Context:
+def build_context(
+    stage: Stage,
+    *,
+    device: torch.device,
+    rank: int,
+    local_rank: int,
+    scratch: Scratch,
+    processes_per_node: int = 1,
+) -> Context:
     """Join the process group and return this rank's context."""
     telemetry = Telemetry(stage, scratch.progress_path(local_rank), rank=rank)
     start_process_group(device)
@@ -79,6 +90,7 @@ def build_context(stage: Stage, *, device: torch.device, rank: int, local_rank: 
         telemetry=telemetry,
         preemption=Preemption(scratch),
         store=get_default_store(),
+        memory_bytes=read_memory_limit() // processes_per_node,
     )
 
 

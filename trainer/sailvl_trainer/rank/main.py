@@ -54,7 +54,14 @@ def run_stage(settings: Settings, *, rank: int, local_rank: int) -> Result:
     stage = read_stage(settings.stage_file)
     device = choose_device(settings, local_rank)
     seed_everything(stage.seed)
-    context = build_context(stage, device=device, rank=rank, local_rank=local_rank, scratch=Scratch(settings.scratch))
+    context = build_context(
+        stage,
+        device=device,
+        rank=rank,
+        local_rank=local_rank,
+        scratch=Scratch(settings.scratch),
+        processes_per_node=settings.processes_per_node,
+    )
     found = find_result_or_claim(context, lambda *paths: _import_stage(stage.kind).list_output_files(*paths))
     if found is not None:
         logger.info("found an existing result in %s", found.output)

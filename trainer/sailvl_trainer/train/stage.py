@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sailvl_trainer.contract import EXPORT_DIR, Lineage, Result, TrainConfig
+from sailvl_trainer.data.image_memory import limit_image_memory
 from sailvl_trainer.errors import NonFiniteError
 from sailvl_trainer.model.export import export_model, list_export_files
 from sailvl_trainer.rank.collectives import broadcast_value
@@ -41,6 +42,7 @@ def run(context: Context) -> Result:
     """Run the stage and return its result, of which the first rank's counts. COLLECTIVE."""
     started, config = time.time(), context.stage.train
     assert config is not None, "read_stage has checked the kind"
+    limit_image_memory(context.memory_bytes)
     # 1. Build what every rank needs, and find the checkpoint to resume from.
     setup = prepare(context, config)
     lineage = _begin_attempt(context)

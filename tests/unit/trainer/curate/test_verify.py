@@ -173,7 +173,7 @@ def test_missing_file_is_counted_and_a_storage_error_is_raised(tmp_path: Path, m
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(subject, "read_item", fail)
+    monkeypatch.setattr(subject, "open_item", fail)
     with pytest.raises(OSError, match="Input/output error"):
         verify_item(item, CONFIG, TILE_SIZE, EVERYWHERE)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sailvl_trainer.data.images import choose_grid, count_tiles, cut_tiles, open_image, read_size
+from sailvl_trainer.data.images import open_image, read_size
 from sailvl_trainer.data.synthetic import draw_caption, draw_question
+from sailvl_trainer.data.tiles import choose_grid, count_tiles, cut_tiles
 from tests.support.builders.images import build_exif, encode_image
 
 GRIDS = [
@@ -61,9 +62,9 @@ IMAGES = [
 
 @pytest.mark.parametrize(("data", "size", "colour"), IMAGES)
 def test_open_image_returns_upright_rgb(data: bytes, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
-    image = open_image(data)
-    assert (image.mode, image.size, read_size(data)) == ("RGB", size, size)
-    assert np.abs(np.asarray(image)[5, 5].astype(int) - colour).max() <= 3
+    with open_image(data) as image:
+        assert (image.mode, image.size, read_size(data)) == ("RGB", size, size)
+        assert np.abs(np.asarray(image)[5, 5].astype(int) - colour).max() <= 3
 
 
 def test_synthetic_sample_depends_on_seed_index_and_level_only() -> None:

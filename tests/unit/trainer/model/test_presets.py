@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 from sailvl_trainer.contract import ModelConfig
 from sailvl_trainer.data.chat import encode_prompt
-from sailvl_trainer.data.images import choose_grid, count_tiles, cut_tiles
 from sailvl_trainer.data.samples import Message
+from sailvl_trainer.data.tiles import choose_grid, count_tiles, cut_tiles
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.model.build import (
     build_config,

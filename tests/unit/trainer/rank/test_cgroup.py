@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sailvl_trainer.rank.cgroup import MemoryUsage, count_cores, read_memory
+from sailvl_trainer.rank.cgroup import MemoryUsage, count_cores, read_memory, read_memory_limit
 
 V1 = {"memory.limit_in_bytes": "50000000", "memory.max_usage_in_bytes": "49999872"}
 V2 = {"memory.max": "50000000", "memory.events": "low 0\noom 3\noom_kill 2\noom_group_kill 0\n"}
@@ -73,3 +73,14 @@ QUOTAS = [
 def test_cores_are_limited_by_the_cgroup_quota(tmp_path: Path, text: str, cores: int | None) -> None:
     (tmp_path / "cpu.max").write_text(text)
     assert count_cores(tmp_path / "cpu.max") == (cores or count_cores(tmp_path / "nowhere"))
+
+
+def test_memory_limit_is_that_of_the_container_or_of_the_machine(tmp_path: Path) -> None:
+    installed = read_memory_limit(tmp_path, tmp_path / "no groups")
+    assert installed == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name, text in V2.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "memory.peak").write_text("0")
+    assert read_memory_limit(tmp_path, tmp_path / "no groups") == 50_000_000
+    (tmp_path / "memory.max").write_text(str(1 << 59))
+    assert read_memory_limit(tmp_path, tmp_path / "no groups") == installed
