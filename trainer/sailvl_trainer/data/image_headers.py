@@ -93,7 +93,7 @@ def translate_errors() -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
-        raise UnreadableImage("not an image of a supported format") from None
+        raise UnreadableImage(f"unreadable image: not one of {', '.join(FORMATS)}") from None
     except UnreadableImage:
         raise
     except Exception as error:
