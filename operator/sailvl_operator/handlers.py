@@ -153,6 +153,10 @@ def build_session(credentials: Credentials, is_known: IsKnown = lambda *_: False
             response = await send(request, handler)
         if response.status == 401:
             raise aiohttp.ClientConnectionError("401: the credentials are invalid or have expired")
+        if response.status == 410 and "continue" in request.url.query:
+            response.release()
+            request.url = request.url.without_query_params("continue")
+            response = await send(request, handler)  # the first page again: kopf would end the process
         is_watch = "watch" in request.url.query
         if is_watch and response.status in (200, 410):
             return _filter_events(response, is_known)

@@ -36,6 +36,8 @@ async def world():
 
     async def answer(request: web.Request) -> web.Response:
         world.tokens.append(request.headers["Authorization"])
+        if "continue" in request.query:
+            return web.json_response({}, status=410)
         if len(world.tokens) <= world.refused:
             return web.json_response({}, status=401)
         return web.Response(status=world.status, body=world.body, content_type="application/json")
@@ -99,6 +101,13 @@ async def test_malformed_response_is_a_failed_connection(world, body, is_malform
     else:
         async with world.session.get(world.url) as response:
             assert await response.json() == {"items": [{"a": 1}]}
+
+
+async def test_list_whose_continue_token_has_expired_begins_again(world):
+    """Otherwise kopf would end the process, as for every error of a list except 429."""
+    world.body = b'{"items": [{"a": 1}]}'
+    async with world.session.get(world.url, params={"limit": "50", "continue": "old"}) as response:
+        assert (response.status, await response.json()) == (200, {"items": [{"a": 1}]})
 
 
 @pytest.mark.parametrize("refused", [0, 1, 2])
