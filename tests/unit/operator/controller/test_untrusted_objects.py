@@ -1,4 +1,4 @@
-"""Objects that clients other than the operator wrote cost nobody but their own run."""
+"""An object that another client wrote affects its own run alone."""
 
 from __future__ import annotations
 
