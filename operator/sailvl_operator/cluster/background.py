@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
+from sailvl_operator.api.untrusted import DocumentError
 from sailvl_operator.errors import CredentialsError, LeaseLost, SettingsError
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,14 @@ def ignore_count(_loop: str) -> None:
 def contain_errors(loop: str, count: CountError, *, subject: str) -> Iterator[None]:
     """Log and count an unexpected error in the work on one item of a loop, so that the other items get their turn.
 
-    `subject`: names the item in the log.
+    `subject`: names the item in the log. Input that can't be used is expected, so it is logged and not counted.
     """
     try:
         yield
     except FATAL_ERRORS:
         raise
+    except DocumentError as error:
+        log.warning("skipping %s: %s", subject, error, extra={"loop": loop})
     except Exception:
         count(loop)
         log.exception("internal error, skipping %s", subject, extra={"loop": loop})

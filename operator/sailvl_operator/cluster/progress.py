@@ -50,6 +50,7 @@ _BACKPRESSURE_DIVISOR = 4
 _UNREACHABLE_SECONDS = 300.0
 """Failed reads are reported after this time: a worker imports its libraries and waits for storage before it answers."""
 _ERROR_LENGTH = 200
+_BROADCAST = ip_address("255.255.255.255")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +74,8 @@ def is_worker_address(ip: str) -> bool:
         return False
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
-    return not (
-        address.is_loopback
-        or address.is_link_local
-        or address.is_multicast
-        or address.is_unspecified
-        or address.is_reserved
-    )
+    is_special = address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified
+    return not is_special and address != _BROADCAST
 
 
 class ProgressReader:

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from sailvl_operator.api.untrusted import DocumentError
 from sailvl_operator.cluster import background
 from sailvl_operator.cluster.background import contain_errors, keep_running
 from sailvl_operator.errors import CredentialsError, LeaseLost, SettingsError
@@ -51,3 +52,13 @@ def test_error_of_one_item_is_counted_and_logged_with_its_name(error, caplog):
         raise error
     assert counted == ["watch-audit"]
     assert "skipping team/demo" in caplog.text
+
+
+def test_unusable_input_is_logged_in_one_line_and_not_counted(caplog):
+    counted = []
+    with contain_errors("informer-pods", counted.append, subject="pods team/x"):
+        raise DocumentError("'0000' is not a time")
+    assert counted == []
+    [record] = caplog.records
+    assert (record.levelname, record.exc_info) == ("WARNING", None)
+    assert record.getMessage() == "skipping pods team/x: '0000' is not a time"

@@ -243,6 +243,7 @@ def test_write_intervals_are_shared_by_namespaces():
         ("10.1.2.3", True),
         ("192.0.2.1", True),
         ("100.64.0.1", True),
+        ("240.1.2.3", True),
         ("fd00::1", True),
         ("2001:db8::1", True),
         ("127.0.0.1", False),
