@@ -156,6 +156,26 @@ class NetworkPolicy(TypedDict, total=False):
     spec: dict[str, Any]
 
 
+class EventSeries(TypedDict, total=False):
+    lastObservedTime: str | None
+
+
+class Event(TypedDict, total=False):
+    reason: str
+    message: str
+    series: EventSeries | None
+    lastTimestamp: str | None
+    eventTime: str | None
+
+
+class WorkloadStatus(TypedDict, total=False):
+    conditions: list[ObjectCondition]
+
+
+class Workload(TypedDict, total=False):
+    status: WorkloadStatus
+
+
 class Ignored(TypedDict):
     """Response whose content is not used."""
 

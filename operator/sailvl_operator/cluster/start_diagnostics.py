@@ -137,7 +137,9 @@ class StartDiagnostics:
     async def _read_event(self, namespace: str, uid: str, subject: str) -> str:
         """Return the newest Warning about an object; empty if there is none."""
         fields = f"involvedObject.uid={uid},type=Warning"
-        events = await self._read_first_page(resources.EVENTS, namespace, field_selector=fields)
+        events = await self._read_first_page(
+            resources.EVENTS, namespace, decode_as=resources.Event, field_selector=fields
+        )
         if not events:
             return ""
         newest = max(events, key=_event_time)
@@ -156,15 +158,23 @@ class StartDiagnostics:
         *newer, oldest = resources.WORKLOADS
         for resource in newer:
             try:
-                return await self._read_first_page(resource, namespace, selector=selector)
+                return await self._read_first_page(resource, namespace, decode_as=resources.Workload, selector=selector)
             except NotFound:
                 continue
-        return await self._read_first_page(oldest, namespace, selector=selector)
+        return await self._read_first_page(oldest, namespace, decode_as=resources.Workload, selector=selector)
 
     async def _read_first_page(
-        self, resource: resources.Resource, namespace: str, *, selector: str = "", field_selector: str = ""
+        self,
+        resource: resources.Resource,
+        namespace: str,
+        *,
+        decode_as: resources.ObjectType,
+        selector: str = "",
+        field_selector: str = "",
     ) -> list[dict[str, Any]]:
-        pages = self._client.list_pages(resource, namespace, selector=selector, field_selector=field_selector)
+        pages = self._client.list_pages(
+            resource, namespace, selector=selector, field_selector=field_selector, decode_as=decode_as
+        )
         async for page in pages:
             return page.items
         return []

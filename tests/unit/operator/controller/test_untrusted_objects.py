@@ -141,6 +141,22 @@ async def test_pod_with_a_time_that_cannot_be_read_costs_itself_alone():
         await world.until(lambda: world.states()["curate"] == ("Running", 1))
 
 
+@pytest.mark.parametrize("field", ["reason", "message", "series", "lastTimestamp"])
+@pytest.mark.parametrize("value", [None, 5, [], {"x": []}, "\x1b[2J" * 1000], ids=lambda value: type(value).__name__)
+async def test_event_with_any_value_is_ignored_or_cleaned(field, value, caplog):
+    async with running() as world:
+        await world.apply(build_document())
+        await world.until(lambda: world.states()["curate"] == ("Starting", 1))
+        about = {"type": "Warning", "involvedObject": {"uid": world.api.list_objects("jobs")[0]["metadata"]["uid"]}}
+        event = {"metadata": {"name": "e"}, "reason": "FailedCreate", "message": "quota", **about, field: value}
+        world.api.put("events", event)
+        await world.diagnostics.diagnose_waiting()
+        await world.until_idle()
+        assert "internal error" not in caplog.text
+        assert world.status.condition("Stuck").message.isprintable()
+        assert len(world.status.condition("Stuck").message) <= 1024
+
+
 def test_run_whose_spec_cannot_be_planned_is_stored_with_the_problem(monkeypatch):
     def fail(_: object) -> None:
         raise RecursionError("deep")
