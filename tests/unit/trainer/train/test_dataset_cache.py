@@ -400,3 +400,16 @@ def test_volume_that_fills_up_while_counting_is_named(volume: Volume, uncounted:
     (volume.path / "ballast").unlink()
     second = FaultyRanks(next_attempt(stage), 2)
     assert second.wait_for_codes() == [0, 0], second.read_logs()
+
+
+@pytest.mark.slow
+def test_ranks_share_the_verification_and_all_report_a_damaged_shard(tmp_path: Path) -> None:
+    directory = build_set_of_another_tokenizer(tmp_path / "set", shards=SHARDS)
+    path = directory / "shards/00003.tar"
+    path.write_bytes(alter(path.read_bytes()))
+    stage = build_stage(tmp_path / "storage", data=(str(directory),))
+    ranks = FaultyRanks(stage, 2)
+    assert ranks.wait_for_codes() == [ExitCode.DATA] * 2, ranks.read_logs()
+    assert f"{path}: it has" in ranks.read_termination(0).message
+    records = [line for file in StageFiles(stage).verified.iterdir() for line in file.read_text().splitlines()]
+    assert len(records) == len(set(records)) == 2 * SHARDS - 1, "each intact file was read by one rank"
