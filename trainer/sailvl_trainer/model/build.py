@@ -51,7 +51,7 @@ def build_model(
     Raises ConfigError if weights can't be loaded or don't fit the preset.
     """
     if init_from is not None:
-        return make_features_contiguous(_load(InternVLForConditionalGeneration, init_from))
+        return make_features_contiguous(_load_export(init_from))
     torch.manual_seed(seed)
     built = InternVLForConditionalGeneration(build_config(get_preset(model.preset), tokenizer)).float()
     if model.vision is not None:
@@ -110,6 +110,18 @@ def _text_arguments(preset: Preset) -> dict[str, object]:
     arguments = dict(preset.text)
     theta = arguments.pop("rope_theta")
     return arguments | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+def _load_export(path: Path) -> InternVLForConditionalGeneration:
+    """Load an export. Raises ConfigError if it lacks a weight, which transformers would fill with random numbers."""
+    with translate_model_errors(path):
+        model, report = InternVLForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ConfigError(f"cannot load a model from {path}: it lacks {missing}; train the stage that wrote it again")
+    return model
 
 
 def _load(kind: Any, path: Path) -> Any:

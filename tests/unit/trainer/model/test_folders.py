@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from sailvl_trainer.contract import ModelConfig
@@ -21,6 +22,7 @@ from sailvl_trainer.model.tokenizer import load_tokenizer
 from tests.support.builders.evaluation import export_untrained
 from tests.support.fuzz import draw_generators, mutate_bytes
 
+TINY = ModelConfig(preset="tiny")
 BERT = {
     "model_type": "bert",
     "hidden_size": 8,
@@ -143,6 +145,16 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_untrained(tmp_path_factory.mktemp("storage")) / "model/export"
 
 
+def test_export_that_lacks_a_weight_is_a_config_error(export: Path, tmp_path: Path) -> None:
+    """transformers would fill it with random numbers."""
+    folder = Path(shutil.copytree(export, tmp_path / "export"))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("language_model.model.layers.0.post_attention_layernorm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks model\.language_model\.layers\.0\.post_attention_layernorm\.weight"):
+        build_model(TINY, load_tokenizer(TINY, folder), init_from=folder)
+
+
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_any_change_of_an_export_is_loaded_or_refused(name: str, export: Path, tmp_path: Path) -> None:
@@ -153,8 +165,7 @@ def test_any_change_of_an_export_is_loaded_or_refused(name: str, export: Path, t
         head = mutate_bytes(content[:20_000], generator)
         (folder / name).write_bytes(head + content[20_000:])
         try:
-            tokenizer = load_tokenizer(ModelConfig(preset="tiny"), folder)
-            build_model(ModelConfig(preset="tiny"), tokenizer, init_from=folder)
+            build_model(TINY, load_tokenizer(TINY, folder), init_from=folder)
         except ConfigError:
             continue
         except BaseException as error:
