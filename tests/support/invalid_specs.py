@@ -98,6 +98,7 @@ SCHEMA = _table(
         "spec.stages[1].pretrain.tokens",
         "should match",
     ),
+    ("image with a letter that reverses text", {"spec.image": "trainer\u202e:1"}, "spec.image", "should match"),
     ("image with a line break", {"spec.image": "trainer:1\n"}, "spec.image", "should match"),
     (
         "path with a NUL",

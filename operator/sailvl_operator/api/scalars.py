@@ -22,6 +22,7 @@ LABEL_VALUE = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
 ABSOLUTE = r"^/[^\x00-\x1f\x7f]*$"
 VARIABLE = "^[A-Za-z_][-A-Za-z0-9_.]*$"
 SERVER = r"^https?://([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[^ \x00-\x1f\x7f]*)?$"
+IMAGE = r"^[!-~]*$"
 NO_SPACE = r"^[^ \x00-\x1f\x7f]*$"
 
 HINTS = {
@@ -34,6 +35,7 @@ HINTS = {
     ABSOLUTE: "an absolute path, as in /data/raw/images: /data is the storage",
     VARIABLE: "a variable's name",
     SERVER: "an http:// or https:// address without a user name, as in http://judge.team.svc:8000/v1",
+    IMAGE: "letters, digits and punctuation of ASCII, without spaces",
     NO_SPACE: "no spaces or control characters",
 }
 """Human-readable hint for each pattern, appended to the errors of `sailvl validate`."""

@@ -17,7 +17,7 @@ from msgspec import UNSET, Meta, UnsetType
 from sailvl_operator.api import names
 from sailvl_operator.api.scalars import (
     BY_NAME,
-    NO_SPACE,
+    IMAGE,
     SET,
     Decimal,
     Name,
@@ -172,7 +172,7 @@ class Spec(Struct, frozen=True, kw_only=True):
     suspend: bool = False
     """Whether the run is suspended. Workers of a suspended run save a checkpoint and terminate; a resumed run continues
     from it."""
-    image: Annotated[str, Meta(min_length=1, max_length=512, pattern=NO_SPACE)] | UnsetType = UNSET
+    image: Annotated[str, Meta(min_length=1, max_length=512, pattern=IMAGE)] | UnsetType = UNSET
     """Container image of the trainer. Defaults to the image that the operator was installed with."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """Pull policy of the container image."""
