@@ -163,3 +163,4 @@ def test_changed_peers_are_carried_into_the_policies_of_running_runs(
         network.wait_until_reached("exporter", ONLY_METRICS)
         network.wait_until_reached("prometheus", NOTHING)
     operator.start()
+    operator.wait_until_ready()
