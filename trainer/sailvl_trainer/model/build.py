@@ -25,6 +25,10 @@ from sailvl_trainer.model.folders import translate_model_errors
 from sailvl_trainer.model.presets import DOWNSAMPLE, Preset, get_preset
 from sailvl_trainer.model.tokenizer import END_OF_TEXT, IM_END, IMAGE_CONTEXT
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+MAX_VOCABULARY = 1 << 20
+"""Largest number of tokens of a language model; the largest vocabularies have a quarter of it."""
+
 
 def build_config(preset: Preset, tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
     """Return the configuration of a preset with a tokenizer's vocabulary."""
@@ -50,13 +54,17 @@ def build_model(
 
     Raises ConfigError if weights can't be loaded or don't fit the preset.
     """
+    config = build_config(get_preset(model.preset), tokenizer)
     if init_from is not None:
+        _check_sizes(init_from, "initFrom", {"text_config": config.text_config, "vision_config": config.vision_config})
         return make_features_contiguous(_load_export(init_from))
     torch.manual_seed(seed)
-    built = InternVLForConditionalGeneration(build_config(get_preset(model.preset), tokenizer)).float()
+    built = InternVLForConditionalGeneration(config).float()
     if model.vision is not None:
+        _check_sizes(Path(model.vision), "model.vision", {"": config.vision_config})
         _fill(built.model.vision_tower, AutoModel, Path(model.vision), "model.vision")
     if model.language is not None:
+        _check_sizes(Path(model.language), "model.language", {"": config.text_config})
         source = _load(AutoModelForCausalLM, Path(model.language))
         source.resize_token_embeddings(built.config.text_config.vocab_size)
         _copy(built.model.language_model, source.model, "model.language")
@@ -110,6 +118,24 @@ def _text_arguments(preset: Preset) -> dict[str, object]:
     arguments = dict(preset.text)
     theta = arguments.pop("rope_theta")
     return arguments | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+def _check_sizes(path: Path, field: str, expected: dict[str, Any]) -> None:
+    """Raise ConfigError if the config in a folder has other sizes than the preset, before a model of them is built.
+
+    `expected`: configs of the preset by the name of the part in the folder's config, or by "" for the whole.
+    """
+    with translate_model_errors(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    for part, preset in expected.items():
+        own = getattr(config, part, None) if part else config
+        for name in SIZES:
+            found, size = getattr(own, name, None), getattr(preset, name, None)
+            if size is not None and found != size:
+                raise ConfigError(f"{field} does not fit the preset: {path} has {name} {found!r:.50}, expected {size}")
+        vocabulary = getattr(own, "vocab_size", 0)
+        if not isinstance(vocabulary, int) or not 0 <= vocabulary <= MAX_VOCABULARY:
+            raise ConfigError(f"{field} does not fit the preset: {path} has a vocabulary of {vocabulary!r:.50} tokens")
 
 
 def _load_export(path: Path) -> InternVLForConditionalGeneration:

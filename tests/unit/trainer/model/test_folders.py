@@ -155,6 +155,20 @@ def test_export_that_lacks_a_weight_is_a_config_error(export: Path, tmp_path: Pa
         build_model(TINY, load_tokenizer(TINY, folder), init_from=folder)
 
 
+HUGE = [("num_hidden_layers", 10**7), ("hidden_size", 10**6), ("vocab_size", 10**10), ("intermediate_size", "x")]
+
+
+@pytest.mark.parametrize(("name", "value"), HUGE)
+def test_huge_model_is_refused_before_it_is_built(name: str, value: object, export: Path, tmp_path: Path) -> None:
+    """Ten million layers without weights would be built for minutes and fill the memory."""
+    folder = Path(shutil.copytree(export, tmp_path / "export"))
+    config = json.loads((folder / "config.json").read_bytes())
+    config["text_config"][name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=str(folder)):
+        build_model(TINY, load_tokenizer(TINY, folder), init_from=folder)
+
+
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_any_change_of_an_export_is_loaded_or_refused(name: str, export: Path, tmp_path: Path) -> None:
