@@ -51,7 +51,7 @@ class ImageTooLarge(UnreadableImage):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageHeader:
-    """What is known of an image without decoding it."""
+    """Properties of an image that are read without decoding it."""
 
     format: str
     """One of FORMATS, or MPO for a JPEG with further frames."""
