@@ -111,6 +111,16 @@ def open_item(item: Item, roots: DataRoots) -> Iterator[ItemContent]:
             yield ItemContent(image=image, caption=_read_caption(item, roots))
 
 
+def measure_item(item: Item) -> int:
+    """Return the number of bytes of the encoded image; 0 for a synthetic one and for a file that can't be found."""
+    if item.index >= 0 or item.size >= 0:
+        return max(0, item.size)
+    try:
+        return os.stat(item.path).st_size
+    except OSError:
+        return 0
+
+
 def read_item(item: Item, roots: DataRoots) -> ItemContent:
     """Read an item as `open_item` does, and reserve its memory only while it is read."""
     with open_item(item, roots) as content:

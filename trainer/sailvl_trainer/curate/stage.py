@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -28,13 +29,13 @@ from sailvl_trainer.curate.artifacts import (
     write_items,
     write_verified_items,
 )
-from sailvl_trainer.curate.items import Item, SourcePartition, read_item
+from sailvl_trainer.curate.items import Item, SourcePartition, measure_item, read_item
 from sailvl_trainer.curate.report import write_report
 from sailvl_trainer.curate.selection import select_samples
 from sailvl_trainer.curate.statistics import Statistics, read_statistics
 from sailvl_trainer.curate.verify import VerifiedItem, verify_item
 from sailvl_trainer.data.encoder import TokenCounter
-from sailvl_trainer.data.image_memory import limit_image_memory
+from sailvl_trainer.data.image_memory import FILE_MEMORY, limit_image_memory
 from sailvl_trainer.data.samples import Sample, build_caption_sample
 from sailvl_trainer.data.shards import (
     ShardInfo,
@@ -54,7 +55,7 @@ from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.storage.hashes import HashedFile
 
 READ_AHEAD = 64
-"""Images in memory while a shard is written."""
+"""Maximum number of images in memory while a shard is written; their bytes are limited by FILE_MEMORY."""
 T = TypeVar("T")
 
 
@@ -210,14 +211,34 @@ def _read_samples(plan: Path, shard: PlannedShard, roots: DataRoots) -> Iterator
     filters = [("split", "=", shard.split), ("shard", "=", shard.number)]
     table = pq.read_table(plan, filters=filters, partitioning=None).sort_by("position")
     with _start_threads() as threads:
-        for first in range(0, table.num_rows, READ_AHEAD):
-            chunk = table.slice(first, READ_AHEAD)
+        sizes = (size for batch in _iter_slices(table) for size in threads.map(measure_item, parse_items(batch)))
+        for first, count in split_by_bytes(sizes, READ_AHEAD, FILE_MEMORY.total_bytes):
+            chunk = table.slice(first, count)
             items = parse_items(chunk)
             images = threads.map(lambda item: _read_image(item, roots), items)
             for row, item, data in zip(chunk.to_pylist(), items, images, strict=True):
                 key = f"{row['item']:09d}-{item.key}"
                 sample = build_caption_sample(key, data, row["format"], row["text"], {"source": item.source})
                 yield sample, (row["width"], row["height"])
+
+
+def _iter_slices(table: pa.Table) -> Iterator[pa.Table]:
+    return (table.slice(first, READ_AHEAD) for first in range(0, table.num_rows, READ_AHEAD))
+
+
+def split_by_bytes(sizes: Iterable[int], max_count: int, max_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield first index and count of consecutive parts with at most `max_count` sizes and `max_bytes` in total.
+
+    A size above the limit is a part of its own.
+    """
+    first, count, total = 0, 0, 0
+    for size in sizes:
+        if count and (count == max_count or total + size > max_bytes):
+            yield first, count
+            first, count, total = first + count, 0, 0
+        count, total = count + 1, total + size
+    if count:
+        yield first, count
 
 
 def _read_image(item: Item, roots: DataRoots) -> bytes:

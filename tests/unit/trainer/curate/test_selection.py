@@ -10,6 +10,7 @@ from sailvl_trainer.contract import CurateConfig
 from sailvl_trainer.curate.artifacts import CurationArtifacts, write_verified_items
 from sailvl_trainer.curate.items import Item
 from sailvl_trainer.curate.selection import select_samples
+from sailvl_trainer.curate.stage import split_by_bytes
 from sailvl_trainer.curate.statistics import compute_statistics
 from sailvl_trainer.curate.verify import VerifiedItem
 
@@ -33,3 +34,16 @@ def test_path_of_the_storage_is_no_pattern(tmp_path: Path, name: str) -> None:
     config = CurateConfig(sources=(), held_out_fraction=0.0)
     assert select_samples(artifacts, config) == {"kept": 3}
     assert compute_statistics(artifacts).items == 3
+
+
+PARTS = [
+    pytest.param([], [], id="nothing"),
+    pytest.param([1] * 7, [(0, 3), (3, 3), (6, 1)], id="limited by their number"),
+    pytest.param([60, 40, 1, 99, 2], [(0, 2), (2, 2), (4, 1)], id="limited by their bytes"),
+    pytest.param([500, 1, 500], [(0, 1), (1, 1), (2, 1)], id="larger than the limit"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "parts"), PARTS)
+def test_images_are_read_ahead_within_a_number_of_bytes(sizes: list[int], parts: list[tuple[int, int]]) -> None:
+    assert list(split_by_bytes(sizes, max_count=3, max_bytes=100)) == parts
