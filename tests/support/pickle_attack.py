@@ -18,6 +18,10 @@ class PickleAttack:
         return os.system, (f"touch {self.marker}",)
 
 
+C10D_RENDEZVOUS_KEY = "torch.rendezvous.team.demo.curate.1"
+"""Key of the store in which torch's c10d rendezvous keeps its state, as a pickle in base64."""
+
+
 def build_pickle_attack(marker: Path) -> bytes:
     """Return a pickle that creates the file `marker` where it is read."""
     return pickle.dumps(PickleAttack(marker))

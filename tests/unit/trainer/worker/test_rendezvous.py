@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import socket
 import threading
@@ -26,7 +27,7 @@ from sailvl_trainer.rank.store import StoreAddress
 from sailvl_trainer.worker import rendezvous
 from sailvl_trainer.worker.rendezvous import FixedRendezvous, build_rendezvous
 from tests.support.builders.worker import free_port
-from tests.support.pickle_attack import build_pickle_attack
+from tests.support.pickle_attack import C10D_RENDEZVOUS_KEY, build_pickle_attack
 from tests.support.sockets import find_listeners
 
 SETTINGS = Settings(stage_file=Path("stage.json"), nodes=2, rendezvous_secret="1a2b", scratch=Path("/scratch"))
@@ -195,7 +196,7 @@ def test_foreign_client_that_writes_into_the_keys_of_a_round_ends_it(
     """No code runs, and the worker that finds the junk ends the wait of the others."""
     members, client = served
     data = build_pickle_attack(tmp_path / "marker")
-    client.set("torch.rendezvous.team.demo.curate.1", data)  # where torch's c10d rendezvous keeps its state
+    client.set(C10D_RENDEZVOUS_KEY, base64.b64encode(data))
     join = pool.submit(members[0].next_rendezvous)
     while not client.check(["1a2b/1/joined"]):
         assert not join.done()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import socket
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from torch._C._distributed_c10d import TCPStore
 
 from sailvl_trainer.contract import Env
-from tests.support.pickle_attack import build_pickle_attack
+from tests.support.pickle_attack import C10D_RENDEZVOUS_KEY, build_pickle_attack
 from tests.support.sockets import find_descendants, find_listeners
 from tests.support.worker_processes import WorkerProcesses
 
@@ -56,7 +57,8 @@ def test_attempt_succeeds_despite_foreign_keys_junk_and_idle_connections(build_w
     workers.start(0)
     data = build_pickle_attack(tmp_path / "marker")
     client = open_client(workers)
-    for key in ("torch.rendezvous.team.demo.curate.1", "default_pg/0//cpu//0/0", "1/joined", "closed"):
+    client.set(C10D_RENDEZVOUS_KEY, base64.b64encode(data))
+    for key in ("default_pg/0//cpu//0/0", "1/joined", "closed"):
         client.set(key, data)
     with ExitStack() as opened:
         for number in range(IDLE_CONNECTIONS):
@@ -81,6 +83,7 @@ def test_client_that_overwrites_all_keys_can_end_an_attempt_but_runs_no_code(
     client = open_client(workers)
     for key in client.list_keys():
         client.set(key, data)
+    client.set(C10D_RENDEZVOUS_KEY, base64.b64encode(data))
     client.set("1a2b/2/joined", data)  # all workers restart their ranks, and try to join this round
     assert [ended.exit_code for ended in workers.wait_for_all()] == [76, 76], workers.read_logs()
     assert "which hosts the store at localhost" in workers.read_logs()
