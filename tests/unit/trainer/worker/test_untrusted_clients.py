@@ -52,6 +52,15 @@ def open_client(workers: WorkerProcesses) -> TCPStore:
     return TCPStore("127.0.0.1", workers.rendezvous_port, is_master=False, timeout=timedelta(seconds=20))
 
 
+def connect(port: int) -> socket.socket:
+    """Connect to a port of this machine without blocking the own port for servers, such as a worker's."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    connection.bind(("127.0.0.1", 0))
+    connection.connect(("127.0.0.1", port))
+    return connection
+
+
 def test_attempt_succeeds_despite_foreign_keys_junk_and_idle_connections(build_workers: Build, tmp_path: Path) -> None:
     workers = build_workers("succeed", nodes=2, environment={Env.RENDEZVOUS_SECRET: "1a2b"})
     workers.start(0)
@@ -62,7 +71,7 @@ def test_attempt_succeeds_despite_foreign_keys_junk_and_idle_connections(build_w
         client.set(key, data)
     with ExitStack() as opened:
         for number in range(IDLE_CONNECTIONS):
-            connection = opened.enter_context(socket.create_connection(("127.0.0.1", workers.rendezvous_port)))
+            connection = opened.enter_context(connect(workers.rendezvous_port))
             if number % 10 == 0:
                 connection.sendall(os.urandom(200))
         workers.start(1)
