@@ -160,7 +160,7 @@ class EventSeries(TypedDict, total=False):
     lastObservedTime: str | None
 
 
-class Event(TypedDict, total=False):
+class CoreEvent(TypedDict, total=False):
     reason: str
     message: str
     series: EventSeries | None

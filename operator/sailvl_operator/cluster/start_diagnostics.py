@@ -138,7 +138,7 @@ class StartDiagnostics:
         """Return the newest Warning about an object; empty if there is none."""
         fields = f"involvedObject.uid={uid},type=Warning"
         events = await self._read_first_page(
-            resources.EVENTS, namespace, decode_as=resources.Event, field_selector=fields
+            resources.EVENTS, namespace, decode_as=resources.CoreEvent, field_selector=fields
         )
         if not events:
             return ""
