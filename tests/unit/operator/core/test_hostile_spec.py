@@ -63,7 +63,7 @@ def start_first_attempt(**spec: Any) -> AttemptSpec:
 
 def build_pod(attempt: AttemptSpec) -> dict[str, Any]:
     """Return the pod template of an attempt's Job, as the API server gets it."""
-    job = json.loads(msgspec.json.encode(build_job(attempt, build_appdef(attempt))))
+    job = json.loads(msgspec.json.encode(build_job(attempt, build_appdef(attempt, rendezvous_secret="1a2b"))))
     template: dict[str, Any] = job["spec"]["template"]
     return template
 
