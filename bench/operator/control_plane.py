@@ -33,8 +33,9 @@ POD_ADDRESS = "192.0.2.1"
 """Address of all pods, which is added to this machine while the control plane runs, because Endpoints may not contain a
 loopback address. One server there answers for every worker, with progress of no attempt, so that it is read and changes
 nothing."""
-POD_ADDRESS_ANNOTATION = "bench.sailvl.dev/pod-address"
-"""Annotation by which a pod asks kwok for another address."""
+HOSTILE_NAMESPACE = "hostile"
+HOSTILE_ADDRESS = "192.0.2.2"
+"""Address of all pods in the hostile namespace."""
 NODES = 20
 QPS = 500
 GOGC = "400"
@@ -88,7 +89,7 @@ spec:
         state: {running: {startedAt: {{ $now | Quote }}}}
       {{ end }}
       hostIP: 127.0.0.1
-      podIP: {{ or (index .metadata.annotations "POD_ADDRESS_ANNOTATION") "POD_ADDRESS" }}
+      podIP: {{ if eq .metadata.namespace "HOSTILE_NAMESPACE" }}HOSTILE_ADDRESS{{ else }}POD_ADDRESS{{ end }}
       phase: Running
       startTime: {{ $now | Quote }}
 ---
@@ -115,6 +116,14 @@ spec:
       phase: Running
 """
 """kwok's stages: pods run 1 to 5 s after they are scheduled, as in kwok's own, and disappear when they are deleted."""
+
+
+_STAGE_VALUES = {
+    "HOSTILE_NAMESPACE": HOSTILE_NAMESPACE,
+    "HOSTILE_ADDRESS": HOSTILE_ADDRESS,
+    "POD_ADDRESS": POD_ADDRESS,
+}
+"""Values of the names in `_READY`, in the order of their replacement."""
 
 
 class ControlPlane:
@@ -178,7 +187,9 @@ class ControlPlane:
         await self._wait_for(lambda: self.client.get(ACCOUNT_KIND, "default", "default"))
         await self._add_storage()
         config = self.folder / "kwok.yaml"
-        stages = _READY.replace("POD_ADDRESS_ANNOTATION", POD_ADDRESS_ANNOTATION).replace("POD_ADDRESS", POD_ADDRESS)
+        stages = _READY
+        for name, value in _STAGE_VALUES.items():
+            stages = stages.replace(name, value)
         config.write_text(stages)
         flags = {"manage_all_nodes": "true", "kubeconfig": self.kubeconfig, "config": config}
         self._plane.start_program("kwok", flags | {"server_address": "127.0.0.1:11247"})

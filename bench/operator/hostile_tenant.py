@@ -1,7 +1,7 @@
-"""A hostile tenant: pods with hostile answers, forged Jobs and pods, the largest legal runs, and churn.
+"""A hostile tenant: runs whose workers answer hostilely, forged Jobs and pods, the largest legal runs, and churn.
 
-Used by `tenants.py`. Everything lies in the namespace `hostile`; its pods have an address of their own on this machine,
-where one server answers on the workers' port.
+Used by `tenants.py`. Everything lies in one namespace, whose pods have an address of their own on this machine, where
+one server answers on the workers' port.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from bench.operator.control_plane import POD_ADDRESS_ANNOTATION, ControlPlane
+from bench.operator.control_plane import HOSTILE_ADDRESS, HOSTILE_NAMESPACE, ControlPlane
+from bench.operator.scenarios import build_run
 from sailvl_operator.api import names
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.errors import ApiError
 from sailvl_trainer.contract import METRICS_PORT
 
-NAMESPACE = "hostile"
-ADDRESS = "192.0.2.2"
-NAMESPACES = Resource(api_version="v1", plural="namespaces")
+NAMESPACE_KIND = Resource(api_version="v1", plural="namespaces")
 INT32_MAX = 2**31 - 1
+FORGED_PODS = 200
 LARGE_RUNS = 50
 """Runs of nearly the size that etcd takes, 1.4 MiB or what the schema allows."""
 CHURN_PER_SECOND = 10.0
@@ -59,8 +59,8 @@ def _build_response(body: bytes, headers: bytes = b"") -> bytes:
     return b"HTTP/1.1 200 OK\r\n" + headers + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-def build_pod(number: int) -> dict[str, Any]:
-    """Build a pod with the labels of a run's first worker, which kwok then runs at the hostile address."""
+def build_forged_pod(number: int) -> dict[str, Any]:
+    """Build a pod with the labels of a run's first worker, which no Job of the run has created."""
     labels = {
         names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
         names.LABEL_RUN: f"large-{number % LARGE_RUNS:03}",
@@ -72,17 +72,13 @@ def build_pod(number: int) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {
-            "name": f"hostile-{number:04}",
-            "labels": labels,
-            "annotations": {POD_ADDRESS_ANNOTATION: ADDRESS},
-        },
+        "metadata": {"name": f"forged-{number:04}", "labels": labels},
         "spec": {"nodeName": f"node-{number % 20}", "containers": [container], "automountServiceAccountToken": False},
     }
 
 
 def build_large_run(number: int) -> dict[str, Any]:
-    """Build a run that fills what the schema allows: 32 stages, long environments, long paths."""
+    """Build a run of about a megabyte: long environments, paths and annotations."""
     environment = [{"name": f"V{n:03}" + "N" * 50, "value": "v" * 1000} for n in range(64)]
     training = {"data": [{"path": "/data/" + "x" * 500}], "epochs": "1"}
     stages = [
@@ -129,8 +125,8 @@ def build_forged_job(number: int, owner: dict[str, Any]) -> dict[str, Any]:
 class HostileTenant:
     """Async context manager: creates the hostile objects, and keeps changing them while its context is open."""
 
-    def __init__(self, plane: ControlPlane, pods: int) -> None:
-        self._plane, self._pods = plane, pods
+    def __init__(self, plane: ControlPlane, runs: int) -> None:
+        self._plane, self._runs = plane, runs
         self._answers = itertools.cycle(build_answers())
         self._tasks: list[asyncio.Task[None]] = []
         self._server: asyncio.Server
@@ -141,11 +137,12 @@ class HostileTenant:
 
     async def __aenter__(self) -> HostileTenant:
         _set_address("replace")
-        self._server = await asyncio.start_server(self._answer, ADDRESS, METRICS_PORT, backlog=4096)
-        await self._plane.client.create(NAMESPACES, "", {"metadata": {"name": NAMESPACE}})
+        self._server = await asyncio.start_server(self._answer, HOSTILE_ADDRESS, METRICS_PORT, backlog=4096)
+        await self._plane.client.create(NAMESPACE_KIND, "", {"metadata": {"name": HOSTILE_NAMESPACE}})
         runs = await self._create_all(resources.RUNS, [build_large_run(n) for n in range(LARGE_RUNS)])
         await self._create_all(resources.JOBS, [build_forged_job(n, run) for n, run in enumerate(runs)])
-        await self._create_all(resources.PODS, [build_pod(n) for n in range(self._pods)])
+        await self._create_all(resources.PODS, [build_forged_pod(n) for n in range(FORGED_PODS)])
+        await self._create_all(resources.RUNS, [build_run(f"hostile-{n:04}", 2) for n in range(self._runs)])
         self._tasks.append(asyncio.create_task(self._churn()))
         return self
 
@@ -175,7 +172,7 @@ class HostileTenant:
         async def create(body: dict[str, Any]) -> dict[str, Any] | None:
             async with slots:
                 try:
-                    return await self._plane.client.create(resource, NAMESPACE, body)
+                    return await self._plane.client.create(resource, HOSTILE_NAMESPACE, body)
                 except ApiError as error:
                     self.refusals.append(f"{resource.plural}: {error}"[:200])
                     return None
@@ -191,13 +188,13 @@ class HostileTenant:
             resource, name = (
                 (resources.RUNS, f"large-{chance.randrange(LARGE_RUNS):03}")
                 if number % 2
-                else (resources.PODS, f"hostile-{chance.randrange(self._pods):04}")
+                else (resources.PODS, f"forged-{chance.randrange(FORGED_PODS):04}")
             )
             try:
-                await self._plane.client.patch(resource, NAMESPACE, name, {"metadata": metadata})
+                await self._plane.client.patch(resource, HOSTILE_NAMESPACE, name, {"metadata": metadata})
             except ApiError as error:
                 self.refusals.append(f"churn: {error}"[:200])
 
 
 def _set_address(verb: str) -> None:
-    subprocess.run(["ip", "address", verb, f"{ADDRESS}/32", "dev", "lo"], capture_output=True, check=False)
+    subprocess.run(["ip", "address", verb, f"{HOSTILE_ADDRESS}/32", "dev", "lo"], capture_output=True, check=False)

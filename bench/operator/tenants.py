@@ -1,7 +1,7 @@
 """`make bench-tenants`: how much a hostile tenant slows an honest one down, on fake nodes.
 
-Failed pods of honest runs are replaced, first alone, then beside a tenant with hostile pods, forged Jobs and the
-largest legal runs. Prints a table, appends the figures to bench/history.jsonl, and prints the JSON line last.
+Failed pods of honest runs are replaced, first alone, then beside a tenant with hostile workers, forged Jobs and large
+runs. Prints a table, appends the figures to bench/history.jsonl, and prints the JSON line last.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from bench.operator.peers import SailVL, until
 RUNS = 300
 """Honest runs of two pods; a third of them fails in each of the two measurements."""
 FAILURES_PER_SECOND = 5.0
-DEFAULT_PODS = 1000
-"""Hostile pods."""
+DEFAULT_HOSTILE_RUNS = 500
+"""Hostile runs of two pods."""
 MEMORY_LIMIT_MIB = 512.0
 """Memory limit of the operator's pod in the chart's default values."""
 TARGETS = {"honest_p99_ratio": 2.0, "rss_mib": MEMORY_LIMIT_MIB, "operator_restarts": 0.0}
@@ -37,7 +37,7 @@ DESCRIPTIONS = {
 }
 
 
-async def measure(pods: int) -> dict[str, float]:
+async def measure(hostile_runs: int) -> dict[str, float]:
     """Measure both halves on one control plane, and return the figures by name."""
     task = asyncio.current_task()
     assert task is not None
@@ -48,9 +48,10 @@ async def measure(pods: int) -> dict[str, float]:
         try:
             await scenarios.start_runs(plane, operator, runs=RUNS, nodes=2, log=_log)
             alone = await _measure_replacements(plane)
-            async with HostileTenant(plane, pods) as tenant:
-                _log(f"{pods} hostile pods; refused: {dict(Counter(r.partition(':')[0] for r in tenant.refusals))}")
-                await _await_reads(operator, pods)
+            async with HostileTenant(plane, hostile_runs) as tenant:
+                refused = dict(Counter(refusal.partition(":")[0] for refusal in tenant.refusals))
+                _log(f"{hostile_runs} hostile runs of two pods exist; refused: {refused}")
+                await _await_reads(operator, 2 * hostile_runs)
                 beside = await _measure_unless_ended(plane, operator)
                 has_ended = operator.process.poll() is not None
                 memory = 0.0 if has_ended else operator.memory_mib()
@@ -86,19 +87,19 @@ async def _measure_unless_ended(plane: ControlPlane, operator: SailVL) -> list[f
     return [inf, inf]
 
 
-async def _await_reads(operator: SailVL, pods: int) -> None:
-    """Wait until the operator has read as many answers as there are hostile pods, or for two minutes."""
+async def _await_reads(operator: SailVL, reads: int) -> None:
+    """Wait until the operator has sent so many requests to /progress, or for two minutes."""
     began, before = time.monotonic(), operator.progress_reads()
     await until(
         lambda: (
             operator.process.poll() is not None
-            or operator.progress_reads() - before >= pods
+            or operator.progress_reads() - before >= reads
             or time.monotonic() - began > 120
         ),
         150,
         pause=1.0,
     )
-    _log(f"{operator.progress_reads() - before:.0f} reads of /progress since the hostile pods exist")
+    _log(f"{operator.progress_reads() - before:.0f} reads of /progress since the hostile runs exist")
 
 
 _began = time.monotonic()
@@ -112,12 +113,17 @@ def _log(message: str) -> None:
 def main() -> None:
     """Read the flags, measure, print, and append to the history."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pods", type=int, default=DEFAULT_PODS, help="hostile pods; only the default is recorded")
+    parser.add_argument(
+        "--hostile-runs",
+        type=int,
+        default=DEFAULT_HOSTILE_RUNS,
+        help="hostile runs of two pods; only the default is recorded",
+    )
     args = parser.parse_args()
-    figures = asyncio.run(measure(args.pods))
-    if args.pods == DEFAULT_PODS:
+    figures = asyncio.run(measure(args.hostile_runs))
+    if args.hostile_runs == DEFAULT_HOSTILE_RUNS:
         history.append_record("tenants", {key: round(value, 4) for key, value in figures.items()})
-    print(f"\n{RUNS} honest runs of two pods, {args.pods} hostile pods; {LIMITS}\n")
+    print(f"\n{RUNS} honest runs of two pods, {args.hostile_runs} hostile ones; {LIMITS}\n")
     for key, target in TARGETS.items():
         value = figures[key]
         print(f"{'ok  ' if value <= target else 'MISS'} {DESCRIPTIONS[key]:<86} {value:>9.4g}   target ≤ {target:g}")
