@@ -6,7 +6,6 @@ handle by ignoring this document alone. Text from it is cleaned before it reache
 
 from __future__ import annotations
 
-import re
 import sys
 import unicodedata
 from typing import Any
@@ -26,7 +25,6 @@ RECURSION_LIMIT = 12_000
 than 10,000 deep. With Python's own limit of 1,000 a single object with deep managed fields, which clients may write,
 would make all lists and watches fail. Decoding takes at most half of a process' C stack at this limit."""
 
-_NAME = re.compile(r"\w[\w .:/+()-]{0,62}")
 _MAX_ERROR_LENGTH = 200
 """Letters of an error's text, which may quote the document."""
 
@@ -84,8 +82,11 @@ def clean_lines(text: str) -> str:
 
 
 def is_metric_name(name: str) -> bool:
-    """Return whether a metric's name may be used as a key of the status and as a label."""
-    return _NAME.fullmatch(name) is not None
+    """Return whether a metric's name may be used as a key of the status and as a label.
+
+    Names of benchmarks and of their groups are the user's, such as `scoreArt & Design`, so any printable text is taken.
+    """
+    return 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable() and name == name.strip()
 
 
 def _clean_character(character: str) -> str:

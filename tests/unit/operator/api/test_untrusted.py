@@ -37,13 +37,14 @@ def test_end_of_text_keeps_its_lines():
     ("name", "expected"),
     [
         ("loss", True),
-        ("scoreMath Knowledge", True),
+        ("scoreArt & Design", True),
+        ('score"quoted"', True),
         ("score数学", True),
         ("a" * 63, True),
         ("a" * 64, False),
         ("", False),
     ]
-    + [(name, False) for name in ("a\n", "\x1b", 'a"', "a\\", "a{", "-a", "a\u202e")],
+    + [(name, False) for name in ("a\n", "\x1b", " a", "a ", "a\u202e", "a\ud800")],
 )
 def test_metric_names(name, expected):
     assert is_metric_name(name) is expected
