@@ -15,7 +15,8 @@ from sailvl_operator.api.workers import MAX_NODES
 from sailvl_operator.core.observe import JobRecord, NetworkPolicyRecord, NetworkPolicyState, PodRecord, ServiceRecord
 
 _GENERATED_PREFIX_LENGTH = 58
-"""Letters of a pod's name before its random suffix; the API server cuts longer prefixes off."""
+"""Letters of a pod's name before its random suffix. To keep within it, the Job controller cuts off the end of the Job's
+name, not the index behind it."""
 
 
 def split_job_name(name: str, run: str) -> tuple[str, int]:
@@ -39,7 +40,8 @@ def describe_shape(mode: str, completions: int | None, parallelism: int | None) 
 
 def has_indexed_name(pod: str, job: str, index: int) -> bool:
     """Return whether a pod has the name that an Indexed Job gives to its pod with this index."""
-    return pod.startswith(f"{job}-{index}-"[:_GENERATED_PREFIX_LENGTH])
+    suffix = f"-{index}-"
+    return pod.startswith(job[: _GENERATED_PREFIX_LENGTH - len(suffix)] + suffix)
 
 
 def is_own_job(run: Run, job: JobRecord) -> bool:

@@ -151,13 +151,22 @@ def test_pod_that_is_seen_before_its_job_counts() -> None:
     assert list(select_pods(run, [], [replace(pods[0], run_uid="old-run")])) == []
 
 
-def test_pod_of_a_long_name_is_recognised() -> None:
-    """The API server cuts the name before the random suffix to 58 letters."""
-    job = f"{'r' * 26}-{'s' * 26}-1234"
-    labels = {"sailvl.dev/run": "r" * 26, "sailvl.dev/stage": "s" * 26, "sailvl.dev/attempt": "1234"}
+@pytest.mark.parametrize(
+    ("attempt", "index", "name"),
+    [
+        (1, 9, f"{'r' * 26}-{'s' * 26}-1-9-x7k2p"),
+        (1, 10, f"{'r' * 26}-{'s' * 26}--10-x7k2p"),
+        (10, 0, f"{'r' * 26}-{'s' * 26}-1-0-x7k2p"),
+        (1234, 1234, f"{'r' * 26}-{'s' * 25}-1234-x7k2p"),
+    ],
+)
+def test_pod_of_a_job_with_a_long_name_is_recognised(attempt: int, index: int, name: str) -> None:
+    """The Job controller cuts the Job's name, so that index and random suffix fit behind it."""
+    job = f"{'r' * 26}-{'s' * 26}-{attempt}"
+    labels = {"sailvl.dev/run": "r" * 26, "sailvl.dev/stage": "s" * 26, "sailvl.dev/attempt": str(attempt)}
     pod = make_pod(
-        name=f"{job}-1234"[:58] + "x7k2p",
-        labels=labels | {"batch.kubernetes.io/job-completion-index": "1234"},
+        name=name,
+        labels=labels | {"batch.kubernetes.io/job-completion-index": str(index)},
         ownerReferences=[{"kind": "Job", "name": job, "uid": "u", "controller": True}],
     )
     assert parse_pod(pod).owner_uid == "u"
