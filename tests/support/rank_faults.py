@@ -39,7 +39,7 @@ from sailvl_trainer.rank.store import STORE_VARIABLE, StoreAddress
 from sailvl_trainer.rank.termination import ERROR_FILE_VARIABLE
 from sailvl_trainer.storage import layout
 from sailvl_trainer.storage.codec import decode, encode
-from sailvl_trainer.train import checkpoint, stage, trainer
+from sailvl_trainer.train import checkpoint, dataset_cache, stage, trainer
 
 LIMIT = 120
 """Longest time in seconds that ranks may take."""
@@ -246,7 +246,8 @@ def _after(owner: Any, name: str, do: Callable[[], None], is_now: Callable[..., 
 
 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
-    "measuring the data": (stage, "prepare", 1, True),
+    "verifying the data": (stage, "prepare", 1, True),
+    "measuring the data": (dataset_cache, "write_lengths", 1, True),
     "counting tokens": (TokenCountFiles, "count", 1, False),
     "starting": (stage, "build_engine", 1, True),
     "evaluating before": (stage.validation, "measure_validation_loss", 1, True),

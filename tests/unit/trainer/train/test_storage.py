@@ -73,6 +73,7 @@ def assert_no_partial_files(stage: Stage, attempt: int) -> None:
 
 
 FILLED = [
+    pytest.param(("verifying the data", None, r"verified/\S+"), id="record of verified files"),
     pytest.param(("measuring the data", None, r"index/\S+"), id="lengths cache"),
     pytest.param(("step 5", 3, r"step-00000006\S*"), id="checkpoint"),
     pytest.param(("export begun", 8, r"\.export\.\S+"), id="export"),
