@@ -56,12 +56,15 @@ def list_tar(path: Path, source: str, roots: DataRoots) -> Iterator[Item]:
 def _iter_groups(file: BinaryIO) -> Iterator[TarGroup]:
     """Yield the groups of adjacent files with one key. As in WebDataset, a key ends at a file name's first dot.
 
+    Hidden files are skipped: macOS writes a file `._NAME` with attributes before each file, between the files of a key.
     Raises BrokenTarError after the last group.
     """
     group = TarGroup(key="")
     try:
         for member in iter_tar_members(file):
             folder, _, name = member.name.rpartition("/")
+            if name.startswith("."):
+                continue
             stem, _, suffix = name.partition(".")
             if group.key != f"{folder}/{stem}":
                 yield group

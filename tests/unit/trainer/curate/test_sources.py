@@ -99,6 +99,16 @@ def test_webdataset_lists_one_item_per_key_with_an_image(tmp_path: Path) -> None
     assert [read_item(item, EVERYWHERE).image for item in items] == [b"one", b"two", b"p", b"s"]
 
 
+def test_hidden_files_of_macos_do_not_divide_the_files_of_a_key(tmp_path: Path) -> None:
+    files = {}
+    for name, data in (("1.jpg", b"one"), ("1.txt", b"first"), ("2.jpg", b"two"), ("2.txt", b"second")):
+        files |= {f"./._{name}": b"attributes", f"./{name}": data}
+    build_tar(tmp_path / "a.tar", files | {"__MACOSX/._3.jpg": b"attributes", ".jpg": b"no name"})
+    items = list_source(tmp_path, "webdataset")
+    assert summarise(items) == [("a-1", "first", ""), ("a-2", "second", "")]
+    assert [read_item(item, EVERYWHERE).image for item in items] == [b"one", b"two"]
+
+
 @pytest.mark.parametrize("cut", [100, 700, 1600, 2048, 2100])
 def test_truncated_tar_yields_complete_items_and_a_problem(tmp_path: Path, cut: int) -> None:
     path = build_tar(tmp_path / "t.tar", {f"{i}.jpg": b"x" * 400 for i in range(4)})
