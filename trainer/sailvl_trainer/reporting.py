@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from sailvl_trainer.data.image_headers import UnreadableImage
+from sailvl_trainer.data.image_structure import UnreadableImage
 from sailvl_trainer.data.images import open_image
 
 THUMBNAIL_SIDE = 180

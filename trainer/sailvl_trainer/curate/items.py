@@ -102,9 +102,8 @@ def open_item(item: Item, roots: DataRoots) -> Iterator[ItemContent]:
         return
     with open_data_file(item.path, roots) as file:
         size = item.size if item.size >= 0 else os.fstat(file.fileno()).st_size
-        limit = min(MAX_FILE_BYTES, FILE_MEMORY.total_bytes)
-        if size > limit:
-            raise RefusedFileError("too_large", f"larger than {format_bytes(limit)}")
+        if size > MAX_FILE_BYTES:
+            raise RefusedFileError("too_large", f"larger than {format_bytes(MAX_FILE_BYTES)}")
         with FILE_MEMORY.reserve(size):
             file.seek(item.offset)
             image = file.read(size)

@@ -13,13 +13,9 @@ from sailvl_trainer.contract import CurateConfig
 from sailvl_trainer.curate.captions import classify_caption, clean_caption, clean_text
 from sailvl_trainer.curate.dedup import PHASH_SIDE, hash_perceptually, hash_pixels
 from sailvl_trainer.curate.items import Item, ItemContent, classify_file_error, open_item
-from sailvl_trainer.data.image_headers import (
-    ImageHeader,
-    ImageTooLarge,
-    UnreadableImage,
-    open_encoded,
-    read_header,
-)
+from sailvl_trainer.data.image_headers import ImageHeader, open_encoded, read_header
+from sailvl_trainer.data.image_memory import IMAGE_MEMORY
+from sailvl_trainer.data.image_structure import ImageTooLarge, UnreadableImage
 from sailvl_trainer.data.images import open_image
 from sailvl_trainer.data.tiles import choose_grid, count_tiles
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
@@ -77,7 +73,8 @@ def _verify_content(content: ItemContent, config: CurateConfig, tile_size: int) 
         outcome = _classify_size(header, config)
         if outcome != "ok":
             return _drop(outcome, caption, f"{header.width} × {header.height} pixels", header)
-        _check_checksums(content.image)
+        if header.format == "PNG":
+            _check_checksums(content.image)
         with open_image(content.image, max_pixels=config.max_pixels, resized_width=PHASH_SIDE) as image:
             return _measure(image, caption, header, config, tile_size)
     except ImageTooLarge as error:
@@ -108,7 +105,7 @@ def _drop(outcome: str, caption: str, detail: str, header: ImageHeader | None) -
 
 def _check_checksums(data: bytes) -> None:
     """Check the checksums of a PNG: decoding ignores them, and turns a flipped bit into noise."""
-    with open_encoded(data) as image:
+    with IMAGE_MEMORY.reserve(2 * len(data)), open_encoded(data) as image:  # Pillow copies each chunk
         image.verify()
 
 

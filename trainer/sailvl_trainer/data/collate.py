@@ -17,7 +17,7 @@ import torch
 from sailvl_trainer.data.chat import IGNORE_INDEX
 from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.encoder import SampleEncoder
-from sailvl_trainer.data.image_headers import UnreadableImage
+from sailvl_trainer.data.image_structure import UnreadableImage
 from sailvl_trainer.data.images import open_image
 from sailvl_trainer.data.packing import Pack
 from sailvl_trainer.data.tiles import count_tiles, cut_tiles

@@ -1,30 +1,39 @@
 """Headers of encoded images: format, size, and the memory that decoding takes at its peak, without decoding.
 
-The images are untrusted. Only a few formats are opened, and what Pillow would follow without a limit is checked before:
-scans of a JPEG, each of which is a pass over all pixels, and tags of a TIFF, of which each value becomes an object.
-Called by images.py.
+The images are untrusted. Only a few formats are opened, and what Pillow would follow without a limit is checked before
+(image_structure.py, image_tags.py). Pillow isn't asked for the orientation: it parses all EXIF data into objects, and
+decodes a PNG without EXIF data to search behind the pixels. Called by images.py.
 """
 
 from __future__ import annotations
 
 import io
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+from sailvl_trainer.data.image_memory import IMAGE_MEMORY
+from sailvl_trainer.data.image_structure import (
+    PIXEL_CHUNKS,
+    PNG_SIGNATURE,
+    UnreadableImage,
+    check_blocks,
+    count_scans,
+    iter_chunks,
+    measure_chunks,
+    measure_segments,
+)
+from sailvl_trainer.data.image_tags import ORIENTATION_TAG, UPRIGHT, check_tags, read_exif_orientation
+
 Image.MAX_IMAGE_PIXELS = None  # images.py checks its own limit and raises, where Pillow warns first
 PngImagePlugin.MAX_TEXT_MEMORY = 8 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are accepted everywhere. No others, because Pillow would run Ghostscript for EPS."""
-MAX_SCANS = 100
-"""Maximum number of scans of a JPEG; encoders write about ten into a progressive one."""
-MAX_TAG_VALUES = 1 << 20
-"""Maximum number of values of a numeric tag of a TIFF, such as the offsets of its strips."""
-ORIENTATION_TAG = 0x0112
+UNRESERVED_BYTES = 1 << 20
+"""Memory for metadata up to which a header is read without waiting for images that are being decoded."""
 WORKING_BYTES = 16 << 20
 """Memory for buffers that don't depend on the size of an image, such as the strips of images.py."""
 STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
@@ -35,18 +44,12 @@ WEBP_CANVAS_BYTES, WEBP_FRAME_BYTES = 8, 4
 TIFF_SAMPLE_BYTES = 8
 """Bytes per pixel of a buffered strip or tile of a compressed TIFF: at most 4 samples of 16 bits."""
 TILE_WIDTH_TAG, TILE_LENGTH_TAG, ROWS_PER_STRIP_TAG = 322, 323, 278
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_STANDALONE_MARKERS = (0x01, 0xD8)
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-_NUMERIC_TYPES = frozenset({3, 4, 5, 8, 9, 10, 11, 12, 13, 16, 17, 18})
-
-
-class UnreadableImage(ValueError):  # noqa: N818  # reads better in a message
-    """The bytes can't be decoded to a complete image."""
-
-
-class ImageTooLarge(UnreadableImage):
-    """The image exceeds the limit of pixels or the rank's memory for images."""
+TRAILING_CHUNKS = frozenset({b"eXIf", b"iTXt", b"tEXt", b"tRNS", b"zTXt"})
+"""Chunks behind the pixels of a PNG that have a meaning for its decoding or its orientation."""
+RAW_EXIF, PNG_XMP = "Raw profile type exif", "XML:com.adobe.xmp"
+"""Names of texts of a PNG."""
+_XMP_ORIENTATION = re.compile(r'tiff:Orientation(="|>)([0-9])')
+_XMP_ORIENTATION_BYTES = re.compile(rb'tiff:Orientation(="|>)([0-9])')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +68,35 @@ class ImageHeader:
     """Estimated peak of the memory that decoding to upright RGB takes, without the encoded bytes."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageStructure:
+    """Properties of an image that are known before Pillow opens it."""
+
+    scans: int = 0
+    """Number of scans of a JPEG, 0 for other formats."""
+    metadata_bytes: int = 0
+    """Memory that Pillow takes for everything but the pixels, at most."""
+
+
 def read_header(data: bytes) -> ImageHeader:
-    """Read the header of an encoded image. Raises UnreadableImage."""
-    scans = check_structure(data)
+    """Read the header of an encoded image; the call waits until its memory is free. Raises UnreadableImage."""
+    structure = check_structure(data)
+    if structure.metadata_bytes <= UNRESERVED_BYTES:
+        return _read_header(data, structure)
+    with IMAGE_MEMORY.reserve(structure.metadata_bytes):
+        return _read_header(data, structure)
+
+
+def _read_header(data: bytes, structure: ImageStructure) -> ImageHeader:
     with open_encoded(data) as image:
-        orientation = _read_orientation(image)
+        orientation = _read_orientation(image, data)
         width, height = image.size
         return ImageHeader(
             format=str(image.format),
             width=height if orientation >= 5 else width,
             height=width if orientation >= 5 else height,
             orientation=orientation,
-            peak_bytes=_estimate_peak_bytes(image, orientation, scans, len(data)),
+            peak_bytes=_estimate_peak_bytes(image, orientation, structure, len(data)),
         )
 
 
@@ -100,59 +120,72 @@ def translate_errors() -> Iterator[None]:
         raise UnreadableImage(f"unreadable image: {error or type(error).__name__}") from error
 
 
-def check_structure(data: bytes) -> int:
-    """Return the number of scans of a JPEG, 0 for other formats.
-
-    Raises UnreadableImage for more than MAX_SCANS, and for a TIFF with a tag of more than MAX_TAG_VALUES values.
-    """
-    if data[:2] == b"\xff\xd8":
-        return _count_scans(data)
-    if data[:4] in TiffImagePlugin.PREFIXES:
-        with translate_errors():
-            _check_tags(data)
-    return 0
-
-
-def _count_scans(data: bytes) -> int:
-    """Count the scans of a JPEG by walking its segments up to the end of the image; thumbnails are in segments."""
-    position, scans = 2, 0
-    while (found := _MARKER.search(data, position)) is not None:
-        marker, position = data[found.end() - 1], found.end()
-        if marker == _END_OF_IMAGE:
-            break
-        if marker in _STANDALONE_MARKERS:
-            continue
-        scans += marker == _START_OF_SCAN
-        if scans > MAX_SCANS:
-            raise UnreadableImage(f"JPEG with more than {MAX_SCANS} scans")
-        position += max(2, int.from_bytes(data[position : position + 2], "big"))
-    return scans
+def check_structure(data: bytes) -> ImageStructure:
+    """Check what Pillow reads without a limit. Raises UnreadableImage."""
+    if data.startswith(b"\xff\xd8"):
+        return ImageStructure(scans=count_scans(data), metadata_bytes=measure_segments(data))
+    if data.startswith(PNG_SIGNATURE):
+        return ImageStructure(metadata_bytes=measure_chunks(data))
+    if data.startswith(b"RIFF"):
+        return ImageStructure(metadata_bytes=2 * len(data))  # WebP: the decoder has two copies of the file
+    with translate_errors():
+        if data[:4] in TiffImagePlugin.PREFIXES:
+            return ImageStructure(metadata_bytes=check_tags(data))
+        if data.startswith((b"GIF87a", b"GIF89a")):
+            check_blocks(data)
+    return ImageStructure()
 
 
-def _check_tags(data: bytes) -> None:
-    """Check the first directory of a TIFF; Pillow reads no other."""
-    order, is_big = ("<" if data[:2] == b"II" else ">"), 43 in data[2:4]
-    count_format, entry_format = ("Q", "HHQ8x") if is_big else ("H", "HHL4x")
-    (start,) = struct.unpack_from(f"{order}{'Q' if is_big else 'L'}", data, 8 if is_big else 4)
-    (entries,) = struct.unpack_from(order + count_format, data, start)
-    if entries > 65535:
-        raise UnreadableImage(f"TIFF with {entries} tags")
-    start += struct.calcsize(order + count_format)
-    size = struct.calcsize(order + entry_format)
-    for tag, kind, count in struct.iter_unpack(order + entry_format, data[start : start + entries * size]):
-        if kind in _NUMERIC_TYPES and count > MAX_TAG_VALUES:
-            raise UnreadableImage(f"TIFF whose tag {tag} has {count} values")
-
-
-def _read_orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image, data: bytes) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) if EXIF is absent or broken, or if Pillow applies it."""
     if image.format == "TIFF":
-        return 1
+        return UPRIGHT
     try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+        orientation = _find_orientation(image, data)
     except Exception:  # noqa: BLE001  # broken EXIF, see the docstring
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+        return UPRIGHT
+    return orientation if 1 <= orientation <= 8 else UPRIGHT
+
+
+def _find_orientation(image: Image.Image, data: bytes) -> int:
+    """Return the orientation in EXIF data, or if it has none, in XMP."""
+    exif = image.info.get("exif")
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        _read_trailing_chunks(image, data)
+        exif = image.info.get("exif") if exif is None else exif
+        if exif is None and RAW_EXIF in image.info:
+            exif = _parse_raw_exif(image.info[RAW_EXIF])
+    orientation = None if exif is None else read_exif_orientation(exif)
+    return _read_xmp_orientation(image) if orientation is None else orientation
+
+
+def _read_trailing_chunks(image: PngImagePlugin.PngImageFile, data: bytes) -> None:
+    """Add the chunks behind the pixels to the image's info, as decoding would."""
+    assert image.png is not None
+    assert image.fp is not None
+    is_behind_pixels = False
+    for chunk in iter_chunks(data):
+        if chunk.name == b"fcTL" and is_behind_pixels and image.is_animated:
+            return  # the next frame
+        is_behind_pixels |= chunk.name in PIXEL_CHUNKS
+        if is_behind_pixels and chunk.name in TRAILING_CHUNKS:
+            image.fp.seek(chunk.position)
+            image.png.call(chunk.name, chunk.position, chunk.size)
+
+
+def _parse_raw_exif(text: str) -> bytes:
+    """Return the EXIF data of a text by ImageMagick: three lines, and lines of hexadecimal digits."""
+    lines = text.split("\n", 3)
+    return bytes.fromhex(lines[3].replace("\n", "")) if len(lines) > 3 else b""
+
+
+def _read_xmp_orientation(image: Image.Image) -> int:
+    text, data = image.info.get(PNG_XMP), image.info.get("xmp")
+    if text:
+        found = _XMP_ORIENTATION.search(text)
+        return int(found[2]) if found else UPRIGHT
+    match = _XMP_ORIENTATION_BYTES.search(data) if data else None
+    return int(match[2]) if match else UPRIGHT
 
 
 def _count_buffered_pixels(image: Image.Image) -> int:
@@ -165,15 +198,24 @@ def _count_buffered_pixels(image: Image.Image) -> int:
     return image.width * rows
 
 
-def _estimate_peak_bytes(image: Image.Image, orientation: int, scans: int, encoded_bytes: int) -> int:
+def _is_rotated_by_pillow(image: Image.Image) -> bool:
+    """Return whether Pillow rotates the image when it is loaded, for which it takes the pixels twice."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return False
+    return image.tag_v2.get(ORIENTATION_TAG, UPRIGHT) != UPRIGHT or "xmp" in image.info
+
+
+def _estimate_peak_bytes(image: Image.Image, orientation: int, structure: ImageStructure, encoded_bytes: int) -> int:
     """Estimate the peak of decoding and of converting to RGB; tests hold it against the measured peak."""
-    stored, decoder, copies = STORED_BYTES.get(image.mode, 4), 0, 0
-    if image.format in ("JPEG", "MPO") and (scans > 1 or "progressive" in image.info):
+    stored, decoder, copies = STORED_BYTES.get(image.mode, 4), 0, structure.metadata_bytes
+    if image.format in ("JPEG", "MPO") and (structure.scans > 1 or "progressive" in image.info):
         decoder = 2 * len(image.getbands())  # coefficients of all scans
     elif image.format == "WEBP":
-        decoder, copies = WEBP_CANVAS_BYTES + WEBP_FRAME_BYTES, encoded_bytes
+        decoder = WEBP_CANVAS_BYTES + WEBP_FRAME_BYTES
     elif image.format == "TIFF" and image.info.get("compression") != "raw":
-        copies = encoded_bytes + TIFF_SAMPLE_BYTES * _count_buffered_pixels(image)
+        copies += encoded_bytes + TIFF_SAMPLE_BYTES * _count_buffered_pixels(image)
+    if _is_rotated_by_pillow(image):
+        decoder = stored
     is_rgb = image.mode == "RGB" and "transparency" not in image.info and image.format != "WEBP"
     converted = stored + (0 if is_rgb else RGB_BYTES) + (WEBP_CANVAS_BYTES if image.format == "WEBP" else 0)
     rotated = 2 * RGB_BYTES if orientation > 1 else RGB_BYTES

@@ -2,8 +2,9 @@
 
 An image within the pixel limit can take gigabytes while it is decoded, in every thread at once. So a thread reserves
 the peak of an image, estimated from its header, before it decodes the image, and waits while other threads hold too
-much. Each thread holds at most one reservation of each budget, and FILE_MEMORY is always reserved first, so that
-threads can't wait for each other in a circle.
+much. An image that needs more than the budget waits for all of it and is decoded alone: the memory of a rank decides
+how long curation takes, never which images it keeps. Each thread holds at most one reservation of each budget, and
+FILE_MEMORY is always reserved first, so that threads can't wait for each other in a circle.
 """
 
 from __future__ import annotations
@@ -19,10 +20,6 @@ ENCODED_FRACTION = 0.25
 """Fraction of the memory for images that may be taken by encoded ones."""
 DEFAULT_BYTES = 4 << 30
 """Memory for images if the memory of the rank is unknown."""
-
-
-class MemoryExceededError(ValueError):
-    """A reservation exceeds the whole budget."""
 
 
 class MemoryBudget:
@@ -47,18 +44,14 @@ class MemoryBudget:
 
     @contextmanager
     def reserve(self, number: int) -> Iterator[None]:
-        """Reserve a number of bytes for the block, and wait until they are free.
-
-        Raises MemoryExceededError if they exceed the budget, because they never would be.
-        """
+        """Reserve a number of bytes for the block, at most the whole budget, and wait until they are free."""
         ticket = object()
         with self._changed:
             self._waiting.append(ticket)
             try:
                 self._changed.wait_for(lambda: self._may_reserve(ticket, number))
-                if number > self.total_bytes:
-                    raise MemoryExceededError(f"{number} of {self.total_bytes} bytes")
-                self._reserved_bytes += number
+                reserved_bytes = min(number, self.total_bytes)
+                self._reserved_bytes += reserved_bytes
             finally:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
@@ -66,14 +59,12 @@ class MemoryBudget:
             yield
         finally:
             with self._changed:
-                self._reserved_bytes -= number
+                self._reserved_bytes -= reserved_bytes
                 self._changed.notify_all()
 
     def _may_reserve(self, ticket: object, number: int) -> bool:
-        """Return whether it is the turn of this reservation, and it fits or never will."""
-        if number > self.total_bytes:
-            return True
-        return self._waiting[0] is ticket and self._reserved_bytes + number <= self.total_bytes
+        """Return whether it is the turn of this reservation, and it fits."""
+        return self._waiting[0] is ticket and self._reserved_bytes + min(number, self.total_bytes) <= self.total_bytes
 
 
 FILE_MEMORY = MemoryBudget(int(DEFAULT_BYTES * ENCODED_FRACTION))

@@ -14,12 +14,15 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from sailvl_trainer.data.image_headers import RGB_BYTES, ImageHeader, ImageTooLarge, open_encoded, read_header
+from sailvl_trainer.data.image_headers import RGB_BYTES, ImageHeader, open_encoded, read_header
 from sailvl_trainer.data.image_memory import IMAGE_MEMORY
+from sailvl_trainer.data.image_structure import ImageTooLarge
 from sailvl_trainer.storage.files import format_bytes
 
 MAX_PIXELS = 178_956_970
 """Larger images are rejected from their header, before decoding, because they may be decompression bombs."""
+MAX_IMAGE_BYTES = 4 << 30
+"""Images whose decoding takes more memory, as estimated from their header, are rejected on every machine."""
 MAX_RESIZE_BYTES = 256 << 20
 """Pillow resizes horizontally first. A high and narrow image would need more than this; it is resized vertically
 first."""
@@ -53,20 +56,19 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, resized_width: int 
     """Decode the first frame to upright RGB; transparent areas become white.
 
     The memory for the image, and for resizing it to `resized_width`, is reserved during the block; the call waits until
-    it is free. Raises UnreadableImage if the image is incomplete, and ImageTooLarge if it has more
-    than `max_pixels` pixels or needs more memory than all images may take.
+    it is free. An image that needs more than all images may take is decoded alone. Raises UnreadableImage if the image
+    is incomplete, and ImageTooLarge if it has more than `max_pixels` pixels or needs more than MAX_IMAGE_BYTES.
     """
     header = read_header(data)
     if header.width * header.height > max_pixels:
         raise ImageTooLarge(f"{header.width} x {header.height} exceeds the limit of {max_pixels} pixels")
-    needed_bytes = header.peak_bytes + _estimate_resize_bytes(header, resized_width)
-    if needed_bytes > IMAGE_MEMORY.total_bytes:
-        needed, limit = format_bytes(needed_bytes), format_bytes(IMAGE_MEMORY.total_bytes)
+    if header.peak_bytes > MAX_IMAGE_BYTES:
+        needed, limit = format_bytes(header.peak_bytes), format_bytes(MAX_IMAGE_BYTES)
         raise ImageTooLarge(
-            f"{header.width} x {header.height} pixels need {needed} to decode, more than the {limit} that images may "
-            "take; raise the memory limit of the workers"
+            f"{header.width} x {header.height} pixels need {needed} to decode, more than the limit of {limit}; "
+            "reduce the image or write it in another format"
         )
-    with IMAGE_MEMORY.reserve(needed_bytes):
+    with IMAGE_MEMORY.reserve(header.peak_bytes + _estimate_resize_bytes(header, resized_width)):
         yield _decode(data, header.orientation)
 
 

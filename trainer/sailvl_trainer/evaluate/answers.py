@@ -22,7 +22,7 @@ import torch
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from sailvl_trainer.data.chat import encode_prompt
-from sailvl_trainer.data.image_headers import UnreadableImage
+from sailvl_trainer.data.image_structure import UnreadableImage
 from sailvl_trainer.data.images import open_image
 from sailvl_trainer.data.samples import IMAGE_PLACEHOLDER, Message
 from sailvl_trainer.data.tiles import choose_grid, cut_tiles

@@ -18,7 +18,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import IO
 
-from sailvl_trainer.data.image_headers import UnreadableImage
+from sailvl_trainer.data.image_structure import UnreadableImage
 from sailvl_trainer.data.images import read_size
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.evaluate.cells import parse_list

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from PIL import Image, features
 from sailvl_trainer.contract import CurateConfig, SourceConfig
 from sailvl_trainer.curate import verify as subject
 from sailvl_trainer.curate.captions import MAX_CAPTION_LENGTH, clean_caption
-from sailvl_trainer.curate.items import MAX_FILE_BYTES, Item
+from sailvl_trainer.curate.items import MAX_FILE_BYTES, Item, read_item
 from sailvl_trainer.curate.sources import list_items, list_partitions
 from sailvl_trainer.curate.verify import VerifiedItem, verify_item
+from sailvl_trainer.data.image_memory import limit_image_memory
 from sailvl_trainer.storage.data_files import DataRoots
 from tests.support.builders.images import build_decompression_bomb, build_exif, draw_noise, encode_image
 
@@ -76,6 +77,13 @@ def check(tmp_path: Path) -> Callable[..., VerifiedItem]:
         )
 
     return write_and_verify
+
+
+@pytest.fixture
+def restore_budgets() -> Iterator[None]:
+    """Restore the size of the process's budgets after the test."""
+    yield
+    limit_image_memory(None)
 
 
 @pytest.mark.parametrize(("data", "suffix", "size"), READABLE_IMAGES)
@@ -141,6 +149,20 @@ def test_file_above_the_byte_limit_is_dropped_unread(tmp_path: Path) -> None:
         ).outcome
         == "too_large"
     )
+
+
+@pytest.mark.usefixtures("restore_budgets")
+def test_outcome_does_not_depend_on_the_memory_of_the_rank(tmp_path: Path) -> None:
+    path = tmp_path / "a.bmp"
+    path.write_bytes(encode_image(draw_noise(1500, 1500), "BMP"))
+    item = Item(source="s", key="a", path=os.fsencode(path), caption="a caption")
+    found = []
+    for mebibytes in (4096, 50):  # of which 6 MiB are for encoded images, and 19 MiB for decoded ones
+        limit_image_memory(mebibytes << 20)
+        found.append(verify_item(item, replace(CONFIG, max_pixels=10**7), TILE_SIZE, EVERYWHERE))
+        assert len(read_item(item, EVERYWHERE).image) == path.stat().st_size > 6 << 20
+    assert found[0].outcome == "ok"
+    assert found[1] == found[0]
 
 
 CAPTIONS = [

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sailvl_trainer.data.image_headers import ImageTooLarge, UnreadableImage, read_header
+from sailvl_trainer.data.image_headers import read_header
+from sailvl_trainer.data.image_structure import ImageTooLarge, UnreadableImage
 from sailvl_trainer.data.images import open_image, read_size
 from sailvl_trainer.data.tiles import cut_tiles
 from sailvl_trainer.reporting import encode_thumbnail
