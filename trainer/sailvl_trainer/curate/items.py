@@ -19,7 +19,7 @@ from sailvl_trainer.curate.captions import MAX_TEXT_BYTES, clean_text
 from sailvl_trainer.data.image_memory import FILE_MEMORY
 from sailvl_trainer.data.synthetic import draw_caption
 from sailvl_trainer.storage.data_files import DataRoots, Reason, RefusedFileError, open_data_file
-from sailvl_trainer.storage.files import format_bytes
+from sailvl_trainer.storage.files import FILE_ERRNOS, format_bytes
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
 MAX_FILE_BYTES = 256 << 20
@@ -28,11 +28,9 @@ MAX_KEY_LENGTH = 64
 """Characters of a key. A name in a plain tar has at most 100, which include the item's number and a suffix."""
 MAX_DETAIL_LENGTH = 300
 """Characters of a description of a problem."""
-FILE_ERRORS = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
-)
-"""Errors of a single file, which is counted as missing. Any other read error is a failure of the storage and ends the
-rank, because an outage would silently reduce the data."""
+FILE_ERRORS = FILE_ERRNOS | {errno.EACCES, errno.EPERM}
+"""Errors of a single file of a source, which is counted as missing. Any other read error is a failure of the storage
+and ends the rank, because an outage would silently reduce the data."""
 REFUSED_OUTCOMES: dict[Reason, str] = {
     "irregular_file": "irregular_file",
     "outside_root": "outside_source",

@@ -1,14 +1,15 @@
 """Which artifacts of an earlier attempt a later one can use.
 
 An artifact is written atomically, but a power loss, a full volume or another run of the same claim may have damaged it
-since. Each one is read as a whole before it is used; one that can't be used is set aside and made again. Called by
-stage.py.
+since. Each one is read as a whole before it is used; one that can't be used is set aside and made again. One that can't
+be read at the moment, or for which memory is lacking, ends the attempt instead. Called by stage.py.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -23,8 +24,8 @@ from sailvl_trainer.curate.items import Item, SourcePartition
 from sailvl_trainer.curate.verify import VerifiedItem
 from sailvl_trainer.data.shards import ShardInfo
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file
-from sailvl_trainer.storage.documents import find_document, is_count, set_aside
-from sailvl_trainer.storage.files import translate_storage_errors
+from sailvl_trainer.storage.documents import find_document, identify_file, is_count, set_aside
+from sailvl_trainer.storage.files import translate_read_errors
 
 LEAST_VALUES = {"offset": 0, "size": -1, "index": -1, "item": 0, "shard": 0, "position": 0}
 """Smallest possible values of integer columns; -1 means that there is none."""
@@ -100,8 +101,10 @@ def _find(type_: Any, path: Path, *, check: Callable[[Any], str] = lambda docume
 
 
 def _measure(path: Path) -> int:
+    """Return the size of a file; -1 if there is none. Raises StorageError if the volume doesn't show it."""
     try:
-        return path.stat().st_size
+        with translate_read_errors(path):
+            return path.stat().st_size
     except OSError:
         return -1
 
@@ -117,18 +120,39 @@ def _is_usable(
 ) -> bool:
     """Return whether a Parquet file exists and passes a check of its batches; set it aside if it doesn't.
 
-    Raises StorageError if the volume is unavailable.
+    Raises StorageError if it can't be read, MemoryError if memory is lacking.
     """
+    identity, roots = identify_file(path), DataRoots.resolve(path.parent)
     try:
-        with translate_storage_errors(path), open_data_file(path, DataRoots.resolve(path.parent)) as file:
+        with translate_read_errors(path), open_data_file(path, roots) as file, _translate_content_errors():
             check(_iterate_batches(file, columns))
     except FileNotFoundError:
         return False
-    except (OSError, RefusedFileError, pa.ArrowException, _UnusableTableError, UnicodeDecodeError) as error:
+    except (OSError, RefusedFileError, _UnusableTableError) as error:
         logger.warning("%s is not used: %s", path, error)
-        set_aside(path)
+        if identity is not None:
+            set_aside(path, identity)
         return False
     return True
+
+
+@contextmanager
+def _translate_content_errors() -> Iterator[None]:
+    """Raise _UnusableTableError in place of errors about the content of a table.
+
+    Arrow raises an OSError without errno for some of them. Errors of the system have one, and lacking memory is an
+    ArrowException too.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise _UnusableTableError(str(error)) from error
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None:
+            raise
+        raise _UnusableTableError(str(error)) from error
 
 
 def _iterate_batches(file: Any, columns: dict[str, tuple[pa.DataType, bool]]) -> Iterator[pa.RecordBatch]:

@@ -51,7 +51,7 @@ from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import TaskPool
 from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
-from sailvl_trainer.storage.files import write_atomic
+from sailvl_trainer.storage.files import translate_read_errors, write_atomic
 from sailvl_trainer.storage.hashes import HashedFile
 
 READ_AHEAD = 64
@@ -61,7 +61,7 @@ T = TypeVar("T")
 
 def run(context: Context) -> Result:
     """Run the stage. COLLECTIVE. Raises ConfigError if a source doesn't exist or if every image was dropped."""
-    started, config = time.time(), context.stage.curate
+    started, config = time.monotonic(), context.stage.curate
     assert config is not None, "read_stage has checked the kind"
     pool, artifacts = TaskPool(context), CurationArtifacts(context.files.output / "artifacts")
     limit_image_memory(context.memory_bytes)
@@ -80,7 +80,7 @@ def run(context: Context) -> Result:
     write_shards(context, pool, artifacts, roots)
     # 6. Publish the shards in their manifests, and report.
     pool.run_on_first_rank("reporting", lambda: _publish(context, artifacts, config, roots))
-    return _build_result(context, read_statistics(context.files.report), time.time() - started)
+    return _build_result(context, read_statistics(context.files.report), time.monotonic() - started)
 
 
 def list_output_files(output: Path, storage: Path) -> list[HashedFile]:
@@ -242,9 +242,13 @@ def split_by_bytes(sizes: Iterable[int], max_count: int, max_bytes: int) -> Iter
 
 
 def _read_image(item: Item, roots: DataRoots) -> bytes:
-    """Return the encoded image of a verified item. Raises DataError if it is gone or truncated since."""
+    """Return the encoded image of a verified item.
+
+    Raises DataError if it is gone or truncated since, StorageError if it can't be read.
+    """
     try:
-        data = read_item(item, roots).image
+        with translate_read_errors(Path(os.fsdecode(item.path))):
+            data = read_item(item, roots).image
     except (OSError, RefusedFileError) as error:
         raise DataError(
             f"{item.source}: {item.key} was verified but can't be read any more: {error}; restore the file"

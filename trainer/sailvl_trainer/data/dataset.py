@@ -24,7 +24,7 @@ from sailvl_trainer.data.shards import ShardInfo, ShardPool, ShardReader, list_s
 from sailvl_trainer.data.token_counts import DIGEST_BYTES, TokenCountFiles
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.data_files import DataRoots, open_data_file
-from sailvl_trainer.storage.documents import set_aside
+from sailvl_trainer.storage.documents import identify_file, set_aside
 from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors
 from sailvl_trainer.storage.hashes import HashedFile
 
@@ -193,6 +193,7 @@ def has_lengths(path: Path, samples: int) -> bool:
 
     A file that isn't is set aside. Raises StorageError if the volume is unavailable.
     """
+    identity = identify_file(path)
     with translate_storage_errors(path):
         try:
             is_intact = _read_digest(path) == _hash_all_but_digest(path)
@@ -203,7 +204,8 @@ def has_lengths(path: Path, samples: int) -> bool:
         except (ValueError, EOFError) as error:  # of numpy, for a file that isn't an array; or no regular file
             logger.warning("%s: %s", path, error)
     logger.warning("%s is damaged or of another version; all samples are measured again", path)
-    set_aside(path)
+    if identity is not None:
+        set_aside(path, identity)
     return False
 
 

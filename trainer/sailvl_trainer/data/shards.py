@@ -39,7 +39,7 @@ from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
 from sailvl_trainer.storage.documents import UnusableDocumentError, is_count, read_document
-from sailvl_trainer.storage.files import sync_directory, translate_storage_errors, write_atomic
+from sailvl_trainer.storage.files import sync_directory, translate_read_errors, translate_storage_errors, write_atomic
 from sailvl_trainer.storage.hashes import FILE_NAME, FileHash, HashedFile, hash_file
 
 OPEN_SHARDS = 256
@@ -241,12 +241,16 @@ class ShardReader:
     """Random access to one shard's samples by row. Text and image are read separately. Thread-safe."""
 
     def __init__(self, directory: Path, name: str, roots: DataRoots | None = None) -> None:
-        """`roots`: directories that files may be in; by default the shard's. Raises DataError for a damaged shard."""
+        """`roots`: directories that files may be in; by default the shard's.
+
+        Raises DataError for a damaged shard, StorageError if it can't be read.
+        """
         self.path = directory / f"{name}.tar"
         roots = roots or DataRoots.resolve(directory)
         try:
-            self._table = read_index(directory / f"{name}.arrow", roots)
-            self._data = memoryview(map_file(self.path, roots))
+            with translate_read_errors(self.path):
+                self._table = read_index(directory / f"{name}.arrow", roots)
+                self._data = memoryview(map_file(self.path, roots))
         except (OSError, RefusedFileError, InvalidIndexError) as error:
             raise DataError(f"shard {self.path}: {error}; copy or curate the data set again") from error
         if (invalid := find_invalid_row(self._table, len(self._data))) is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from sailvl_trainer.data.encoder import TokenCounter
 from sailvl_trainer.data.shards import ShardInfo, ShardReader
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, read_data_file
-from sailvl_trainer.storage.documents import set_aside
+from sailvl_trainer.storage.documents import identify_file, set_aside
 from sailvl_trainer.storage.files import write_atomic
 
 DTYPE = np.dtype("<i4")
@@ -41,12 +41,14 @@ class TokenCountFiles:
     def read(self, info: ShardInfo) -> np.ndarray | None:
         """Return the text tokens of a shard's rows, int32; None if the file is missing or damaged."""
         path, size = self._path(info), DIGEST_BYTES + info.samples * DTYPE.itemsize
+        identity = identify_file(path)
         try:
             data = read_data_file(path, DataRoots.resolve(path.parent), max_bytes=size)
         except FileNotFoundError:
             return None
         except RefusedFileError:
-            set_aside(path)
+            if identity is not None:
+                set_aside(path, identity)
             return None
         digest, payload = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
         if len(payload) != info.samples * DTYPE.itemsize or hashlib.sha256(payload).digest() != digest:

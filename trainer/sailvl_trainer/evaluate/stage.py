@@ -29,7 +29,7 @@ def run(context: Context) -> Result:
 
     Raises ConfigError or DataError, before the model is loaded, if a benchmark can't be scored.
     """
-    started, config = time.time(), context.stage.evaluate
+    started, config = time.monotonic(), context.stage.evaluate
     assert config is not None, "read_stage has checked the kind"
     limit_image_memory(context.memory_bytes)
     _check_names([b.name for b in config.benchmarks], {b.group for b in config.benchmarks})
@@ -54,7 +54,7 @@ def run(context: Context) -> Result:
         output=context.files.relative_path(context.files.output),
         steps=question_count,
         samples=question_count,
-        seconds=time.time() - started,
+        seconds=time.monotonic() - started,
         metrics=metrics,
     )
 

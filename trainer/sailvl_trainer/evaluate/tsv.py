@@ -23,6 +23,7 @@ from sailvl_trainer.data.images import read_size
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.evaluate.cells import parse_list
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file, read_data_file
+from sailvl_trainer.storage.files import translate_read_errors
 
 REQUIRED_COLUMNS = ("index", "question", "answer")
 KNOWN_COLUMNS = (*REQUIRED_COLUMNS, "image", "image_path", "hint")
@@ -99,7 +100,7 @@ def read_tsv(path: Path, limit: int = 0, *, storage: Path | None = None) -> list
 def _read_rows(path: Path) -> list[Row]:
     """Return the cells of all rows that have a value, by column."""
     try:
-        with _open_text(path) as file:
+        with translate_read_errors(path), _open_text(path) as file:
             reader = csv.reader(_iterate_lines(path, file), delimiter="\t", strict=True)
             columns = next(reader, [])
             _check_columns(path, columns)
@@ -190,7 +191,8 @@ def _read_images(file: _BenchmarkFile, row_number: int, row: Row) -> tuple[bytes
 def _read_image_files(file: _BenchmarkFile, row_number: int, cell: str) -> tuple[bytes, ...]:
     paths = [file.path.parent / name for name in _parse_cell(cell)[: MAX_IMAGES + 1]]
     try:
-        return tuple(read_data_file(path, file.roots, max_bytes=MAX_IMAGE_BYTES) for path in paths)
+        with translate_read_errors(file.path):
+            return tuple(read_data_file(path, file.roots, max_bytes=MAX_IMAGE_BYTES) for path in paths)
     except (OSError, RefusedFileError) as error:
         raise file.build_error(row_number, f"image_path: {error}") from error
 

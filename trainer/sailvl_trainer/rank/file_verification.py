@@ -22,7 +22,7 @@ from sailvl_trainer.rank.distributed_tasks import TaskPool
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.data_files import DataRoots
 from sailvl_trainer.storage.documents import iterate_lines
-from sailvl_trainer.storage.files import format_bytes, translate_storage_errors
+from sailvl_trainer.storage.files import format_bytes, translate_read_errors, translate_storage_errors
 from sailvl_trainer.storage.hashes import HashedFile, describe_difference
 
 STAT_THREADS = 16
@@ -47,7 +47,7 @@ def verify_input(context: Context, files: Sequence[HashedFile], *, advice: str) 
     """Compare an input's files with their manifests, except those that this run wrote. COLLECTIVE.
 
     Every rank passes the same files. `advice` says what to do about a file that differs. Raises DataError on every
-    rank if there is one, StorageError if the volume is unavailable, Preempted if a stop was requested.
+    rank if there is one, StorageError if a file can't be read, Preempted if a stop was requested.
     """
     is_own = {folder: is_from_this_run(context, folder) for folder in {file.path.parent for file in files}}
     foreign = [file for file in files if not is_own[file.path.parent]]
@@ -60,8 +60,7 @@ def verify_input(context: Context, files: Sequence[HashedFile], *, advice: str) 
 def describe_damage(context: Context, files: Sequence[HashedFile], roots: DataRoots) -> str:
     """Return how the first file that differs from its manifest does so; empty if none differs. COLLECTIVE.
 
-    Every rank passes the same files. Raises StorageError if the volume is unavailable, Preempted if a stop was
-    requested.
+    Every rank passes the same files. Raises StorageError if a file can't be read, Preempted if a stop was requested.
     """
     pending = broadcast_value(list[int], _list_pending(context, files) if context.is_first else None)
     if not pending:
@@ -118,8 +117,8 @@ def _list_pending(context: Context, files: Sequence[HashedFile]) -> list[int]:
 def _describe_state(file: HashedFile) -> VerifiedFile | None:
     """Return the record of a file as it is now, if it has the expected hash; None if it doesn't exist."""
     try:
-        with translate_storage_errors(file.path):
-            state = os.stat(file.path)
+        with translate_read_errors(file.path):
+            state = file.path.stat()
     except OSError:
         return None
     return VerifiedFile(

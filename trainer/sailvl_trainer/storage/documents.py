@@ -2,7 +2,7 @@
 
 A power loss leaves empty or zeroed files, a full volume truncated ones, and every run of the same claim can write any.
 So a document that can't be used counts as missing: it is set aside under another name, with a warning, and what it
-described is computed anew. An unavailable volume is no such case; it raises StorageError.
+described is computed anew. A document that can't be read at the moment is no such case; it raises StorageError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from sailvl_trainer.contract import SCHEMA_VERSION
 from sailvl_trainer.storage.codec import decode
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file, read_data_file
-from sailvl_trainer.storage.files import sync_directory, translate_storage_errors
+from sailvl_trainer.storage.files import sync_directory, translate_read_errors
 
 T = TypeVar("T")
 MAX_DOCUMENT_BYTES = 64 << 20
@@ -35,6 +35,15 @@ class UnusableDocumentError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FileIdentity:
+    """Device, inode and time of modification of a file: it is the same file, unchanged, while these are equal."""
+
+    device: int
+    inode: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _VersionedDocument:
     schema_version: int = SCHEMA_VERSION
 
@@ -44,11 +53,11 @@ def read_document(
 ) -> T:
     """Return a document. `check` returns what is wrong with its values, or an empty string.
 
-    Raises FileNotFoundError if it doesn't exist, UnusableDocumentError if it can't be used, StorageError if the volume
-    is unavailable.
+    Raises FileNotFoundError if it doesn't exist, UnusableDocumentError if it can't be used, StorageError if it can't be
+    read.
     """
     try:
-        with translate_storage_errors(path):
+        with translate_read_errors(path):
             data = read_data_file(path, roots, max_bytes=MAX_DOCUMENT_BYTES)
         if "schema_version" in getattr(type_, "__dataclass_fields__", {}):
             _check_version(decode(_VersionedDocument, data).schema_version)
@@ -73,26 +82,26 @@ def find_document(
     """Return a document, or None, with a warning, if it can't be used; None without one if it doesn't exist.
 
     `should_set_aside`: whether to rename a document that can't be used; other runs' documents stay as they are. Raises
-    StorageError if the volume is unavailable.
+    StorageError if it can't be read.
     """
+    identity = identify_file(path) if should_set_aside else None
     try:
         return read_document(type_, path, roots, check=check)
     except FileNotFoundError:
         return None
     except UnusableDocumentError as error:
         logger.warning("%s is not used: %s", path, error)
-        if should_set_aside:
-            set_aside(path)
+        if identity is not None:
+            set_aside(path, identity)
         return None
 
 
 def iterate_lines(type_: type[T], path: Path, roots: DataRoots) -> Iterator[T]:
     """Yield the documents in a file of JSON lines, without lines that can't be used, as a killed process leaves them.
 
-    A file that doesn't exist, or that is no regular file, counts as empty. Raises StorageError if the volume is
-    unavailable.
+    A file that doesn't exist, or that is no regular file, counts as empty. Raises StorageError if it can't be read.
     """
-    with translate_storage_errors(path), suppress(FileNotFoundError, RefusedFileError):
+    with suppress(OSError, RefusedFileError), translate_read_errors(path):
         file = open_data_file(path, roots)
         with file:
             while line := file.readline(MAX_DOCUMENT_BYTES):
@@ -100,13 +109,28 @@ def iterate_lines(type_: type[T], path: Path, roots: DataRoots) -> Iterator[T]:
                     yield decode(type_, line)
 
 
-def set_aside(path: Path, *, keep: bool = False) -> None:
+def identify_file(path: Path) -> FileIdentity | None:
+    """Return the identity of a file, or of a link itself; None if it doesn't exist. Raises StorageError."""
+    try:
+        with translate_read_errors(path):
+            found = os.lstat(path)
+    except OSError:
+        return None
+    return FileIdentity(device=found.st_dev, inode=found.st_ino, mtime_ns=found.st_mtime_ns)
+
+
+def set_aside(path: Path, identity: FileIdentity | None = None, *, keep: bool = False) -> None:
     """Rename a file that can't be used, so that it can be examined; on a read-only volume it stays where it is.
 
-    `keep`: link it under the other name instead, because its existence has a meaning of its own.
+    `identity` is that of the file before it was read: another process may have set it aside since and have written a
+    file that can be used, which stays. None renames any file. `keep`: link it under the other name instead, because its
+    existence has a meaning of its own.
     """
     target = path.with_name(f"{path.name}.unreadable-{time.time_ns()}")
     with suppress(OSError):
+        if identity is not None and identify_file(path) != identity:
+            logger.info("%s was replaced by another process meanwhile; it stays in its place", path)
+            return
         (os.link if keep else os.rename)(path, target)
         sync_directory(path.parent)
         logger.warning("%s was set aside as %s", path, target.name)

@@ -4,9 +4,10 @@ A reader, or a crash, finds either the whole new file or the old one. Every docu
 Large files (shards, weights) are written in place and made durable with `sync_file` and `sync_directory` before the
 manifest that lists them is written.
 
-Reads and writes run inside `translate_storage_errors`, which turns errors of a full or unavailable volume into
-StorageError with advice for the user; `rank/main.py` wraps a whole stage in it, for errors of libraries that the
-narrower blocks don't cover.
+Writes run inside `translate_storage_errors`, which turns errors of a full or unavailable volume into StorageError with
+advice for the user; `rank/main.py` wraps a whole stage in it, for errors of libraries that the narrower blocks don't
+cover. Reads that decide whether a file is used, replaced or deleted run inside `translate_read_errors`, which leaves
+only the errors of FILE_ERRNOS: after any other one the file may be intact.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ UNAVAILABLE_ERRNOS = frozenset(
     {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EROFS, errno.ESHUTDOWN, errno.EHOSTDOWN}
 )
 MISSING_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR})
+FILE_ERRNOS = MISSING_ERRNOS | {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+"""Errors of a path that say that it leads to no file. Any other error of a read is a failure of the storage or of the
+process, such as a timeout or too many open files, which passes."""
 ERRNO_IN_TEXT = re.compile(r"(?:os error |errno\W{1,4})(\d+)", re.IGNORECASE)
 """Matches the error number in messages of libraries that raise their own exceptions: Rust, Arrow and DuckDB."""
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -87,6 +91,40 @@ def translate_storage_errors(path: Path, *, root: Path | None = None) -> Iterato
         raise StorageError(message) from error
 
 
+@contextmanager
+def translate_read_errors(path: Path) -> Iterator[None]:
+    """Raise StorageError in place of any OSError in the block but those of FILE_ERRNOS.
+
+    So an OSError that leaves the block means that the file is missing or is no file, and never that it can't be read
+    at the moment.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FILE_ERRNOS:
+            raise
+        raise StorageError(explain_storage_error(error, path) or describe_unreadable(path, error)) from error
+
+
+def is_existing(path: Path) -> bool:
+    """Return whether a file or directory exists. Raises StorageError if its volume doesn't show whether it does."""
+    try:
+        with translate_read_errors(path):
+            path.stat()
+    except OSError:
+        return False
+    return True
+
+
+def list_names(directory: Path) -> list[str]:
+    """Return the names in a directory, sorted; none if it doesn't exist. Raises StorageError if it can't be listed."""
+    try:
+        with translate_read_errors(directory):
+            return sorted(os.listdir(directory))
+    except OSError:
+        return []
+
+
 def explain_storage_error(error: BaseException, path: Path, *, root: Path | None = None) -> str | None:
     """Return a message if the error, or one that caused it, is an error of a volume; else None."""
     for cause in _iter_causes(error):
@@ -105,6 +143,16 @@ def describe_unavailable(path: Path, number: int) -> str:
     return (
         f"the volume of {path} is unavailable ({os.strerror(number)}); check that it is mounted and writable; "
         "the next attempt resumes from what is saved"
+    )
+
+
+def describe_unreadable(path: Path, error: OSError) -> str:
+    """Build the message for a file that can't be read, although its volume is not known to be unavailable."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    named = _read_errno(error)[1]
+    return (
+        f"{named or path} can't be read ({reason}); check its permissions, the connection to its volume and the "
+        "limits of the node; the next attempt resumes from what is saved"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file
 from sailvl_trainer.storage.documents import MAX_NUMBER
-from sailvl_trainer.storage.files import translate_storage_errors
+from sailvl_trainer.storage.files import translate_read_errors
 
 CHUNK_BYTES = 4 << 20
 """Bytes that are hashed between two calls of `on_chunk`."""
@@ -44,10 +43,10 @@ class HashedFile:
 def hash_file(path: Path, roots: DataRoots, on_chunk: Callable[[], None] = lambda: None) -> FileHash:
     """Return size and hash of a regular file below the roots; `on_chunk` is called after each chunk.
 
-    Raises OSError, RefusedFileError, or StorageError if the volume is unavailable.
+    Raises OSError or RefusedFileError if it is missing or no regular file, StorageError if it can't be read.
     """
     digest, size = hashlib.sha256(), 0
-    with translate_storage_errors(path), open_data_file(path, roots) as file:
+    with translate_read_errors(path), open_data_file(path, roots) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
@@ -58,11 +57,11 @@ def hash_file(path: Path, roots: DataRoots, on_chunk: Callable[[], None] = lambd
 def describe_difference(file: HashedFile, roots: DataRoots, on_chunk: Callable[[], None] = lambda: None) -> str:
     """Return how a file differs from its manifest, or an empty string; a file of another size isn't read.
 
-    Raises StorageError if the volume is unavailable.
+    Raises StorageError if the file can't be read.
     """
     try:
-        with translate_storage_errors(file.path):
-            size = os.stat(file.path).st_size
+        with translate_read_errors(file.path):
+            size = file.path.stat().st_size
         found = FileHash(bytes=size, sha256="")
         if size == file.expected.bytes:
             found = hash_file(file.path, roots, on_chunk)

@@ -22,7 +22,7 @@ from sailvl_trainer.contract import Checkpoint, Result, ResultPointer, Stage
 from sailvl_trainer.storage.codec import encode, keep_finite
 from sailvl_trainer.storage.data_files import DataRoots
 from sailvl_trainer.storage.documents import UnusableDocumentError, find_document, is_count, resolve_below
-from sailvl_trainer.storage.files import write_atomic
+from sailvl_trainer.storage.files import is_existing, list_names, write_atomic
 
 CHECKPOINT_PATH = re.compile(r"/attempt-(\d{4,9})/step-(\d{8,15})\Z", re.ASCII)
 MAX_METRICS = 1000
@@ -65,9 +65,14 @@ class StageFiles:
         return next(iter(self.list_checkpoints(attempt)), None)
 
     def list_checkpoints(self, attempt: int) -> list[Checkpoint]:
-        """Return the complete checkpoints of an attempt, newest first; the manifest of one is written last."""
-        manifests = self.checkpoint_dir(attempt, 0).parent.glob(f"step-*/{contract.MANIFEST_FILE}")
-        found = (self.parse_checkpoint_path(self.relative_path(manifest.parent)) for manifest in manifests)
+        """Return the complete checkpoints of an attempt, newest first; the manifest of one is written last.
+
+        Raises StorageError if they can't be listed.
+        """
+        folder = self.checkpoint_dir(attempt, 0).parent
+        folders = (folder / name for name in list_names(folder))
+        complete = (f for f in folders if f.name.startswith("step-") and is_existing(f / contract.MANIFEST_FILE))
+        found = (self.parse_checkpoint_path(self.relative_path(path)) for path in complete)
         return sorted((c for _, c in filter(None, found)), key=lambda checkpoint: checkpoint.step, reverse=True)
 
     def parse_checkpoint_path(self, path: str) -> tuple[int, Checkpoint] | None:
@@ -111,9 +116,14 @@ class StageFiles:
         return found
 
     def write_result(self, result: Result) -> None:
-        """Write the result, after everything else of the stage, and then the pointer by which other runs find it."""
-        finite = replace(result, metrics=keep_finite(result.metrics))
-        write_atomic(self.output / contract.RESULT_FILE, encode(finite))
+        """Write the result, after everything else of the stage, and then the pointer by which other runs find it.
+
+        Raises ValueError if the result has a value with which it would not be read again.
+        """
+        result = replace(result, metrics=keep_finite(result.metrics), seconds=max(0.0, result.seconds))
+        if problem := _describe_invalid(result):
+            raise ValueError(f"the result of stage {result.stage} can't be written: {problem}")
+        write_atomic(self.output / contract.RESULT_FILE, encode(result))
         pointer = ResultPointer(output=self.relative_path(self.output))
         write_atomic(self._result_pointer, encode(pointer))
 

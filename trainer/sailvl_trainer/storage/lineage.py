@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +20,15 @@ from sailvl_trainer.contract import Checkpoint, Lineage, NonFinite, Skip
 from sailvl_trainer.errors import Preempted, StorageError
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.documents import find_document, is_count, set_aside
-from sailvl_trainer.storage.files import describe_unavailable, sync_directory, translate_storage_errors, write_atomic
+from sailvl_trainer.storage.files import (
+    describe_unavailable,
+    is_existing,
+    list_names,
+    sync_directory,
+    translate_read_errors,
+    translate_storage_errors,
+    write_atomic,
+)
 from sailvl_trainer.storage.layout import StageFiles
 
 LINEAGE_NAME = re.compile(r"(\d{1,9})\.json", re.ASCII)
@@ -44,14 +53,14 @@ def check_not_superseded(files: StageFiles, attempt: int) -> None:
     """
     _check_no_later_attempt(files, attempt)
     path = lineage_path(files, attempt)
-    if not path.exists():
+    if not is_existing(path):
         raise StorageError(describe_unavailable(path, errno.ENOENT))
 
 
 def find_newest_attempt(files: StageFiles) -> int:
-    """Return the number of the latest attempt that has claimed the stage, or 0 if none has."""
-    names = (path.name for path in files.attempts.glob("*.json"))
-    return max((int(found[1]) for found in map(LINEAGE_NAME.fullmatch, names) if found), default=0)
+    """Return the number of the latest attempt that has claimed the stage, or 0 if none has. Raises StorageError."""
+    names = map(LINEAGE_NAME.fullmatch, list_names(files.attempts))
+    return max((int(found[1]) for found in names if found), default=0)
 
 
 def begin_attempt(
@@ -77,12 +86,14 @@ def begin_attempt(
 def read_lineage(files: StageFiles, attempt: int) -> Lineage | None:
     """Return an attempt's lineage; None if the attempt never chose a checkpoint, or if the file can't be used.
 
-    The file itself is the attempt's claim, whatever it holds, so it stays in its place.
+    The file itself is the attempt's claim, whatever it holds, so it stays in its place. Raises StorageError if it can't
+    be read: without it, the checkpoints that it leads to would look like those of no attempt.
     """
     path = lineage_path(files, attempt)
     try:
-        if path.stat().st_size == 0:
-            return None
+        with translate_read_errors(path):
+            if path.stat().st_size == 0:
+                return None
     except OSError:
         return None
 
@@ -149,10 +160,16 @@ def _choose_start(
 
 
 def _replace_lineage(files: StageFiles, lineage: Lineage) -> None:
-    """Write the lineage over the claim, which exists throughout; content that can't be used is kept beside it."""
+    """Write the lineage over the claim, which exists throughout; content that can't be used is kept beside it.
+
+    A folder is renamed first, since no file can replace it.
+    """
     path = lineage_path(files, lineage.attempt)
-    if path.stat().st_size > 0:
-        set_aside(path, keep=True)
+    with translate_storage_errors(path):
+        claim = os.lstat(path)
+    is_folder = stat.S_ISDIR(claim.st_mode)
+    if is_folder or claim.st_size > 0:
+        set_aside(path, keep=not is_folder)
     write_atomic(path, encode(lineage))
 
 

@@ -20,14 +20,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sailvl_trainer.contract import MANIFEST_FILE
-from sailvl_trainer.errors import ConfigError
+from sailvl_trainer.errors import ConfigError, StorageError
 from sailvl_trainer.rank.collectives import all_gather_values
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.data_files import DataRoots
-from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors, write_atomic
+from sailvl_trainer.storage.files import (
+    describe_unreadable,
+    explain_storage_error,
+    is_existing,
+    list_names,
+    sync_directory,
+    sync_file,
+    translate_storage_errors,
+    write_atomic,
+)
 from sailvl_trainer.storage.hashes import FileHash, HashedFile, describe_difference, hash_file
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.storage.lineage import find_newest_attempt, iter_checkpoints
+from sailvl_trainer.storage.lineage import find_newest_attempt, iter_checkpoints, read_lineage
 from sailvl_trainer.train.checkpoint_manifest import (
     CheckpointManifest,
     DamagedCheckpointError,
@@ -98,15 +107,18 @@ def delete_old_checkpoints(files: StageFiles, attempt: int, keep: int) -> list[P
 
     It is called after each save, and at an attempt's start to free what a failed save has left. Manifests are deleted
     first, so that a half-deleted folder isn't taken for a checkpoint. An attempt that a later one has superseded
-    deletes nothing, since the later one may have started from any of them. At least one checkpoint is kept.
+    deletes nothing, since the later one may have started from any of them. Neither does one whose own lineage can't be
+    used, and a lineage without checkpoints deletes no complete one. At least one checkpoint is kept. Raises
+    StorageError, before anything is deleted, if a lineage or a folder can't be read.
     """
-    if find_newest_attempt(files) > attempt:
+    if find_newest_attempt(files) > attempt or read_lineage(files, attempt) is None:
         return []
     retained = {
         files.storage / checkpoint.path for checkpoint in list(iter_checkpoints(files, attempt))[: max(1, keep)]
     }
-    folders = (f for n in range(1, attempt + 1) for f in files.checkpoint_dir(n, 0).parent.glob("step-*"))
-    deleted = [folder for folder in folders if folder not in retained]
+    attempts = (files.checkpoint_dir(number, 0).parent for number in range(1, attempt + 1))
+    folders = (path / name for path in attempts for name in list_names(path) if name.startswith("step-"))
+    deleted = [f for f in folders if f not in retained and (retained or not is_existing(f / MANIFEST_FILE))]
     for folder in deleted:
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -195,7 +207,11 @@ def _verify_files(folder: Path, manifest: CheckpointManifest, fragments: Sequenc
 
 
 def _describe_wrong_tensor(path: Path, slices: Sequence[tuple[str, TensorSlice]]) -> str:
-    """Return which tensor of a file isn't as the manifest says; empty if all are. Only the header is read."""
+    """Return which tensor of a file isn't as the manifest says; empty if all are. Only the header is read.
+
+    The file was hashed before, so that it isn't missing: safetensors raises FileNotFoundError for whatever keeps it
+    from opening a file, such as too many open ones. Raises StorageError then.
+    """
     try:
         with safe_open(path, "pt") as file:
             for name, tensor_slice in slices:
@@ -203,8 +219,10 @@ def _describe_wrong_tensor(path: Path, slices: Sequence[tuple[str, TensorSlice]]
                     shape = file.get_slice(f"{key}:{name}").get_shape()
                     if shape != [tensor_slice.numel]:
                         return f"{key} of {name} has shape {shape}, expected {[tensor_slice.numel]}"
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         return str(error)
+    except OSError as error:
+        raise StorageError(explain_storage_error(error, path) or describe_unreadable(path, error)) from error
     return ""
 
 

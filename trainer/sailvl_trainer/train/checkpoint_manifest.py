@@ -12,7 +12,15 @@ from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint
 from sailvl_trainer.data.planner import DataPosition
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.data_files import DataRoots
-from sailvl_trainer.storage.documents import UnusableDocumentError, is_count, read_document, set_aside
+from sailvl_trainer.storage.documents import (
+    FileIdentity,
+    UnusableDocumentError,
+    identify_file,
+    is_count,
+    read_document,
+    set_aside,
+)
+from sailvl_trainer.storage.files import translate_read_errors
 from sailvl_trainer.storage.hashes import FILE_NAME, FileHash
 from sailvl_trainer.storage.layout import StageFiles
 
@@ -88,7 +96,8 @@ class DamagedCheckpointError(DataError):
 def read_checkpoint_manifest(folder: Path, digest: str) -> CheckpointManifest:
     """Return the manifest of a checkpoint of the stage with this digest.
 
-    Raises DamagedCheckpointError if the folder holds no complete checkpoint, or one of another stage.
+    Raises DamagedCheckpointError if the folder holds no complete checkpoint, or one of another stage; StorageError if
+    the manifest can't be read.
     """
     try:
         manifest = read_document(
@@ -106,31 +115,37 @@ def read_checkpoint_manifest(folder: Path, digest: str) -> CheckpointManifest:
 def is_usable_checkpoint(files: StageFiles, digest: str, checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint can be loaded, as far as its manifest and the sizes of its files show.
 
-    A manifest that can't be used is set aside, so that the folder is no checkpoint any more.
+    A manifest that can't be used is set aside, so that the folder is no checkpoint any more. Raises StorageError if it
+    can't be read, or if a file's size can't.
     """
     folder = files.storage / checkpoint.path
-    if not (folder / MANIFEST_FILE).exists():
+    identity = identify_file(folder / MANIFEST_FILE)
+    if identity is None:
         return False
     try:
         manifest = read_checkpoint_manifest(folder, digest)
         _check_sizes(folder, manifest)
     except DamagedCheckpointError as error:
-        discard_checkpoint(folder, error)
+        discard_checkpoint(folder, error, identity)
         return False
     return True
 
 
-def discard_checkpoint(folder: Path, error: DamagedCheckpointError) -> None:
-    """Set the manifest aside and log why; the next save deletes the folder, as it deletes incomplete ones."""
+def discard_checkpoint(folder: Path, error: DamagedCheckpointError, identity: FileIdentity | None = None) -> None:
+    """Set the manifest aside and log why; the next save deletes the folder, as it deletes incomplete ones.
+
+    `identity` is that of the manifest before it was read; another manifest stays.
+    """
     logger.warning("%s; training resumes from an earlier checkpoint", error)
-    set_aside(folder / MANIFEST_FILE)
+    set_aside(folder / MANIFEST_FILE, identity)
 
 
 def _check_sizes(folder: Path, manifest: CheckpointManifest) -> None:
     """Raise DamagedCheckpointError if a file is missing or has another size; nothing is read."""
     for name, file in manifest.files.items():
         try:
-            size = (folder / name).stat().st_size
+            with translate_read_errors(folder / name):
+                size = (folder / name).stat().st_size
         except OSError as error:
             raise DamagedCheckpointError(f"checkpoint file {folder / name}: {error}") from error
         if size != file.bytes:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 def run(context: Context) -> Result:
     """Run the stage and return its result, of which the first rank's counts. COLLECTIVE."""
-    started, config = time.time(), context.stage.train
+    started, config = time.monotonic(), context.stage.train
     assert config is not None, "read_stage has checked the kind"
     limit_image_memory(context.memory_bytes)
     # 1. Build what every rank needs, and find the checkpoint to resume from.
@@ -62,7 +62,7 @@ def run(context: Context) -> Result:
     loss_shuffled = _measure_validation_loss(context, model, setup, config, shuffle_images=True)
     _export(context, setup)
     metrics = {"heldOutLossBefore": loss_before, "heldOutLoss": loss_after, "heldOutLossShuffled": loss_shuffled}
-    return _build_result(context, trainer, metrics, time.time() - started)
+    return _build_result(context, trainer, metrics, time.monotonic() - started)
 
 
 def list_output_files(output: Path, storage: Path) -> list[HashedFile]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,10 +19,14 @@ from sailvl_trainer.contract import Stage
 from sailvl_trainer.curate import resume
 from sailvl_trainer.curate import stage as curate_stage
 from sailvl_trainer.curate.artifacts import CurationArtifacts, PlannedShard
+from sailvl_trainer.errors import StorageError
 from sailvl_trainer.rank.context import build_single_process_context
 from sailvl_trainer.storage.codec import decode
+from sailvl_trainer.storage.data_files import DataRoots, open_data_file
+from sailvl_trainer.storage.files import write_atomic
 from tests.support.builders.curation import build_stage, hash_shards, write_raw_folder
 from tests.support.fuzz import draw_generators, mutate_bytes
+from tests.support.read_failures import PASSING_ERRNOS, fail_calls, format_errno
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +80,10 @@ def replace_column(name: str, values: Callable[[pa.ChunkedArray], pa.Array]) -> 
     return replace
 
 
+def name_as_volume_error(column: pa.ChunkedArray) -> pa.Array:
+    return pa.StructArray.from_arrays([column.combine_chunks()], names=["errno 5"])
+
+
 DAMAGES: list[object] = [
     pytest.param(lambda path: path.write_bytes(b""), id="empty"),
     pytest.param(lambda path: os.truncate(path, path.stat().st_size // 2), id="truncated"),
@@ -83,6 +94,7 @@ TABLE_DAMAGES: list[object] = [
     *DAMAGES,
     pytest.param(lambda path: rewrite_table(path, lambda table: table.drop_columns(["path"])), id="without a column"),
     pytest.param(replace_column("offset", lambda c: c.cast(pa.float64())), id="column of another type"),
+    pytest.param(replace_column("offset", name_as_volume_error), id="column type named as an error of the volume"),
     pytest.param(replace_column("offset", lambda c: pa.repeat(pa.scalar(-5, c.type), len(c))), id="negative offset"),
     pytest.param(replace_column("key", lambda c: pa.nulls(len(c), c.type)), id="empty cells"),
 ]
@@ -111,6 +123,77 @@ def test_unusable_verified_items_are_set_aside(damage: Callable[[Path], None], o
     assert resume.has_rows(artifacts, 0)
     damage(artifacts.rows_file(0))
     assert not resume.has_rows(artifacts, 0)
+
+
+class FailingFile(io.FileIO):
+    """A file that can be opened, but not read."""
+
+    error: BaseException
+
+    def read(self, *_: object) -> bytes:
+        raise self.error
+
+    readinto = read  # type: ignore[assignment]
+
+
+READ_ERRORS = [
+    pytest.param(OSError(errno.ETIMEDOUT, "timed out"), StorageError, id="timeout"),
+    pytest.param(OSError(errno.EIO, "io"), StorageError, id="unavailable volume"),
+    pytest.param(MemoryError(), MemoryError, id="lack of memory"),
+    pytest.param(pa.lib.ArrowMemoryError("malloc of size 64 failed"), MemoryError, id="lack of memory in Arrow"),
+]
+
+
+@pytest.mark.parametrize(("error", "raised"), READ_ERRORS)
+def test_table_whose_content_cannot_be_read_stays(
+    error: BaseException, raised: type[Exception], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_failing(path: Path, roots: DataRoots) -> FailingFile:
+        file = FailingFile(path)
+        file.error = error
+        return file
+
+    artifacts = CurationArtifacts(output / "artifacts")
+    monkeypatch.setattr(resume, "open_data_file", open_failing)
+    with pytest.raises(raised):
+        resume.has_rows(artifacts, 0)
+    assert artifacts.rows_file(0).exists()
+
+
+@pytest.mark.parametrize("number", PASSING_ERRNOS, ids=format_errno)
+def test_artifact_that_cannot_be_opened_stays(number: int, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts = CurationArtifacts(output / "artifacts")
+    shard = decode(list[PlannedShard], artifacts.shards.read_bytes())[0]
+    checks: list[tuple[str, Path, Callable[[], bool]]] = [
+        ("open", artifacts.rows_file(0), lambda: resume.has_rows(artifacts, 0)),
+        ("open", artifacts.plan, lambda: resume.has_selection(artifacts)),
+        ("open", artifacts.shards, lambda: resume.has_selection(artifacts)),
+        ("stat", output / shard.split / f"{shard.name}.tar", lambda: resume.has_shard(artifacts, output, shard)),
+    ]
+    before = sorted(output.rglob("*"))
+    for call, path, check in checks:
+        with monkeypatch.context() as patch:
+            fail_calls(patch, call, path.name, number)
+            with pytest.raises(StorageError):
+                check()
+    assert sorted(output.rglob("*")) == before
+
+
+def test_good_table_written_after_a_damaged_one_was_read_stays(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts = CurationArtifacts(output / "artifacts")
+    path = artifacts.rows_file(0)
+    content = path.read_bytes()
+    os.truncate(path, 99)
+
+    def open_before_another_writes(path: Path, roots: DataRoots) -> BinaryIO:
+        file = open_data_file(path, roots)
+        write_atomic(path, content)
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "open_data_file", open_before_another_writes)
+        assert not resume.has_rows(artifacts, 0)
+    assert resume.has_rows(artifacts, 0)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -11,9 +11,15 @@ import pytest
 
 from sailvl_trainer.contract import EXPORT_DIR, ModelConfig, Result
 from sailvl_trainer.data.encoder import SampleEncoder
-from sailvl_trainer.data.shards import ShardWriter, list_shard_files, read_shard_manifest, write_shard_manifest
+from sailvl_trainer.data.shards import (
+    ShardReader,
+    ShardWriter,
+    list_shard_files,
+    read_shard_manifest,
+    write_shard_manifest,
+)
 from sailvl_trainer.data.synthetic import draw_question
-from sailvl_trainer.errors import DataError, Preempted
+from sailvl_trainer.errors import DataError, Preempted, StorageError
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank import file_verification
@@ -26,6 +32,7 @@ from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import find_newest_attempt
 from sailvl_trainer.train.dataset_cache import open_dataset
 from tests.support.builders.training import build_stage
+from tests.support.read_failures import TYPICAL_ERRNOS, fail_calls, format_errno
 
 SHARDS = 3
 
@@ -164,6 +171,29 @@ def test_damaged_set_is_a_data_error_before_training(
     damage(files[number].path)
     with pytest.raises(DataError, match=rf"{files[number].path}: .*; copy or curate the data set again"):
         open_dataset(context, [files[0].path.parent.parent], "shards", encoder)
+
+
+@pytest.mark.parametrize("number", TYPICAL_ERRNOS, ids=format_errno)
+@pytest.mark.parametrize("failing", [("open", "00001.tar"), ("stat", "00001.tar"), ("open", "manifest.json")])
+def test_set_that_cannot_be_read_is_a_storage_error(
+    failing: tuple[str, str], number: int, context: Context, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike a damaged set, it needs no other copy, so the stage is tried again."""
+    folder = context.files.storage / "set"
+    build_shards(folder / "shards")
+    fail_calls(monkeypatch, *failing, number)
+    with pytest.raises(StorageError, match=rf"{failing[1]} "):
+        open_dataset(context, [folder], "shards", encoder)
+
+
+@pytest.mark.parametrize("number", TYPICAL_ERRNOS, ids=format_errno)
+@pytest.mark.parametrize("file", ["00001.tar", "00001.arrow"])
+def test_shard_that_cannot_be_opened_is_a_storage_error(
+    file: str, number: int, files: list[HashedFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_calls(monkeypatch, "open", file, number)
+    with pytest.raises(StorageError, match=rf"{file} "):
+        ShardReader(files[0].path.parent, "00001")
 
 
 def test_files_of_this_run_are_not_read(context: Context, hashed: list[str]) -> None:

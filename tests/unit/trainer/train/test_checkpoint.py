@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage
 from sailvl_trainer.data.planner import DataPosition
-from sailvl_trainer.errors import ConfigError, DataError, TrainerError
+from sailvl_trainer.errors import ConfigError, DataError, StorageError, TrainerError
 from sailvl_trainer.rank.distributed import start_process_group
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.data_files import DataRoots
@@ -24,15 +24,13 @@ from sailvl_trainer.storage.files import write_atomic
 from sailvl_trainer.storage.hashes import hash_file
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import begin_attempt
-from sailvl_trainer.train.checkpoint import (
-    delete_old_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from sailvl_trainer.train import checkpoint
+from sailvl_trainer.train.checkpoint import delete_old_checkpoints, load_checkpoint, save_checkpoint
 from sailvl_trainer.train.checkpoint_manifest import TrainingState, is_usable_checkpoint, read_checkpoint_manifest
 from sailvl_trainer.train.engine import STATE_KEYS, Fragment
 from tests.support.builders.training import build_stage
 from tests.support.fuzz import draw_generators, mutate_bytes
+from tests.support.read_failures import PASSING_ERRNOS, fail_calls, format_errno
 
 STATE = TrainingState(step=7, tokens=70, samples=17, loss=1.5, data=DataPosition(seed=1, fingerprint="f", cursor=3))
 SHAPES = {"a.weight": (3, 4), "a.bias": (5,)}
@@ -174,8 +172,39 @@ def test_unusable_checkpoint_is_set_aside_and_an_earlier_one_is_chosen(tmp_path:
     start = begin_attempt(files, 2, is_usable=partial(is_usable_checkpoint, files, "d")).start
     assert start is not None
     assert start.step == 3
-    assert [checkpoint.step for checkpoint in files.list_checkpoints(1)] == [3]
+    assert [saved.step for saved in files.list_checkpoints(1)] == [3]
     assert len(list(files.checkpoint_dir(1, 9).glob("manifest.json.unreadable-*"))) == 1
+
+
+@pytest.mark.parametrize("number", PASSING_ERRNOS, ids=format_errno)
+@pytest.mark.parametrize(("call", "name"), [("open", MANIFEST_FILE), ("stat", "rank-00000.safetensors")])
+def test_checkpoint_that_cannot_be_read_is_not_given_up(
+    call: str, name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = StageFiles(build_stage(tmp_path))
+    begin_attempt(files, 1)
+    write(files.checkpoint_dir(1, 9), build_fragments(1))
+    with monkeypatch.context() as patch:
+        fail_calls(patch, call, name, number)
+        with pytest.raises(StorageError):
+            begin_attempt(files, 2, is_usable=partial(is_usable_checkpoint, files, "d"))
+        with pytest.raises(StorageError):
+            load_checkpoint(files.checkpoint_dir(1, 9), "d", build_fragments(1))
+    assert [saved.step for saved in files.list_checkpoints(1)] == [9]
+
+
+def test_checkpoint_is_not_damaged_if_safetensors_cannot_open_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors raises FileNotFoundError whenever it can't open a file, for example with too many open ones."""
+
+    def fail(*_: object) -> None:
+        raise FileNotFoundError("No such file or directory: x")
+
+    write(tmp_path, build_fragments(1))
+    monkeypatch.setattr(checkpoint, "safe_open", fail)
+    with pytest.raises(StorageError, match="rank-00000"):
+        load_checkpoint(tmp_path, "d", build_fragments(1))
 
 
 @pytest.mark.fuzz
