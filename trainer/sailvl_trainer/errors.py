@@ -5,7 +5,7 @@ TrainerError
 ├── DataError        65  a shard or a sample is unreadable
 ├── NonFiniteError   66  the loss or the gradient norm is NaN or infinite
 ├── OutOfMemory      67  the accelerator or the container ran out of memory
-├── StorageError     74  a volume is full or unavailable
+├── StorageError     74  a volume is full or unavailable, or a file can't be read at the moment
 ├── Preempted        75  stopped on request, with a checkpoint or nothing to lose; or superseded by a later attempt
 └── PeerLost         76  the connection to another rank was lost
 """
@@ -46,7 +46,7 @@ class OutOfMemory(TrainerError):  # noqa: N818  # named as its exit code
 
 
 class StorageError(TrainerError):
-    """A volume is full or unavailable."""
+    """A volume is full or unavailable, or a file that may be intact can't be read at the moment."""
 
     exit_code = ExitCode.STORAGE
 

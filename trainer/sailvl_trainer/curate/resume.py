@@ -131,7 +131,7 @@ def _is_usable(
     except (OSError, RefusedFileError, _UnusableTableError) as error:
         logger.warning("%s is not used: %s", path, error)
         if identity is not None:
-            set_aside(path, identity)
+            set_aside(path, identity=identity)
         return False
     return True
 

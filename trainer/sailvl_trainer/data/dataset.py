@@ -205,7 +205,7 @@ def has_lengths(path: Path, samples: int) -> bool:
             logger.warning("%s: %s", path, error)
     logger.warning("%s is damaged or of another version; all samples are measured again", path)
     if identity is not None:
-        set_aside(path, identity)
+        set_aside(path, identity=identity)
     return False
 
 

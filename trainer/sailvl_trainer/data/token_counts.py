@@ -48,7 +48,7 @@ class TokenCountFiles:
             return None
         except RefusedFileError:
             if identity is not None:
-                set_aside(path, identity)
+                set_aside(path, identity=identity)
             return None
         digest, payload = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
         if len(payload) != info.samples * DTYPE.itemsize or hashlib.sha256(payload).digest() != digest:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from sailvl_trainer.errors import StorageError
+from sailvl_trainer.storage.files import translate_read_errors
+
 Reason = Literal["irregular_file", "outside_root", "too_large", "invalid_name"]
 """Why a file is refused."""
 
@@ -34,8 +37,11 @@ class DataRoots:
 
     @classmethod
     def resolve(cls, *paths: Path | str) -> DataRoots:
-        """Follow the links in paths that the user has configured."""
-        return cls(tuple(os.path.realpath(path) for path in paths))
+        """Follow the links in paths that the user has configured, as far as they exist.
+
+        Raises StorageError if a link can't be read at the moment; all files would seem to be outside of the roots.
+        """
+        return cls(tuple(_resolve(Path(path)) for path in paths))
 
     def contains(self, path: str) -> bool:
         """Return whether a path without links is one of the roots or below one."""
@@ -81,6 +87,19 @@ def read_limited(file: BinaryIO, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise RefusedFileError("too_large", f"larger than {max_bytes} bytes")
     return data
+
+
+def _resolve(path: Path) -> str:
+    """Return a path without links; folders that don't exist, or that may not be entered, are left as they are."""
+    try:
+        with translate_read_errors(path):
+            return os.path.realpath(path, strict=True)
+    except OSError:
+        return os.path.realpath(path)
+    except StorageError as error:
+        if isinstance(error.__cause__, PermissionError):
+            return os.path.realpath(path)
+        raise
 
 
 def _open_path(path: Path | str | bytes) -> int:

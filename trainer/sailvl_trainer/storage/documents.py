@@ -92,7 +92,7 @@ def find_document(
     except UnusableDocumentError as error:
         logger.warning("%s is not used: %s", path, error)
         if identity is not None:
-            set_aside(path, identity)
+            set_aside(path, identity=identity)
         return None
 
 
@@ -119,7 +119,7 @@ def identify_file(path: Path) -> FileIdentity | None:
     return FileIdentity(device=found.st_dev, inode=found.st_ino, mtime_ns=found.st_mtime_ns)
 
 
-def set_aside(path: Path, identity: FileIdentity | None = None, *, keep: bool = False) -> None:
+def set_aside(path: Path, *, identity: FileIdentity | None = None, keep: bool = False) -> None:
     """Rename a file that can't be used, so that it can be examined; on a read-only volume it stays where it is.
 
     `identity` is that of the file before it was read: another process may have set it aside since and have written a

@@ -137,7 +137,7 @@ def discard_checkpoint(folder: Path, error: DamagedCheckpointError, identity: Fi
     `identity` is that of the manifest before it was read; another manifest stays.
     """
     logger.warning("%s; training resumes from an earlier checkpoint", error)
-    set_aside(folder / MANIFEST_FILE, identity)
+    set_aside(folder / MANIFEST_FILE, identity=identity)
 
 
 def _check_sizes(folder: Path, manifest: CheckpointManifest) -> None:

@@ -169,6 +169,17 @@ def test_file_that_cannot_be_read_does_not_differ_from_its_manifest(
         describe_difference(file, files.roots)
 
 
+@typical_errnos
+def test_files_below_a_link_that_cannot_be_read_are_not_outside_of_the_storage(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "volume")
+    fail_calls(monkeypatch, "lstat", "link", number)
+    with pytest.raises(StorageError, match="link "):
+        StageFiles(build_stage(tmp_path / "link"))
+
+
 # Files that change while they are read or replaced.
 
 
