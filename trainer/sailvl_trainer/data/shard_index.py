@@ -50,7 +50,9 @@ def read_index(path: Path, roots: DataRoots) -> pa.Table:
     content = map_file(path, roots)
     try:
         return _decode_index(content)
-    except (pa.ArrowException, struct.error, UnicodeDecodeError) as error:
+    except MemoryError:  # an ArrowException, too
+        raise
+    except (pa.ArrowException, OSError, struct.error, UnicodeDecodeError) as error:  # the content is in memory
         raise InvalidIndexError(f"not an Arrow file of uncompressed batches: {error}") from error
 
 
