@@ -134,6 +134,7 @@ def test_typical_runs_are_small() -> None:
 
 
 @pytest.mark.parametrize("is_long", [False, True], ids=["many short values", "long values"])
+@pytest.mark.slow
 def test_memory_of_the_largest_spec_is_known(is_long: bool) -> None:
     spec = build_largest_spec(is_long=is_long, max_bytes=MAX_SPEC_BYTES)
     assert spec["stages"], "one stage with every field at its limit fits"
@@ -141,6 +142,7 @@ def test_memory_of_the_largest_spec_is_known(is_long: bool) -> None:
     assert measure_held_kib(spec, Status(), runs=2) < 1536
 
 
+@pytest.mark.slow
 def test_largest_spec_of_the_schema_is_refused_and_not_held() -> None:
     spec = build_largest_spec(is_long=True, max_bytes=10**9)
     with pytest.raises(SpecError, match=rf"^spec: has \d{{7}} bytes as JSON, and may have at most {MAX_SPEC_BYTES}; "):

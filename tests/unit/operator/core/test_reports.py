@@ -189,6 +189,7 @@ def iterate_values(value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.fuzz
+@pytest.mark.slow
 def test_status_keeps_to_the_schema_whatever_workers_report():
     def check(reports: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> None:
         progress, termination, result = reports

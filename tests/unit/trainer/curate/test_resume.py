@@ -235,6 +235,7 @@ def test_truncated_shard_is_written_again(suffix: str, output: Path) -> None:
     assert not resume.has_shard(artifacts, output, shard)
 
 
+@pytest.mark.slow
 def test_attempt_with_damaged_artifacts_writes_the_same_shards(finished: Stage) -> None:
     stage = build_stage(Path(finished.storage), name="damaged")
     shutil.copytree(finished.output, stage.output)

@@ -64,6 +64,7 @@ def write_set(directory: Path, samples: list[Sample]) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_hidden_states_of_pack_equal_those_of_single_samples(dataset: ShardDataset, encoder: SampleEncoder) -> None:
     model = PackedModel(build_model(TINY, encoder.tokenizer, seed=1)).eval()
     pack = tuple(range(5))

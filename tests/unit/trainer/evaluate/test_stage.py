@@ -74,6 +74,7 @@ def test_report_is_self_contained(finished: tuple[Stage, Result]) -> None:
     assert "expected: yellow" in page
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch_size(root: Path, finished: tuple[Stage, Result]) -> None:
     config = finished[0].evaluate
     assert config is not None
@@ -91,6 +92,7 @@ def test_two_ranks_give_the_same_answers_as_one(root: Path, finished: tuple[Stag
     assert json.loads((root / "scratch-pair/result.json").read_bytes())["metrics"] == finished[1].metrics
 
 
+@pytest.mark.slow
 def test_answers_before_a_stop_are_reused(
     root: Path, finished: tuple[Stage, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def build_batch(image_token: int) -> Batch:
         pytest.param(("language",), id="language"),
     ],
 )
+@pytest.mark.slow
 def test_flops_match_the_torch_flop_counter(trained: tuple[Part, ...]) -> None:
     config = ModelConfig(preset="tiny")
     model = build_model(config, load_tokenizer(config), init_from=None, seed=0)
