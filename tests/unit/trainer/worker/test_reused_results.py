@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -71,17 +72,25 @@ def test_intact_result_that_appears_while_a_worker_waits_is_reused_by_all(
     assert not (tmp_path / "demo/curate").exists()
 
 
-def test_result_whose_files_are_missing_is_computed_again_with_a_warning(
-    start: Callable[[int], WorkerProcesses], tmp_path: Path
+def remove_files(output: Path) -> None:
+    shutil.rmtree(output / "shards")
+    shutil.rmtree(output / "held-out")
+
+
+def cut_off_shard(output: Path) -> None:
+    os.truncate(output / "shards/00000.tar", 99)
+
+
+@pytest.mark.parametrize("damage", [remove_files, cut_off_shard], ids=lambda damage: damage.__name__)
+def test_damaged_result_is_computed_again_with_a_warning(
+    damage: Callable[[Path], None], start: Callable[[int], WorkerProcesses], tmp_path: Path
 ) -> None:
     write_other_result(tmp_path)
-    shutil.rmtree(tmp_path / OTHER / "shards")
+    damage(tmp_path / OTHER)
     workers = start(1)
     workers.start()
     result = workers.wait_for_end().result
     assert result is not None, workers.read_log()
-    assert (result.output, result.reused) == ("demo/curate", False)
-    assert (tmp_path / "demo/curate/shards/00000.tar").exists()
+    assert (result.output, result.reused, result.samples) == ("demo/curate", False, SAMPLES)
     assert f"WARNING the result in {OTHER} is not reused but computed again: " in workers.read_log()
-    third = StageFiles(build_stage(tmp_path, run="third"))
-    assert third.find_result() == replace(result, reused=True), "other runs find the new result from now on"
+    assert StageFiles(build_stage(tmp_path, run="third")).find_result() == replace(result, reused=True)
