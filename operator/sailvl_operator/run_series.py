@@ -144,7 +144,7 @@ class _Statuses:
         """Return at most `limit` series of each metric, and how many are left out of each that has more."""
         included: dict[str, list[Series]] = {}
         for metric, by_namespace in self._series.items():
-            included[metric] = list(_divide_fairly(by_namespace.values(), self._limit))
+            included[metric] = list(_select_fairly(by_namespace.values(), self._limit))
             excess = sum(map(len, by_namespace.values())) - len(included[metric])
             if excess:
                 self._omitted[metric] += excess
@@ -160,7 +160,7 @@ class _Statuses:
         return metric
 
 
-def _divide_fairly(groups: Iterable[list[Series]], limit: int) -> Iterator[Series]:
+def _select_fairly(groups: Iterable[list[Series]], limit: int) -> Iterator[Series]:
     """Yield at most `limit` series; a group that has less than its equal share leaves the rest to larger ones."""
     by_size = sorted(groups, key=len)
     for position, group in enumerate(by_size):
