@@ -77,9 +77,14 @@ def find_refused(path: Path, source: str, refused: Iterable[RefusedWord]) -> lis
     names = [Name(identifier=path.stem, line=1), *collect_names(tree)]
     texts = [*collect_strings(tree), *collect_comments(source)]
     found: list[Occurrence] = []
+    parts = {part for name in names for part in split_identifier(name.identifier)}
+    tokens = {token for text in texts for token in text.tokens}
     for word in refused:
-        found += _find_in_names(path, names, word)
-        found += _find_in_texts(path, texts, word)
+        forms = inflect(word.word.lower().strip("_").split()[0])
+        if not parts.isdisjoint(forms):
+            found += _find_in_names(path, names, word)
+        if not tokens.isdisjoint(forms):
+            found += _find_in_texts(path, texts, word)
     return sorted(found, key=lambda occurrence: (occurrence.line, occurrence.refused.word))
 
 
@@ -120,11 +125,12 @@ def collect_names(tree: ast.AST) -> Iterator[Name]:
 
 def collect_strings(tree: ast.AST) -> Iterator[Text]:
     """Yield all strings; one that is a statement is a docstring, which includes those of attributes."""
-    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
-        match node:
-            case ast.Constant(value=str(text)):
-                yield _build_text("docstring" if id(node) in statements else "string", text, node.lineno)
+    statements: set[int] = set()
+    for node in ast.walk(tree):  # which comes to a statement before its value
+        if isinstance(node, ast.Expr):
+            statements.add(id(node.value))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield _build_text("docstring" if id(node) in statements else "string", node.value, node.lineno)
 
 
 def collect_comments(source: str) -> Iterator[Text]:

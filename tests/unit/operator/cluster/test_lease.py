@@ -130,6 +130,7 @@ async def test_lost_response_of_a_renewal_does_not_lose_the_lease(lost):
         assert holder(api) == ("", 2)
 
 
+@pytest.mark.slow
 async def test_release_is_limited_in_time():
     async with candidates("a") as (api, _, (a,)):
         assert await is_acquired(a, 5.0)

@@ -106,6 +106,7 @@ async def test_deferred_keys_wait_for_the_end_of_backpressure_and_then_come_toge
     assert sorted((key, is_due) for key, _, is_due in found) == [("a", True), ("b", True), ("c", True)]
 
 
+@pytest.mark.slow
 async def test_deferral_is_limited_in_time(loaded):
     queue, _ = loaded
     queue.defer("a")

@@ -75,9 +75,10 @@ def test_stage_that_measures_no_held_out_samples_reports_no_held_out_loss(root: 
     assert run_stage(stage).metrics.keys() == {"loss", "skippedSamples"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop",
-    [pytest.param(2, id="between checkpoints"), pytest.param(-1, id="after the last step", marks=pytest.mark.slow)],
+    [pytest.param(2, id="between checkpoints"), pytest.param(-1, id="after the last step")],
 )
 def test_stop_saves_a_checkpoint_and_the_resume_is_bit_identical(
     stop: int, root: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
