@@ -181,6 +181,7 @@ def _build_progress_reader(shared: _Shared, owned_objects: OwnedObjects) -> Prog
         has_backpressure=shared.has_backpressure,
         monotonic=shared.monotonic,
         count_error=shared.metrics.count_loop_error,
+        count_omitted=shared.metrics.omitted_metrics.inc,
     )
 
 

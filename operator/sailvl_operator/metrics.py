@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from sailvl_operator.core.reports import MAX_METRICS
+
 Ages = Callable[[], Iterable[tuple[str, float]]]
 """Function that returns the name of each watched resource and the seconds since its watch last received data."""
 
@@ -70,6 +72,11 @@ class Metrics:
             "sailvl_operator_progress_reads",
             "Requests to /progress of running attempts by outcome: ok or failed.",
             ("outcome",),
+            registry=registry,
+        )
+        self.omitted_metrics = Counter(
+            "sailvl_operator_omitted_metrics",
+            f"Metrics in answers of /progress that were left out: an attempt had reported {MAX_METRICS} other names.",
             registry=registry,
         )
         self.loop_errors = Counter(

@@ -24,6 +24,7 @@ import aiohttp
 from sailvl_operator.api.untrusted import DocumentError, clean_line
 from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
 from sailvl_operator.cluster.fair_queue import FairQueue, divide_fairly
+from sailvl_operator.cluster.metric_names import MetricNames
 from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.runs import RunKey, RunStore
 from sailvl_operator.core.observe import AttemptKey, PodRecord
@@ -84,7 +85,7 @@ class ProgressReader:
     `interval_seconds`: time between rounds of reads; 0 disables them. `pods`: returns all known pods. `on_change`:
     called with the run's key when its progress changes. `count`: called with the outcome of each read (ok, failed).
     `port`: port of the workers. `may_read`: whether a worker may have an address. `count_error`: called for each
-    unexpected error.
+    unexpected error. `count_omitted`: called with the number of metrics that an answer had in excess.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class ProgressReader:
         monotonic: Callable[[], float] = time.monotonic,
         may_read: Callable[[str], bool] = is_worker_address,
         count_error: CountError = ignore_count,
+        count_omitted: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._interval_seconds = interval_seconds
         self._pods = pods
@@ -114,6 +116,7 @@ class ProgressReader:
         self._slots = asyncio.Semaphore(_CONCURRENCY)
         self._documents: dict[RunKey, dict[AttemptKey, tuple[str, Progress]]] = {}  # with the run's UID
         self._errors: dict[RunKey, dict[AttemptKey, tuple[str, str]]] = {}  # with the run's UID
+        self._metric_names = MetricNames(count_omitted)
         self._schedules: dict[str, _Schedule] = {}  # by the pod's UID
         self._reads: dict[str, asyncio.Task[None]] = {}  # reads that have not ended, by the pod's UID
         self._write_intervals: dict[str, float] = {}  # by namespace
@@ -134,6 +137,7 @@ class ProgressReader:
 
     def forget(self, key: RunKey, is_closed: Callable[[str, int], bool]) -> None:
         """Remove progress and errors of closed attempts."""
+        self._metric_names.forget(key, is_closed)
         _drop_closed(self._documents, key, is_closed)
         _drop_closed(self._errors, key, is_closed)
 
@@ -250,6 +254,7 @@ class ProgressReader:
         key, attempt = (pod.namespace, pod.run), (pod.stage, pod.attempt)
         if document.attempt != pod.attempt:
             return  # the pod's address already belongs to a worker of another attempt
+        document = self._metric_names.restrict(pod, document)
         documents = self._documents.setdefault(key, {})
         before = documents.get(attempt)
         self._errors.get(key, {}).pop(attempt, None)

@@ -11,6 +11,7 @@ from aiohttp.test_utils import TestServer
 from msgspec.structs import replace
 
 from sailvl_operator.cluster.progress import ProgressReader
+from sailvl_operator.core.reports import MAX_METRICS
 from sailvl_trainer.contract import Progress
 from tests.support.builders.operator import build_pod
 
@@ -32,7 +33,7 @@ class Worker:
 
 @pytest.fixture
 async def reading():
-    worker, changes, outcomes = Worker(), [], []
+    worker, changes, outcomes, omitted = Worker(), [], [], []
     app = web.Application()
     app.router.add_get("/progress", worker.answer)
     async with TestServer(app, host="127.0.0.1") as server:
@@ -46,6 +47,7 @@ async def reading():
             has_backpressure=lambda: world.has_backpressure,
             port=server.port,
             may_read=lambda ip: True,
+            count_omitted=omitted.append,
         )
         async with reader.build_session() as session:
             world = SimpleNamespace(
@@ -53,6 +55,7 @@ async def reading():
                 worker=worker,
                 changes=changes,
                 outcomes=outcomes,
+                omitted=omitted,
                 pods=pods,
                 reader=reader,
                 read=lambda: reader.read_due(session),
@@ -80,6 +83,20 @@ async def test_progress_of_an_earlier_run_with_the_same_name_is_ignored(reading)
     reading.pods[:] = [replace(pod, run_uid="new") for pod in reading.pods]
     await reading.read()
     assert reading.changes == [KEY, KEY], "the same progress of another run is a change"
+
+
+async def test_attempt_may_not_report_other_metrics_in_every_answer(reading):
+    found = set()
+    for answer in range(5):
+        metrics = {f"a{answer}-{n}": 1.0 for n in range(MAX_METRICS)}
+        reading.worker.document = asdict(Progress(attempt=1, phase="running", step=answer, metrics=metrics))
+        await reading.read()
+        found.update(reading.reader.get(KEY, "u")["curate", 1].metrics)
+    assert len(found) == MAX_METRICS
+    assert reading.omitted == [MAX_METRICS] * 4
+    reading.reader.forget(KEY, lambda *_: True)
+    await reading.read()
+    assert len(reading.reader.get(KEY, "u")["curate", 1].metrics) == MAX_METRICS
 
 
 @pytest.mark.parametrize(
