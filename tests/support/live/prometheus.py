@@ -132,6 +132,9 @@ def build_limits(monitor: dict[str, Any]) -> dict[str, Any]:
         "follow_redirects": endpoint.get("followRedirects", True),
         "sample_limit": spec.get("sampleLimit", 0),
         "body_size_limit": spec.get("bodySizeLimit", "0"),
+        "label_limit": spec.get("labelLimit", 0),
+        "label_name_length_limit": spec.get("labelNameLengthLimit", 0),
+        "label_value_length_limit": spec.get("labelValueLengthLimit", 0),
         "metric_relabel_configs": [_to_snake_case(rule) for rule in endpoint.get("metricRelabelings", [])],
     }
 

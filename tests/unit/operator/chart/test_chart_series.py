@@ -6,6 +6,8 @@ import json
 import re
 from collections import Counter as Tally
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Metric
@@ -15,6 +17,7 @@ from sailvl_operator.api.status import Goodput, StageProgress, StageStatus, Stat
 from sailvl_operator.core.desired.manifests import build_attempt_labels, build_service
 from sailvl_operator.metrics import Metrics, OperatorCollector
 from sailvl_operator.run_series import RunCollector
+from sailvl_trainer.curate.report import OUTCOME_LABELS
 from sailvl_trainer.rank.metrics import TrainerMetrics
 from tests.support.builders.operator import build_run
 from tests.support.chart import SCENARIOS, find_helm, find_object, get_pod_template, render, render_text
@@ -22,6 +25,8 @@ from tests.support.chart import SCENARIOS, find_helm, find_object, get_pod_templ
 pytestmark = pytest.mark.skipif(
     find_helm() is None, reason="helm is neither in PATH nor built (`make cluster` builds it)"
 )
+
+TRAINER = Path(__file__).parents[4] / "trainer/sailvl_trainer"
 
 
 def is_selected(selector: dict[str, str], labels: dict[str, str]) -> bool:
@@ -60,13 +65,78 @@ def test_pod_monitor_matches_workers_in_all_namespaces() -> None:
     assert monitor["namespaceSelector"] == {"any": True}
 
 
-def test_pod_monitor_takes_the_series_of_the_trainer_alone() -> None:
+def get_worker_endpoint() -> dict[str, Any]:
     [endpoint] = find_object(render("monitored"), "PodMonitor")["spec"]["podMetricsEndpoints"]
-    keep, drop = endpoint["metricRelabelings"]
-    assert (keep["action"], keep["sourceLabels"]) == ("keep", ["__name__"])
-    passed = {name for name in describe_series() if re.fullmatch(keep["regex"], name)}
-    assert passed == {f.name + ("_total" if f.type == "counter" else "") for f in collect_trainer_metrics()}
-    assert drop == {"action": "labeldrop", "regex": "exported_.*"}
+    return endpoint
+
+
+IN_OPERATOR = {"sailvl_score", "sailvl_result"}
+"""Metrics whose names a worker can choose; those of the operator have them as well, limited."""
+ACTIVITIES = re.compile(r'(?:telemetry\.activity|pool\.run|pool\.run_on_first_rank|self\._activity)\(\s*"(\w+)"')
+OUTCOMES = re.compile(r'count_samples\("(\w+)"')
+
+
+def list_label_values() -> dict[str, set[str]]:
+    """Return the values of the labels of the trainer's series, which its sources name."""
+    sources = [path.read_text() for path in TRAINER.rglob("*.py")]
+    activities, outcomes = ({name for s in sources for name in p.findall(s)} for p in (ACTIVITIES, OUTCOMES))
+    return {
+        "activity": activities | {"starting"},
+        "kind": {"resident", "accelerator_peak"},
+        "outcome": outcomes | set(OUTCOME_LABELS),
+    }
+
+
+def test_pod_monitor_takes_every_series_of_the_trainer() -> None:
+    keep, label_keep = get_worker_endpoint()["metricRelabelings"]
+    assert keep["sourceLabels"] == ["__name__", "activity", "kind", "outcome"]
+    values = list_label_values()
+    for family in collect_trainer_metrics():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = describe_series()[name] - {"run", "stage"}
+        if name in IN_OPERATOR:
+            continue
+        for value in values[labels.pop()] if labels else [""]:
+            series = ";".join([name, *(value if value in values[label] else "" for label in values)])
+            assert re.fullmatch(keep["regex"], series), series
+        assert all(re.fullmatch(label_keep["regex"], label) for label in describe_series()[name])
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        "sailvl_operator_leading;;;",
+        "sailvl_runs;;;",
+        "sailvl_score;;;",
+        "sailvl_loss;training;;",
+        "sailvl_loss;;;trained",
+        "sailvl_activity_seconds_total;;;",
+        "sailvl_activity_seconds_total;a7f3;;",
+        "sailvl_activity_seconds_total;training;resident;",
+        "sailvl_samples_total;;;trained2",
+    ],
+)
+def test_pod_monitor_takes_no_other_series(series: str) -> None:
+    keep, _ = get_worker_endpoint()["metricRelabelings"]
+    assert not re.fullmatch(keep["regex"], series)
+
+
+def test_pod_monitor_labels_the_series_as_the_pod_is_labelled() -> None:
+    monitor, endpoint = find_object(render("monitored"), "PodMonitor")["spec"], get_worker_endpoint()
+    found = {rule["targetLabel"]: rule["sourceLabels"] for rule in endpoint["relabelings"]}
+    sources = {"run": names.LABEL_RUN, "stage": names.LABEL_STAGE}
+    prefix = "__meta_kubernetes_pod_label_"
+    assert found == {label: [prefix + re.sub(r"\W", "_", source)] for label, source in sources.items()}
+    assert endpoint["honorLabels"] is False
+    _, label_keep = endpoint["metricRelabelings"]
+    assert label_keep["action"] == "labelkeep"
+    kept = label_keep["regex"].split("|")
+    assert {"__name__", *TARGET_LABELS, "run", "stage"} < set(kept)
+    assert not any(re.fullmatch(label_keep["regex"], name) for name in ("exported_run", "benchmark", "metric", "x"))
+    assert len(kept) <= monitor["labelLimit"]
+    assert max(map(len, kept)) <= monitor["labelNameLengthLimit"]
+    assert monitor["labelValueLengthLimit"] >= 63 + 1 + 253, "namespace/name of the PodMonitor is the job"
+    assert monitor["sampleLimit"] >= 2 * (20 + sum(map(len, list_label_values().values())))
 
 
 def collect_trainer_metrics() -> list[Metric]:
