@@ -105,7 +105,9 @@ def test_series_have_the_namespace_and_the_pod_of_their_target(tmp_path: Path, s
         f"sailvl_{name}" for name in ("loss", "mfu", "pack_fill", "step")
     }
     expected = TARGET | {"job": "sail/train-sailvl-operator-workers"}
-    assert [{k: v for k, v in series.items() if k not in ("__name__", "instance")} for series in labels] == [expected] * 4
+    assert [{k: v for k, v in series.items() if k not in ("__name__", "instance")} for series in labels] == [
+        expected
+    ] * 4
     assert all(series["instance"].startswith("127.0.0.1:") for series in labels)
 
 
