@@ -130,11 +130,11 @@ def test_pod_monitor_labels_the_series_as_the_pod_is_labelled() -> None:
     assert endpoint["honorLabels"] is False
     _, label_keep = endpoint["metricRelabelings"]
     assert label_keep["action"] == "labelkeep"
-    kept = label_keep["regex"].split("|")
-    assert {"__name__", *TARGET_LABELS, "run", "stage"} < set(kept)
+    labels = label_keep["regex"].split("|")
+    assert {"__name__", *TARGET_LABELS, "run", "stage"} < set(labels)
     assert not any(re.fullmatch(label_keep["regex"], name) for name in ("exported_run", "benchmark", "metric", "x"))
-    assert len(kept) <= monitor["labelLimit"]
-    assert max(map(len, kept)) <= monitor["labelNameLengthLimit"]
+    assert len(labels) <= monitor["labelLimit"]
+    assert max(map(len, labels)) <= monitor["labelNameLengthLimit"]
     assert monitor["labelValueLengthLimit"] >= 63 + 1 + 253, "namespace/name of the PodMonitor is the job"
     assert monitor["sampleLimit"] >= 2 * (20 + sum(map(len, list_label_values().values())))
 
