@@ -192,6 +192,8 @@ class StageStatus(StatusStruct, frozen=True, kw_only=True):
     grew."""
     progress_at_last_failure: Count = 0
     """Saved progress, in units of progress.step, at the most recent counted restart."""
+    short_attempts: Count = 0
+    """Number of attempts in a row that failed within 30 seconds of their start. The backoff grows with it."""
     node_failures: Annotated[dict[str, Count], Meta(max_length=32)] = {}
     """Number of failed attempts by the node that caused the failure."""
     digest: Annotated[str, Meta(max_length=64)] = ""

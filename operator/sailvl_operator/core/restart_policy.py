@@ -1,7 +1,8 @@
 """Apply `spec.restartPolicy`: restart a failed attempt, or fail the stage once the budget of the cause is used up.
 
-A restart counts against its budget only as long as the stage has saved no progress since the last failure. Nodes that
-fail too often are excluded from further attempts of the stage.
+A restart counts against its budget only as long as the stage has saved no progress since the last failure. The backoff
+also grows with each attempt in a row that ended soon after its start, whatever its workers report: a worker can claim
+any cause and any progress. Nodes that fail too often are excluded from further attempts of the stage.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ _ADVICE: dict[str, str] = {
     Cause.OUT_OF_MEMORY: "raise the memory limit, or lower packTokens or packTiles",
 }
 """Advice to the user by cause; other causes have no general remedy."""
+SHORT_ATTEMPT_SECONDS = 30.0
+"""An attempt that ended earlier after its start is a short one."""
+_UNDELAYED_RESTARTS = 3
+"""Restarts in a row that follow at once after Preempted and Infra."""
 _MAX_TRACKED_NODES = 32
 """Nodes whose failures the status counts, those with the most failures first."""
 _MAX_INHERITED_ATTEMPTS = 10_000
@@ -48,6 +53,7 @@ def restart_or_fail(view: StageView, diagnosis: Diagnosis) -> StageTransition:
     """Return the transition to the next attempt if the budget of the cause allows one, else to Failed."""
     status = msgspec.structs.replace(view.latest, last_failure=diagnosis.failure)
     status = _count_node_failure(status, diagnosis.suspect_node)
+    status = msgspec.structs.replace(status, short_attempts=_count_short_attempts(view))
     counted = _find_counted_restarts(view, status)
     if may_restart(Cause(diagnosis.failure.cause), counted, view.run.spec.restart_policy):
         return _restart(view, status, counted, diagnosis)
@@ -113,7 +119,8 @@ def find_excluded_nodes(status: StageStatus, policy: RestartPolicy) -> tuple[str
 def _restart(view: StageView, failed: StageStatus, counted: Mapping[str, int], diagnosis: Diagnosis) -> StageTransition:
     cause, message = Cause(diagnosis.failure.cause), diagnosis.failure.message
     seed = f"{view.run.uid}/{failed.name}/{failed.attempt}"
-    wait = _choose_backoff_seconds(cause, counted, seed, view.defaults)
+    restarts = max(counted.get(cause, 0), failed.short_attempts - 1)
+    wait = _choose_backoff_seconds(cause, restarts, seed, view.defaults)
     status = msgspec.structs.replace(
         bump_attempt(failed, after=diagnosis.superseded_by),
         state="Restarting",
@@ -130,16 +137,29 @@ def _restart(view: StageView, failed: StageStatus, counted: Mapping[str, int], d
     return StageTransition(view=view, status=status, events=(event, *_report_excluded_nodes(view, status)))
 
 
-def _choose_backoff_seconds(cause: Cause, counted: Mapping[str, int], seed: str, defaults: Defaults) -> float:
+def _choose_backoff_seconds(cause: Cause, restarts: int, seed: str, defaults: Defaults) -> float:
     """Return the seconds before the next attempt: none for the first infrastructure failures, else doubling.
 
-    The jitter of up to a quarter is derived from `seed`, so that a restarted operator waits equally long.
+    `restarts` is the number of restarts in a row before this one. The jitter of up to a quarter is derived from `seed`,
+    so that a restarted operator waits equally long.
     """
-    if cause in (Cause.PREEMPTED, Cause.INFRA) and counted.get(cause, 0) < 3:
+    if cause in (Cause.PREEMPTED, Cause.INFRA) and restarts < _UNDELAYED_RESTARTS:
         return 0.0
-    doubled = defaults.backoff_seconds * 2.0 ** min(counted.get(cause, 0), 10)
+    doubled = defaults.backoff_seconds * 2.0 ** min(restarts, 10)
     jitter = hashlib.sha256(seed.encode()).digest()[0] / 255 / 4
     return float(min(doubled, defaults.backoff_limit_seconds) * (1 + jitter))
+
+
+def _count_short_attempts(view: StageView) -> int:
+    """Return how many attempts in a row were short, the failed one included; 0 if that one wasn't.
+
+    Only times that the API server sets are read, because workers can report any time.
+    """
+    jobs = (view.attempt.job, view.attempt.gone_job, view.attempt.altered_job)
+    starts = [job.started or job.created for job in jobs if job is not None]
+    starts += [pod.created for pod in view.attempt.pods]
+    is_short = view.now - min(starts, default=view.now) < SHORT_ATTEMPT_SECONDS
+    return view.status.short_attempts + 1 if is_short else 0
 
 
 def _find_counted_restarts(view: StageView, status: StageStatus) -> Mapping[str, int]:
@@ -150,11 +170,15 @@ def _find_counted_restarts(view: StageView, status: StageStatus) -> Mapping[str,
 def _find_saved_step(view: StageView, status: StageStatus) -> int:
     """Return the step from which a new attempt continues.
 
-    Training continues from its checkpoint; curation and evaluation keep everything that they have done.
+    Training continues from its checkpoint; curation and evaluation keep everything that they have done. A step beyond
+    the stage's last one is no progress.
     """
+    steps = 0 if status.progress is None else status.progress.steps
     if view.planned.kind in ("curate", "evaluate"):
-        return 0 if status.progress is None else status.progress.step
-    return 0 if status.checkpoint is None else status.checkpoint.step
+        saved = 0 if status.progress is None else status.progress.step
+    else:
+        saved = 0 if status.checkpoint is None else status.checkpoint.step
+    return min(saved, steps) if steps else saved
 
 
 def _count_node_failure(status: StageStatus, node: str) -> StageStatus:

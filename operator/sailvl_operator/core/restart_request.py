@@ -41,6 +41,7 @@ def restart_on_request(view: StageView) -> StageTransition | None:
         bump_attempt(view.latest),
         state="Restarting",
         counted_restarts={},
+        short_attempts=0,
         node_failures={},
         next_attempt_time="",
         completion_time="",

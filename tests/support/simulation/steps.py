@@ -146,6 +146,13 @@ def fail_worker(walk: RandomWalk) -> str:
     return f"{pod['metadata']['name']}: {int(code)} {reason}"
 
 
+def claim_preemption(walk: RandomWalk) -> str:
+    """Let all workers exit as preempted as soon as they run, for a while."""
+    walk.cluster.workers.claim_preemption = True
+    walk.cluster.call_later(5.0, 500.0, lambda: setattr(walk.cluster.workers, "claim_preemption", False))
+    return "for a while"
+
+
 def degrade_network(walk: RandomWalk) -> str:
     conditions, draw = walk.network.conditions, walk.rng.choice
     conditions.error_rate, conditions.lost_answer_rate = draw([0.0, 0.1, 0.5]), draw([0.0, 0.1, 0.4])
@@ -275,6 +282,7 @@ STEPS: tuple[tuple[WalkStep, int], ...] = (
     (restart_ranks_in_place, 1),
     (finish_stage, 8),
     (fail_worker, 8),
+    (claim_preemption, 1),
     (degrade_network, 2),
     (cut_network, 1),
     (occupy_name, 1),

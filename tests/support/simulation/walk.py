@@ -1,6 +1,6 @@
 """A random walk, drawn from a seed: a whole operator lives through faults and edits in a simulated cluster.
 
-`steps.py` and `users.py` have what may happen, `invariants.py` what must hold whatever happens.
+`steps.py` and `users.py` have what may happen, the modules of invariants what must hold whatever happens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tests.support.operator_process import OperatorProcess
 from tests.support.simulation.client import ProgressEndpoints, SimulatedClient
 from tests.support.simulation.clock import run_in_virtual_time
 from tests.support.simulation.cluster import NAMESPACE, SimulatedCluster
-from tests.support.simulation.invariants import CONTINUOUS_INVARIANTS, QUIESCENT_INVARIANTS, InvariantChecker
+from tests.support.simulation.cluster_invariants import CONTINUOUS_INVARIANTS, QUIESCENT_INVARIANTS
+from tests.support.simulation.invariants import InvariantChecker
 from tests.support.simulation.network import Network, OperatorConnection
 from tests.support.simulation.steps import STEPS
 from tests.support.simulation.users import create_run, remove_obstacles

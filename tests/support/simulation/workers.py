@@ -53,6 +53,8 @@ class SimulatedWorkers:
         self.gangs: dict[str, Gang] = {}
         self.must_succeed = False
         """Whether every gang finishes by itself, without a failure."""
+        self.claim_preemption = False
+        """Whether every gang exits as preempted as soon as it runs, and reports a checkpoint that is one step newer."""
         self.exits: list[tuple[str, str, int, int]] = []
         """Job's uid, stage, attempt and exit code of every worker that ended."""
 
@@ -90,6 +92,9 @@ class SimulatedWorkers:
             gang.is_hung = gang.is_finishing = False  # a suspended Job has new pods
             if self.get_stored(gang).result is not None or self.must_succeed:
                 self._cluster.call_later(1.0, 20.0, self.finish, gang)
+            elif self.claim_preemption:
+                gang.step = min(STEPS_PER_STAGE, gang.step + 1)
+                self._save_and_exit(gang, 0.1)
 
     def train(self, gang: Gang, steps: int, *, saves: bool) -> None:
         """Advance a gang by some steps and save a checkpoint if `saves`."""
@@ -157,7 +162,13 @@ class SimulatedWorkers:
             return
         gang.is_finishing = True
         self.get_stored(gang).step = gang.step
-        text = json.dumps({"exit_code": int(ExitCode.PREEMPTED), "message": "checkpoint saved"})
+        text = json.dumps(
+            {
+                "exit_code": int(ExitCode.PREEMPTED),
+                "message": "checkpoint saved",
+                "checkpoint": asdict(self._build_checkpoint(gang)),
+            }
+        )
         for pod in self.list_running_pods(gang):
             self._cluster.call_later(
                 seconds, seconds + 1.0, self._end, pod["metadata"]["uid"], int(ExitCode.PREEMPTED), text
@@ -179,10 +190,14 @@ class SimulatedWorkers:
             tokens=gang.step * 4096,
             eta_seconds=float(STEPS_PER_STAGE - gang.step),
             metrics={"loss": 1.0 + 1.0 / (1 + gang.step)},
-            checkpoint=Checkpoint(step=stored, path=f"{gang.stage.output}/checkpoints/{stored}") if stored else None,
+            checkpoint=self._build_checkpoint(gang) if stored else None,
             seconds=dict(gang.seconds),
             time=self._cluster.api.clock(),
         )
+
+    def _build_checkpoint(self, gang: Gang) -> Checkpoint:
+        step, folder = self.get_stored(gang).step, gang.stage.output.removeprefix(f"{gang.stage.storage}/")
+        return Checkpoint(step=step, path=f"{folder}/checkpoints/{step}")
 
     def _result(self, gang: Gang) -> Result:
         document = gang.stage
