@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ def write_raw_folder(folder: Path, number: int = 40) -> Path:
         (folder / name).with_suffix(".txt").write_text("a caption")
     (folder / "silent.png").write_bytes(first)
     return folder
+
+
+def build_tar(path: Path, files: dict[str, bytes]) -> Path:
+    """Write a tar of the given files and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
 
 
 def build_stage(root: Path, *, name: str = "curate", **changes: Any) -> Stage:

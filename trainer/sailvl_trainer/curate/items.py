@@ -40,6 +40,10 @@ REFUSED_OUTCOMES: dict[Reason, str] = {
 """Outcome of an item whose file is refused, by the reason."""
 
 
+def ignore_progress() -> None:
+    """Do nothing; the default where a caller may pass a function that is called again and again during long reading."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourcePartition:
     """A part of a source that one rank lists: an image folder, a tar, or a set of synthetic images."""

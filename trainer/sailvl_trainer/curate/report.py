@@ -47,7 +47,7 @@ OUTCOME_LABELS = {
     "missing": "file missing",
     "irregular_file": "not a regular file",
     "outside_source": "link to a file outside of the source",
-    "bad_record": "invalid line in a caption file",
+    "bad_record": "invalid record",
     "broken_tar": "tar truncated or damaged",
 }
 PLOT_STYLE = {

@@ -2,7 +2,8 @@
 
 An artifact is written atomically, but a power loss, a full volume or another run of the same claim may have damaged it
 since. Each one is read as a whole before it is used; one that can't be used is set aside and made again. One that can't
-be read at the moment, or for which memory is lacking, ends the attempt instead. Called by stage.py.
+be read at the moment, or for which memory is lacking, ends the attempt instead. `on_progress` is called again and again
+during long reading; an error that it raises ends it. Called by stage.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sailvl_trainer.curate.artifacts import ARROW_TYPES, CurationArtifacts, PlannedShard
-from sailvl_trainer.curate.items import Item, SourcePartition
+from sailvl_trainer.curate.items import Item, SourcePartition, ignore_progress
 from sailvl_trainer.curate.verify import VerifiedItem
 from sailvl_trainer.data.shards import ShardInfo
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file
@@ -29,6 +30,11 @@ from sailvl_trainer.storage.files import translate_read_errors
 
 LEAST_VALUES = {"offset": 0, "size": -1, "index": -1, "item": 0, "shard": 0, "position": 0}
 """Smallest possible values of integer columns; -1 means that there is none."""
+MAX_GROUP_ROWS = 1 << 17
+"""Largest number of rows of a row group: DuckDB's default is 122,880. Without a limit, a forged file of some kilobytes
+could have so many rows that reading them takes years."""
+BATCH_ROWS = 1024
+"""Rows that are checked between two calls of `on_progress`."""
 PLAN_COLUMNS = {"split": pa.string(), "shard": pa.int64(), "position": pa.int64(), "item": pa.int64()}
 
 logger = logging.getLogger(__name__)
@@ -43,12 +49,12 @@ def has_partitions(artifacts: CurationArtifacts) -> bool:
     return _find(tuple[SourcePartition, ...], artifacts.partitions_file) is not None
 
 
-def has_items(artifacts: CurationArtifacts, partition: int) -> bool:
+def has_items(artifacts: CurationArtifacts, partition: int, on_progress: Callable[[], None] = ignore_progress) -> bool:
     """Return whether the item list of a partition can be used."""
-    return _is_usable(artifacts.items_file(partition), _count_rows, _list_columns(Item))
+    return _is_usable(artifacts.items_file(partition), _count_rows, _list_columns(Item), on_progress)
 
 
-def has_rows(artifacts: CurationArtifacts, unit: int) -> bool:
+def has_rows(artifacts: CurationArtifacts, unit: int, on_progress: Callable[[], None] = ignore_progress) -> bool:
     """Return whether the verified items of a work unit can be used: they are those of the unit, in its order."""
     first, count = artifacts.units[unit].first_item, artifacts.units[unit].count
 
@@ -58,10 +64,10 @@ def has_rows(artifacts: CurationArtifacts, unit: int) -> bool:
             raise _UnusableTableError(f"its items aren't {first} to {first + count - 1}")
 
     columns = {"item": (pa.int64(), False)} | _list_columns(Item) | _list_columns(VerifiedItem)
-    return _is_usable(artifacts.rows_file(unit), check, columns)
+    return _is_usable(artifacts.rows_file(unit), check, columns, on_progress)
 
 
-def has_selection(artifacts: CurationArtifacts) -> bool:
+def has_selection(artifacts: CurationArtifacts, on_progress: Callable[[], None] = ignore_progress) -> bool:
     """Return whether decisions, plan and list of shards can be used, and belong to each other."""
 
     def check_shards(shards: list[PlannedShard]) -> str:
@@ -78,7 +84,9 @@ def has_selection(artifacts: CurationArtifacts) -> bool:
         return False
     plan = {name: (type_, False) for name, type_ in PLAN_COLUMNS.items()} | _list_columns(Item)
     decisions = {"item": (pa.int64(), False), "outcome": (pa.string(), False)}
-    return _is_usable(artifacts.plan, check_plan, plan) and _is_usable(artifacts.decisions, _count_rows, decisions)
+    return _is_usable(artifacts.plan, check_plan, plan, on_progress) and _is_usable(
+        artifacts.decisions, _count_rows, decisions, on_progress
+    )
 
 
 def has_shard(artifacts: CurationArtifacts, output: Path, shard: PlannedShard) -> bool:
@@ -116,7 +124,10 @@ def _list_columns(type_: type) -> dict[str, tuple[pa.DataType, bool]]:
 
 
 def _is_usable(
-    path: Path, check: Callable[[Iterator[pa.RecordBatch]], object], columns: dict[str, tuple[pa.DataType, bool]]
+    path: Path,
+    check: Callable[[Iterator[pa.RecordBatch]], object],
+    columns: dict[str, tuple[pa.DataType, bool]],
+    on_progress: Callable[[], None],
 ) -> bool:
     """Return whether a Parquet file exists and passes a check of its batches; set it aside if it doesn't.
 
@@ -125,7 +136,7 @@ def _is_usable(
     identity, roots = identify_file(path), DataRoots.resolve(path.parent)
     try:
         with translate_read_errors(path), open_data_file(path, roots) as file, _translate_content_errors():
-            check(_iterate_batches(file, columns))
+            check(_iterate_batches(file, columns, on_progress))
     except FileNotFoundError:
         return False
     except (OSError, RefusedFileError, _UnusableTableError) as error:
@@ -155,22 +166,32 @@ def _translate_content_errors() -> Iterator[None]:
         raise _UnusableTableError(str(error)) from error
 
 
-def _iterate_batches(file: Any, columns: dict[str, tuple[pa.DataType, bool]]) -> Iterator[pa.RecordBatch]:
+def _iterate_batches(
+    file: Any, columns: dict[str, tuple[pa.DataType, bool]], on_progress: Callable[[], None]
+) -> Iterator[pa.RecordBatch]:
     """Yield the batches of an open Parquet file, each checked as a whole. Raises _UnusableTableError."""
     table = pq.ParquetFile(file, page_checksum_verification=True)
     found = {field.name: field.type for field in table.schema_arrow}
     for name, (type_, _) in columns.items():
         if found.get(name) != type_:
             raise _UnusableTableError(f"column {name} has type {found.get(name)}, expected {type_}")
-    for batch in table.iter_batches():
-        batch.validate(full=True)
-        for name, (_, is_optional) in columns.items():
-            column = batch.column(name)
-            if column.null_count and not is_optional:
-                raise _UnusableTableError(f"column {name} has empty cells")
-            if name in LEAST_VALUES and len(column) and pc.min(column).as_py() < LEAST_VALUES[name]:
-                raise _UnusableTableError(f"column {name} has a value below {LEAST_VALUES[name]}")
+    for number in range(table.num_row_groups):
+        if table.metadata.row_group(number).num_rows > MAX_GROUP_ROWS:
+            raise _UnusableTableError(f"row group {number} has more than {MAX_GROUP_ROWS} rows")
+    for batch in table.iter_batches(BATCH_ROWS):
+        on_progress()
+        _check_batch(batch, columns)
         yield batch
+
+
+def _check_batch(batch: pa.RecordBatch, columns: dict[str, tuple[pa.DataType, bool]]) -> None:
+    batch.validate(full=True)
+    for name, (_, is_optional) in columns.items():
+        column = batch.column(name)
+        if column.null_count and not is_optional:
+            raise _UnusableTableError(f"column {name} has empty cells")
+        if name in LEAST_VALUES and len(column) and pc.min(column).as_py() < LEAST_VALUES[name]:
+            raise _UnusableTableError(f"column {name} has a value below {LEAST_VALUES[name]}")
 
 
 def _count_rows(batches: Iterator[pa.RecordBatch]) -> int:

@@ -7,14 +7,14 @@ partitions are listed once, and the items of each partition by the rank that cla
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from sailvl_trainer.contract import SourceConfig
 from sailvl_trainer.curate.image_folder import list_image_folder, walk_folder
-from sailvl_trainer.curate.items import Item, SourcePartition
+from sailvl_trainer.curate.items import Item, SourcePartition, ignore_progress
 from sailvl_trainer.curate.webdataset import list_tar
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.storage.data_files import DataRoots
@@ -36,12 +36,17 @@ def resolve_roots(sources: tuple[SourceConfig, ...], storage: str) -> DataRoots:
     return DataRoots.resolve(storage, *(source.path for source in sources if source.format != "procedural"))
 
 
-def list_partitions(sources: tuple[SourceConfig, ...], seed: int) -> list[SourcePartition]:
-    """Return the partitions of all sources in a fixed order. Raises ConfigError if a source doesn't exist."""
-    return [partition for source in name_sources(sources) for partition in _partition_source(source, seed)]
+def list_partitions(
+    sources: tuple[SourceConfig, ...], seed: int, on_progress: Callable[[], None] = ignore_progress
+) -> list[SourcePartition]:
+    """Return the partitions of all sources in a fixed order; `on_progress` is called for each file in their folders.
+
+    Raises ConfigError if a source doesn't exist.
+    """
+    return [part for source in name_sources(sources) for part in _partition_source(source, seed, on_progress)]
 
 
-def _partition_source(source: SourceConfig, seed: int) -> Iterator[SourcePartition]:
+def _partition_source(source: SourceConfig, seed: int, on_progress: Callable[[], None]) -> Iterator[SourcePartition]:
     root = Path(source.path)
     base = SourcePartition(source=source.name, format=source.format, path=os.fsencode(root), samples=source.samples)
     if source.format == "procedural":
@@ -54,7 +59,8 @@ def _partition_source(source: SourceConfig, seed: int) -> Iterator[SourcePartiti
             raise ConfigError(f"source {source.name}: {root} is not a directory; change the path or the format")
         yield base
         return
-    tars = sorted(root / name for name in walk_folder(root) if name.endswith(".tar")) if root.is_dir() else [root]
+    names = walk_folder(root, on_progress)
+    tars = sorted(root / name for name in names if name.endswith(".tar")) if root.is_dir() else [root]
     if not tars:
         raise ConfigError(
             f"source {source.name}: {root} contains no .tar files; change the path, or set format: imagefolder"
@@ -62,12 +68,18 @@ def _partition_source(source: SourceConfig, seed: int) -> Iterator[SourcePartiti
     yield from (replace(base, path=os.fsencode(tar)) for tar in tars)
 
 
-def list_items(partition: SourcePartition, roots: DataRoots) -> Iterator[Item]:
-    """Yield the items of a partition, at most its `samples`; broken entries are items with a `problem`."""
+def list_items(
+    partition: SourcePartition, roots: DataRoots, on_progress: Callable[[], None] = ignore_progress
+) -> Iterator[Item]:
+    """Yield the items of a partition, at most its `samples`; broken entries are items with a `problem`.
+
+    `on_progress` is called again and again, also while nothing is yielded; an error that it raises ends the reading.
+    """
     if partition.format == "procedural":
         return (
             Item(source=partition.source, key=f"{index:09d}", index=index, seed=partition.seed, level=partition.level)
             for index in range(partition.samples)
         )
     lister = list_image_folder if partition.format == "imagefolder" else list_tar
-    return islice(lister(Path(os.fsdecode(partition.path)), partition.source, roots), partition.samples or None)
+    path = Path(os.fsdecode(partition.path))
+    return islice(lister(path, partition.source, roots, on_progress), partition.samples or None)

@@ -69,13 +69,13 @@ def run(context: Context) -> Result:
     context.telemetry.update(phase="running", unit="samples", step=0)
 
     # 1. Divide the sources into partitions: image folders, tars, synthetic sets.
-    pool.run_on_first_rank("listing", lambda: list_partitions(context, artifacts, config))
+    pool.run_on_first_rank("listing", lambda: list_partitions(context, pool, artifacts, config))
     # 2. List the items of each partition without decoding them.
-    list_items(context, pool, artifacts, roots)
+    list_items(pool, artifacts, roots)
     # 3. Decode, measure and hash every item, or record why it is dropped.
     verify_items(context, pool, artifacts, config, roots)
     # 4. Drop duplicates, choose the held-out samples, and assign the rest to shards.
-    pool.run_on_first_rank("deciding", lambda: _select_samples(context, artifacts, config))
+    pool.run_on_first_rank("deciding", lambda: _select_samples(context, pool, artifacts, config))
     # 5. Write the shards.
     write_shards(context, pool, artifacts, roots)
     # 6. Publish the shards in their manifests, and report.
@@ -93,22 +93,25 @@ def list_output_files(output: Path, storage: Path) -> list[HashedFile]:
     ]
 
 
-def list_partitions(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:
+def list_partitions(context: Context, pool: TaskPool, artifacts: CurationArtifacts, config: CurateConfig) -> None:
     """Write the list of partitions of all sources, unless an earlier attempt has. Called on the first rank."""
     if not resume.has_partitions(artifacts):
-        partitions = sources.list_partitions(config.sources, context.stage.seed)
+        partitions = sources.list_partitions(config.sources, context.stage.seed, pool.report_activity)
         write_atomic(artifacts.partitions_file, encode(partitions))
 
 
-def list_items(context: Context, pool: TaskPool, artifacts: CurationArtifacts, roots: DataRoots) -> None:
+def list_items(pool: TaskPool, artifacts: CurationArtifacts, roots: DataRoots) -> None:
     """Write the item list of each partition, so that later steps and attempts see the same items in the same order."""
     partitions = artifacts.partitions
 
     def run_task(number: int) -> None:
-        items = sources.list_items(partitions[number], roots)
-        write_items(artifacts.items_file(number), _iterate_with_heartbeats(context, items))
+        items = sources.list_items(partitions[number], roots, pool.report_activity)
+        write_items(artifacts.items_file(number), _report_each(pool, items))
 
-    pool.run("listing", len(partitions), lambda number: resume.has_items(artifacts, number), run_task)
+    def is_done(number: int) -> bool:
+        return resume.has_items(artifacts, number, pool.report_activity)
+
+    pool.run("listing", len(partitions), is_done, run_task)
 
 
 def verify_items(
@@ -122,7 +125,7 @@ def verify_items(
         unit = units[number]
         items = read_items(artifacts.items_file(unit.partition), unit.first, unit.count)
         results = threads.map(lambda item: verify_item(item, config, tile_size, roots), items)
-        verified = list(_iterate_with_heartbeats(context, results))
+        verified = list(_report_each(pool, results))
         _check_source_exists(artifacts.partitions[unit.partition], verified)
         write_verified_items(artifacts.rows_file(number), unit.first_item, items, verified)
 
@@ -130,14 +133,14 @@ def verify_items(
         pool.run(
             "verifying",
             len(units),
-            lambda number: resume.has_rows(artifacts, number),
+            lambda number: resume.has_rows(artifacts, number, pool.report_activity),
             run_task,
             count_samples=lambda number: units[number].count,
         )
 
 
-def _select_samples(context: Context, artifacts: CurationArtifacts, config: CurateConfig) -> None:
-    if resume.has_selection(artifacts):
+def _select_samples(context: Context, pool: TaskPool, artifacts: CurationArtifacts, config: CurateConfig) -> None:
+    if resume.has_selection(artifacts, pool.report_activity):
         return
     for outcome, count in sorted(select_samples(artifacts, config).items()):
         context.telemetry.count_samples(outcome, count)
@@ -151,7 +154,7 @@ def write_shards(context: Context, pool: TaskPool, artifacts: CurationArtifacts,
     def run_task(number: int) -> None:
         shard = shards[number]
         with ShardWriter(context.files.output / shard.split, shard.name, counter) as writer:
-            for sample, size in _iterate_with_heartbeats(context, _read_samples(artifacts.plan, shard, roots)):
+            for sample, size in _report_each(pool, _read_samples(artifacts.plan, shard, roots)):
                 writer.write(sample, size)
         write_atomic(artifacts.shard_info_file(shard), encode(writer.info))
 
@@ -258,11 +261,11 @@ def _read_image(item: Item, roots: DataRoots) -> bytes:
     return data
 
 
-def _iterate_with_heartbeats(context: Context, values: Iterable[T]) -> Iterator[T]:
-    """Yield the values and send a heartbeat after each."""
+def _report_each(pool: TaskPool, values: Iterable[T]) -> Iterator[T]:
+    """Yield the values and report activity after each, which ends the task if a stop was requested."""
     for value in values:
         yield value
-        context.telemetry.update()
+        pool.report_activity()
 
 
 def _start_threads() -> ThreadPoolExecutor:

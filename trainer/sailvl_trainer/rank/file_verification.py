@@ -2,7 +2,7 @@
 
 Reading terabytes takes hours, so each verified file is recorded below the run's own directory, with its size, time of
 modification and hash: a later attempt, and the run's other stages, read only files that are new or were changed since.
-Heartbeats continue throughout, and a stop request is obeyed after the file in progress.
+Heartbeats continue throughout, and a stop request is obeyed within seconds, in the middle of a file.
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ def describe_damage(context: Context, files: Sequence[HashedFile], roots: DataRo
         total = format_bytes(sum(files[number].expected.bytes for number in pending))
         logger.info("verifying the hashes of %d of %d files, %s", len(pending), len(files), total)
     damages: dict[int, str] = {}
-    report = _build_progress_log(context, len(pending))
+    report, pool = _build_progress_log(context, len(pending)), TaskPool(context)
 
     def verify(task: int) -> None:
         number = pending[task]
-        problem = _verify_file(context, files[number], roots)
+        problem = _verify_file(context, files[number], roots, pool.report_activity)
         if problem:
             damages[number] = f"{files[number].path}: {problem}"
         report(task)
 
-    TaskPool(context).run("hashing", len(pending), lambda task: False, verify)
+    pool.run("hashing", len(pending), lambda task: False, verify)
     found = [damage for rank in all_gather_values(list[tuple[int, str]], sorted(damages.items())) for damage in rank]
     return min(found)[1] if found else ""
 
@@ -88,10 +88,10 @@ def is_from_this_run(context: Context, path: Path) -> bool:
     return DataRoots.resolve(context.files.run).contains(os.path.realpath(path))
 
 
-def _verify_file(context: Context, file: HashedFile, roots: DataRoots) -> str:
+def _verify_file(context: Context, file: HashedFile, roots: DataRoots, on_chunk: Callable[[], None]) -> str:
     """Return how a file differs from its manifest; if it doesn't, record it and return an empty string."""
     before = _describe_state(file)
-    problem = describe_difference(file, roots, context.telemetry.update)
+    problem = describe_difference(file, roots, on_chunk)
     if not problem and before is not None and before == _describe_state(file):
         path = context.files.verified / f"{context.files.output.name}-{context.stage.attempt}-{context.rank}.jsonl"
         with translate_storage_errors(path):

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file
-from sailvl_trainer.storage.documents import MAX_NUMBER
 from sailvl_trainer.storage.files import translate_read_errors
 
 CHUNK_BYTES = 4 << 20
 """Bytes that are hashed between two calls of `on_chunk`."""
+MAX_FILE_BYTES = 1 << 40
+"""Largest size of a file in a manifest, 1 TiB: a sparse file of any size takes no place, but years to be read."""
 SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 """Names of files in manifests: plain names, which can't lead to another directory."""
@@ -29,7 +30,7 @@ class FileHash:
     @property
     def is_valid(self) -> bool:
         """Whether a file can have this size and this hash."""
-        return 0 <= self.bytes <= MAX_NUMBER and SHA256.fullmatch(self.sha256) is not None
+        return 0 <= self.bytes <= MAX_FILE_BYTES and SHA256.fullmatch(self.sha256) is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,16 +41,25 @@ class HashedFile:
     expected: FileHash
 
 
-def hash_file(path: Path, roots: DataRoots, on_chunk: Callable[[], None] = lambda: None) -> FileHash:
+def hash_file(
+    path: Path,
+    roots: DataRoots,
+    on_chunk: Callable[[], None] = lambda: None,
+    *,
+    max_bytes: int = MAX_FILE_BYTES,
+) -> FileHash:
     """Return size and hash of a regular file below the roots; `on_chunk` is called after each chunk.
 
-    Raises OSError or RefusedFileError if it is missing or no regular file, StorageError if it can't be read.
+    Raises OSError if it is missing, RefusedFileError if it is no regular file or has more than `max_bytes`,
+    StorageError if it can't be read.
     """
     digest, size = hashlib.sha256(), 0
     with translate_read_errors(path), open_data_file(path, roots) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
+            if size > max_bytes:
+                raise RefusedFileError("too_large", f"larger than {max_bytes} bytes")
             on_chunk()
     return FileHash(bytes=size, sha256=digest.hexdigest())
 
@@ -64,7 +74,7 @@ def describe_difference(file: HashedFile, roots: DataRoots, on_chunk: Callable[[
             size = file.path.stat().st_size
         found = FileHash(bytes=size, sha256="")
         if size == file.expected.bytes:
-            found = hash_file(file.path, roots, on_chunk)
+            found = hash_file(file.path, roots, on_chunk, max_bytes=size)
     except (OSError, RefusedFileError) as error:
         return str(error)
     if found == file.expected:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,18 +14,9 @@ from sailvl_trainer.curate.items import Item, clean_key, read_item
 from sailvl_trainer.curate.sources import list_items, list_partitions, name_sources, resolve_roots
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.storage.data_files import DataRoots
+from tests.support.builders.curation import build_tar
 
 EVERYWHERE = DataRoots.resolve("/")
-
-
-def build_tar(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    return path
 
 
 def list_source(path: Path, form: str, samples: int = 0) -> list[Item]:
@@ -86,9 +75,9 @@ def test_webdataset_lists_one_item_per_key_with_an_image(tmp_path: Path) -> None
     record = json.dumps({"caption": "in json", "width": 3}).encode()
     build_tar(
         tmp_path / "b.tar",
-        {"./0001.jpg": b"one", "./0001.txt": b"first", "./0002.JPG": b"two", "./0002.json": record, "./0003.txt": b"x"},
+        {"./0001.jpg": b"one", "./0001.txt": b"first", "./0002.JPG": b"two", "./0002.json": record, "./0003.cls": b"x"},
     )
-    build_tar(tmp_path / "deep" / "a.tar", {"v1.0/k.png": b"p", "v1.0/k.json": b"[1]", "v1.0/k2.seg.png": b"s"})
+    build_tar(tmp_path / "deep" / "a.tar", {"v1.0/k.png": b"p", "v1.0/k.json": b"{}", "v1.0/k2.seg.png": b"s"})
     items = list_source(tmp_path, "webdataset")
     assert summarise(items) == [
         ("b-0001", "first", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,15 @@ def build_member(name: str, size: int = 0) -> tarfile.TarInfo:
     return member
 
 
-def build_header(name: str = "b.jpg", *, kind: bytes = b"0", size: int | bytes = 0) -> bytes:
-    """Build one header; `size` is a number, also a negative one, or the raw field."""
+def build_header(name: str = "b.jpg", *, kind: bytes = b"0", size: int | bytes = 0, sparse_map: bool = False) -> bytes:
+    """Build one header; `size` is a number, also a negative one, or the raw field.
+
+    `sparse_map`: whether blocks follow that continue the map of a sparse file.
+    """
     header = bytearray(build_member(name).tobuf(tarfile.GNU_FORMAT))
     header[124:136] = size if isinstance(size, bytes) else encode_number(size)
     header[156:157] = kind
+    header[482] = sparse_map
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
@@ -51,6 +56,8 @@ def build_pax(*records: bytes) -> bytes:
 
 FIRST = build_header("a.jpg", size=5) + b"image".ljust(BLOCK_BYTES, b"\0")
 END = bytes(2 * BLOCK_BYTES)
+SPARSE_MAP = (bytes(504) + b"\1").ljust(BLOCK_BYTES, b"\0") + bytes(BLOCK_BYTES)
+"""Two blocks that continue the map of a sparse file; the first announces the second."""
 BROKEN_TARS = [
     pytest.param(build_header(size=-512), id="negative size, back to its own header"),
     pytest.param(build_header(size=-(1 << 80)), id="negative size beyond the file's begin"),
@@ -66,11 +73,9 @@ BROKEN_TARS = [
     pytest.param(build_header(kind=b"x", size=1 << 40) + bytes(4096), id="huge pax header"),
     pytest.param(build_extension(b"x", bytes(2 << 20)) + build_header(), id="pax header above the limit"),
     pytest.param(build_header(kind=b"L", size=1 << 40) + bytes(4096), id="huge long name"),
-    pytest.param(build_header(kind=b"S", size=512), id="sparse file of old GNU tar"),
-    pytest.param(
-        build_pax(b"22 GNU.sparse.major=1\n", b"22 GNU.sparse.minor=0\n") + build_header() + b"9" * 512,
-        id="sparse file in pax records",
-    ),
+    pytest.param(build_header(kind=b"S", size=1 << 62), id="sparse file beyond the file"),
+    pytest.param(END + build_header("b.jpg"), id="second tar behind the first"),
+    pytest.param(bytes(5 << 20), id="more padding than a tar has"),
 ]
 
 
@@ -107,10 +112,85 @@ def test_member_without_data_is_not_skipped_by_its_size(list_bytes: Callable[[by
     assert (item.key, item.offset) == ("t--a", 1024)
 
 
-def test_group_with_many_members_keeps_only_those_that_are_read(list_bytes: Callable[[bytes], list[Item]]) -> None:
+def test_group_reads_one_image_and_counts_further_ones(list_bytes: Callable[[bytes], list[Item]]) -> None:
     members = b"".join(build_header(f"a.{i}.jpg") for i in range(3)) + build_header("a.0.jpg", size=2) + b"x" * 512
-    (item,) = list_bytes(members + END)
+    *counted, item = list_bytes(members + END)
     assert (item.suffix, item.offset, item.size) == ("jpg", 4 * 512, 2)
+    assert [(problem.key, problem.problem) for problem in counted] == [("t--a", "bad_record")] * 3
+    assert [problem.detail.split(": ")[1] for problem in counted] == ["a.1.jpg", "a.2.jpg", "a.0.jpg"]
+
+
+IRREGULAR_MEMBERS = [
+    pytest.param(
+        build_header(kind=b"S", size=700) + b"9" * 1024, "b.jpg: a sparse file", id="sparse file of old GNU tar"
+    ),
+    pytest.param(
+        build_header(kind=b"S", size=5, sparse_map=True) + SPARSE_MAP + b"9" * 512,
+        "b.jpg: a sparse file",
+        id="sparse file of old GNU tar with a long map",
+    ),
+    pytest.param(
+        build_pax(b"22 GNU.sparse.major=1\n", b"25 GNU.sparse.name=b.jpg\n") + build_header("x", size=5) + b"9" * 512,
+        "b.jpg: a sparse file",
+        id="sparse file in pax records",
+    ),
+    pytest.param(build_header(kind=b"1", size=1 << 60), "b.jpg: a hard link", id="hard link"),
+    pytest.param(build_header("b.txt", kind=b"2"), "b.txt: a symbolic link", id="symbolic link"),
+    pytest.param(build_header("b.json", kind=b"3"), "b.json: a device", id="device"),
+    pytest.param(build_header(kind=b"M", size=5) + b"9" * 512, "b.jpg: a file of the unknown type", id="unknown type"),
+]
+
+
+@pytest.mark.parametrize(("member", "detail"), IRREGULAR_MEMBERS)
+def test_irregular_member_is_counted_and_the_next_one_is_read(
+    list_bytes: Callable[[bytes], list[Item]], member: bytes, detail: str
+) -> None:
+    problem, item = list_bytes(member + FIRST + END)
+    assert (problem.problem, problem.key) == ("irregular_file", "t--b")
+    assert problem.detail.startswith(f"t.tar: {detail}")
+    assert (item.key, item.problem, item.size) == ("t--a", "", 5)
+
+
+def test_sparse_file_that_gnu_tar_writes_is_counted_and_the_next_one_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "b.jpg").open("wb") as file:
+        for number in range(30):  # more holes than a header has place for
+            file.seek(number << 17)
+            file.write(b"data")
+    (tmp_path / "c.jpg").write_bytes(b"image")
+    for form in ("gnu", "posix"):
+        command = ["tar", "--sparse", f"--format={form}", "-cf", f"{form}.tar", "b.jpg", "c.jpg"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        problem, item = list_tar(tmp_path / f"{form}.tar", "s", DataRoots.resolve(tmp_path))
+        assert (problem.key, problem.problem, problem.detail) == (
+            f"{form}--b",
+            "irregular_file",
+            f"{form}.tar: b.jpg: a sparse file; write the tar without --sparse",
+        )
+        assert (item.key, item.size) == (f"{form}--c", 5)
+
+
+def build_file(name: str, data: bytes) -> bytes:
+    return build_header(name, size=len(data)) + data + bytes(-len(data) % BLOCK_BYTES)
+
+
+UNREAD_CAPTIONS = [
+    pytest.param(b'{"caption": "' + b"x" * (1 << 20) + b'"}', "a.json is larger than 1.0 MiB", id="too large"),
+    pytest.param(b'["caption"]', "a.json is not a JSON object", id="no object"),
+]
+
+
+@pytest.mark.parametrize(("record", "detail"), UNREAD_CAPTIONS)
+def test_json_that_is_not_read_is_counted(
+    list_bytes: Callable[[bytes], list[Item]], record: bytes, detail: str
+) -> None:
+    (item,) = list_bytes(FIRST + build_file("a.json", record) + END)
+    assert (item.key, item.problem, item.detail) == ("t--a", "bad_record", f"t.tar: {detail}")
+
+
+def test_caption_that_is_not_adjacent_to_its_image_is_counted(list_bytes: Callable[[bytes], list[Item]]) -> None:
+    items = list_bytes(FIRST + build_file("b.jpg", b"image") + build_file("a.txt", b"a caption") + END)
+    assert [(item.key, item.problem) for item in items] == [("t--a", ""), ("t--b", ""), ("t--a", "missing")]
+    assert items[2].detail.startswith("t.tar: a has a caption but no image; write the files of a key in succession")
 
 
 def write_legal_tar(path: Path, form: int) -> None:
@@ -135,7 +215,9 @@ def test_legal_tar_has_the_members_that_tarfile_reads(tmp_path: Path, form: int)
             if member.isfile()
         ]
     with path.open("rb") as file:
-        assert list(iter_tar_members(file)) == expected
+        members = list(iter_tar_members(file))
+    assert [member for member in members if not member.problem] == expected
+    assert [member.name for member in members if member.problem] == ["link", "hard"]
     assert len(expected) == len(NAMES) - 3
 
 

@@ -46,6 +46,37 @@ def test_stop_request_is_obeyed_before_the_next_task(context: Context, tmp_path:
     assert ran == [0]
 
 
+def request_stop_and_report(pool: TaskPool, scratch: Path) -> None:
+    (scratch / "stop").touch()
+    pool.report_activity()
+    pytest.fail("the task goes on")
+
+
+def test_stop_request_ends_a_task_that_reports_its_activity(context: Context, tmp_path: Path) -> None:
+    pool = TaskPool(context)
+    with pytest.raises(Preempted):
+        pool.run("counting", 3, lambda _: False, lambda _: request_stop_and_report(pool, tmp_path / "scratch"))
+
+
+def test_stop_request_ends_the_task_of_the_first_rank(context: Context, tmp_path: Path) -> None:
+    pool = TaskPool(context)
+    with pytest.raises(Preempted):
+        pool.run_on_first_rank("listing", lambda: request_stop_and_report(pool, tmp_path / "scratch"))
+
+
+def test_result_of_the_first_rank_is_kept_if_the_stop_request_comes_too_late(context: Context, tmp_path: Path) -> None:
+    TaskPool(context).run_on_first_rank("reporting", (tmp_path / "scratch" / "stop").touch)
+
+
+def test_activity_is_reported_at_intervals_only(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: list[int] = []
+    monkeypatch.setattr(context.telemetry, "update", lambda: updates.append(1))
+    pool = TaskPool(context)
+    for _ in range(1000):
+        pool.report_activity()
+    assert 1 <= len(updates) < 50
+
+
 @pytest.mark.parametrize("phase", ["starting", "running"])
 def test_time_is_recorded_once(phase: str, context: Context) -> None:
     """Before the stage runs, its time is recorded as `starting` already."""

@@ -22,12 +22,12 @@ from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.errors import DataError, Preempted, StorageError
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
-from sailvl_trainer.rank import file_verification
+from sailvl_trainer.rank import distributed_tasks, file_verification
 from sailvl_trainer.rank.context import Context, build_single_process_context
 from sailvl_trainer.rank.file_verification import describe_damage, verify_input
 from sailvl_trainer.rank.reused_result import find_result_or_claim
 from sailvl_trainer.storage.data_files import DataRoots
-from sailvl_trainer.storage.hashes import HashedFile
+from sailvl_trainer.storage.hashes import FileHash, HashedFile
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import find_newest_attempt
 from sailvl_trainer.train.dataset_cache import open_dataset
@@ -131,6 +131,23 @@ def test_interrupted_verification_continues_with_the_other_files(
     monkeypatch.setattr(context.telemetry, "update", update)
     assert describe(context, files) == ""
     assert sorted(hashed) == sorted(file.path.name for file in files), "none of them twice"
+
+
+def test_stop_request_is_obeyed_in_the_middle_of_a_file(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed_tasks, "ACTIVITY_SECONDS", 0.0)
+    path, heartbeats = context.files.storage / "large.tar", []
+    with path.open("wb") as file:
+        file.truncate(64 << 20)
+
+    def request_stop_at_the_third_heartbeat(**_: object) -> None:
+        heartbeats.append(1)
+        if len(heartbeats) == 3:
+            (context.files.storage / "scratch/stop").touch()
+        assert len(heartbeats) < 10, "the file is read on"
+
+    monkeypatch.setattr(context.telemetry, "update", request_stop_at_the_third_heartbeat)
+    with pytest.raises(Preempted):
+        describe(context, [HashedFile(path=path, expected=FileHash(bytes=64 << 20, sha256="0" * 64))])
 
 
 @pytest.mark.parametrize(
