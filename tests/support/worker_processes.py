@@ -61,6 +61,7 @@ class WorkerProcesses:
             Env.NODES: self.nodes,
             Env.NODE_RANK: index,
             Env.RENDEZVOUS_PORT: self.rendezvous_port,
+            Env.RENDEZVOUS_SECRET: "1a2b",
             Env.METRICS_PORT: self.metrics_port,
             Env.METRICS_PORT_OFFSET: index,
             Env.TERMINATION_LOG: self.folder / f"termination-{index}",

@@ -57,7 +57,7 @@ NON_RETRYABLE_EXIT_CODES: frozenset[int] = frozenset(
 
 
 class Env(enum.StrEnum):
-    """Environment variables of a worker's container. Only STAGE_FILE is required."""
+    """Environment variables of a worker's container. STAGE_FILE is required, RENDEZVOUS_SECRET for several workers."""
 
     STAGE_FILE = "SAILVL_STAGE_FILE"
     """Path of the stage config (`Stage` as JSON)."""
@@ -77,7 +77,7 @@ class Env(enum.StrEnum):
     """Port of the rendezvous store. Default RENDEZVOUS_PORT."""
     RENDEZVOUS_SECRET = "SAILVL_RENDEZVOUS_SECRET"
     """Random text, the same for all workers of an attempt, with which the keys of the rendezvous store begin. It makes
-    them hard to guess, but the store has no authentication. Default: empty."""
+    them hard to guess, but the store has no authentication. Required if there are several workers."""
     POD_IP = "SAILVL_POD_IP"
     """Address of this worker's pod, on which the rendezvous store listens if the worker has index 0 and isn't the only
     one. Default: loopback if RENDEZVOUS_HOST is, else all addresses."""

@@ -127,7 +127,7 @@ def _skip_sparse_map(file: BinaryIO, block: bytes, offset: int, on_progress: Cal
 
 
 def _check_padding(file: BinaryIO, offset: int, end: int) -> None:
-    """Raise BrokenTarError if a tar goes on behind its end marker: two tars in one file, or a zeroed header."""
+    """Raise BrokenTarError if anything but zeros is behind the end marker, such as a second tar."""
     file.seek(offset)
     if file.read(MAX_PADDING_BYTES).strip(b"\0") or end - offset > MAX_PADDING_BYTES:
         raise BrokenTarError(f"{end - offset} bytes follow the end marker at byte {offset - BLOCK_BYTES}")

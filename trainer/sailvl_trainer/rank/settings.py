@@ -39,7 +39,7 @@ class Settings:
     rendezvous_port: int = RENDEZVOUS_PORT
     """Port of the rendezvous store."""
     rendezvous_secret: str = ""
-    """Prefix of the keys of the rendezvous store."""
+    """Prefix of the keys of the rendezvous store; empty for a single worker."""
     pod_ip: str = ""
     """Address of this worker's pod, on which the rendezvous store listens."""
     metrics_port: int = METRICS_PORT
@@ -112,6 +112,11 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         raise ConfigError(f"{Env.STAGE_FILE} is not set; set it to the path of the stage document")
     base = Settings(stage_file=Path(environment[Env.STAGE_FILE]))
     nodes = _parse_number(environment, Env.NODES, base.nodes, minimum=1)
+    secret = environment.get(Env.RENDEZVOUS_SECRET, base.rendezvous_secret)
+    if nodes > 1 and not secret:
+        raise ConfigError(
+            f"{Env.RENDEZVOUS_SECRET} is not set; set it to the same random text for all {nodes} workers of the attempt"
+        )
     offset = _parse_number(environment, Env.METRICS_PORT_OFFSET, 0)
     return Settings(
         stage_file=base.stage_file,
@@ -122,7 +127,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         device=_parse_device(environment),
         rendezvous_host=environment.get(Env.RENDEZVOUS_HOST, base.rendezvous_host),
         rendezvous_port=_parse_number(environment, Env.RENDEZVOUS_PORT, base.rendezvous_port, minimum=1, maximum=65535),
-        rendezvous_secret=environment.get(Env.RENDEZVOUS_SECRET, base.rendezvous_secret),
+        rendezvous_secret=secret,
         pod_ip=environment.get(Env.POD_IP, base.pod_ip),
         metrics_port=_parse_number(environment, Env.METRICS_PORT, base.metrics_port, maximum=65535) + offset,
         in_place_restarts=_parse_number(environment, Env.IN_PLACE_RESTARTS, base.in_place_restarts),

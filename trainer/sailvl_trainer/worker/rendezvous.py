@@ -51,7 +51,7 @@ class FixedRendezvous(RendezvousHandler):
     def __init__(self, settings: Settings, store: Store, host: str) -> None:
         """`host` and the settings' port are where ranks reach the store, unless there is a single worker."""
         self._settings, self._host = settings, host
-        self._prefix = settings.rendezvous_secret or "attempt"
+        self._prefix = settings.rendezvous_secret if settings.nodes > 1 else "single-worker"
         self._root, self._store = PrefixStore(self._prefix, store), store
         self._process = secrets.token_hex(8)
         self._round = 0

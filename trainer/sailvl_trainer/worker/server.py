@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -14,25 +17,54 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from sailvl_trainer.contract import Env
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.rank.settings import Scratch
+from sailvl_trainer.worker.connections import MAX_SECONDS, OpenConnections
+
+logger = logging.getLogger(__name__)
 
 
 class WorkerServer(ThreadingHTTPServer):
-    """An HTTP server on IPv6 and IPv4, if the machine has both, because a cluster's pods may have either."""
+    """An HTTP server on IPv6 and IPv4, if the machine has both, because a cluster's pods may have either.
+
+    Its connections, and so its threads, are limited: clients that hold connections open don't keep others away.
+    """
 
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.connections = OpenConnections()
+        super().__init__(address, handler)
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Return whether a new connection may be served."""
+        return self.connections.add(request, client_address[0])
+
+    def service_actions(self) -> None:
+        """Close connections that last too long; called at least twice per second."""
+        self.connections.close_expired()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection that has ended, or that is refused."""
+        self.connections.remove(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log an error of a request, unless its client has ended the connection, or its connection was closed."""
+        if not isinstance(sys.exception(), OSError):
+            logger.exception("can't answer a request of %s", client_address[0])
+
 
 def start_server(port: int, scratch: Scratch) -> WorkerServer:
     """Serve in a thread; port 0 takes a free one. Raises ConfigError if the port is in use."""
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10
+        timeout = MAX_SECONDS
 
         def do_GET(self) -> None:  # http.server's name
             body, content_type = _build_response(self.path, scratch)

@@ -135,7 +135,7 @@ def context(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Co
         heartbeats.append(1)
         if len(heartbeats) == 3:
             (tmp_path / "scratch" / "stop").touch()
-        assert len(heartbeats) < 10, "the stage goes on"
+        assert len(heartbeats) < 10, "the stage continues"
 
     monkeypatch.setattr(context.telemetry, "update", send_heartbeat)
     return context

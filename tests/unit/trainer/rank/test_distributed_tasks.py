@@ -49,7 +49,7 @@ def test_stop_request_is_obeyed_before_the_next_task(context: Context, tmp_path:
 def request_stop_and_report(pool: TaskPool, scratch: Path) -> None:
     (scratch / "stop").touch()
     pool.report_activity()
-    pytest.fail("the task goes on")
+    pytest.fail("the task continues")
 
 
 def test_stop_request_ends_a_task_that_reports_its_activity(context: Context, tmp_path: Path) -> None:

@@ -42,8 +42,16 @@ INVALID_ENVIRONMENTS = [
     pytest.param({Env.NODES: "two"}, "SAILVL_NODES is 'two'; set a whole number", id="not a number"),
     pytest.param({Env.NODES: "0"}, "SAILVL_NODES is 0; set at least 1", id="no worker"),
     pytest.param(
-        {Env.NODES: "2", Env.NODE_RANK: "2"}, "SAILVL_NODE_RANK is 2; set a number from 0 to 1", id="index too high"
+        {Env.NODES: "2", Env.NODE_RANK: "2", Env.RENDEZVOUS_SECRET: "1a2b"},
+        "SAILVL_NODE_RANK is 2; set a number from 0 to 1",
+        id="index too high",
     ),
+    pytest.param(
+        {Env.NODES: "2"},
+        "SAILVL_RENDEZVOUS_SECRET is not set; set it to the same random text for all 2 workers",
+        id="no secret",
+    ),
+    pytest.param({Env.NODES: "2", Env.RENDEZVOUS_SECRET: ""}, "SAILVL_RENDEZVOUS_SECRET is not set", id="empty secret"),
     pytest.param({Env.PROCESSES_PER_NODE: "0"}, "SAILVL_PROCESSES_PER_NODE is 0", id="no rank"),
     pytest.param({Env.DEVICE: "tpu"}, "SAILVL_DEVICE is 'tpu'; set cuda or cpu", id="unknown device"),
     pytest.param({Env.GRACE_SECONDS: "-1"}, "SAILVL_GRACE_SECONDS is -1; set at least 0", id="negative"),

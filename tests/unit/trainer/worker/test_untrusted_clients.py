@@ -62,7 +62,7 @@ def connect(port: int) -> socket.socket:
 
 
 def test_attempt_succeeds_despite_foreign_keys_junk_and_idle_connections(build_workers: Build, tmp_path: Path) -> None:
-    workers = build_workers("succeed", nodes=2, environment={Env.RENDEZVOUS_SECRET: "1a2b"})
+    workers = build_workers("succeed", nodes=2)
     workers.start(0)
     data = build_pickle_attack(tmp_path / "marker")
     client = open_client(workers)
@@ -83,9 +83,7 @@ def test_client_that_overwrites_all_keys_can_end_an_attempt_but_runs_no_code(
     build_workers: Build, tmp_path: Path
 ) -> None:
     """The store lists its keys to every client, so that the secret doesn't keep this one away."""
-    workers = build_workers(
-        "step_until_stopped", nodes=2, environment={Env.RENDEZVOUS_SECRET: "1a2b", Env.IN_PLACE_RESTARTS: 1}
-    )
+    workers = build_workers("step_until_stopped", nodes=2, environment={Env.IN_PLACE_RESTARTS: 1})
     workers.start_all()
     workers.wait_for_step(2)
     data = build_pickle_attack(tmp_path / "marker")
