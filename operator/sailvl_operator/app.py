@@ -303,7 +303,7 @@ class App:
         scope = next(iter(self._settings.api.namespaces), "")
         while True:
             try:
-                await anext(self._client.list_pages(resources.RUNS, scope))
+                await self._client.check_exists(resources.RUNS, scope)
                 return
             except NotFound:
                 log.warning("CustomResourceDefinition of %s not found, waiting for it to be applied", names.KIND)

@@ -238,6 +238,7 @@ class Controller:
                 run.name,
                 {"metadata": precondition, "status": changes},
                 subresource="status",
+                decode_as=resources.SailVLRun,
             )
         except NotFound:
             self._runs.delete((run.namespace, run.name), run.uid)
@@ -258,7 +259,7 @@ class Controller:
     async def _refresh(self, key: RunKey) -> None:
         """Read a run after a conflict, instead of waiting for its watch event."""
         try:
-            self._runs.put_patched(await self._client.get(resources.RUNS, *key))
+            self._runs.put_patched(await self._client.get(resources.RUNS, *key, decode_as=resources.SailVLRun))
         except ApiError as error:
             log.info("%s/%s not refreshed: %s", *key, error)
 

@@ -25,7 +25,7 @@ MAX_SPEC_BYTES = 256 * 1024
 """Largest spec as JSON. The schema alone would allow several megabytes, which the operator holds for every run."""
 _CAPTION = "not supported yet; set it to keep or remove caption to use the alt-text"
 
-_MAX_ANNOTATION_LENGTH = 1024
+MAX_ANNOTATION_LENGTH = 1024
 
 
 class SpecError(ValueError):
@@ -60,20 +60,23 @@ def refresh_run(run: Run, raw: Mapping[str, Any]) -> Run:
         deleting="deletionTimestamp" in metadata,
         status=dict(raw.get("status") or {}),
         restart_stage=clean_line(
-            (metadata.get("annotations") or {}).get(names.ANNOTATION_RESTART, ""), _MAX_ANNOTATION_LENGTH
+            (metadata.get("annotations") or {}).get(names.ANNOTATION_RESTART, ""), MAX_ANNOTATION_LENGTH
         ),
     )
 
 
-def parse_spec(spec: Mapping[str, Any]) -> Spec:
-    """Parse a spec. Raises SpecError, whose message begins with the path of the field, as in `spec.stages[0].name`."""
-    size = len(msgspec.json.encode(spec))
-    if size > MAX_SPEC_BYTES:
+def parse_spec(spec: Mapping[str, Any] | msgspec.Raw) -> Spec:
+    """Parse a spec, decoded or as JSON. Raises SpecError, whose message begins with the path of the field, as in
+    `spec.stages[0].name`."""
+    content = memoryview(spec) if isinstance(spec, msgspec.Raw) else msgspec.json.encode(spec)
+    if len(content) > MAX_SPEC_BYTES:
         raise SpecError(
-            f"spec: has {size} bytes as JSON, and may have at most {MAX_SPEC_BYTES}; set workers.env once for all "
-            "stages instead of in each, or divide the stages into several runs"
+            f"spec: has {len(content)} bytes as JSON, and may have at most {MAX_SPEC_BYTES}; set workers.env once for "
+            "all stages instead of in each, or divide the stages into several runs"
         )
     try:
+        if isinstance(spec, msgspec.Raw):
+            return msgspec.json.decode(content, type=Spec)
         return msgspec.convert(dict(spec), Spec)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$")

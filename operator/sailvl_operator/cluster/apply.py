@@ -137,12 +137,13 @@ class Applier:
         """Remove the annotation, unless it has a newer value: that would have changed the resourceVersion."""
         guard = {"uid": run.uid, "resourceVersion": run.resource_version}
         body = {"metadata": guard | {"annotations": {names.ANNOTATION_RESTART: None}}}
-        await self._client.patch(resources.RUNS, run.namespace, run.name, body)
+        await self._client.patch(resources.RUNS, run.namespace, run.name, body, decode_as=resources.Ignored)
 
     async def _set_suspend(self, job: JobRecord, is_suspended: bool) -> None:
         labels = {names.LABEL_SUSPENDED: "true" if is_suspended else None}
         body = {"metadata": {"uid": job.uid, "labels": labels}, "spec": {"suspend": is_suspended}}
-        self._owned_objects.jobs.put(await self._client.patch(resources.JOBS, job.namespace, job.name, body))
+        patched = await self._client.patch(resources.JOBS, job.namespace, job.name, body, decode_as=resources.Job)
+        self._owned_objects.jobs.put(patched)
 
     async def _ensure_claim(self, run: Run) -> None:
         """Create the run's claim; each process does so once for a run."""

@@ -20,7 +20,8 @@ from yarl import URL
 from sailvl_operator.api import names
 from sailvl_operator.api.untrusted import DocumentError, clean_line, decode_json
 from sailvl_operator.cluster.credentials import Credentials, build_connector
-from sailvl_operator.cluster.resources import ObjectType, Resource
+from sailvl_operator.cluster.page_limit import PageLimit, PageTooLargeError, read_page
+from sailvl_operator.cluster.resources import Ignored, ObjectType, Resource
 from sailvl_operator.cluster.server_clock import ServerClock
 from sailvl_operator.cluster.watch_stream import Object, WatchEvent, decode_event, read_line_batches
 from sailvl_operator.errors import ApiError, TooManyRequests, Unauthorized, Unreachable, error_from_status
@@ -59,7 +60,7 @@ class ClientConfig:
     backoff_seconds: float = 0.2
     """Backoff before the second try. It doubles with each further try and is jittered by half."""
     page_size: int = 500
-    """Number of objects per page of a list."""
+    """Maximum number of objects per page of a list; of large objects, a page has fewer (`page_limit.py`)."""
     watch_timeout_seconds: int = 300
     """Seconds after which the API server ends a watch."""
 
@@ -98,9 +99,14 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def get(self, resource: Resource, namespace: str, name: str) -> Object:
+    async def get(self, resource: Resource, namespace: str, name: str, *, decode_as: ObjectType = dict) -> Object:
         """Return one object. Raises NotFound."""
-        return await self._send_with_retries("get", "GET", resource.path(namespace, name))
+        return await self._send_with_retries("get", "GET", resource.path(namespace, name), decode_as=decode_as)
+
+    async def check_exists(self, resource: Resource, namespace: str = "") -> None:
+        """Request one object of a resource. Raises NotFound if the API server doesn't have the resource."""
+        path = resource.path(namespace)
+        await self._send_with_retries("list", "GET", path, {"limit": "1"}, accept=_METADATA, decode_as=Ignored)
 
     async def list_pages(
         self,
@@ -117,21 +123,29 @@ class Client:
         `metadata_only`: request PartialObjectMetadata. `decode_as`: type of the objects; other fields are skipped.
         Raises Gone if reading takes so long that the list's snapshot expires; the caller starts over.
         """
-        parameters = {
-            "limit": str(self._config.page_size),
-            "labelSelector": selector,
-            "fieldSelector": field_selector,
-        }
+        parameters = {"labelSelector": selector, "fieldSelector": field_selector}
+        limit = PageLimit(self._config.page_size)
+        accept = _METADATA if metadata_only else _JSON
         while True:
-            accept = _METADATA if metadata_only else _JSON
-            page = await self._send_with_retries(
-                "list", "GET", resource.path(namespace), parameters, accept=accept, decode_as=_page_type(decode_as)
-            )
+            page = await self._read_page(resource.path(namespace), parameters, limit, accept, decode_as)
             metadata = page["metadata"]
             yield Page(page.get("items") or [], metadata["resourceVersion"])
             if not metadata.get("continue"):
                 return
             parameters["continue"] = metadata["continue"]
+
+    async def _read_page(
+        self, path: str, parameters: Mapping[str, str], limit: PageLimit, accept: str, decode_as: ObjectType
+    ) -> Object:
+        """Return a page of at most `limit` objects, and of fewer if they are too large."""
+        while True:
+            asked = {"limit": str(limit.objects), **parameters}
+            try:
+                return await self._send_with_retries(
+                    "list", "GET", path, asked, accept=accept, decode_as=_page_type(decode_as), limit=limit
+                )
+            except PageTooLargeError:
+                limit.shrink()
 
     async def watch(
         self,
@@ -183,12 +197,19 @@ class Client:
         return await self._send_with_retries("update", "PUT", path, _field_manager(), body=body)
 
     async def patch(
-        self, resource: Resource, namespace: str, name: str, body: Mapping[str, Any], *, subresource: str = ""
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        body: Mapping[str, Any],
+        *,
+        subresource: str = "",
+        decode_as: ObjectType = dict,
     ) -> Object:
         """Apply a JSON merge patch. A resourceVersion or UID in its metadata is a precondition; raises Conflict."""
         path = resource.path(namespace, name, subresource)
         return await self._send_with_retries(
-            "patch", "PATCH", path, _field_manager(), body=body, content_type=MERGE_PATCH
+            "patch", "PATCH", path, _field_manager(), body=body, content_type=MERGE_PATCH, decode_as=decode_as
         )
 
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str, version: str = "") -> None:
@@ -196,7 +217,7 @@ class Client:
         resourceVersion is unchanged. Raises NotFound or Conflict."""
         preconditions = {"uid": uid} | ({"resourceVersion": version} if version else {})
         body = {"propagationPolicy": "Background", "preconditions": preconditions}
-        await self._send_with_retries("delete", "DELETE", resource.path(namespace, name), body=body)
+        await self._send_with_retries("delete", "DELETE", resource.path(namespace, name), body=body, decode_as=Ignored)
 
     async def delete_collection(
         self, resource: Resource, namespace: str, *, selector: str, grace_seconds: int | None = None
@@ -204,7 +225,8 @@ class Client:
         """Delete all objects that match a label selector."""
         body = {} if grace_seconds is None else {"gracePeriodSeconds": grace_seconds}
         parameters = {"labelSelector": selector}
-        await self._send_with_retries("deletecollection", "DELETE", resource.path(namespace), parameters, body=body)
+        path = resource.path(namespace)
+        await self._send_with_retries("deletecollection", "DELETE", path, parameters, body=body, decode_as=Ignored)
 
     async def _send_with_retries(
         self,
@@ -217,13 +239,14 @@ class Client:
         content_type: str = _JSON,
         accept: str = _JSON,
         decode_as: ObjectType = dict,
+        limit: PageLimit | None = None,
     ) -> Object:
         url, data = self._build_url(path, parameters or {}), None if body is None else msgspec.json.encode(body)
         headers = {"Accept": accept} | ({} if data is None else {"Content-Type": content_type})
         failures = 0
         while True:
             try:
-                return await self._send_once(verb, method, url, decode_as, data=data, headers=headers)
+                return await self._send_once(verb, method, url, decode_as, data=data, headers=headers, limit=limit)
             except ApiError as error:
                 failures += 1
                 if not self._should_retry(error, failures):
@@ -231,7 +254,15 @@ class Client:
                 await asyncio.sleep(self._retry_seconds(error, failures))
 
     async def _send_once(
-        self, verb: str, method: str, url: URL, decode_as: ObjectType, *, headers: dict[str, str], data: bytes | None
+        self,
+        verb: str,
+        method: str,
+        url: URL,
+        decode_as: ObjectType,
+        *,
+        headers: dict[str, str],
+        data: bytes | None,
+        limit: PageLimit | None,
     ) -> Object:
         path = url.raw_path
         headers = headers | await self._credentials.headers()
@@ -242,7 +273,7 @@ class Client:
             async with self._session.request(method, url, headers=headers, data=data) as response:
                 self._on_response(verb, response.status)
                 self._clock.observe_date(response.headers.get("Date"), sent=sent, received=self._clock.monotonic())
-                answer = await response.read()
+                answer = await (response.read() if limit is None else read_page(response, limit.max_bytes))
         except (aiohttp.ClientError, TimeoutError) as error:
             self._on_response(verb, 0)
             raise Unreachable(f"{verb} {path}: {error or type(error).__name__}") from error
@@ -252,12 +283,14 @@ class Client:
             decoded: Object = decode_json(answer, decode_as, subject="the response")
         except DocumentError as error:
             raise Unreachable(f"{verb} {path}: {error}") from error
+        if limit is not None:
+            limit.grow(len(answer))
         return decoded
 
     def _build_url(self, path: str, parameters: Mapping[str, str]) -> URL:
         return _encode_url(self._credentials.server + path, urlencode(parameters))
 
-    def _build_error(self, response: aiohttp.ClientResponse, answer: bytes, request: str) -> ApiError:
+    def _build_error(self, response: aiohttp.ClientResponse, answer: bytes | bytearray, request: str) -> ApiError:
         try:
             body = decode_json(answer, dict, subject="the response")
         except DocumentError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from msgspec.structs import replace
@@ -26,6 +26,8 @@ from sailvl_operator.core.units import parse_time
 
 _MAX_DIGITS = 10
 """Digits of a label that are read; no number of the operator's has as many."""
+_MAX_UID_LENGTH = 64
+"""Letters of a UID. The API server creates UIDs of 36 letters, but takes owner references with any text."""
 
 
 def parse_job(raw: Mapping[str, Any]) -> JobRecord:
@@ -193,8 +195,14 @@ def _find_owner_uid(metadata: Mapping[str, Any], kind: str, name: str) -> str:
     for owner in metadata.get("ownerReferences", ()):
         if owner.get("controller"):
             is_expected = owner.get("kind") == kind and owner.get("name") == name
-            return sys.intern(owner["uid"]) if is_expected else ""  # all pods of a Job share one string
+            return _share_uid(owner["uid"]) if is_expected and len(owner["uid"]) <= _MAX_UID_LENGTH else ""
     return ""
+
+
+@lru_cache(maxsize=4096)
+def _share_uid(uid: str) -> str:
+    """Return one string for equal UIDs, which all pods of a Job then share. Interned strings would never be freed."""
+    return uid
 
 
 def _find_container_state(status: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import msgspec
+
 from sailvl_operator.api import names
 
 
@@ -174,6 +176,41 @@ class WorkloadStatus(TypedDict, total=False):
 
 class Workload(TypedDict, total=False):
     status: WorkloadStatus
+
+
+RunAnnotations = TypedDict("RunAnnotations", {names.ANNOTATION_RESTART: str}, total=False)  # type: ignore[misc]
+"""The annotations of a run that are read."""
+
+
+class RunMeta(TypedDict, total=False):
+    name: str
+    namespace: str
+    uid: str
+    resourceVersion: str
+    generation: int
+    creationTimestamp: str | None
+    deletionTimestamp: str
+    annotations: RunAnnotations | None
+
+
+class SailVLRun(TypedDict, total=False):
+    """A run, whose other metadata is skipped: users may fill labels, annotations and managed fields with 1.5 MiB."""
+
+    metadata: RunMeta
+    spec: msgspec.Raw
+    status: dict[str, Any] | None
+
+
+class VersionMeta(TypedDict, total=False):
+    name: str
+    namespace: str
+    resourceVersion: str
+
+
+class Versioned(TypedDict, total=False):
+    """Any object, of which only the version is read."""
+
+    metadata: VersionMeta
 
 
 class Ignored(TypedDict):

@@ -1,5 +1,8 @@
 """Store of the newest state of every SailVLRun, filled by the watch (`handlers.py`) and by responses to our patches.
 
+A run is kept as JSON until it is read. It is then parsed in its turn of the work queue, and once for any number of
+changes since the last turn: a user who edits a large spec again and again delays no other namespace.
+
 Most runs of a long-lived installation have finished, and a finished run is rarely read again. Such runs are kept as
 compressed JSON and parsed again whenever one is reconciled.
 """
@@ -15,10 +18,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from sailvl_operator.api import names
-from sailvl_operator.api.parse import MAX_SPEC_BYTES, SpecError, parse_run, refresh_run
+from sailvl_operator.api.parse import MAX_ANNOTATION_LENGTH, MAX_SPEC_BYTES, SpecError, parse_run, refresh_run
 from sailvl_operator.api.status import ConditionType, Status, decode_status
 from sailvl_operator.api.types import Model, Run, Spec, Storage
-from sailvl_operator.api.untrusted import describe_error
+from sailvl_operator.api.untrusted import clean_line, describe_error
+from sailvl_operator.cluster.resources import SailVLRun
 from sailvl_operator.core.plan import PlannedStage, plan
 from sailvl_operator.core.units import parse_time
 
@@ -51,19 +55,26 @@ class RunVersion(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """One run, parsed or packed."""
+    """One run, either parsed or as JSON."""
 
     uid: str
     version: int
     entry: RunEntry | None
-    packed: bytes = b""
-    """Compressed JSON of the object; empty if the run is parsed."""
+    document: bytes = b""
+    """JSON of the object, compressed if the run has finished; empty if the run is parsed."""
+    is_finished: bool = False
+    """Whether the run has finished and is not parsed."""
 
     def read(self) -> RunEntry:
-        return _parse(_unpack(self.packed)) if self.entry is None else self.entry
+        return _parse(self._decode()) if self.entry is None else self.entry
 
     def read_status(self) -> Status:
-        return decode_status(_unpack(self.packed)["status"] if self.entry is None else self.entry.run.status)
+        return decode_status(self._decode()["status"] if self.entry is None else self.entry.run.status)
+
+    def _decode(self) -> dict[str, Any]:
+        document = zlib.decompress(self.document) if self.is_finished else self.document
+        decoded: dict[str, Any] = msgspec.json.decode(document, type=SailVLRun)
+        return decoded
 
 
 class RunStore:
@@ -75,12 +86,17 @@ class RunStore:
     def get(self, key: RunKey) -> RunEntry | None:
         """Return the newest state; None if there is no such run. A finished run is parsed anew by each call."""
         stored = self._runs.get(key)
-        return None if stored is None else stored.read()
+        if stored is None:
+            return None
+        entry = stored.read()
+        if not stored.is_finished:
+            self._runs[key] = _Stored(stored.uid, stored.version, entry)
+        return entry
 
     def get_unfinished(self, key: RunKey) -> RunEntry | None:
         """Return the newest state of a run; None if it has finished or doesn't exist."""
         stored = self._runs.get(key)
-        return None if stored is None else stored.entry
+        return None if stored is None or stored.is_finished else self.get(key)
 
     def get_version(self, key: RunKey) -> RunVersion | None:
         """Return UID and resourceVersion of a run without parsing it; None if there is no such run."""
@@ -112,9 +128,7 @@ class RunStore:
         known = self._runs.get(key)
         if known is not None and known.version >= version:
             return False
-        packed = _try_pack(raw) if _is_finished(raw) else b""
-        entry = None if packed else _parse_update(raw, None if known is None else known.entry)
-        self._runs[key] = _Stored(raw["metadata"]["uid"], version, entry, packed)
+        self._runs[key] = _build_stored(raw, version, None if known is None else known.entry)
         return True
 
     def put_patched(self, raw: dict[str, Any]) -> bool:
@@ -140,36 +154,38 @@ def _is_finished(raw: dict[str, Any]) -> bool:
     return any(c.get("type") in _FINAL and c.get("status") == "True" for c in conditions)
 
 
-def _try_pack(raw: dict[str, Any]) -> bytes:
-    """Pack an object; empty if that is impossible, because a text in it can't be encoded."""
-    try:
-        return _pack(raw)
-    except UnicodeEncodeError:
-        return b""
+def _build_stored(raw: dict[str, Any], version: int, known: RunEntry | None) -> _Stored:
+    """Reuse the parsed spec of an active run if the generation is the same; most changes are our own status writes.
+    Else keep the object as JSON, or parse it at once if that is impossible."""
+    metadata, is_finished = raw["metadata"], _is_finished(raw)
+    is_same_spec = known is not None and (known.run.uid, known.run.generation) == (
+        metadata["uid"],
+        metadata.get("generation"),
+    )
+    if known is not None and is_same_spec and not is_finished:
+        return _Stored(metadata["uid"], version, replace(known, run=refresh_run(known.run, raw)))
+    document = _encode(raw)
+    if not document:
+        return _Stored(metadata["uid"], version, _parse(raw))
+    content = zlib.compress(document, _COMPRESSION_LEVEL) if is_finished else document
+    return _Stored(metadata["uid"], version, None, content, is_finished)
 
 
-def _pack(raw: dict[str, Any]) -> bytes:
-    """Compress the fields of an object that are read; empty if its spec is too large to be parsed anyway."""
+def _encode(raw: dict[str, Any]) -> bytes:
+    """Encode the fields of an object that are read as JSON. Return nothing if its spec is too large to be parsed
+    anyway, or if it can't be encoded: a text may have half of a surrogate pair."""
     metadata = {name: raw["metadata"][name] for name in _METADATA if name in raw["metadata"]}
     request = (raw["metadata"].get("annotations") or {}).get(names.ANNOTATION_RESTART)
-    metadata |= {} if request is None else {"annotations": {names.ANNOTATION_RESTART: request}}
-    spec = msgspec.json.encode(raw.get("spec"))
-    if len(spec) > MAX_SPEC_BYTES:
+    if request is not None:
+        metadata["annotations"] = {names.ANNOTATION_RESTART: clean_line(request, MAX_ANNOTATION_LENGTH)}
+    try:
+        spec = msgspec.json.encode(raw.get("spec") or {})
+        if len(spec) > MAX_SPEC_BYTES:
+            return b""
+        document = {"metadata": metadata, "spec": msgspec.Raw(spec), "status": raw.get("status") or {}}
+        return msgspec.json.encode(document)
+    except (UnicodeEncodeError, RecursionError):
         return b""
-    document = {"metadata": metadata, "spec": msgspec.Raw(spec), "status": raw["status"]}
-    return zlib.compress(msgspec.json.encode(document), _COMPRESSION_LEVEL)
-
-
-def _unpack(packed: bytes) -> dict[str, Any]:
-    return msgspec.json.decode(zlib.decompress(packed), type=dict[str, Any])
-
-
-def _parse_update(raw: dict[str, Any], known: RunEntry | None) -> RunEntry:
-    """Reuse the parsed spec if the generation is the same. Most changes are our own status writes."""
-    metadata = raw["metadata"]
-    if known is None or (metadata["uid"], metadata.get("generation")) != (known.run.uid, known.run.generation):
-        return _parse(raw)
-    return replace(known, run=refresh_run(known.run, raw))
 
 
 def _parse(raw: dict[str, Any]) -> RunEntry:

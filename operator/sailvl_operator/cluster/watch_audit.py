@@ -102,7 +102,8 @@ class WatchAuditor:
     async def _list_versions(self) -> dict[RunKey, int]:
         versions: dict[RunKey, int] = {}
         for scope in self._scopes:
-            async for page in self._client.list_pages(resources.RUNS, scope, metadata_only=True):
+            pages = self._client.list_pages(resources.RUNS, scope, metadata_only=True, decode_as=resources.Versioned)
+            async for page in pages:
                 versions |= {key_of(item): int(item["metadata"]["resourceVersion"]) for item in page.items}
         return versions
 
@@ -118,7 +119,7 @@ class WatchAuditor:
 
     async def _replay_change(self, key: RunKey) -> None:
         try:
-            self._replay("MODIFIED", await self._client.get(resources.RUNS, *key))
+            self._replay("MODIFIED", await self._client.get(resources.RUNS, *key, decode_as=resources.SailVLRun))
         except NotFound:
             return  # the next round finds the deletion
 

@@ -36,12 +36,14 @@ async def read_line_batches(chunks: AsyncIterable[bytes]) -> AsyncIterator[list[
     Reads in batches: changes arrive in bursts, and waking up per chunk costs more CPU than decoding it. An incomplete
     last line is dropped.
     """
-    pending = b""
+    pending: list[bytes] = []  # parts of the incomplete line
     async for chunk in chunks:
-        *lines, pending = (pending + chunk).split(b"\n")
+        end, *lines = chunk.split(b"\n")
+        pending.append(end)
         if lines:
-            yield lines
-        await _pause_after(len(chunk), is_whole=not pending)
+            whole, pending = b"".join(pending), [lines.pop()]
+            yield [whole, *lines]
+        await _pause_after(len(chunk), is_whole=pending == [b""])
 
 
 async def _pause_after(read: int, *, is_whole: bool) -> None:

@@ -152,6 +152,15 @@ class SimulatedRequest:
     async def __aexit__(self, *_: object) -> None:
         pass
 
+    @property
+    def content(self) -> SimulatedRequest:
+        """The stream of the response's body."""
+        return self
+
+    async def iter_any(self) -> AsyncIterator[bytes]:
+        """Yield the body at once."""
+        yield self._body
+
     async def read(self) -> bytes:
         """Return the body."""
         return self._body

@@ -178,7 +178,7 @@ async def test_audit_replays_other_events_if_one_cannot_be_handled():
             raise RecursionError
         handled.append(raw["metadata"]["name"])
 
-    async def get(_resource: object, namespace: str, name: str) -> dict[str, Any]:
+    async def get(_resource: object, namespace: str, name: str, **_: object) -> dict[str, Any]:
         return {"metadata": {"namespace": namespace, "name": name, "resourceVersion": "1"}}
 
     async def list_pages(*_: object, **__: object) -> Any:
