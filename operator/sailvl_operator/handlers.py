@@ -2,40 +2,31 @@
 
 Only `on.event` is used: no finalizers, annotations, timers or indices, so kopf itself never writes to a run.
 
-kopf works through an HTTP session of ours. A malformed response, an expired version or a server error on a watch would
-end kopf, and the process with it. The session turns them into errors that kopf recovers from: a failed connection, or a
-410 event. It also drops events that carry a known version. Most of them are our own status writes, and kopf takes about
-a millisecond for each event.
+kopf works through an HTTP session of ours (`cluster/kopf_session.py`), which bounds what kopf holds and turns errors
+that would end kopf into others.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
-from typing import Any, cast
+from typing import Any
 
-import aiohttp
 import kopf
-import msgspec
 
 from sailvl_operator.api import names
-from sailvl_operator.api.untrusted import DocumentError, decode_json
 from sailvl_operator.cluster.background import CountError, contain_errors
 from sailvl_operator.cluster.client import WATCH_SILENCE_SECONDS, ClientConfig
-from sailvl_operator.cluster.credentials import Credentials, build_connector
+from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.cluster.kopf_session import LIST_CHUNK_SIZE, IsKnown, build_session, decode_run
 from sailvl_operator.cluster.runs import RunKey, RunStore
-from sailvl_operator.cluster.watch_stream import read_line_batches
 from sailvl_operator.cluster.workqueue import WorkQueue
 
 OnEvent = Callable[[str | None, dict[str, Any]], None]
-"""Called with the type of a watch event (None: the object comes from a list) and the whole object."""
-IsKnown = Callable[[str, str, str], bool]
-"""Called with namespace, name and resourceVersion of an object. Whether this version or a newer one is known."""
+"""Called with the type of a watch event (None: the object comes from a list) and the object, of the type SailVLRun."""
 
-LIST_CHUNK_SIZE = 50
-"""Runs in one response of the first list: at most 75 MB, since a stored object has at most 1.5 MB."""
-
-_EXPIRED = b'{"type":"ERROR","object":{"kind":"Status","code":410,"reason":"Expired"}}\n'
+_IDLE_SECONDS = 0.1
+"""How long kopf holds the last event of a run after it was handled."""
 
 
 def handle_run_event(type_: str | None, raw: dict[str, Any], runs: RunStore, queue: WorkQueue[RunKey]) -> None:
@@ -77,6 +68,7 @@ def build_registry(
         settings.watching.connect_timeout = 10
         settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
         settings.watching.chunk_size = LIST_CHUNK_SIZE
+        settings.queueing.idle_timeout = _IDLE_SECONDS
         settings.networking.request_timeout = ClientConfig().request_timeout_seconds
         settings.networking.error_backoffs = EndlessBackoff()
 
@@ -91,7 +83,7 @@ def build_registry(
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
     async def on_run_event(event: kopf.RawEvent, **_: Any) -> None:
         with contain_errors("runs", count_error, subject="an event of a run"):
-            on_event(event["type"], dict(event["object"]))
+            on_event(event["type"], decode_run(event["object"]))
 
     return registry
 
@@ -115,111 +107,3 @@ class EndlessBackoff(Iterable[float]):
 
     def __iter__(self) -> Iterator[float]:
         return chain((0.2, 0.5, 1.0, 2.0), repeat(5.0))
-
-
-class _Status(msgspec.Struct):
-    code: int = 0
-    reason: str = ""
-    message: str = ""
-
-
-class _Metadata(msgspec.Struct, frozen=True):
-    name: str = ""
-    namespace: str = ""
-    resourceVersion: str = ""  # spelled as in the API
-
-
-class _Object(msgspec.Struct, frozen=True):
-    metadata: _Metadata = _Metadata()
-
-
-class _Event(msgspec.Struct):
-    type: str
-    object: msgspec.Raw
-
-
-def build_session(credentials: Credentials, is_known: IsKnown = lambda *_: False) -> aiohttp.ClientSession:
-    """Build the HTTP session of kopf; the caller closes it."""
-
-    async def send(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        request.headers.update(await credentials.headers())
-        return await handler(request)
-
-    async def recover(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        response = await send(request, handler)
-        if response.status == 401:
-            credentials.forget()
-            response.release()
-            response = await send(request, handler)
-        if response.status == 401:
-            raise aiohttp.ClientConnectionError("401: the credentials are invalid or have expired")
-        if response.status == 410 and "continue" in request.url.query:
-            response.release()
-            request.url = request.url.without_query_params("continue")
-            response = await send(request, handler)  # the first page again: kopf would end the process
-        is_watch = "watch" in request.url.query
-        if is_watch and response.status in (200, 410):
-            return _filter_events(response, is_known)
-        if response.status == 200:
-            await _check_json(response)
-        return response
-
-    return aiohttp.ClientSession(
-        connector=build_connector(credentials, limit=0),
-        headers={"User-Agent": names.FIELD_MANAGER},
-        middlewares=[recover],
-    )
-
-
-async def _check_json(response: aiohttp.ClientResponse) -> None:
-    try:
-        decode_json(await response.read(), dict[str, msgspec.Raw], subject="the response")
-    except (DocumentError, aiohttp.ClientPayloadError) as error:
-        raise aiohttp.ClientConnectionError(str(error)) from error
-
-
-def _filter_events(response: aiohttp.ClientResponse, is_known: IsKnown) -> aiohttp.ClientResponse:
-    """Replace the content of a watch response by its unknown events, in a form that kopf can handle."""
-    is_expired = response.status == 410
-    response.status = 200
-    content = _FilteredContent(response.content, is_known, is_expired=is_expired)
-    response.content = cast("aiohttp.StreamReader", content)
-    return response
-
-
-class _FilteredContent:
-    """Stream of the complete lines of a watch; a malformed line ends it like a failed connection. Everything except
-    `iter_chunked` is delegated to the original stream."""
-
-    def __init__(self, content: aiohttp.StreamReader, is_known: IsKnown, *, is_expired: bool) -> None:
-        self._content, self._is_known, self._is_expired = content, is_known, is_expired
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._content, name)
-
-    async def iter_chunked(self, size: int) -> AsyncIterator[bytes]:
-        if self._is_expired:
-            yield _EXPIRED
-            return
-        async for lines in read_line_batches(self._content.iter_chunked(size)):
-            unknown = [line + b"\n" for line in lines if not _is_known_event(line, self._is_known)]
-            if unknown:
-                yield b"".join(unknown)
-
-
-def _is_known_event(line: bytes, is_known: IsKnown) -> bool:
-    """Whether a line is a change to a version that is known already.
-
-    Raises ClientPayloadError if the line is malformed or reports an error other than 410.
-    """
-    try:
-        event = decode_json(line, _Event, subject="an event")
-        if event.type == "MODIFIED":
-            changed = decode_json(event.object, _Object, subject="an event").metadata
-            return is_known(changed.namespace, changed.name, changed.resourceVersion)
-        reported = decode_json(event.object, _Status, subject="an event") if event.type == "ERROR" else None
-    except DocumentError as error:
-        raise aiohttp.ClientPayloadError(str(error)) from error
-    if reported is not None and reported.code != 410:
-        raise aiohttp.ClientPayloadError(f"{reported.code} {reported.reason}: {reported.message}")
-    return False

@@ -139,10 +139,10 @@ class Client:
     ) -> Object:
         """Return a page of at most `limit` objects, and of fewer if they are too large."""
         while True:
-            asked = {"limit": str(limit.objects), **parameters}
+            query = {"limit": str(limit.objects), **parameters}
             try:
                 return await self._send_with_retries(
-                    "list", "GET", path, asked, accept=accept, decode_as=_page_type(decode_as), limit=limit
+                    "list", "GET", path, query, accept=accept, decode_as=_page_type(decode_as), limit=limit
                 )
             except PageTooLargeError:
                 limit.shrink()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from aiohttp import web
@@ -94,6 +94,8 @@ class FakeApiServer(InMemoryApiServer):
         self.requests: list[ReceivedRequest] = []
         self.watch_seconds = 30.0
         """How long a watch lasts at most."""
+        self.transform_content: Callable[[bytes], bytes] = lambda content: content
+        """Applied to the body of each response and to each line of a watch, just before it is sent."""
         self._watches: list[_HttpWatch] = []
 
     @property
@@ -126,7 +128,8 @@ class FakeApiServer(InMemoryApiServer):
             return web.json_response(DISCOVERY[request.path])
         if request.query.get("watch"):
             return await self._answer_watch(request)
-        return _to_http(self.handle(request.method, request.path, request.query, body, by="the operator"))
+        response = self.handle(request.method, request.path, request.query, body, by="the operator")
+        return _to_http(replace(response, body=self.transform_content(response.body)))
 
     async def _answer_watch(self, request: web.Request) -> web.StreamResponse:
         target = parse_path(request.path)
@@ -146,8 +149,9 @@ class FakeApiServer(InMemoryApiServer):
 class _HttpWatch(Watch):
     """A watch whose lines are sent as soon as they are there."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, api: FakeApiServer, *args: Any, **options: Any) -> None:
+        super().__init__(api, *args, **options)
+        self._api = api
         self._lines: deque[bytes] = deque()
         self._has_ended = False
 
@@ -165,7 +169,7 @@ class _HttpWatch(Watch):
         while not self._has_ended:
             self.has_news.clear()
             while self._lines:
-                await response.write(self._lines.popleft())
+                await response.write(self._api.transform_content(self._lines.popleft()))
             if self.is_expired:
                 return
             sent_version = self.store.version

@@ -69,6 +69,26 @@ async def test_list_is_read_in_pages(world):
     assert CALLS == {("list", 200): 2}
 
 
+async def test_page_that_is_too_large_is_read_with_fewer_objects(world, monkeypatch):
+    monkeypatch.setattr("sailvl_operator.cluster.page_limit.MAX_PAGE_BYTES", 10_000)
+    for i in range(20):
+        world.api.put("pods", make(f"p{i:02}") | {"spec": {"wide": "x" * 1_000}})
+    async with Client(Credentials(world.token), ClientConfig(page_size=16)) as client:
+        pages = [page.items async for page in client.list_pages(resources.PODS, decode_as=resources.Versioned)]
+    assert [item["metadata"]["name"] for page in pages for item in page] == [f"p{i:02}" for i in range(20)]
+    assert [len(page) for page in pages] == [2, 4, 4, 4, 4, 2]
+    assert CALLS == {}
+
+
+async def test_resource_that_does_not_exist_is_told_by_the_metadata_of_one_object(world):
+    world.api.put("pods", make("p"))
+    await world.client.check_exists(resources.PODS)
+    assert world.api.requests[-1].query["limit"] == "1"
+    world.api.injected_errors.append(InjectedError(method="GET", path_end="/pods", status=404))
+    with pytest.raises(NotFound):
+        await world.client.check_exists(resources.PODS)
+
+
 async def test_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
     first = world.api.put("pods", make("old"))
     world.api.put("pods", make("new") | {"spec": {"long": "x" * 300_000}})

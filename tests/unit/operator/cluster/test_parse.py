@@ -8,7 +8,15 @@ import pytest
 from msgspec.structs import replace
 
 from sailvl_operator.api import names
-from sailvl_operator.cluster.parse import is_routine_job, is_routine_pod, parse_job, parse_pod, stamp_pod
+from sailvl_operator.cluster.parse import (
+    _share_uid,
+    is_routine_job,
+    is_routine_pod,
+    parse_job,
+    parse_pod,
+    parse_service,
+    stamp_pod,
+)
 from sailvl_operator.core.observe import PodRecord
 from tests.support.builders.operator import build_end, build_job, build_pod
 
@@ -117,3 +125,16 @@ def test_messages_of_a_pod_are_clean_lines_of_bounded_length() -> None:
 def test_long_numbers_of_labels_are_cut() -> None:
     labels = {names.LABEL_RUN: "demo", names.LABEL_ATTEMPT: "9" * 63, names.LABEL_COMPLETION_INDEX: "9" * 63}
     assert max(parse_pod(raw(labels)).attempt, parse_pod(raw(labels)).index) < 2**63
+
+
+def test_uids_of_owners_are_shared_within_bounds() -> None:
+    def parse(uid: str) -> str:
+        owner = {"kind": "SailVLRun", "name": "demo", "uid": uid, "controller": True}
+        metadata = {"namespace": "team", "name": "s", "uid": "s", "labels": {names.LABEL_RUN: "demo"}}
+        return parse_service({"metadata": metadata | {"ownerReferences": [owner]}}).owner_uid
+
+    assert parse("".join(["u", "1"])) is parse("".join(["u", "1"]))
+    assert parse("u" * 65) == "", "no owner has such a UID, but a record would hold its megabytes"
+    for number in range(5_000):
+        parse(f"u{number}")
+    assert _share_uid.cache_info().currsize <= 4096

@@ -102,8 +102,8 @@ def build_status(*, is_finished: bool) -> Status:
     return Status(stages=stages, conditions=conditions, start_time=TIME)
 
 
-def measure_held_kib(spec: dict[str, Any], status: Status, *, runs: int = 10) -> float:
-    """Return the memory in KiB that a store holds for each of several runs."""
+def measure_held_kib(spec: dict[str, Any], status: Status, *, runs: int = 10, is_read: bool = True) -> float:
+    """Return the memory in KiB that a store holds for each of several runs, once they have been read or before."""
     store = RunStore()
     store.put(build_raw(10**6, spec, status))
     gc.collect()
@@ -112,6 +112,8 @@ def measure_held_kib(spec: dict[str, Any], status: Status, *, runs: int = 10) ->
         before, _ = tracemalloc.get_traced_memory()
         for number in range(runs):
             store.put(build_raw(number, spec, status))
+            if is_read:
+                store.get(("team", f"demo-{number}"))
         gc.collect()
         after, _ = tracemalloc.get_traced_memory()
     finally:
@@ -130,6 +132,7 @@ def build_largest_spec(*, is_long: bool, max_bytes: int) -> dict[str, Any]:
 
 def test_typical_runs_are_small() -> None:
     assert measure_held_kib(SPEC, build_status(is_finished=False)) < 24
+    assert measure_held_kib(SPEC, build_status(is_finished=False), is_read=False) < 6
     assert measure_held_kib(SPEC, build_status(is_finished=True)) < 3
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from sailvl_operator.api import names
+from sailvl_operator.api.parse import parse_run
+from sailvl_operator.api.types import Run
+from sailvl_operator.cluster.resources import SailVLRun
 from sailvl_operator.cluster.runs import RunStore
 from tests.support.builders.operator import build_document
 
@@ -32,3 +38,35 @@ def test_run_with_invalid_spec_keeps_its_identity_and_the_error():
     runs.put(build_raw(10, stages="none"))
     entry = runs.get(KEY)
     assert (entry.run.name, entry.run.uid, bool(entry.problem)) == ("demo", "u", True)
+
+
+def test_spec_is_parsed_once_for_any_number_of_changes_between_two_reads(monkeypatch):
+    parsed = []
+
+    def count(raw: dict) -> Run:
+        parsed.append(raw["metadata"]["resourceVersion"])
+        return parse_run(raw)
+
+    monkeypatch.setattr("sailvl_operator.cluster.runs.parse_run", count)
+    store = RunStore()
+    for version in range(10, 20):
+        raw = build_raw(version, seed=version)
+        raw["metadata"]["generation"] = version
+        store.put(raw)
+    assert not parsed
+    assert [store.get(KEY).run.spec.seed for _ in range(3)] == [19] * 3
+    raw["metadata"]["resourceVersion"] = "30"
+    store.put(raw | {"status": {"observedGeneration": 19}})
+    assert store.get(KEY).run.status == {"observedGeneration": 19}
+    assert parsed == ["19"]
+
+
+def test_run_is_stored_from_json_as_from_a_document():
+    raw = build_raw(10)
+    raw["metadata"]["annotations"] = {names.ANNOTATION_RESTART: "sft", "other": "x"}
+    read = RunStore()
+    read.put(msgspec.json.decode(msgspec.json.encode(raw), type=SailVLRun))
+    built = RunStore()
+    built.put(raw)
+    assert read.get(KEY) == built.get(KEY)
+    assert read.get(KEY).run.restart_stage == "sft"

@@ -108,6 +108,26 @@ async def test_runs_arrive_through_kopf_which_writes_nothing(api):
     assert "finalizers" not in api.list_objects("sailvlruns")[0]["metadata"]
 
 
+async def test_kopf_writes_nothing_to_a_run_with_its_own_markers(api):
+    marked = build_document()
+    marked["metadata"] |= {
+        "finalizers": ["kopf.zalando.org/KopfFinalizerMarker"],
+        "annotations": {
+            "kopf.zalando.org/last-handled-configuration": '{"spec": {}}',
+            "kopf.zalando.org/on_run_event": '{"started": "2020-01-01T00:00:00", "retries": 1}',
+        },
+    }
+    async with serve(api) as url:
+        stored = copy.deepcopy(api.put("sailvlruns", marked)["metadata"])
+        async with operating(url):
+            await until(lambda: api.list_names("jobs"))
+            api.put("sailvlruns", api.list_objects("sailvlruns")[0] | {"spec": build_document(seed=2)["spec"]})
+            await until(lambda: api.requests[-1].method != "GET")
+    metadata = api.list_objects("sailvlruns")[0]["metadata"]
+    assert [metadata[n] for n in ("finalizers", "annotations")] == [stored[n] for n in ("finalizers", "annotations")]
+    assert {path.rsplit("/", 1)[-1] for _, path in api.list_writes() if "sailvlruns" in path} == {"status"}
+
+
 async def test_standby_takes_over_at_once_after_clean_exit(api):
     async with serve(api) as url, operating(url, "b") as first:
         await until(lambda: first.app.leadership.is_leading)
