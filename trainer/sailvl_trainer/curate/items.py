@@ -18,7 +18,7 @@ from typing import Literal
 from sailvl_trainer.curate.captions import MAX_TEXT_BYTES, clean_text
 from sailvl_trainer.data.image_memory import FILE_MEMORY
 from sailvl_trainer.data.synthetic import draw_caption
-from sailvl_trainer.storage.data_files import DataRoots, Reason, RefusedFileError, open_data_file
+from sailvl_trainer.storage.data_files import DataRoots, Reason, RefusedFileError, open_data_file, read_part
 from sailvl_trainer.storage.files import FILE_ERRNOS, format_bytes
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
@@ -26,7 +26,7 @@ MAX_FILE_BYTES = 256 << 20
 """Larger encoded images are dropped unread."""
 MAX_KEY_LENGTH = 64
 """Characters of a key. A name in a plain tar has at most 100, which include the item's number and a suffix."""
-MAX_DETAIL_LENGTH = 300
+MAX_DETAIL_LENGTH = 400
 """Characters of a description of a problem."""
 FILE_ERRORS = FILE_ERRNOS | {errno.EACCES, errno.EPERM}
 """Errors of a single file of a source, which is counted as missing. Any other read error is a failure of the storage
@@ -107,8 +107,7 @@ def open_item(item: Item, roots: DataRoots) -> Iterator[ItemContent]:
         if size > MAX_FILE_BYTES:
             raise RefusedFileError("too_large", f"larger than {format_bytes(MAX_FILE_BYTES)}")
         with FILE_MEMORY.reserve(size):
-            file.seek(item.offset)
-            image = file.read(size)
+            image = read_part(file, item.path, roots, offset=item.offset, size=size)
             yield ItemContent(image=image, caption=_read_caption(item, roots))
 
 
@@ -132,7 +131,8 @@ def _read_caption(item: Item, roots: DataRoots) -> str:
     if item.caption is not None or not item.caption_file:
         return item.caption or ""
     with open_data_file(item.caption_file, roots) as file:
-        return file.read(MAX_TEXT_BYTES).decode("utf-8", "replace")
+        data = read_part(file, item.caption_file, roots, offset=0, size=MAX_TEXT_BYTES)
+    return data.decode("utf-8", "replace")
 
 
 def classify_file_error(error: OSError | RefusedFileError) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from sailvl_trainer.curate.artifacts import CurationArtifacts, PlannedShard
 from sailvl_trainer.curate.dedup import mark_duplicates
 from sailvl_trainer.errors import ConfigError
 from sailvl_trainer.storage.codec import encode
+from sailvl_trainer.storage.data_files import OUTSIDE_ADVICE
 from sailvl_trainer.storage.files import sync_file, translate_storage_errors, write_atomic
 
 
@@ -35,7 +36,8 @@ def select_samples(artifacts: CurationArtifacts, config: CurateConfig) -> dict[s
         outcomes: dict[str, int] = dict(db.execute("SELECT outcome, count(*) FROM decisions GROUP BY 1").fetchall())
         shards = _write_plan(db, artifacts, config.shard_samples)
     if not any(shard.split == SHARDS_DIR for shard in shards):
-        raise ConfigError(f"all images were dropped ({outcomes}); check the sources and filters")
+        advice = f"; a file outside of the source: {OUTSIDE_ADVICE}" if "outside_source" in outcomes else ""
+        raise ConfigError(f"all images were dropped ({outcomes}); check the sources and filters{advice}")
     write_atomic(artifacts.shards, encode(shards))
     return outcomes
 

@@ -4,19 +4,35 @@ A data set can hold anything that a file system holds: links to /proc/self/envir
 that block the reader forever, devices without an end. So each file is opened by `open_data_file`, which accepts only
 regular files below given directories, and read with a limit of bytes. Links are followed, as the Hugging Face cache
 consists of them; the file to which they lead must be below one of the directories, too.
+
+On NFS, a file that another client replaces between two calls can't be read any more (ESTALE). It is opened once again
+by its path, which leads to the new file.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from sailvl_trainer.errors import StorageError
 from sailvl_trainer.storage.files import translate_read_errors
 
+if not hasattr(os, "O_PATH"):
+    raise ImportError(
+        "the trainer needs Linux, as it opens files with O_PATH and /proc/self/fd; run it there or in its image"
+    )
+
+T = TypeVar("T")
+OUTSIDE_ADVICE = (
+    "copy it into the source or below the storage; for a snapshot in the cache of Hugging Face, whose files are links "
+    "to blobs/, set the source to the repository's folder in the cache, or use `huggingface-cli download --local-dir`"
+)
+"""Advice for a file that is outside of the roots."""
 Reason = Literal["irregular_file", "outside_root", "too_large", "invalid_name"]
 """Why a file is refused."""
 
@@ -51,29 +67,32 @@ class DataRoots:
 def open_data_file(path: Path | str | bytes, roots: DataRoots) -> BinaryIO:
     """Open a regular file below the roots for reading; never block.
 
-    The file is first opened by its path only (O_PATH), which reads nothing and wakes no device. Type and location are
-    those of the opened file, so that it can't be exchanged between the check and the reading. Raises OSError, or
-    RefusedFileError.
+    Raises OSError, or RefusedFileError.
     """
-    handle = _open_path(path)
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise RefusedFileError("irregular_file", "not a regular file")
-        opened = f"/proc/self/fd/{handle}"
-        if not roots.contains(os.readlink(opened)):
-            raise RefusedFileError("outside_root", "leads to a file outside of the data set and of the storage")
-        return open(os.open(opened, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    except OSError as error:
-        error.filename = os.fsdecode(path)  # instead of the descriptor's path
-        raise
-    finally:
-        os.close(handle)
+    return _retry_if_stale(lambda: _open_once(path, roots))
 
 
 def read_data_file(path: Path | str | bytes, roots: DataRoots, *, max_bytes: int) -> bytes:
     """Read a whole file of at most `max_bytes`. Raises OSError, or RefusedFileError, also for a larger file."""
-    with open_data_file(path, roots) as file:
-        return read_limited(file, max_bytes)
+
+    def read() -> bytes:
+        with open_data_file(path, roots) as file:
+            return read_limited(file, max_bytes)
+
+    return _retry_if_stale(read)
+
+
+def read_part(file: BinaryIO, path: Path | str | bytes, roots: DataRoots, *, offset: int, size: int) -> bytes:
+    """Read at most `size` bytes from an offset of an open file below the roots. Raises OSError or RefusedFileError."""
+    try:
+        file.seek(offset)
+        return file.read(size)
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+    with open_data_file(path, roots) as opened_again:
+        opened_again.seek(offset)
+        return opened_again.read(size)
 
 
 def read_limited(file: BinaryIO, max_bytes: int) -> bytes:
@@ -89,6 +108,16 @@ def read_limited(file: BinaryIO, max_bytes: int) -> bytes:
     return data
 
 
+def _retry_if_stale(read: Callable[[], T]) -> T:
+    """Call a function that opens a file by its path, and once more if the file was replaced meanwhile."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+    return read()
+
+
 def _resolve(path: Path) -> str:
     """Return a path without links; folders that don't exist, or that may not be entered, are left as they are."""
     try:
@@ -100,6 +129,27 @@ def _resolve(path: Path) -> str:
         if isinstance(error.__cause__, PermissionError):
             return os.path.realpath(path)
         raise
+
+
+def _open_once(path: Path | str | bytes, roots: DataRoots) -> BinaryIO:
+    """Open a regular file below the roots.
+
+    The file is first opened by its path only (O_PATH), which reads nothing and wakes no device. Type and location are
+    those of the opened file, so that it can't be exchanged between the check and the reading.
+    """
+    handle = _open_path(path)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise RefusedFileError("irregular_file", "not a regular file")
+        opened = f"/proc/self/fd/{handle}"
+        if not roots.contains(os.readlink(opened)):
+            raise RefusedFileError("outside_root", f"outside of the data set and of the storage; {OUTSIDE_ADVICE}")
+        return open(os.open(opened, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except OSError as error:
+        error.filename = os.fsdecode(path)  # instead of the descriptor's path
+        raise
+    finally:
+        os.close(handle)
 
 
 def _open_path(path: Path | str | bytes) -> int:

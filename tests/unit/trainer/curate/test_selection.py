@@ -13,6 +13,7 @@ from sailvl_trainer.curate.selection import select_samples
 from sailvl_trainer.curate.stage import split_by_bytes
 from sailvl_trainer.curate.statistics import compute_statistics
 from sailvl_trainer.curate.verify import VerifiedItem
+from sailvl_trainer.errors import ConfigError
 
 
 def write_rows(root: Path, count: int) -> CurationArtifacts:
@@ -34,6 +35,14 @@ def test_path_of_the_storage_is_no_pattern(tmp_path: Path, name: str) -> None:
     config = CurateConfig(sources=(), held_out_fraction=0.0)
     assert select_samples(artifacts, config) == {"kept": 3}
     assert compute_statistics(artifacts).items == 3
+
+
+def test_error_advises_how_to_get_files_into_the_source_if_all_are_outside(tmp_path: Path) -> None:
+    artifacts = CurationArtifacts(tmp_path / "artifacts")
+    rows = [VerifiedItem(outcome="outside_source")]
+    write_verified_items(artifacts.rows_file(0), 0, [Item(source="s", key="a")], rows)
+    with pytest.raises(ConfigError, match=r"all images were dropped .*outside_source.*huggingface-cli download"):
+        select_samples(artifacts, CurateConfig(sources=()))
 
 
 PARTS = [

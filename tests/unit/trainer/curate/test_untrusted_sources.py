@@ -5,6 +5,7 @@ Each hostile record is counted with its reason; it neither blocks the rank nor e
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import time
@@ -95,6 +96,32 @@ def test_link_from_the_source_to_the_storage_is_followed(source: Path, tmp_path:
     (source / "a.png").symlink_to("../private.png")
     (source / "a.txt").symlink_to("../private.txt")
     assert [result.outcome for result in verify_source(source, storage=str(tmp_path))] == ["ok"]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """Return the folder of a repository in the cache of Hugging Face, with an image and its caption."""
+    repository = tmp_path / "hub/datasets--team--pets"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots/1a2b").mkdir(parents=True)
+    for name, data in (("a.png", PNG), ("a.txt", b"a caption of an image")):
+        (repository / "blobs" / hashlib.sha256(data).hexdigest()).write_bytes(data)
+        (repository / "snapshots/1a2b" / name).symlink_to(f"../../blobs/{hashlib.sha256(data).hexdigest()}")
+    return repository
+
+
+def test_snapshot_of_hugging_face_is_read_if_the_source_or_the_storage_contains_its_blobs(
+    cache: Path, tmp_path: Path
+) -> None:
+    assert [result.outcome for result in verify_source(cache)] == ["ok"]
+    assert [result.outcome for result in verify_source(cache / "snapshots/1a2b", storage=str(tmp_path))] == ["ok"]
+
+
+def test_snapshot_of_hugging_face_whose_blobs_are_outside_is_refused_with_what_to_do(cache: Path) -> None:
+    (found,) = verify_source(cache / "snapshots/1a2b", storage="/nonexistent")
+    assert found.outcome == "outside_source"
+    assert "set the source to the repository's folder in the cache" in found.detail
+    assert "huggingface-cli download --local-dir" in found.detail
 
 
 def test_link_to_a_folder_is_not_walked(source: Path, tmp_path: Path) -> None:

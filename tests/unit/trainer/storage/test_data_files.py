@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file, read_data_file
+from sailvl_trainer.storage import data_files
+from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file, read_data_file, read_part
 
 
 @pytest.fixture
@@ -110,6 +115,75 @@ def test_file_without_a_size_is_read_up_to_the_limit() -> None:
     assert read_data_file("/proc/version", roots, max_bytes=10_000).startswith(b"Linux")
     with pytest.raises(RefusedFileError, match="larger than 10 bytes"):
         read_data_file("/proc/version", roots, max_bytes=10)
+
+
+class StaleFile:
+    """A file that another client of an NFS volume has replaced since it was opened."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def __enter__(self) -> StaleFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def seek(self, offset: int) -> int:
+        return offset
+
+    def read(self, size: int) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_file_that_became_stale_while_it_was_opened_is_opened_once_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "a.txt").write_bytes(b"new")
+    failures, open_path = [errno.ESTALE], os.open
+
+    def fail_first(path: str, *arguments: int) -> int:
+        if failures:
+            number = failures.pop()
+            raise OSError(number, os.strerror(number))
+        return open_path(path, *arguments)
+
+    monkeypatch.setattr(os, "open", fail_first)
+    with open_data_file(root / "a.txt", DataRoots.resolve(root)) as file:
+        assert file.read() == b"new"
+    for numbers in ([errno.ESTALE, errno.ESTALE], [errno.EIO]):
+        failures[:] = numbers
+        with pytest.raises(OSError, match=r"Stale file handle|Input/output error"):
+            open_data_file(root / "a.txt", DataRoots.resolve(root))
+
+
+def test_file_that_became_stale_while_it_was_read_is_opened_once_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "a.txt").write_bytes(b"0123")
+    roots, open_file, opened = DataRoots.resolve(root), data_files.open_data_file, []
+
+    def open_stale(path: Path, roots: DataRoots) -> object:
+        opened.append(path)
+        file = open_file(path, roots)
+        return StaleFile(file) if len(opened) == 1 else file
+
+    monkeypatch.setattr(data_files, "open_data_file", open_stale)
+    assert read_data_file(root / "a.txt", roots, max_bytes=4) == b"0123"
+    with open_file(root / "a.txt", roots) as file:
+        part = read_part(StaleFile(file), root / "a.txt", roots, offset=1, size=2)  # type: ignore[arg-type]
+    assert part == b"12"
+    assert len(opened) == 3
+
+
+def test_system_without_path_descriptors_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "O_PATH")
+    monkeypatch.delitem(sys.modules, "sailvl_trainer.storage.data_files")
+    with pytest.raises(ImportError, match="the trainer needs Linux"):
+        importlib.import_module("sailvl_trainer.storage.data_files")
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png"], ids=["NUL", "half a surrogate pair"])
