@@ -28,6 +28,8 @@ from sailvl_trainer.storage.files import sync_directory, sync_file, translate_st
 from sailvl_trainer.storage.hashes import FILE_NAME, FileHash, HashedFile, hash_file
 
 MAX_TILES = 12
+MODEL_CONFIG_FILE = "config.json"
+WEIGHTS_SUFFIX = ".safetensors"
 BICUBIC = 3
 """Pillow's number of bicubic resampling."""
 
@@ -90,14 +92,32 @@ def export_model(
 
 
 def list_export_files(folder: Path, storage: Path) -> list[HashedFile]:
-    """Return the files of an export, as its manifest describes them. Raises DataError if it has no usable one."""
+    """Return the files of an export, as its manifest describes them.
+
+    Raises DataError if there is no usable manifest, or if the folder has a file that the manifest doesn't list.
+    """
     try:
         manifest = read_document(
             ExportManifest, folder / MANIFEST_FILE, DataRoots.resolve(folder, storage), check=_describe_invalid
         )
+        names = _list_visible_names(folder)
     except (OSError, UnusableDocumentError) as error:
         raise DataError(f"export {folder} has no usable {MANIFEST_FILE}: {error}; train the stage again") from error
+    if unlisted := sorted(names - manifest.files.keys() - {MANIFEST_FILE}):
+        raise DataError(
+            f"export {folder} has {unlisted[0]!r}, which its {MANIFEST_FILE} doesn't list; remove it, because a model "
+            "is loaded from all files of its folder"
+        )
     return [HashedFile(path=folder / name, expected=expected) for name, expected in sorted(manifest.files.items())]
+
+
+def _list_visible_names(folder: Path) -> set[str]:
+    """Return the names in a folder without hidden ones: network file systems leave some, and transformers reads none.
+
+    Raises OSError, or StorageError if the volume is unavailable.
+    """
+    with translate_storage_errors(folder):
+        return {name for name in os.listdir(folder) if not name.startswith(".")}
 
 
 def _write_manifest(folder: Path) -> None:
@@ -109,8 +129,11 @@ def _write_manifest(folder: Path) -> None:
 
 def _describe_invalid(manifest: ExportManifest) -> str:
     """Return what is wrong with a manifest's values; empty if nothing is."""
-    is_valid = all(FILE_NAME.fullmatch(name) and file.is_valid for name, file in manifest.files.items())
-    return "" if is_valid else "it lists a file with an impossible name, size or hash"
+    if not all(FILE_NAME.fullmatch(name) and file.is_valid for name, file in manifest.files.items()):
+        return "it lists a file with an impossible name, size or hash"
+    if MODEL_CONFIG_FILE not in manifest.files:
+        return f"it lists no {MODEL_CONFIG_FILE}"
+    return "" if any(name.endswith(WEIGHTS_SUFFIX) for name in manifest.files) else f"it lists no *{WEIGHTS_SUFFIX}"
 
 
 def _write_processor(preset: Preset, folder: Path) -> None:

@@ -65,6 +65,7 @@ def run_stage(settings: Settings, *, rank: int, local_rank: int) -> Result:
     found = find_result_or_claim(context, lambda *paths: _import_stage(stage.kind).list_output_files(*paths))
     if found is not None:
         logger.info("found an existing result in %s", found.output)
+        dist.barrier()  # a rank that exits earlier would look like a lost peer to those that still verify the result
         return found
     module = _import_stage(stage.kind)
     with translate_storage_errors(context.files.output, root=context.files.output):

@@ -1,7 +1,8 @@
 """Decide whether a stage's result is there already, and whether another run's result may be taken for it.
 
 Another run's files may have been damaged or changed since its result was written, so their hashes are verified before
-the result is reused. If one differs, the stage is computed again. Called by rank/main.py before the stage runs.
+the result is reused. If one differs, the stage is computed again. Called by rank/main.py before the stage runs. Most
+results in the stage's own output are found earlier, by worker/main.py, which then starts no ranks.
 """
 
 from __future__ import annotations

@@ -84,10 +84,19 @@ class StageFiles:
         is_own = path == self.relative_path(self.checkpoint_dir(attempt, step))
         return (attempt, Checkpoint(step=step, path=path)) if is_own else None
 
+    def find_own_result(self) -> Result | None:
+        """Return the result in the stage's own output, which no other run wrote; None if there is none.
+
+        A result that can't be used counts as missing.
+        """
+        result = self._read_result(self.output)
+        return None if result is None else replace(result, reused=True)
+
     def find_result(self) -> Result | None:
         """Return the stage's result, or that of another run with the same digest; None if it has to be computed.
 
-        A result that can't be used counts as missing. Another run's output isn't read; see `is_own`.
+        A result that can't be used counts as missing. The files that another run's result describes aren't read: until
+        their hashes are verified, the result must not be used; see `is_own`.
         """
         result = self._read_result(self.output) or self._read_other_result()
         return None if result is None else replace(result, reused=True)

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from sailvl_trainer.contract import Env, ExitCode, Result, Termination
+from sailvl_trainer.rank.settings import read_settings
 from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.layout import StageFiles
-from sailvl_trainer.worker.main import prepare_environment
+from sailvl_trainer.worker.main import add_result, prepare_environment
+from sailvl_trainer.worker.ranks import RankProcesses
 from tests.support.builders.worker import build_stage
 
 
@@ -52,16 +54,57 @@ def test_metrics_port_in_use_is_named(tmp_path: Path) -> None:
     assert f"port {port} for metrics is in use" in termination.message
 
 
-def test_existing_result_is_reported_without_starting_ranks(tmp_path: Path) -> None:
-    stage = build_stage(tmp_path)
+def write_result(root: Path, *, run: str) -> Result:
+    """Write the result of a run's stage, of whose files there are none, and return it as found again."""
+    result = Result(stage="curate", kind="curate", digest="d" * 64, attempt=1, output=f"{run}/curate")
+    StageFiles(build_stage(root, run=run)).write_result(result)
+    return replace(result, reused=True)
+
+
+def test_own_result_is_reported_without_starting_ranks_or_importing_torch(tmp_path: Path) -> None:
     path = tmp_path / "stage.json"
-    path.write_bytes(encode(stage))
-    result = Result(stage="curate", kind="curate", digest="d" * 64, attempt=1, output="demo/curate")
-    StageFiles(stage).write_result(result)
-    assert run_worker(tmp_path, **{Env.STAGE_FILE: str(path)}) == (
-        0,
-        Termination(exit_code=0, result=replace(result, reused=True)),
-    )
+    path.write_bytes(encode(build_stage(tmp_path)))
+    result = write_result(tmp_path, run="demo")
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    modules = ":".join([str(tmp_path), *sys.path])
+    found = run_worker(tmp_path, **{Env.STAGE_FILE: str(path), "PYTHONPATH": modules})
+    assert found == (0, Termination(exit_code=0, result=result))
+
+
+def test_result_of_another_run_does_not_end_a_worker_before_its_ranks(tmp_path: Path) -> None:
+    """The ranks verify its files. This worker would start them, but can't serve its metrics."""
+    path = tmp_path / "stage.json"
+    path.write_bytes(encode(build_stage(tmp_path)))
+    write_result(tmp_path, run="other")
+    with socket.create_server(("", 0)) as occupied:
+        port = str(occupied.getsockname()[1])
+        code, _ = run_worker(tmp_path, **{Env.STAGE_FILE: str(path), Env.METRICS_PORT: port})
+    assert code == ExitCode.CONFIG
+
+
+LOST = Termination(exit_code=ExitCode.PEER_LOST, message="lost the connection to worker 0")
+
+
+@pytest.mark.parametrize(
+    ("run", "has_started", "is_success"),
+    [
+        pytest.param("demo", False, True, id="own result"),
+        pytest.param("demo", True, False, id="own result after the ranks started"),
+        pytest.param("other", False, False, id="result of another run"),
+    ],
+)
+def test_worker_that_lost_its_peers_before_it_started_ranks_succeeds_only_with_its_own_result(
+    run: str, has_started: bool, is_success: bool, tmp_path: Path
+) -> None:
+    """Peers that have found the stage's own result exit, and worker 0 takes the rendezvous with it."""
+    stage, ranks = build_stage(tmp_path), RankProcesses()
+    write_result(tmp_path, run=run)
+    if has_started:
+        ranks.set_running(())
+    (tmp_path / "stage.json").write_bytes(encode(stage))
+    settings = read_settings({Env.STAGE_FILE: str(tmp_path / "stage.json"), Env.NODES: "2", Env.NODE_RANK: "1"})
+    ended = add_result(LOST, settings, StageFiles(stage), ranks)
+    assert ended == (Termination(exit_code=0) if is_success else LOST)
 
 
 def test_worker_handles_sigterm_before_it_imports_torch() -> None:
