@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from sailvl_trainer.contract import SHARDS_DIR, ModelConfig, Stage
-from sailvl_trainer.data.shards import read_shard_manifest
 from sailvl_trainer.evaluate.answers import Generator
 from sailvl_trainer.evaluate.tsv import read_tsv
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.storage.codec import decode
 from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.storage.shard_manifest import read_shard_manifest
 from sailvl_trainer.train.sample_log import read_trained_samples
 from tests.support.live.cluster import Kubectl
 from tests.support.live.whole_run import WholeRun, format_table

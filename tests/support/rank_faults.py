@@ -28,7 +28,7 @@ from sailvl_trainer.contract import Env, Stage, Termination
 from sailvl_trainer.curate import stage as curate
 from sailvl_trainer.data.collate import Batch
 from sailvl_trainer.data.loader import LoadedStep
-from sailvl_trainer.data.shards import ShardInfo, ShardReader, ShardWriter
+from sailvl_trainer.data.shards import ShardReader, ShardWriter
 from sailvl_trainer.data.token_counts import TokenCountFiles
 from sailvl_trainer.evaluate import stage as evaluate
 from sailvl_trainer.evaluate.answers import AnswerCache
@@ -39,6 +39,7 @@ from sailvl_trainer.rank.store import STORE_VARIABLE, StoreAddress
 from sailvl_trainer.rank.termination import ERROR_FILE_VARIABLE
 from sailvl_trainer.storage import layout
 from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.shard_manifest import ShardInfo
 from sailvl_trainer.train import checkpoint, dataset_cache, stage, trainer
 
 LIMIT = 120

@@ -13,13 +13,14 @@ import torch
 
 from sailvl_trainer.contract import ModelConfig, Stage, TrainConfig
 from sailvl_trainer.data.samples import Message
-from sailvl_trainer.data.shards import ShardWriter, write_shard_manifest
+from sailvl_trainer.data.shards import ShardWriter
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.rank.context import Context, build_context
 from sailvl_trainer.rank.settings import Scratch
 from sailvl_trainer.rank.store import STORE_VARIABLE, StoreAddress
 from sailvl_trainer.storage.codec import encode, read_stage
+from sailvl_trainer.storage.shard_manifest import write_shard_manifest
 
 SAMPLES = 40
 

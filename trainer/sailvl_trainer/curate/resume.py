@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 from sailvl_trainer.curate.artifacts import ARROW_TYPES, CurationArtifacts, PlannedShard
 from sailvl_trainer.curate.items import Item, SourcePartition, ignore_progress
 from sailvl_trainer.curate.verify import VerifiedItem
-from sailvl_trainer.data.shards import ShardInfo
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file
 from sailvl_trainer.storage.documents import find_document, identify_file, is_count, set_aside
 from sailvl_trainer.storage.files import translate_read_errors
+from sailvl_trainer.storage.shard_manifest import ShardInfo
 
 LEAST_VALUES = {"offset": 0, "size": -1, "index": -1, "item": 0, "shard": 0, "position": 0}
 """Smallest possible values of integer columns; -1 means that there is none."""

@@ -18,9 +18,9 @@ from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig
 from sailvl_trainer.curate.artifacts import CurationArtifacts, PlannedShard
 from sailvl_trainer.curate.dedup import mark_duplicates
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.data_files import OUTSIDE_ADVICE
-from sailvl_trainer.storage.files import sync_file, translate_storage_errors, write_atomic
+from sailvl_trainer.storage.documents import write_document
+from sailvl_trainer.storage.files import sync_file, translate_storage_errors
 
 
 def select_samples(artifacts: CurationArtifacts, config: CurateConfig) -> dict[str, int]:
@@ -38,7 +38,7 @@ def select_samples(artifacts: CurationArtifacts, config: CurateConfig) -> dict[s
     if not any(shard.split == SHARDS_DIR for shard in shards):
         advice = f"; a file outside of the source: {OUTSIDE_ADVICE}" if "outside_source" in outcomes else ""
         raise ConfigError(f"all images were dropped ({outcomes}); check the sources and filters{advice}")
-    write_atomic(artifacts.shards, encode(shards))
+    write_document(artifacts.shards, shards, advice="write fewer shards with more samples each")
     return outcomes
 
 

@@ -37,22 +37,17 @@ from sailvl_trainer.curate.verify import VerifiedItem, verify_item
 from sailvl_trainer.data.encoder import TokenCounter
 from sailvl_trainer.data.image_memory import FILE_MEMORY, limit_image_memory
 from sailvl_trainer.data.samples import Sample, build_caption_sample
-from sailvl_trainer.data.shards import (
-    ShardInfo,
-    ShardWriter,
-    list_shard_files,
-    read_shard_manifest,
-    write_shard_manifest,
-)
+from sailvl_trainer.data.shards import ShardWriter
 from sailvl_trainer.errors import DataError, StorageError
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed_tasks import TaskPool
-from sailvl_trainer.storage.codec import decode, encode
+from sailvl_trainer.storage.codec import decode
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
-from sailvl_trainer.storage.files import translate_read_errors, write_atomic
-from sailvl_trainer.storage.hashes import HashedFile
+from sailvl_trainer.storage.documents import write_document
+from sailvl_trainer.storage.files import translate_read_errors
+from sailvl_trainer.storage.shard_manifest import ShardInfo, write_shard_manifest
 
 READ_AHEAD = 64
 """Maximum number of images in memory while a shard is written; their bytes are limited by FILE_MEMORY."""
@@ -83,21 +78,11 @@ def run(context: Context) -> Result:
     return _build_result(context, read_statistics(context.files.report), time.monotonic() - started)
 
 
-def list_output_files(output: Path, storage: Path) -> list[HashedFile]:
-    """Return the files that a reused result consists of: both splits. Raises DataError if they can't be listed."""
-    roots = DataRoots.resolve(output, storage)
-    return [
-        file
-        for folder in (output / SHARDS_DIR, output / HELD_OUT_DIR)
-        for file in list_shard_files(folder, read_shard_manifest(folder, roots))
-    ]
-
-
 def list_partitions(context: Context, pool: TaskPool, artifacts: CurationArtifacts, config: CurateConfig) -> None:
     """Write the list of partitions of all sources, unless an earlier attempt has. Called on the first rank."""
     if not resume.has_partitions(artifacts):
         partitions = sources.list_partitions(config.sources, context.stage.seed, pool.report_activity)
-        write_atomic(artifacts.partitions_file, encode(partitions))
+        write_document(artifacts.partitions_file, partitions, advice="divide the sources between several stages")
 
 
 def list_items(pool: TaskPool, artifacts: CurationArtifacts, roots: DataRoots) -> None:
@@ -156,7 +141,7 @@ def write_shards(context: Context, pool: TaskPool, artifacts: CurationArtifacts,
         with ShardWriter(context.files.output / shard.split, shard.name, counter) as writer:
             for sample, size in _report_each(pool, _read_samples(artifacts.plan, shard, roots)):
                 writer.write(sample, size)
-        write_atomic(artifacts.shard_info_file(shard), encode(writer.info))
+        write_document(artifacts.shard_info_file(shard), writer.info)
 
     output = context.files.output
     pool.run("writing", len(shards), lambda number: resume.has_shard(artifacts, output, shards[number]), run_task)

@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from sailvl_trainer.data.encoder import LENGTHS, SampleEncoder, TokenCounter
-from sailvl_trainer.data.shards import ShardInfo, ShardPool, ShardReader, list_shard_files, read_shard_manifest
+from sailvl_trainer.data.shards import ShardPool, ShardReader
 from sailvl_trainer.data.token_counts import DIGEST_BYTES, TokenCountFiles
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.data_files import DataRoots, open_data_file
 from sailvl_trainer.storage.documents import identify_file, set_aside
 from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors
 from sailvl_trainer.storage.hashes import HashedFile
+from sailvl_trainer.storage.shard_manifest import ShardInfo, list_shard_files, read_shard_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ import tarfile
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -23,7 +22,6 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.data.images import read_size
 from sailvl_trainer.data.samples import SAMPLE_KEY, Message, Sample, decode_dialogue, encode_dialogue
 from sailvl_trainer.data.shard_index import (
@@ -36,15 +34,13 @@ from sailvl_trainer.data.shard_index import (
     read_index,
 )
 from sailvl_trainer.errors import DataError
-from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
-from sailvl_trainer.storage.documents import UnusableDocumentError, is_count, read_document
 from sailvl_trainer.storage.files import sync_directory, translate_read_errors, translate_storage_errors, write_atomic
-from sailvl_trainer.storage.hashes import FILE_NAME, FileHash, HashedFile, hash_file
+from sailvl_trainer.storage.hashes import hash_file
+from sailvl_trainer.storage.shard_manifest import ShardInfo
 
 OPEN_SHARDS = 256
 """Maximum number of shards that are mapped at once."""
-MANIFEST_VERSION = 1
 MAX_KEY_LENGTH = 100
 """Longest part of a sample's key in messages."""
 
@@ -58,82 +54,6 @@ class SampleCounter(Protocol):
 
     def count(self, messages: tuple[Message, ...], *, has_image: bool) -> tuple[int, int]:
         """Return the number of text tokens and the number of loss tokens."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardInfo:
-    """A shard's entry in the manifest."""
-
-    name: str
-    """File name without suffix."""
-    samples: int
-    bytes: int
-    """Size of the tar."""
-    sha256: str
-    """Hash of the tar."""
-    index_bytes: int
-    """Size of the index."""
-    index_sha256: str
-    """Hash of the index."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardManifest:
-    """The shards of a directory, in the order of their samples."""
-
-    shards: tuple[ShardInfo, ...]
-    version: int = MANIFEST_VERSION
-
-    @property
-    def samples(self) -> int:
-        """Number of samples in all shards."""
-        return sum(shard.samples for shard in self.shards)
-
-
-def write_shard_manifest(directory: Path, shards: Iterable[ShardInfo]) -> ShardManifest:
-    """Write the manifest, after all shards: a directory without one holds no set."""
-    manifest = ShardManifest(shards=tuple(sorted(shards, key=lambda s: s.name)))
-    write_atomic(directory / MANIFEST_FILE, encode(manifest))
-    return manifest
-
-
-def read_shard_manifest(directory: Path, roots: DataRoots | None = None) -> ShardManifest:
-    """Return the manifest of a directory. Raises DataError if it has none that can be used.
-
-    `roots`: directories that files may be in; by default the set's.
-    """
-    path = directory / MANIFEST_FILE
-    try:
-        return read_document(ShardManifest, path, roots or DataRoots.resolve(directory), check=_describe_invalid)
-    except (OSError, UnusableDocumentError) as error:
-        raise DataError(
-            f"{directory} contains no data set: {error}; set the output of a curate stage or a prepared data set"
-        ) from error
-
-
-def list_shard_files(directory: Path, manifest: ShardManifest) -> list[HashedFile]:
-    """Return the tars and indexes of a directory, as its manifest describes them."""
-    return [
-        HashedFile(path=directory / name, expected=expected)
-        for info in manifest.shards
-        for name, expected in (
-            (f"{info.name}.tar", FileHash(bytes=info.bytes, sha256=info.sha256)),
-            (f"{info.name}.arrow", FileHash(bytes=info.index_bytes, sha256=info.index_sha256)),
-        )
-    ]
-
-
-def _describe_invalid(manifest: ShardManifest) -> str:
-    """Return what is wrong with a manifest's values; empty if nothing is."""
-    if manifest.version != MANIFEST_VERSION:
-        return f"its manifest has version {manifest.version}, but this trainer supports {MANIFEST_VERSION}"
-    names = {info.name for info in manifest.shards}
-    if len(names) < len(manifest.shards) or not all(map(FILE_NAME.fullmatch, names)):
-        return "its manifest names a shard twice, or by another name than that of a file beside it"
-    files = (file.expected for file in list_shard_files(Path(), manifest))
-    if not all(file.is_valid for file in files) or not is_count(*(info.samples for info in manifest.shards)):
-        return "its manifest has a shard with an impossible size, hash or number of samples"
-    return ""
 
 
 class ShardWriter:

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from sailvl_trainer.data.encoder import TokenCounter
-from sailvl_trainer.data.shards import ShardInfo, ShardReader
+from sailvl_trainer.data.shards import ShardReader
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, read_data_file
 from sailvl_trainer.storage.documents import identify_file, set_aside
 from sailvl_trainer.storage.files import write_atomic
+from sailvl_trainer.storage.shard_manifest import ShardInfo
 
 DTYPE = np.dtype("<i4")
 DIGEST_BYTES = hashlib.sha256().digest_size

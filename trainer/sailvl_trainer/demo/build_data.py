@@ -17,9 +17,10 @@ from pathlib import Path
 
 from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, ModelConfig
 from sailvl_trainer.data.encoder import TokenCounter
-from sailvl_trainer.data.shards import ShardWriter, write_shard_manifest
+from sailvl_trainer.data.shards import ShardWriter
 from sailvl_trainer.data.synthetic import SIDE, choose_question, draw_caption, draw_question, draw_scene, render_scene
 from sailvl_trainer.model.tokenizer import load_tokenizer
+from sailvl_trainer.storage.shard_manifest import write_shard_manifest
 
 SFT_LEVELS = {"knowledge": 1, "instruction": 2, "preference": 3}
 BENCHMARK_SEED, SFT_SEED, CAPTION_SEED = 3, 2, 1

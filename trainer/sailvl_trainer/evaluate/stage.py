@@ -20,7 +20,6 @@ from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.storage.hashes import HashedFile
 from sailvl_trainer.train.setup import verify_export
 
 
@@ -57,11 +56,6 @@ def run(context: Context) -> Result:
         seconds=time.monotonic() - started,
         metrics=metrics,
     )
-
-
-def list_output_files(output: Path, storage: Path) -> list[HashedFile]:
-    """Return the files that a reused result consists of beside its metrics: none."""
-    return []
 
 
 def build_metrics(results: list[BenchmarkResult]) -> dict[str, float]:

@@ -11,25 +11,17 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from sailvl_trainer.contract import MANIFEST_FILE, SCHEMA_VERSION
-from sailvl_trainer.errors import DataError
 from sailvl_trainer.model.presets import IMAGENET_MEAN, IMAGENET_STD, Preset
 from sailvl_trainer.model.tokenizer import END_OF_TEXT, IM_END, IM_START, IMAGE_CONTEXT, IMAGE_END, IMAGE_START
-from sailvl_trainer.storage.codec import encode
-from sailvl_trainer.storage.data_files import DataRoots
-from sailvl_trainer.storage.documents import UnusableDocumentError, read_document
-from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors, write_atomic
-from sailvl_trainer.storage.hashes import FILE_NAME, FileHash, HashedFile, hash_file
+from sailvl_trainer.storage.export_manifest import write_export_manifest
+from sailvl_trainer.storage.files import sync_directory, sync_file, translate_storage_errors
 
 MAX_TILES = 12
-MODEL_CONFIG_FILE = "config.json"
-WEIGHTS_SUFFIX = ".safetensors"
 BICUBIC = 3
 """Pillow's number of bicubic resampling."""
 
@@ -46,15 +38,6 @@ CHAT_TEMPLATE = (
     f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
 )
 """ChatML. The processor replaces each image's one IMAGE_CONTEXT by the whole span, with one per image token."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportManifest:
-    """The contents of an export's `manifest.json`."""
-
-    schema_version: int = SCHEMA_VERSION
-    files: dict[str, FileHash]
-    """All other files by name."""
 
 
 def export_model(
@@ -80,7 +63,7 @@ def export_model(
             _write_processor(preset, temporary)
             for file in filter(Path.is_file, temporary.rglob("*")):
                 sync_file(file)
-            _write_manifest(temporary)
+            write_export_manifest(temporary)
             sync_directory(temporary)
         check()
     except BaseException:
@@ -89,51 +72,6 @@ def export_model(
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
     sync_directory(path.parent)
-
-
-def list_export_files(folder: Path, storage: Path) -> list[HashedFile]:
-    """Return the files of an export, as its manifest describes them.
-
-    Raises DataError if there is no usable manifest, or if the folder has a file that the manifest doesn't list.
-    """
-    try:
-        manifest = read_document(
-            ExportManifest, folder / MANIFEST_FILE, DataRoots.resolve(folder, storage), check=_describe_invalid
-        )
-        names = _list_visible_names(folder)
-    except (OSError, UnusableDocumentError) as error:
-        raise DataError(f"export {folder} has no usable {MANIFEST_FILE}: {error}; train the stage again") from error
-    if unlisted := sorted(names - manifest.files.keys() - {MANIFEST_FILE}):
-        raise DataError(
-            f"export {folder} has {unlisted[0]!r}, which its {MANIFEST_FILE} doesn't list; remove it, because a model "
-            "is loaded from all files of its folder"
-        )
-    return [HashedFile(path=folder / name, expected=expected) for name, expected in sorted(manifest.files.items())]
-
-
-def _list_visible_names(folder: Path) -> set[str]:
-    """Return the names in a folder without hidden ones: network file systems leave some, and transformers reads none.
-
-    Raises OSError, or StorageError if the volume is unavailable.
-    """
-    with translate_storage_errors(folder):
-        return {name for name in os.listdir(folder) if not name.startswith(".")}
-
-
-def _write_manifest(folder: Path) -> None:
-    """Write the sizes and hashes of all files, which a stage of another run verifies before it loads them."""
-    roots = DataRoots.resolve(folder)
-    files = {path.name: hash_file(path, roots) for path in sorted(folder.iterdir())}
-    write_atomic(folder / MANIFEST_FILE, encode(ExportManifest(files=files)))
-
-
-def _describe_invalid(manifest: ExportManifest) -> str:
-    """Return what is wrong with a manifest's values; empty if nothing is."""
-    if not all(FILE_NAME.fullmatch(name) and file.is_valid for name, file in manifest.files.items()):
-        return "it lists a file with an impossible name, size or hash"
-    if MODEL_CONFIG_FILE not in manifest.files:
-        return f"it lists no {MODEL_CONFIG_FILE}"
-    return "" if any(name.endswith(WEIGHTS_SUFFIX) for name in manifest.files) else f"it lists no *{WEIGHTS_SUFFIX}"
 
 
 def _write_processor(preset: Preset, folder: Path) -> None:

@@ -1,8 +1,9 @@
-"""Read the JSON documents on the shared storage, which may be damaged, written by another version, or forged.
+"""Read and write the JSON documents on the shared storage, which may be damaged, of another version, or forged.
 
 A power loss leaves empty or zeroed files, a full volume truncated ones, and every run of the same claim can write any.
 So a document that can't be used counts as missing: it is set aside under another name, with a warning, and what it
-described is computed anew. A document that can't be read at the moment is no such case; it raises StorageError.
+described is computed anew. A document that can't be read at the moment is no such case; it raises StorageError. What
+would not be read again is not written.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from sailvl_trainer.contract import SCHEMA_VERSION
-from sailvl_trainer.storage.codec import decode
+from sailvl_trainer.errors import ConfigError
+from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file, read_data_file
-from sailvl_trainer.storage.files import sync_directory, translate_read_errors
+from sailvl_trainer.storage.files import format_bytes, sync_directory, translate_read_errors, write_atomic
 
 T = TypeVar("T")
 MAX_DOCUMENT_BYTES = 64 << 20
@@ -69,6 +71,23 @@ def read_document(
     if problem := check(document):
         raise UnusableDocumentError(problem)
     return document
+
+
+def write_document(
+    path: Path, document: T, *, check: Callable[[T], str] = lambda document: "", advice: str = ""
+) -> None:
+    """Write a document that `read_document` with the same check accepts.
+
+    `advice` says how to get a smaller one. Raises ConfigError if it has more than MAX_DOCUMENT_BYTES, ValueError if the
+    check finds something wrong, StorageError if the volume is full or unavailable.
+    """
+    if problem := check(document):
+        raise ValueError(f"{path} can't be written: {problem}")
+    data = encode(document)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        size, limit = format_bytes(len(data)), format_bytes(MAX_DOCUMENT_BYTES)
+        raise ConfigError(f"{path} would have {size}, but at most {limit} are read" + (f"; {advice}" if advice else ""))
+    write_atomic(path, data)
 
 
 def find_document(

@@ -19,10 +19,16 @@ from pathlib import Path
 
 from sailvl_trainer import contract
 from sailvl_trainer.contract import Checkpoint, Result, ResultPointer, Stage
-from sailvl_trainer.storage.codec import encode, keep_finite
+from sailvl_trainer.storage.codec import keep_finite
 from sailvl_trainer.storage.data_files import DataRoots
-from sailvl_trainer.storage.documents import UnusableDocumentError, find_document, is_count, resolve_below
-from sailvl_trainer.storage.files import is_existing, list_names, write_atomic
+from sailvl_trainer.storage.documents import (
+    UnusableDocumentError,
+    find_document,
+    is_count,
+    resolve_below,
+    write_document,
+)
+from sailvl_trainer.storage.files import is_existing, list_names
 
 CHECKPOINT_PATH = re.compile(r"/attempt-(\d{4,9})/step-(\d{8,15})\Z", re.ASCII)
 MAX_METRICS = 1000
@@ -123,9 +129,9 @@ class StageFiles:
         result = replace(result, metrics=keep_finite(result.metrics), seconds=max(0.0, result.seconds))
         if problem := _describe_invalid(result):
             raise ValueError(f"the result of stage {result.stage} can't be written: {problem}")
-        write_atomic(self.output / contract.RESULT_FILE, encode(result))
+        write_document(self.output / contract.RESULT_FILE, result)
         pointer = ResultPointer(output=self.relative_path(self.output))
-        write_atomic(self._result_pointer, encode(pointer))
+        write_document(self._result_pointer, pointer)
 
     def _read_other_result(self) -> Result | None:
         """Return the result that the digest's pointer leads to."""

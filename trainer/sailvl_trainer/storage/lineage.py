@@ -18,8 +18,7 @@ from pathlib import Path
 
 from sailvl_trainer.contract import Checkpoint, Lineage, NonFinite, Skip
 from sailvl_trainer.errors import Preempted, StorageError
-from sailvl_trainer.storage.codec import encode
-from sailvl_trainer.storage.documents import find_document, is_count, set_aside
+from sailvl_trainer.storage.documents import find_document, is_count, set_aside, write_document
 from sailvl_trainer.storage.files import (
     describe_unavailable,
     is_existing,
@@ -27,7 +26,6 @@ from sailvl_trainer.storage.files import (
     sync_directory,
     translate_read_errors,
     translate_storage_errors,
-    write_atomic,
 )
 from sailvl_trainer.storage.layout import StageFiles
 
@@ -170,7 +168,7 @@ def _replace_lineage(files: StageFiles, lineage: Lineage) -> None:
     is_folder = stat.S_ISDIR(claim.st_mode)
     if is_folder or claim.st_size > 0:
         set_aside(path, keep=not is_folder)
-    write_atomic(path, encode(lineage))
+    write_document(path, lineage)
 
 
 def _is_valid(files: StageFiles, attempt: int, lineage: Lineage) -> bool:

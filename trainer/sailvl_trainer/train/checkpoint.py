@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from sailvl_trainer.contract import MANIFEST_FILE
 from sailvl_trainer.errors import ConfigError, StorageError
 from sailvl_trainer.rank.collectives import all_gather_values
-from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.data_files import DataRoots
+from sailvl_trainer.storage.documents import write_document
 from sailvl_trainer.storage.files import (
     describe_unreadable,
     explain_storage_error,
@@ -32,7 +32,6 @@ from sailvl_trainer.storage.files import (
     sync_directory,
     sync_file,
     translate_storage_errors,
-    write_atomic,
 )
 from sailvl_trainer.storage.hashes import FileHash, HashedFile, describe_difference, hash_file
 from sailvl_trainer.storage.layout import StageFiles
@@ -78,7 +77,7 @@ def save_checkpoint(folder: Path, fragments: Iterable[Fragment], *, digest: str,
             parameters=_merge_slices(written),
         )
         sync_directory(folder)
-        write_atomic(folder / MANIFEST_FILE, encode(manifest))
+        write_document(folder / MANIFEST_FILE, manifest)
     dist.barrier()
 
 

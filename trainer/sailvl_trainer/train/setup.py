@@ -12,11 +12,11 @@ from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.model.build import build_model, set_trainable
-from sailvl_trainer.model.export import list_export_files
 from sailvl_trainer.model.presets import Preset, get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.file_verification import is_from_this_run, verify_input
+from sailvl_trainer.storage.export_manifest import list_export_files
 from sailvl_trainer.train.dataset_cache import open_dataset
 
 

@@ -9,17 +9,15 @@ import logging
 import math
 import time
 from functools import partial
-from pathlib import Path
 
 import torch.distributed as dist
 
-from sailvl_trainer.contract import EXPORT_DIR, Lineage, Result, TrainConfig
+from sailvl_trainer.contract import Lineage, Result, TrainConfig
 from sailvl_trainer.data.image_memory import limit_image_memory
 from sailvl_trainer.errors import NonFiniteError
-from sailvl_trainer.model.export import export_model, list_export_files
+from sailvl_trainer.model.export import export_model
 from sailvl_trainer.rank.collectives import broadcast_value
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.storage.hashes import HashedFile
 from sailvl_trainer.storage.lineage import begin_attempt, check_not_superseded
 from sailvl_trainer.train import validation
 from sailvl_trainer.train.checkpoint import delete_old_checkpoints, load_checkpoint
@@ -63,11 +61,6 @@ def run(context: Context) -> Result:
     _export(context, setup)
     metrics = {"heldOutLossBefore": loss_before, "heldOutLoss": loss_after, "heldOutLossShuffled": loss_shuffled}
     return _build_result(context, trainer, metrics, time.monotonic() - started)
-
-
-def list_output_files(output: Path, storage: Path) -> list[HashedFile]:
-    """Return the files that a reused result consists of: its export. Raises DataError if they can't be listed."""
-    return list_export_files(output / EXPORT_DIR, storage)
 
 
 def _build_result(context: Context, trainer: Trainer, metrics: dict[str, float | None], seconds: float) -> Result:

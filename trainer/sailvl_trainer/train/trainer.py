@@ -18,8 +18,7 @@ from sailvl_trainer.data.loader import LoadedStep, load_steps
 from sailvl_trainer.errors import NonFiniteError, Preempted
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.rank.distributed import sum_over_ranks
-from sailvl_trainer.storage.codec import encode
-from sailvl_trainer.storage.files import write_atomic
+from sailvl_trainer.storage.documents import write_document
 from sailvl_trainer.storage.lineage import check_not_superseded, non_finite_path
 from sailvl_trainer.train.checkpoint import delete_old_checkpoints, save_checkpoint
 from sailvl_trainer.train.checkpoint_manifest import TrainingState
@@ -177,7 +176,7 @@ class Trainer:
                 max_resume_step=skips[-1].first - 1,
                 skips=skips,
             )
-            write_atomic(non_finite_path(context.files, context.stage.attempt), encode(record))
+            write_document(non_finite_path(context.files, context.stage.attempt), record)
         dist.barrier()
         raise NonFiniteError(
             f"the {quantity} is {value} at step {failed} of {self.steps}; the next attempt will skip the data of "

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from sailvl_trainer.contract import Result, Stage
 from sailvl_trainer.curate import selection
 from sailvl_trainer.curate import stage as subject
-from sailvl_trainer.data.shards import ShardReader, read_shard_manifest
+from sailvl_trainer.data.shards import ShardReader
 from sailvl_trainer.errors import ConfigError, DataError, Preempted
 from sailvl_trainer.rank.context import Context, build_single_process_context
+from sailvl_trainer.storage.shard_manifest import read_shard_manifest
 from tests.support.builders.curation import build_stage, hash_shards, write_raw_folder
 from tests.support.builders.training import start_ranks
 

@@ -21,13 +21,14 @@ from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.loader import LoadedStep, load_steps, load_validation_batches, sample_subset
 from sailvl_trainer.data.planner import Planner, build_planner
 from sailvl_trainer.data.samples import Message, Sample
-from sailvl_trainer.data.shards import ShardReader, ShardWriter, write_shard_manifest
+from sailvl_trainer.data.shards import ShardReader, ShardWriter
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.demo.build_data import make_questions
 from sailvl_trainer.errors import ConfigError, DataError
 from sailvl_trainer.model.build import build_model
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import IMAGE_CONTEXT, load_tokenizer
+from sailvl_trainer.storage.shard_manifest import write_shard_manifest
 from sailvl_trainer.train.forward import PackedModel
 
 TINY = ModelConfig(preset="tiny")

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 
 from sailvl_trainer.data.shard_index import COUNTED_BY, SCHEMA
-from sailvl_trainer.data.shards import ShardReader, ShardWriter, read_shard_manifest
+from sailvl_trainer.data.shards import ShardReader, ShardWriter
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.data_files import DataRoots
+from sailvl_trainer.storage.shard_manifest import read_shard_manifest
 from tests.support.fuzz import draw_generators, mutate_bytes
 
 SAMPLES = 3

@@ -12,19 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sailvl_trainer.data.shards import (
-    ShardManifest,
-    ShardPool,
-    ShardReader,
-    ShardWriter,
-    list_shard_files,
-    read_shard_manifest,
-    write_shard_manifest,
-)
+from sailvl_trainer.data.shards import ShardPool, ShardReader, ShardWriter
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.data_files import DataRoots
 from sailvl_trainer.storage.hashes import describe_difference
+from sailvl_trainer.storage.shard_manifest import (
+    ShardManifest,
+    list_shard_files,
+    read_shard_manifest,
+    write_shard_manifest,
+)
 
 
 def write_shard(directory: Path, name: str = "00000", samples: int = 5) -> ShardManifest:

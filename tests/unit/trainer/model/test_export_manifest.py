@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sailvl_trainer.errors import DataError
-from sailvl_trainer.model.export import list_export_files
 from sailvl_trainer.storage.data_files import DataRoots
+from sailvl_trainer.storage.export_manifest import list_export_files
 from sailvl_trainer.storage.hashes import describe_difference
 from tests.support.builders.evaluation import export_untrained
 

@@ -11,13 +11,7 @@ import pytest
 
 from sailvl_trainer.contract import EXPORT_DIR, ModelConfig, Result
 from sailvl_trainer.data.encoder import SampleEncoder
-from sailvl_trainer.data.shards import (
-    ShardReader,
-    ShardWriter,
-    list_shard_files,
-    read_shard_manifest,
-    write_shard_manifest,
-)
+from sailvl_trainer.data.shards import ShardReader, ShardWriter
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.errors import DataError, Preempted, StorageError
 from sailvl_trainer.model.presets import get_preset
@@ -30,6 +24,7 @@ from sailvl_trainer.storage.data_files import DataRoots
 from sailvl_trainer.storage.hashes import FileHash, HashedFile
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import find_newest_attempt
+from sailvl_trainer.storage.shard_manifest import list_shard_files, read_shard_manifest, write_shard_manifest
 from sailvl_trainer.train.dataset_cache import open_dataset
 from tests.support.builders.training import build_stage
 from tests.support.read_failures import TYPICAL_ERRNOS, fail_calls, format_errno

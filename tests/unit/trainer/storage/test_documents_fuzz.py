@@ -9,11 +9,11 @@ import pytest
 from hypothesis import strategies as st
 
 from sailvl_trainer.contract import Checkpoint, Lineage, NonFinite, Result, ResultPointer, Skip
-from sailvl_trainer.data.shards import ShardInfo, ShardManifest, read_shard_manifest
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import begin_attempt, claim_stage, lineage_path, non_finite_path, read_non_finite
+from sailvl_trainer.storage.shard_manifest import ShardInfo, ShardManifest, read_shard_manifest
 from tests.support.builders.worker import build_stage
 from tests.support.fuzz import draw_generators, fuzz, mutate_bytes
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from sailvl_trainer.contract import CurateConfig, Result, SourceConfig, Stage
-from sailvl_trainer.data.shards import ShardWriter, write_shard_manifest
+from sailvl_trainer.data.shards import ShardWriter
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.storage.layout import StageFiles
+from sailvl_trainer.storage.shard_manifest import write_shard_manifest
 from tests.support.builders.worker import build_stage
 from tests.support.worker_processes import TRAINER, WorkerProcesses
 
