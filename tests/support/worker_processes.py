@@ -24,8 +24,10 @@ WORKER = """
 import os, sys
 if sys.argv[2]:
     open(sys.argv[2] + "/cgroup.procs", "w").write(str(os.getpid()))
-from sailvl_trainer.worker import main as worker
+from sailvl_trainer.worker import main as worker, reused_result
 worker.MIN_START_SLACK_SECONDS = int(os.environ.get("MIN_START_SLACK_SECONDS", worker.MIN_START_SLACK_SECONDS))
+if "VERIFICATION_SECONDS" in os.environ:
+    reused_result.VERIFICATION_SECONDS = float(os.environ["VERIFICATION_SECONDS"])
 worker.main(sys.argv[1])
 """
 """A worker's entry point that takes the module of its ranks and a control group to join."""
@@ -70,7 +72,7 @@ class WorkerProcesses:
             "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        is_real = self.rank_module == TRAINER
+        is_real = self.rank_module == TRAINER and "VERIFICATION_SECONDS" not in self.environment
         command = ["-m", "sailvl_trainer"] if is_real else ["-c", WORKER, self.rank_module, str(self.cgroup or "")]
         process = subprocess.Popen(
             [sys.executable, *command],

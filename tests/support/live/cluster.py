@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "hack/cluster/cluster.sh"
 UNSUPPORTED_EXIT_CODE = 3
 """Exit code of the script on a machine that can't run a cluster."""
+KUBECTL_SECONDS = 120
+"""Longest time for a command of kubectl that doesn't wait for anything itself."""
 Kubectl = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -61,11 +63,16 @@ def kubeconfig(cluster: Cluster) -> str:
 
 @pytest.fixture(scope="session")
 def kubectl(cluster: Cluster) -> Kubectl:
-    """Return kubectl with the cluster's kubeconfig as a function; it does not raise on failures."""
+    """Return kubectl with the cluster's kubeconfig as a function; it does not raise on failures.
 
-    def call(*args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    A command that waits by itself needs `limit_seconds` above its own `--timeout`, so that kubectl reports the timeout.
+    """
+
+    def call(
+        *args: str, stdin: str | None = None, limit_seconds: float = KUBECTL_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
         command = ["kubectl", f"--kubeconfig={cluster.kubeconfig}", *args]
-        return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=limit_seconds)
 
     return call
 

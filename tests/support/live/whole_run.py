@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from tests.support.live.cluster import Kubectl
+from tests.support.live.cluster import KUBECTL_SECONDS, Kubectl
 
 RUN = "demo"
 KILL_RANK = (
@@ -80,20 +80,37 @@ def follow(kubectl: Kubectl, whole_run: WholeRun, faults: list[ScheduledFault], 
         if whole_run.status.get("conditions") and whole_run.is_finished():
             return
         time.sleep(1)
-    raise AssertionError(f"the run did not end within {limit_seconds:.0f} s\n{describe(kubectl, whole_run)}")
+    table, described = format_table(whole_run.columns), describe_run(kubectl, whole_run.namespace, RUN)
+    raise AssertionError(f"the run did not end within {limit_seconds:.0f} s\n{table}\n{described}")
 
 
-def describe(kubectl: Kubectl, whole_run: WholeRun) -> str:
-    """Return what kubectl prints about the run, its pods, their events and the nodes."""
-    in_namespace = "-n", whole_run.namespace
+def wait_for_success(kubectl: Kubectl, namespace: str, run: str, limit_seconds: int) -> None:
+    """Wait until a run has succeeded; fail after `limit_seconds`, with what its workers were doing."""
+    wait = "-n", namespace, "wait", "--for=condition=Succeeded", f"svr/{run}", f"--timeout={limit_seconds}s"
+    done = kubectl(*wait, limit_seconds=limit_seconds + KUBECTL_SECONDS)
+    if done.returncode:
+        described = describe_run(kubectl, namespace, run)
+        raise AssertionError(f"run {run} did not succeed within {limit_seconds} s: {done.stderr}\n{described}")
+
+
+def describe_run(kubectl: Kubectl, namespace: str, run: str) -> str:
+    """Return what kubectl prints about a run: its status, pods, events and logs, and the nodes.
+
+    The times in the logs show whether workers are slow or hang.
+    """
+    in_namespace, selector = ("-n", namespace), ("-l", f"sailvl.dev/run={run}")
     commands = [
-        (*in_namespace, "describe", "svr", RUN),
+        (*in_namespace, "describe", "svr", run),
         (*in_namespace, "get", "jobs,pods", "-o", "wide"),
         (*in_namespace, "get", "events", "--sort-by=.lastTimestamp"),
+        (*in_namespace, "logs", *selector, "--all-containers", "--prefix", "--timestamps", "--tail=50"),
         ("get", "nodes", "-o", "wide"),
     ]
-    outputs = [f"$ kubectl {' '.join(command)}\n{kubectl(*command).stdout[-5000:]}" for command in commands]
-    return "\n".join([format_table(whole_run.columns), *outputs])
+    outputs = []
+    for command in commands:
+        done = kubectl(*command)
+        outputs.append(f"$ kubectl {' '.join(command)}\n{(done.stdout + done.stderr)[-5000:]}")
+    return "\n".join(outputs)
 
 
 def observe(kubectl: Kubectl, whole_run: WholeRun) -> None:

@@ -26,14 +26,14 @@ HELD_OUT_DIR = "held-out"
 REPORT_DIR = "report"
 """Directory of a stage's HTML report and its data."""
 VERIFIED_DIR = "verified"
-"""Directory in a run's directory: records of files of other runs whose hashes were verified."""
+"""Directory in a run's directory: records of files of other runs whose hashes were verified, and of reused results."""
 RESULTS_DIR = "results"
 """Directory at the root of the storage: <digest>.json names the output that holds the result of a digest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultPointer:
-    """RESULTS_DIR/<digest>.json: where the result of a digest is."""
+    """Where a result is: that of a digest, in RESULTS_DIR, or the one that an attempt reuses, in VERIFIED_DIR."""
 
     schema_version: int = SCHEMA_VERSION
     """Version of this document."""

@@ -1,7 +1,9 @@
 """Where a stage keeps its files on the shared storage, and how its result is written and found again.
 
 <storage>/results/<digest>.json                 points to the output that holds the result of a digest
-<storage>/<run>/verified/                       see rank/file_verification.py
+<storage>/<run>/verified/
+    *.jsonl                                     see verified_files.py
+    <stage>-<digest12>-<attempt>.json           points to the other output whose result an attempt reuses
 <storage>/<run>/<stage>-<digest12>/             the stage's output
     config.json  result.json
     attempts/<attempt>.json                     see lineage.py
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +56,7 @@ class StageFiles:
         self.held_out = self.output / contract.HELD_OUT_DIR
         self.report = self.output / contract.REPORT_DIR
         self._digest = stage.digest
+        self._reused = self.verified / f"{self.output.name}-{stage.attempt}.json"
         self._result_pointer = self.storage / contract.RESULTS_DIR / f"{stage.digest}.json"
 
     def relative_path(self, path: Path) -> str:
@@ -90,33 +94,46 @@ class StageFiles:
         is_own = path == self.relative_path(self.checkpoint_dir(attempt, step))
         return (attempt, Checkpoint(step=step, path=path)) if is_own else None
 
-    def find_own_result(self) -> Result | None:
-        """Return the result in the stage's own output, which no other run wrote; None if there is none.
+    def find_usable_result(self) -> Result | None:
+        """Return the result in the stage's own output, or the one that this attempt reuses; None if there is neither.
 
-        A result that can't be used counts as missing.
+        A result that can't be used counts as missing. Raises StorageError if it can't be read.
         """
-        result = self._read_result(self.output)
+        result = self._read_result(self.output) or self._follow(self._reused)
+        return None if result is None else replace(result, reused=True)
+
+    def find_other_result(self) -> Result | None:
+        """Return the result of another run with the same digest; None if there is none.
+
+        The files that it describes aren't read: until their hashes are verified, the result must not be used. Raises
+        StorageError if it can't be read.
+        """
+        result = self._follow(self._result_pointer)
         return None if result is None else replace(result, reused=True)
 
     def find_result(self) -> Result | None:
-        """Return the stage's result, or that of another run with the same digest; None if it has to be computed.
+        """Return a usable result, else that of another run, which may be damaged; None if there is neither."""
+        return self.find_usable_result() or self.find_other_result()
 
-        A result that can't be used counts as missing. The files that another run's result describes aren't read: until
-        their hashes are verified, the result must not be used; see `is_own`.
-        """
-        result = self._read_result(self.output) or self._read_other_result()
-        return None if result is None else replace(result, reused=True)
+    def record_reuse(self, result: Result) -> None:
+        """Record that this attempt reuses a result, whose files were verified; all of its workers believe it."""
+        if not self.is_own(result):
+            write_document(self._reused, ResultPointer(output=result.output))
 
     def is_own(self, result: Result) -> bool:
         """Whether a result is in this stage's output, and not in that of another run."""
         return result.output == self.relative_path(self.output)
 
+    def is_from_this_run(self, path: Path) -> bool:
+        """Return whether a file or directory is in this run's own directory, so that no other run wrote it."""
+        return DataRoots.resolve(self.run).contains(os.path.realpath(path))
+
     def read_result(self) -> Result:
         """Return the result that this attempt's first rank wrote or found.
 
-        Raises FileNotFoundError if there is none.
+        Raises FileNotFoundError if there is none, StorageError if it can't be read.
         """
-        found = self._read_result(self.output) or self.find_result()
+        found = self._read_result(self.output) or self.find_usable_result()
         if found is None:
             raise FileNotFoundError(f"{self.output / contract.RESULT_FILE} is missing, although all ranks succeeded")
         return found
@@ -133,15 +150,15 @@ class StageFiles:
         pointer = ResultPointer(output=self.relative_path(self.output))
         write_document(self._result_pointer, pointer)
 
-    def _read_other_result(self) -> Result | None:
-        """Return the result that the digest's pointer leads to."""
-        pointer = find_document(ResultPointer, self._result_pointer, self.roots, should_set_aside=True)
+    def _follow(self, path: Path) -> Result | None:
+        """Return the result that the pointer at a path leads to."""
+        pointer = find_document(ResultPointer, path, self.roots, should_set_aside=True)
         if pointer is None:
             return None
         try:
             return self._read_result(resolve_below(self.storage, pointer.output))
         except UnusableDocumentError as error:
-            logger.warning("%s is not used: %s", self._result_pointer, error)
+            logger.warning("%s is not used: %s", path, error)
             return None
 
     def _read_result(self, output: Path) -> Result | None:

@@ -15,7 +15,7 @@ from sailvl_trainer.model.build import build_model, set_trainable
 from sailvl_trainer.model.presets import Preset, get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
 from sailvl_trainer.rank.context import Context
-from sailvl_trainer.rank.file_verification import is_from_this_run, verify_input
+from sailvl_trainer.rank.file_verification import verify_input
 from sailvl_trainer.storage.export_manifest import list_export_files
 from sailvl_trainer.train.dataset_cache import open_dataset
 
@@ -75,7 +75,7 @@ def prepare(context: Context, config: TrainConfig) -> TrainingSetup:
 
 def verify_export(context: Context, folder: Path) -> None:
     """Verify the hashes of an export that this run didn't write. COLLECTIVE. Raises DataError if a file differs."""
-    if not is_from_this_run(context, folder):
+    if not context.files.is_from_this_run(folder):
         files = list_export_files(folder, context.files.storage)
         verify_input(context, files, advice="train the stage that wrote it again, or set another initFrom")
 

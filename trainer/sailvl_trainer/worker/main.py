@@ -20,16 +20,17 @@ from sailvl_trainer.contract import ExitCode, Progress, Result, Stage, Terminati
 from sailvl_trainer.errors import StorageError, TrainerError
 from sailvl_trainer.rank.settings import Scratch, Settings, read_settings, read_termination_log
 from sailvl_trainer.storage.codec import encode, read_stage
-from sailvl_trainer.storage.files import translate_storage_errors, write_atomic
+from sailvl_trainer.storage.files import translate_read_errors, write_atomic
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.worker.exit import WorkerExit, handle_sigterm
 from sailvl_trainer.worker.ranks import RankProcesses
+from sailvl_trainer.worker.reused_result import reuse_result
 from sailvl_trainer.worker.watchdog import WatchdogTimeouts, start_watchdog
 
 MIN_START_SLACK_SECONDS = 300
 """Shortest time, after the start timeout, for workers to import their modules and to find each other."""
 RESULT_POLL_SECONDS = 5.0
-"""Seconds between two checks for the stage's own result while the ranks aren't started yet."""
+"""Seconds between two checks for a usable result while the ranks aren't started yet."""
 
 
 def main(rank_module: str = "sailvl_trainer.rank.main") -> NoReturn:
@@ -57,10 +58,7 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
 
 
 def _run(settings: Settings, ranks: RankProcesses, rank_module: str, exit_worker: WorkerExit) -> Termination:
-    """Start the worker's threads, then run the ranks, unless the stage's own output already has a result.
-
-    A result of another run is left to the ranks, which verify the files that it describes before they reuse it.
-    """
+    """Start the worker's threads, then run the ranks, unless there is a result whose files are its own or verified."""
     scratch = Scratch(settings.scratch)
     scratch.prepare()
     exit_worker.progress_file = scratch.progress_file
@@ -70,12 +68,15 @@ def _run(settings: Settings, ranks: RankProcesses, rank_module: str, exit_worker
         ranks, scratch, timeouts=_build_timeouts(settings, stage), nodes=settings.nodes, exit_worker=exit_worker
     )
     files = StageFiles(stage)
-    with translate_storage_errors(files.output):
-        found = files.find_own_result()
+    with translate_read_errors(files.output):
+        found = files.find_usable_result()
     if found is not None:
         return _build_success(settings, found)
     _watch_for_result(files, ranks, lambda result: exit_worker(_build_success(settings, result)))
     _start_server(settings, stage, scratch)
+    found = reuse_result(files, stage, is_first=settings.node_rank == 0)
+    if found is not None:
+        return _build_success(settings, found)
     from sailvl_trainer.worker.agent import run_ranks
 
     return add_result(run_ranks(settings, ranks, rank_module, exit_worker), settings, files, ranks)
@@ -84,11 +85,11 @@ def _run(settings: Settings, ranks: RankProcesses, rank_module: str, exit_worker
 def add_result(termination: Termination, settings: Settings, files: StageFiles, ranks: RankProcesses) -> Termination:
     """Return the termination of a worker, with the stage's result if the ranks have succeeded.
 
-    Peers that find the stage's own result exit without ranks. A worker that lost them before it started its ranks looks
-    for the result, too, because the stage has succeeded.
+    Peers that find a usable result exit without ranks. A worker that lost them before it started its ranks looks for
+    the result, too, because the stage has succeeded.
     """
     if termination.exit_code != ExitCode.OK:
-        found = None if ranks.have_started.is_set() else _look_for_own_result(files)
+        found = None if ranks.have_started.is_set() else _look_for_result(files)
         return termination if found is None else _build_success(settings, found)
     return _build_success(settings, files.read_result()) if settings.node_rank == 0 else termination
 
@@ -105,26 +106,26 @@ def _build_timeouts(settings: Settings, stage: Stage) -> WatchdogTimeouts:
 
 
 def _watch_for_result(files: StageFiles, ranks: RankProcesses, on_found: Callable[[Result], None]) -> None:
-    """Call `on_found` from a thread once the stage's own output has a result, unless the ranks start before.
+    """Call `on_found` from a thread once there is a usable result, unless the ranks start before.
 
-    Every worker checks this for itself; the stage's own result never changes, so all of them decide alike. A worker
-    that sees the shared storage late finds no peers, which may have found the result and exited, and keeps checking
-    until it sees the result too. A result of another run ends no worker, because all of them are needed to verify it.
+    Every worker checks this for itself; such a result never changes, so all of them decide alike. A worker that sees
+    the shared storage late finds no peers, which may have found the result and exited, and keeps checking until it sees
+    the result too. Another run's result ends a worker once worker 0 has recorded that the attempt reuses it.
     """
 
     def watch() -> None:
         while not ranks.have_started.wait(RESULT_POLL_SECONDS):
-            found = _look_for_own_result(files)
+            found = _look_for_result(files)
             if found is not None and not ranks.have_started.is_set():
                 on_found(found)
 
     threading.Thread(target=watch, name="result-watch", daemon=True).start()
 
 
-def _look_for_own_result(files: StageFiles) -> Result | None:
-    """Return the result in the stage's own output; None if there is none, or if the volume is unavailable."""
-    with suppress(StorageError):
-        return files.find_own_result()
+def _look_for_result(files: StageFiles) -> Result | None:
+    """Return a usable result; None if there is none, or if the storage can't be read at the moment."""
+    with suppress(StorageError), translate_read_errors(files.output):
+        return files.find_usable_result()
     return None
 
 

@@ -9,22 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from sailvl_trainer.contract import EXPORT_DIR, ModelConfig, Result
+from sailvl_trainer.contract import ModelConfig, Result
 from sailvl_trainer.data.encoder import SampleEncoder
 from sailvl_trainer.data.shards import ShardReader, ShardWriter
 from sailvl_trainer.data.synthetic import draw_question
 from sailvl_trainer.errors import DataError, Preempted, StorageError
 from sailvl_trainer.model.presets import get_preset
 from sailvl_trainer.model.tokenizer import load_tokenizer
-from sailvl_trainer.rank import distributed_tasks, file_verification
+from sailvl_trainer.rank import distributed_tasks
 from sailvl_trainer.rank.context import Context, build_single_process_context
 from sailvl_trainer.rank.file_verification import describe_damage, verify_input
 from sailvl_trainer.rank.reused_result import find_result_or_claim
-from sailvl_trainer.storage.data_files import DataRoots
+from sailvl_trainer.storage import verified_files
+from sailvl_trainer.storage.export_manifest import write_export_manifest
 from sailvl_trainer.storage.hashes import FileHash, HashedFile
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.storage.lineage import find_newest_attempt
-from sailvl_trainer.storage.shard_manifest import list_shard_files, read_shard_manifest, write_shard_manifest
+from sailvl_trainer.storage.shard_manifest import list_shard_files, write_shard_manifest
 from sailvl_trainer.train.dataset_cache import open_dataset
 from tests.support.builders.training import build_stage
 from tests.support.read_failures import TYPICAL_ERRNOS, fail_calls, format_errno
@@ -63,13 +64,13 @@ def encoder() -> SampleEncoder:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the names of the files that are read."""
     names: list[str] = []
-    describe = file_verification.describe_difference
+    describe = verified_files.describe_difference
 
     def describe_and_note(file: HashedFile, *arguments: object) -> str:
         names.append(file.path.name)
         return describe(file, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(file_verification, "describe_difference", describe_and_note)
+    monkeypatch.setattr(verified_files, "describe_difference", describe_and_note)
     return names
 
 
@@ -216,39 +217,42 @@ def test_files_of_this_run_are_not_read(context: Context, hashed: list[str]) -> 
 # Results of other runs.
 
 
+def build_export(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(name)
+    write_export_manifest(folder)
+
+
 @pytest.fixture
 def other(context: Context) -> StageFiles:
     """Return the output of another run's stage with the same digest, which has a result and an export."""
     stage = replace(context.stage, run="other", output=str(context.files.storage / "other/knowledge"))
     files = StageFiles(stage)
-    build_shards(files.output / EXPORT_DIR)
+    build_export(files.export)
     files.write_result(
         Result(stage="knowledge", kind="sft", digest=stage.digest, attempt=1, output="other/knowledge")
     )  # fmt: skip
     return files
 
 
-def list_output_files(output: Path, storage: Path) -> list[HashedFile]:
-    folder = output / EXPORT_DIR
-    return list_shard_files(folder, read_shard_manifest(folder, DataRoots.resolve(storage)))
-
-
 def test_intact_result_of_another_run_is_reused(context: Context, other: StageFiles) -> None:
-    found = find_result_or_claim(context, list_output_files)
+    found = find_result_or_claim(context)
     assert found is not None
     assert (found.output, found.reused) == ("other/knowledge", True)
     assert find_newest_attempt(context.files) == 0
+    assert context.files.read_result() == found
 
 
 def test_damaged_result_of_another_run_is_computed_again(context: Context, other: StageFiles) -> None:
-    flip_bit(other.output / EXPORT_DIR / "00001.tar")
-    assert find_result_or_claim(context, list_output_files) is None
+    flip_bit(other.export / "model.safetensors")
+    assert find_result_or_claim(context) is None
     assert find_newest_attempt(context.files) == 1, "the stage is claimed"
 
 
 def test_result_of_another_run_without_manifest_is_computed_again(context: Context, other: StageFiles) -> None:
-    (other.output / EXPORT_DIR / "manifest.json").unlink()
-    assert find_result_or_claim(context, list_output_files) is None
+    (other.export / "manifest.json").unlink()
+    assert find_result_or_claim(context) is None
 
 
 def test_own_result_is_reused_without_reading_its_files(context: Context, hashed: list[str]) -> None:
@@ -256,5 +260,5 @@ def test_own_result_is_reused_without_reading_its_files(context: Context, hashed
         stage="knowledge", kind="sft", digest=context.stage.digest, attempt=1, output="demo/knowledge"
     )  # fmt: skip
     context.files.write_result(result)
-    assert find_result_or_claim(context, list_output_files) == replace(result, reused=True)
+    assert find_result_or_claim(context) == replace(result, reused=True)
     assert hashed == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sailvl_trainer.contract import MANIFEST_FILE, Checkpoint, Lineage, NonFinite, Result, ResultPointer, Skip
-from sailvl_trainer.errors import Preempted, StorageError
+from sailvl_trainer.errors import ConfigError, Preempted, StorageError
 from sailvl_trainer.storage import documents
 from sailvl_trainer.storage.codec import encode
 from sailvl_trainer.storage.documents import UnusableDocumentError, find_document, iterate_lines, resolve_below
@@ -28,6 +28,7 @@ from sailvl_trainer.storage.lineage import (
     read_lineage,
     read_non_finite,
 )
+from sailvl_trainer.storage.shard_manifest import ShardInfo, read_shard_manifest, write_shard_manifest
 from tests.support.builders.worker import build_stage
 
 DIGEST = "d" * 64
@@ -285,3 +286,24 @@ def test_lines_that_cannot_be_used_are_left_out(files: StageFiles) -> None:
 def test_lines_of_what_is_no_file_are_none(make: Callable[[Path], None], files: StageFiles) -> None:
     make(files.storage / "x.jsonl")
     assert list(iterate_lines(Checkpoint, files.storage / "x.jsonl", files.roots)) == []
+
+
+def test_document_that_is_too_large_to_be_read_again_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1000)
+    shards = [
+        ShardInfo(name=str(n), samples=1, bytes=1, sha256="a" * 64, index_bytes=1, index_sha256="a" * 64)
+        for n in range(9)
+    ]
+    with pytest.raises(ConfigError, match=r"would have 1\.\d KiB, but at most 1000 B are read; write fewer"):
+        write_shard_manifest(tmp_path, shards)
+    assert not (tmp_path / "manifest.json").exists()
+    write_shard_manifest(tmp_path, shards[:4])
+    assert read_shard_manifest(tmp_path).samples == 4
+
+
+def test_manifest_with_values_that_would_be_refused_is_not_written(tmp_path: Path) -> None:
+    shard = ShardInfo(name="../0", samples=1, bytes=1, sha256="a" * 64, index_bytes=1, index_sha256="a" * 64)
+    with pytest.raises(ValueError, match="another name than that of a file beside it"):
+        write_shard_manifest(tmp_path, [shard])

@@ -71,34 +71,26 @@ def test_own_result_is_reported_without_starting_ranks_or_importing_torch(tmp_pa
     assert found == (0, Termination(exit_code=0, result=result))
 
 
-def test_result_of_another_run_does_not_end_a_worker_before_its_ranks(tmp_path: Path) -> None:
-    """The ranks verify its files. This worker would start them, but can't serve its metrics."""
-    path = tmp_path / "stage.json"
-    path.write_bytes(encode(build_stage(tmp_path)))
-    write_result(tmp_path, run="other")
-    with socket.create_server(("", 0)) as occupied:
-        port = str(occupied.getsockname()[1])
-        code, _ = run_worker(tmp_path, **{Env.STAGE_FILE: str(path), Env.METRICS_PORT: port})
-    assert code == ExitCode.CONFIG
-
-
 LOST = Termination(exit_code=ExitCode.PEER_LOST, message="lost the connection to worker 0")
 
 
 @pytest.mark.parametrize(
-    ("run", "has_started", "is_success"),
+    ("run", "is_recorded", "has_started", "is_success"),
     [
-        pytest.param("demo", False, True, id="own result"),
-        pytest.param("demo", True, False, id="own result after the ranks started"),
-        pytest.param("other", False, False, id="result of another run"),
+        pytest.param("demo", False, False, True, id="own result"),
+        pytest.param("demo", False, True, False, id="own result after the ranks started"),
+        pytest.param("other", False, False, False, id="result of another run"),
+        pytest.param("other", True, False, True, id="reused result of another run"),
     ],
 )
-def test_worker_that_lost_its_peers_before_it_started_ranks_succeeds_only_with_its_own_result(
-    run: str, has_started: bool, is_success: bool, tmp_path: Path
+def test_worker_that_lost_its_peers_before_it_started_ranks_succeeds_only_with_a_usable_result(
+    run: str, is_recorded: bool, has_started: bool, is_success: bool, tmp_path: Path
 ) -> None:
-    """Peers that have found the stage's own result exit, and worker 0 takes the rendezvous with it."""
+    """Peers that have found a usable result exit, and worker 0 takes the rendezvous with it."""
     stage, ranks = build_stage(tmp_path), RankProcesses()
-    write_result(tmp_path, run=run)
+    result = write_result(tmp_path, run=run)
+    if is_recorded:
+        StageFiles(stage).record_reuse(result)
     if has_started:
         ranks.set_running(())
     (tmp_path / "stage.json").write_bytes(encode(stage))
