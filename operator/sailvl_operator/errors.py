@@ -7,7 +7,8 @@ OperatorError
 ├── NameConflict           an object with the needed name belongs to something else
 └── ApiError               failed request to the API server
     ├── Unreachable        no response, or a malformed one
-    ├── Unauthorized 401, Forbidden 403, NotFound 404, Conflict 409, Gone 410, Invalid 422
+    ├── Unauthorized 401, Forbidden 403, NotFound 404, Conflict 409, Gone 410
+    ├── Invalid            400, 413, 422 and other 4xx
     ├── TooManyRequests    429, with Retry-After
     └── ServerError        5xx
 """
@@ -80,7 +81,8 @@ class Gone(ApiError):
 
 
 class Invalid(ApiError):
-    """422: the object violates its schema."""
+    """400, 413, 422 and other 4xx: the object is malformed, too large or violates its schema. An admission webhook that
+    denies it may choose any of these codes."""
 
 
 class TooManyRequests(ApiError):
@@ -99,7 +101,6 @@ _BY_STATUS: dict[int, type[ApiError]] = {
     404: NotFound,
     409: Conflict,
     410: Gone,
-    422: Invalid,
     429: TooManyRequests,
 }
 
@@ -113,7 +114,7 @@ def error_from_status(
     status: int, body: Mapping[str, Any], *, request: str, retry_after: str | None = None
 ) -> ApiError:
     """Build the error for an HTTP status. `body`: a metav1.Status, or empty; `retry_after`: the header of that name."""
-    kind = _BY_STATUS.get(status, ServerError if status >= 500 else ApiError)
+    kind = _BY_STATUS.get(status, ServerError if status >= 500 else Invalid)
     message = clean_line(str(body.get("message") or f"HTTP {status}"), _MAX_MESSAGE_LENGTH)
     error = kind(f"{request}: {message}", status=status, reason=str(body.get("reason", "")))
     if isinstance(error, TooManyRequests) and retry_after is not None and retry_after.isdecimal():

@@ -237,6 +237,20 @@ async def test_failed_write_is_repeated(world, refusal):
     assert world.states()["curate"] == ("Starting", 1)
 
 
+@pytest.mark.parametrize("resource", ["jobs", "services", "persistentvolumeclaims"])
+@pytest.mark.parametrize("status", [400, 413])
+async def test_refusal_of_any_object_makes_the_run_stuck_with_the_message(world, resource, status):
+    world.api.injected_errors = [InjectedError(method="POST", path_end=f"/{resource}", status=status, times=1000)]
+    document = spread()
+    document["spec"]["storage"] = {"volumeClaimTemplate": {"resources": {"requests": {"storage": "1Gi"}}}}
+    await world.apply(document)
+    await world.until(lambda: world.status.is_true("Stuck"))
+    assert world.status.condition("Stuck").message.endswith(f"/namespaces/team/{resource}: Injected")
+    world.api.injected_errors = []
+    await world.until(lambda: not world.status.is_true("Stuck"))
+    assert world.api.list_names("jobs") == {"demo-curate-1"}
+
+
 async def test_refused_job_does_not_block_other_writes(world):
     """The quota may be used up by the Job of the failed attempt, which must still be deleted."""
     await world.apply(build_document(restartPolicy={"maxInfraRestarts": 100}))

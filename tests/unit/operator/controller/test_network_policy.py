@@ -93,9 +93,10 @@ async def test_policy_that_lost_its_labels_is_restored_in_place(world):
     assert world.owned_objects.network_policies.get(KEY)
 
 
-async def test_refused_update_of_the_policy_makes_the_run_stuck(world):
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+async def test_refused_update_of_the_policy_makes_the_run_stuck(world, status):
     await start(world)
-    world.api.injected_errors = [InjectedError(method="PATCH", path_end=f"/{POLICIES}/demo", status=403, times=1000)]
+    world.api.injected_errors = [InjectedError(method="PATCH", path_end=f"/{POLICIES}/demo", status=status, times=1000)]
     edit_policy(world, ingress=[{}])
     await world.until(lambda: world.status.is_true("Stuck"))
     assert world.status.condition("Stuck").reason == Reason.REJECTED
@@ -133,11 +134,15 @@ async def test_foreign_policy_of_the_same_name_is_kept_and_no_worker_starts(worl
     await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-1"})
 
 
-async def test_no_worker_starts_while_the_policy_is_refused(world):
-    world.api.injected_errors = [InjectedError(method="POST", path_end=f"/{POLICIES}", status=403, times=1000)]
+@pytest.mark.parametrize("status", [400, 403, 413, 418, 422])
+async def test_no_worker_starts_while_the_policy_is_refused(world, status):
+    """The code of a denial is chosen by the admission webhook."""
+    world.api.injected_errors = [InjectedError(method="POST", path_end=f"/{POLICIES}", status=status, times=1000)]
     await world.apply(build_document())
     await world.until(lambda: world.status.is_true("Stuck"))
-    assert world.status.condition("Stuck").reason == Reason.REJECTED
+    stuck = world.status.condition("Stuck")
+    assert stuck.reason == Reason.REJECTED
+    assert stuck.message.endswith(f"/namespaces/team/{POLICIES}: Injected")
     assert world.api.list_names("jobs") == set()
     world.api.injected_errors = []
     await world.until(lambda: world.api.list_names("jobs") == {"demo-curate-1"})
