@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-import msgspec
-
 from sailvl_operator.api.allow_lists import ALLOW_ALL, AllowLists
+from sailvl_operator.api.network_peers import parse_peers
 from sailvl_operator.api.types import Defaults
 from sailvl_operator.errors import SettingsError
 
@@ -130,27 +129,6 @@ class Option:
     def variable(self) -> str:
         """Environment variable that sets the same field."""
         return ENVIRONMENT_PREFIX + self.flag.removeprefix("--").replace("-", "_").upper()
-
-
-_PEER_FIELDS = frozenset({"podSelector", "namespaceSelector", "ipBlock"})
-
-
-def parse_peers(text: str) -> tuple[dict[str, Any], ...]:
-    """Parse a JSON list of NetworkPolicyPeers. Empty fields of their selectors are removed, as the API server does.
-
-    Raises ValueError with what to set.
-    """
-    try:
-        peers = msgspec.json.decode(text, type=list[dict[str, dict[str, Any]]])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise ValueError(f"a JSON list of NetworkPolicyPeers: {error}") from error
-    for peer in peers:
-        if not peer or not peer.keys() <= _PEER_FIELDS:
-            raise ValueError(f"a JSON list of NetworkPolicyPeers, each with {', '.join(sorted(_PEER_FIELDS))}")
-    return tuple(
-        {name: {key: inner for key, inner in selector.items() if inner} for name, selector in peer.items()}
-        for peer in peers
-    )
 
 
 OPTIONS = (

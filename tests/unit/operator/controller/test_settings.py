@@ -78,8 +78,11 @@ def test_chart_value_has_the_default_of_its_option(option):
             "(SAILVL_OPERATOR_METRICS_PEERS) is 'monitoring'; set it to a JSON list of NetworkPolicyPeers: ",
             id="peers that are not JSON",
         ),
-        pytest.param(["--metrics-peers", "[{}]"], "each with ipBlock, namespaceSelector, podSelector", id="empty peer"),
-        pytest.param(["--metrics-peers", '[{"pods": {}}]'], "each with ipBlock", id="unknown field of a peer"),
+        pytest.param(
+            ["--metrics-peers", '[{"ipBlock": {"cidr": "10.0.0.0"}}]'],
+            "NetworkPolicyPeers: '10.0.0.0' is not a CIDR such as 10.0.0.0/8 - at `$[0].ipBlock`",
+            id="peer that the API server rejects",
+        ),
         pytest.param(
             ["--metrics-peers", "[" * 100_000], "set it to a JSON list", id="peers that are nested too deeply"
         ),
