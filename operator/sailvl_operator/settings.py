@@ -290,8 +290,7 @@ def read_settings(
     default = OperatorSettings()
     changes: dict[str, dict[str, Any]] = {}
     for option in options:
-        given = getattr(flags, option.flag.removeprefix("--").replace("-", "_"), None)
-        text = given if given is not None else environment.get(option.variable)
+        text = _get_text(option, flags, environment)
         if text is not None:
             group, _, name = option.target.rpartition(".")
             owner = getattr(default, group) if group else default
@@ -314,6 +313,12 @@ def read_allow_lists(flags: argparse.Namespace) -> AllowLists:
     return read_settings(flags, {}, options=_ALLOW_LIST_OPTIONS).allowed
 
 
+def find_empty_allow_lists(flags: argparse.Namespace, environment: Mapping[str, str]) -> list[str]:
+    """Return the flags of allow-lists that are set, but to an empty list, which allows everything."""
+    texts = ((option.flag, _get_text(option, flags, environment)) for option in _ALLOW_LIST_OPTIONS)
+    return [flag for flag, text in texts if text is not None and not text.strip()]
+
+
 def describe(settings: OperatorSettings) -> dict[str, Any]:
     """Return all settings by group, for the first line of the log."""
     return {
@@ -323,12 +328,18 @@ def describe(settings: OperatorSettings) -> dict[str, Any]:
     }
 
 
+def _get_text(option: Option, flags: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
+    """Return the text of an option's flag, else of its variable; None if neither is set."""
+    given: str | None = getattr(flags, option.flag.removeprefix("--").replace("-", "_"), None)
+    return given if given is not None else environment.get(option.variable)
+
+
 def _parse(option: Option, text: str, default: object) -> object:
     if option.parse is not None:
         try:
             return option.parse(text)
         except ValueError as error:
-            raise SettingsError(f"{option.flag} ({option.variable}) is {text!r}; set it to {error}") from error
+            raise SettingsError(f"{_quote(option, text)}; set it to {error}") from error
     parsers: dict[type, Callable[[str], object]] = {
         bool: _parse_bool,
         int: int,
@@ -339,8 +350,23 @@ def _parse(option: Option, text: str, default: object) -> object:
     try:
         return parsers[type(default)](text)
     except ValueError as error:
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        raise SettingsError(f"{option.flag} ({option.variable}) is {text!r}; set it to {kind}") from error
+        raise SettingsError(f"{_quote(option, text)}; set it to {_KINDS[type(default)]}") from error
+
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "comma-separated entries, or leave it out",
+}
+"""What a setting of a type may be set to."""
+_MAX_QUOTED_LENGTH = 200
+
+
+def _quote(option: Option, text: str) -> str:
+    """Return the flag, the variable and the text of an option, of which a long one is cut."""
+    shown = text if len(text) <= _MAX_QUOTED_LENGTH else f"{text[:_MAX_QUOTED_LENGTH]}…"
+    return f"{option.flag} ({option.variable}) is {shown!r}"
 
 
 def _parse_bool(text: str) -> bool:
@@ -351,4 +377,8 @@ def _parse_bool(text: str) -> bool:
 
 
 def _parse_list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """Split a comma-separated list. Raises ValueError if it has commas, but no entry between them."""
+    entries = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not entries and text.strip():
+        raise ValueError(text)
+    return entries

@@ -6,12 +6,19 @@ and `sailvl validate` reports the same errors.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
-from urllib.parse import SplitResult, urlsplit
 
 from msgspec import UNSET
 
+from sailvl_operator.api.allow_list_entries import (
+    describe_host_error,
+    describe_image_error,
+    describe_key_error,
+    describe_name_error,
+    is_image_at,
+    is_server_at,
+)
 from sailvl_operator.api.parse import Problem
 from sailvl_operator.api.stages import Curate
 from sailvl_operator.api.status import StageStatus
@@ -19,7 +26,14 @@ from sailvl_operator.api.types import Spec, Workers
 
 _SHOWN_ENTRIES = 10
 """Entries of a list that an error message shows."""
-_PORTS = {"http": 80, "https": 443}
+_ENTRY_CHECKS: dict[str, Callable[[str], str]] = {
+    "images": describe_image_error,
+    "priority_classes": describe_name_error,
+    "toleration_keys": describe_key_error,
+    "service_accounts": describe_name_error,
+    "server_hosts": describe_host_error,
+}
+"""Function that describes an entry which no run can match, by list."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +57,8 @@ class AllowLists:
     def __post_init__(self) -> None:
         for list_ in fields(self):
             for entry in getattr(self, list_.name):
-                if "*" in entry or "://" in entry or any(c.isspace() for c in entry):
-                    raise ValueError(
-                        f"allow-list of {list_.name.replace('_', ' ')}: {entry!r} has a wildcard, a scheme or a space; "
-                        "set it to a plain name, or leave the list empty to allow everything"
-                    )
+                if error := _ENTRY_CHECKS[list_.name](entry):
+                    raise ValueError(f"allow-list of {list_.name.replace('_', ' ')}: {entry!r} {error}")
 
 
 ALLOW_ALL = AllowLists()
@@ -66,7 +77,7 @@ def find_disallowed_fields(spec: Spec, allowed: AllowLists, stages: Sequence[Sta
 
 
 def _check_spec(spec: Spec, allowed: AllowLists, completed: Collection[str]) -> Iterator[Problem]:
-    if spec.image is not UNSET and allowed.images and not _is_image_allowed(spec.image, allowed.images):
+    if spec.image is not UNSET and allowed.images and not any(is_image_at(spec.image, entry) for entry in allowed.images):
         yield "spec.image", _describe(spec.image, allowed.images)
     yield from _check_workers("spec.workers", spec.workers, allowed)
     for index, stage in enumerate(spec.stages):
@@ -97,50 +108,8 @@ def _check_servers(path: str, curate: Curate, hosts: tuple[str, ...]) -> Iterato
     servers = [("caption.server", curate.caption.server)]
     servers += [] if curate.judge is UNSET else [("judge.server", curate.judge.server)]
     for field, url in servers:
-        if url is not UNSET and not any(_is_at_host(urlsplit(url), entry) for entry in hosts):
+        if url is not UNSET and not any(is_server_at(url, entry) for entry in hosts):
             yield f"{path}.{field}", _describe(url, hosts)
-
-
-def _is_image_allowed(image: str, entries: tuple[str, ...]) -> bool:
-    repository = _find_repository(image)
-    prefixes = map(_complete_entry, entries)
-    return any(repository == prefix or repository.startswith(f"{prefix}/") for prefix in prefixes)
-
-
-def _find_repository(image: str) -> str:
-    """Return registry and repository of an image reference, without tag and digest, as container runtimes read it."""
-    name = image.partition("@")[0]
-    parent, slash, last = name.rpartition("/")
-    return _complete_name(f"{parent}{slash}{last.partition(':')[0]}")
-
-
-def _complete_entry(entry: str) -> str:
-    """Return an entry with its registry; its first component is one if it looks like a host."""
-    entry = entry.rstrip("/")
-    return entry if _is_registry(entry.partition("/")[0]) else _complete_name(entry)
-
-
-def _complete_name(name: str) -> str:
-    """Return a repository with its registry, which is docker.io unless the first component is a host."""
-    first, slash, rest = name.partition("/")
-    if not slash or not _is_registry(first):
-        first, rest = "docker.io", name
-    first = "docker.io" if first == "index.docker.io" else first
-    return f"{first}/library/{rest}" if first == "docker.io" and "/" not in rest else f"{first}/{rest}"
-
-
-def _is_registry(component: str) -> bool:
-    """Return whether the first component of an image reference is a host, by the rule of the container runtimes."""
-    return "." in component or ":" in component or component == "localhost" or component != component.lower()
-
-
-def _is_at_host(url: SplitResult, entry: str) -> bool:
-    wanted = urlsplit(f"//{entry}")
-    try:
-        ports = (url.port or _PORTS.get(url.scheme), wanted.port)
-    except ValueError:  # above 65535
-        return False
-    return url.hostname == wanted.hostname and ports[1] in (None, ports[0])
 
 
 def _describe(value: str, entries: tuple[str, ...]) -> str:

@@ -14,11 +14,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from sailvl_operator.api.scalars import LABEL_VALUE, SUBDOMAIN, Struct
-
-_KEY_NAME = r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]"
-_MAX_PREFIX_LENGTH = 253
-_MAX_NAME_LENGTH = 63
+from sailvl_operator.api.scalars import Struct, is_label_key, is_label_value
 
 
 class Requirement(Struct, frozen=True, kw_only=True):
@@ -87,16 +83,13 @@ def parse_peers(text: str) -> tuple[dict[str, Any], ...]:
 
 
 def _check_label_key(key: str) -> None:
-    prefix, slash, name = key.rpartition("/")
-    is_prefix = len(prefix) <= _MAX_PREFIX_LENGTH and re.fullmatch(SUBDOMAIN, prefix) is not None
-    is_name = len(name) <= _MAX_NAME_LENGTH and re.fullmatch(_KEY_NAME, name) is not None
-    if not is_name or (slash and not is_prefix):
+    if not is_label_key(key):
         raise ValueError(f"{key!r} is not a key of a label")
 
 
 def _check_label_values(values: Iterable[str]) -> None:
     for value in values:
-        if len(value) > _MAX_NAME_LENGTH or re.fullmatch(LABEL_VALUE, value) is None:
+        if not is_label_value(value):
             raise ValueError(f"{value!r} is not a value of a label")
 
 

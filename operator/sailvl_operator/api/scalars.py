@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -24,6 +25,10 @@ VARIABLE = "^[A-Za-z_][-A-Za-z0-9_.]*$"
 SERVER = r"^https?://([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[^ \x00-\x1f\x7f]*)?$"
 IMAGE = r"^[!-~]*$"
 NO_SPACE = r"^[^ \x00-\x1f\x7f]*$"
+
+_LABEL_NAME = r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]"
+_MAX_LABEL_LENGTH = 63
+_MAX_PREFIX_LENGTH = 253
 
 HINTS = {
     COUNT: 'a count of at least 1 as a string, at most 999999T: "4096", "32K", "1.5M", "131B"',
@@ -60,3 +65,16 @@ Parts = Annotated[tuple[Part, ...], Meta(min_length=1, max_length=3, extra_json_
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
     """Base of the spec types: camelCase in JSON; unknown fields are an error."""
+
+
+def is_label_key(key: str) -> bool:
+    """Return whether a label or a taint may have this key: a name, with or without a prefix such as nvidia.com/."""
+    prefix, slash, name = key.rpartition("/")
+    is_prefix = len(prefix) <= _MAX_PREFIX_LENGTH and re.fullmatch(SUBDOMAIN, prefix) is not None
+    is_name = len(name) <= _MAX_LABEL_LENGTH and re.fullmatch(_LABEL_NAME, name) is not None
+    return is_name and (is_prefix or not slash)
+
+
+def is_label_value(value: str) -> bool:
+    """Return whether a label may have this value."""
+    return len(value) <= _MAX_LABEL_LENGTH and re.fullmatch(LABEL_VALUE, value) is not None

@@ -16,7 +16,7 @@ from sailvl_operator.app import App
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.errors import OperatorError
 from sailvl_operator.logs import configure_logging
-from sailvl_operator.settings import OPTIONS, describe, read_settings
+from sailvl_operator.settings import OPTIONS, describe, find_empty_allow_lists, read_settings
 
 log = logging.getLogger("sailvl_operator")
 
@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"sailvl operator: {error}", file=sys.stderr)
         return 2
     log.info("starting", extra={"settings": describe(settings), "server": credentials.server})
+    for flag in find_empty_allow_lists(args, os.environ):
+        log.warning("%s is set, but empty, so it allows everything; add entries, or leave the flag out", flag)
     code = 0
     _tune_gc()
     allow_deep_objects()

@@ -85,6 +85,9 @@ def test_message_shows_a_part_of_a_long_list() -> None:
         ("localhost:5000", "localhost:5000/x:1", True),
         ("docker.io/library", "python:3.11", True),
         ("docker.io", "index.docker.io/team/x", True),
+        ("index.docker.io", "team/x", True),
+        ("index.docker.io/team", "docker.io/team/x", True),
+        ("[fd00::1]:5000", "[fd00::1]:5000/x", True),
         ("python", "docker.io/library/python", True),
         ("docker.io", "EVIL/x", False),
         ("team", "team.evil.example/x", False),
@@ -107,6 +110,7 @@ def test_image_is_allowed_by_registry_or_repository(entry: str, image: str, is_a
         ("judge.team.svc", "http://judge.team.svc.evil.example", False),
         ("judge.team.svc", "http://evil.example/judge.team.svc", False),
         ("judge.team.svc", "http://evil.example:99999", False),
+        ("judge.team.svc", "http://judge.team.svc:99999", False),
         ("[fd00::1]:8000", "http://[fd00::1]:8000", True),
     ],
 )
@@ -115,7 +119,56 @@ def test_server_is_allowed_by_host(entry: str, server: str, is_allowed: bool) ->
     assert (not find_disallowed_fields(run.spec, AllowLists(server_hosts=(entry,)))) is is_allowed
 
 
-@pytest.mark.parametrize("entry", ["registry.example.com/*", "https://registry.example.com", "a b"])
-def test_entry_that_can_never_match_is_refused(entry: str) -> None:
-    with pytest.raises(ValueError, match="set it to a plain name"):
-        AllowLists(images=(entry,))
+SCHEME = "has a scheme"
+HOST = "is not a host"
+PORT = "has no port after the colon"
+TAG = "has a tag or a digest"
+REPOSITORY = "is neither a registry nor a repository"
+
+
+@pytest.mark.parametrize(
+    ("list_name", "entry", "message"),
+    [
+        ("images", "registry.example.com/*", REPOSITORY),
+        ("images", "https://registry.example.com", SCHEME),
+        ("images", "a b", REPOSITORY),
+        ("images", "registry.example.com/a b", REPOSITORY),
+        ("images", "Registry.example.com", HOST),
+        ("images", "registry.example.com/Team", REPOSITORY),
+        ("images", "registry.example.com:", PORT),
+        ("images", "registry.example.com:0", PORT),
+        ("images", "registry.example.com:65536", PORT),
+        ("images", "registry.example.com:latest", PORT),
+        ("images", "python:3.11", PORT),
+        ("images", "registry.example.com/team/x:1", TAG),
+        ("images", "registry.example.com/team/x@sha256:00", TAG),
+        ("images", "registry.example.com//x", REPOSITORY),
+        ("images", "/registry.example.com", REPOSITORY),
+        ("images", "registry..example.com", HOST),
+        ("images", "registry.example.com./x", HOST),
+        ("images", "/", REPOSITORY),
+        ("images", "r\n", REPOSITORY),
+        ("priority_classes", "Batch", "is not a name"),
+        ("priority_classes", "batch low", "is not a name"),
+        ("priority_classes", "batch\n", "is not a name"),
+        ("toleration_keys", "nvidia.com/gpu=true", "is not the key of a taint"),
+        ("toleration_keys", "nvidia.com/gpu:NoSchedule", "is not the key of a taint"),
+        ("toleration_keys", "nvidia.com/", "is not the key of a taint"),
+        ("toleration_keys", "*", "is not the key of a taint"),
+        ("service_accounts", "team/trainer", "is not a name"),
+        ("service_accounts", "system:serviceaccount:team:trainer", "is not a name"),
+        ("server_hosts", "http://judge", SCHEME),
+        ("server_hosts", "judge.team.svc/v1", HOST),
+        ("server_hosts", "user@judge", HOST),
+        ("server_hosts", "judge.team.svc.", HOST),
+        ("server_hosts", "*.team.svc", HOST),
+        ("server_hosts", "judge:", PORT),
+        ("server_hosts", "judge:99999", PORT),
+        ("server_hosts", "judge:http", PORT),
+        ("server_hosts", "fd00::1", HOST),
+    ],
+)
+def test_entry_that_can_never_match_is_refused(list_name: str, entry: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^allow-list of {list_name.replace('_', ' ')}: ") as error:
+        AllowLists(**{list_name: (entry,)})
+    assert f"{entry!r} {message}" in str(error.value)

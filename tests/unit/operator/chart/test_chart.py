@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections import Counter as Tally
 from collections.abc import Iterator
 from pathlib import Path
@@ -315,6 +316,7 @@ INVALID_VALUES = [
     pytest.param("runs.graceSeconds=0", "/runs/graceSeconds", id="zero grace period"),
     pytest.param("allowed.images={registry.example.com/*}", "/allowed/images/0", id="wildcard in an allow-list"),
     pytest.param("allowed.serverHosts={http://judge}", "/allowed/serverHosts/0", id="scheme in an allow-list"),
+    pytest.param("allowed.images={registry.example.com:}", "/allowed/images/0", id="colon without a port"),
     pytest.param("operator.logLevel=LOUD", "/operator/logLevel", id="unknown log level"),
     pytest.param("operator.events=maybe", "/operator/events", id="events is a string"),
     pytest.param("resources.limits.memory=lots", "/resources/limits/memory", id="quantity is not a number"),
@@ -352,6 +354,30 @@ def test_invalid_value_is_rejected(value: str, message: str) -> None:
     done = run_helm("template", "train", str(CHART), "--kube-version", KUBERNETES, "--set", value)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def render_notes(tmp_path: Path, *values: str) -> str:
+    """Render NOTES.txt, which `helm template` leaves out, as a ConfigMap of a copy of the chart."""
+    shutil.copytree(CHART, tmp_path / "chart")
+    templates = tmp_path / "chart/templates"
+    (templates / "NOTES.txt").rename(tmp_path / "chart/notes")
+    (templates / "notes.yaml").write_text('{{ dict "kind" "Notes" "text" (tpl (.Files.Get "notes") .) | toYaml }}')
+    flags = [part for value in values for part in ("--set", value)]
+    done = run_helm("template", "train", str(tmp_path / "chart"), "--kube-version", KUBERNETES, *flags)
+    assert done.returncode == 0, done.stderr
+    [notes] = [document for document in yaml.safe_load_all(done.stdout) if document["kind"] == "Notes"]
+    return str(notes["text"])
+
+
+def test_notes_warn_of_empty_allow_lists(tmp_path: Path) -> None:
+    notes = render_notes(tmp_path, "allowed.images={registry.example.com}", "allowed.serviceAccounts=null")
+    lists = "allowed.priorityClasses, allowed.tolerationKeys, allowed.serviceAccounts, allowed.serverHosts"
+    assert f"WARNING: {lists} are empty lists, so runs may name anything there." in notes
+
+
+def test_notes_warn_of_no_allow_list_if_all_have_entries(tmp_path: Path) -> None:
+    lists = ("images", "priorityClasses", "serverHosts", "serviceAccounts", "tolerationKeys")
+    assert "WARNING" not in render_notes(tmp_path, *(f"allowed.{name}={{a}}" for name in lists))
 
 
 def test_unsupported_kubernetes_version_is_rejected() -> None:

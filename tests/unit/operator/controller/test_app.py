@@ -217,25 +217,46 @@ async def test_object_with_deep_managed_fields_does_not_blind_the_operator(api):
             assert not process.ended.done()
 
 
-@pytest.mark.usefixtures("deep_objects_allowed")
-def test_command_allows_deep_objects(monkeypatch):
-    limits = []
+@pytest.fixture
+def run_command(monkeypatch):
+    """Return a function that runs the command with flags and an App that serves nothing; and the recursion limit."""
 
-    class Served:
-        def __init__(self, *_: object) -> None:
-            pass
+    def run(*flags: str) -> list[int]:
+        limits = []
 
-        async def serve(self) -> None:
-            limits.append(sys.getrecursionlimit())
+        class Served:
+            def __init__(self, *_: object) -> None:
+                pass
 
-    monkeypatch.setattr("sailvl_operator.cli.operator.App", Served)
+            async def serve(self) -> None:
+                limits.append(sys.getrecursionlimit())
+
+        monkeypatch.setattr("sailvl_operator.cli.operator.App", Served)
+        parser = argparse.ArgumentParser()
+        operator_command.add_arguments(parser)
+        assert operator_command.run(parser.parse_args(flags)) == 0
+        return limits
+
     monkeypatch.setattr("sailvl_operator.cli.operator._tune_gc", lambda: None)
     monkeypatch.setattr("sailvl_operator.cli.operator.configure_logging", lambda *_: None)
     monkeypatch.setattr(
         "sailvl_operator.cli.operator.load_credentials", lambda *_: Credentials(AnonymousConfiguration("http://x"))
     )
+    return run
+
+
+@pytest.mark.usefixtures("deep_objects_allowed")
+def test_command_allows_deep_objects(run_command):
     sys.setrecursionlimit(1000)
-    parser = argparse.ArgumentParser()
-    operator_command.add_arguments(parser)
-    assert operator_command.run(parser.parse_args([])) == 0
-    assert limits == [RECURSION_LIMIT]
+    assert run_command() == [RECURSION_LIMIT]
+
+
+@pytest.mark.usefixtures("deep_objects_allowed")
+def test_command_warns_of_an_allow_list_that_is_set_but_empty(run_command, monkeypatch, caplog):
+    monkeypatch.setenv("SAILVL_OPERATOR_ALLOWED_SERVER_HOSTS", " ")
+    run_command("--allowed-images=", "--allowed-priority-classes=batch")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        f"{flag} is set, but empty, so it allows everything; add entries, or leave the flag out"
+        for flag in ("--allowed-images", "--allowed-server-hosts")
+    ]

@@ -86,6 +86,15 @@ def test_chart_value_has_the_default_of_its_option(option):
         pytest.param(
             ["--metrics-peers", "[" * 100_000], "set it to a JSON list", id="peers that are nested too deeply"
         ),
+        pytest.param(
+            ["--allowed-images", " , "], "set it to comma-separated entries, or leave it out", id="list without entries"
+        ),
+        pytest.param(
+            ["--allowed-toleration-keys", "gpu, nvidia.com/gpu=true"],
+            "allow-list of toleration keys: 'nvidia.com/gpu=true' is not the key of a taint",
+            id="entry that matches nothing",
+        ),
+        pytest.param(["--workers", "9" * 5000 + "x"], "99…'; set it to a whole number", id="long value"),
         pytest.param(["--events", "perhaps"], "set it to true or false", id="boolean"),
         pytest.param(
             ["--lease-duration-seconds", "5"],
