@@ -23,8 +23,9 @@ from sailvl_operator.core.evidence import CAUSE_BY_EXIT_CODE
 from sailvl_operator.core.failure import CAUSE_PRECEDENCE
 from sailvl_operator.core.restart_policy import find_budget
 from sailvl_operator.metrics import Metrics, OperatorCollector
+from sailvl_operator.options import OPTIONS, Option
 from sailvl_operator.run_series import RunCollector
-from sailvl_operator.settings import OPTIONS, OperatorSettings, Option
+from sailvl_operator.settings import OperatorSettings
 from sailvl_trainer.contract import ExitCode
 from sailvl_trainer.model.presets import PRESETS, get_preset
 from sailvl_trainer.rank.metrics import TrainerMetrics

@@ -77,7 +77,11 @@ def find_disallowed_fields(spec: Spec, allowed: AllowLists, stages: Sequence[Sta
 
 
 def _check_spec(spec: Spec, allowed: AllowLists, completed: Collection[str]) -> Iterator[Problem]:
-    if spec.image is not UNSET and allowed.images and not any(is_image_at(spec.image, entry) for entry in allowed.images):
+    if (
+        spec.image is not UNSET
+        and allowed.images
+        and not any(is_image_at(spec.image, entry) for entry in allowed.images)
+    ):
         yield "spec.image", _describe(spec.image, allowed.images)
     yield from _check_workers("spec.workers", spec.workers, allowed)
     for index, stage in enumerate(spec.stages):

@@ -34,7 +34,7 @@ class Requirement(Struct, frozen=True, kw_only=True):
 class LabelSelector(Struct, frozen=True, kw_only=True):
     """LabelSelector; an empty one selects everything."""
 
-    match_labels: dict[str, str] = {}
+    match_labels: dict[str, str] = msgspec.field(default_factory=dict)
     match_expressions: tuple[Requirement, ...] = ()
 
     def __post_init__(self) -> None:

@@ -16,7 +16,8 @@ from sailvl_operator.app import App
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.errors import OperatorError
 from sailvl_operator.logs import configure_logging
-from sailvl_operator.settings import OPTIONS, describe, find_empty_allow_lists, read_settings
+from sailvl_operator.options import OPTIONS, find_empty_allow_lists, read_settings
+from sailvl_operator.settings import describe
 
 log = logging.getLogger("sailvl_operator")
 

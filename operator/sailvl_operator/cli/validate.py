@@ -17,7 +17,7 @@ from sailvl_operator.api import names
 from sailvl_operator.api.allow_lists import AllowLists
 from sailvl_operator.api.validation import validate
 from sailvl_operator.errors import SettingsError
-from sailvl_operator.settings import add_allow_list_arguments, read_allow_lists
+from sailvl_operator.options import add_allow_list_arguments, read_allow_lists
 
 Document = dict[str, Any]
 

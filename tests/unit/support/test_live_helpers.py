@@ -9,7 +9,7 @@ import pytest
 
 from sailvl_operator.api.validation import validate
 from sailvl_operator.cluster.resources import Resource
-from sailvl_operator.settings import OPTIONS
+from sailvl_operator.options import OPTIONS
 from tests.cluster.test_control_plane_faults import FLAGS
 from tests.cluster.test_faulty_api import LONG_LEASE
 from tests.faults.runs.spec import build_run

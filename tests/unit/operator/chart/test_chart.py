@@ -16,13 +16,13 @@ import yaml
 from sailvl_operator.api.allow_lists import AllowLists
 from sailvl_operator.api.types import Defaults
 from sailvl_operator.cli.operator import add_arguments
+from sailvl_operator.options import read_settings
 from sailvl_operator.settings import (
     ApiSettings,
     ControllerSettings,
     HealthSettings,
     LeaseSettings,
     OperatorSettings,
-    read_settings,
 )
 from tests.support.chart import (
     CHART,

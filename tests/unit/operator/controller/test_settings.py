@@ -11,7 +11,8 @@ import yaml
 
 from sailvl_operator.cli.operator import add_arguments
 from sailvl_operator.errors import SettingsError
-from sailvl_operator.settings import OPTIONS, OperatorSettings, Option, read_settings
+from sailvl_operator.options import OPTIONS, Option, read_settings
+from sailvl_operator.settings import OperatorSettings
 
 VALUES = Path(__file__).parents[4] / "helm/sailvl-operator/values.yaml"
 NOT_OPTIONS = {
@@ -70,7 +71,7 @@ def test_chart_value_has_the_default_of_its_option(option):
     [
         pytest.param(
             ["--workers", "many"],
-            "--workers (SAILVL_OPERATOR_WORKERS) is 'many'; set it to a whole number",
+            "--workers (SAILVL_OPERATOR_WORKERS) is 'many'; set it to a whole number of at least 0",
             id="number",
         ),
         pytest.param(
@@ -94,7 +95,10 @@ def test_chart_value_has_the_default_of_its_option(option):
             "allow-list of toleration keys: 'nvidia.com/gpu=true' is not the key of a taint",
             id="entry that matches nothing",
         ),
-        pytest.param(["--workers", "9" * 5000 + "x"], "99…'; set it to a whole number", id="long value"),
+        pytest.param(["--workers", "9" * 5000 + "x"], "99…'; set it to a whole number of at least 0", id="long value"),
+        pytest.param(["--workers", "-1"], "set it to a whole number of at least 0", id="negative number"),
+        pytest.param(["--backoff-seconds", "nan"], "set it to a number of at least 0", id="NaN"),
+        pytest.param(["--backoff-seconds", "1e999"], "set it to a number of at least 0", id="infinite number"),
         pytest.param(["--events", "perhaps"], "set it to true or false", id="boolean"),
         pytest.param(
             ["--lease-duration-seconds", "5"],
