@@ -83,11 +83,11 @@ chaos: setup  ## inject random faults for SAILVL_CHAOS_MINUTES (30) from SAILVL_
 bench: setup  ## run the trainer's benchmarks, and append the results to bench/history.jsonl
 	@for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python -m bench.$$(basename $$file .py); done
 
-bench-operator: setup  ## benchmark the operator with 1,000 runs against a naive one; at least ten minutes
+bench-operator: setup  ## benchmark the operator with 1,000 runs against a naive one; fails if a target is missed; at least ten minutes
 	@hack/require.sh openssl
 	$(BIN)/python -m bench.operator
 
-bench-tenants: setup  ## measure how much a hostile tenant slows an honest one down; five minutes
+bench-tenants: setup  ## measure an honest tenant and both replicas beside a hostile tenant; fails if a target is missed; eight minutes
 	@hack/require.sh openssl
 	$(BIN)/python -m bench.operator.tenants
 

@@ -1,6 +1,7 @@
 """`make bench-operator`: measure the operator at a thousand runs, beside a naive one, on fake nodes.
 
-Prints a table, appends the figures to bench/history.jsonl, and prints the JSON line last.
+Prints a table, appends the figures to bench/history.jsonl, and prints the JSON line last. Exits with status 1 if a
+target is missed.
 """
 
 from __future__ import annotations
@@ -19,31 +20,23 @@ from bench import history
 from bench.operator import scenarios
 from bench.operator.control_plane import LIMITS, ControlPlane
 from bench.operator.peers import NaiveKopf, SailVL
+from bench.targets import Target, describe_result, format_targets
 
 DEFAULT_RUNS = 1000
 """Runs created at once, as in the names of the figures."""
-TARGETS = {
-    "jobs_written_1000_s": 10.0,
-    "pods_exist_1000_s": 25.0,
-    "start_10k_pods_s": 6.0,
-    "replace_p99_s": 1.0,
-    "noop_writes": 0.0,
-    "noop_cpu_ratio": 0.02,
-    "rss_mib": 200.0,
-    "cpu_per_event_vs_kopf": 0.2,
-}
-"""Upper bound of each figure."""
-
-DESCRIPTIONS = {
-    "jobs_written_1000_s": "runs created at once until all Jobs exist, fastest try",
-    "pods_exist_1000_s": "the same until all pods exist",
-    "start_10k_pods_s": "operator restart with ten pods per run until all runs are reconciled",
-    "replace_p99_s": "failed pod until next attempt's Job, without settling time, p99",
-    "noop_writes": "writes in a minute without changes",
-    "noop_cpu_ratio": "CPU cores used in a minute without changes",
-    "rss_mib": "peak resident memory with ten pods per run, MiB",
-    "cpu_per_event_vs_kopf": "CPU time per event, relative to the naive operator",
-}
+TARGETS = tuple(
+    Target(figure=figure, description=description, bound=bound)
+    for figure, description, bound in (
+        ("jobs_written_1000_s", "runs created at once until all Jobs exist, fastest try", 10.0),
+        ("pods_exist_1000_s", "the same until all pods exist", 25.0),
+        ("start_10k_pods_s", "operator restart with ten pods per run until all runs are reconciled", 6.0),
+        ("replace_p99_s", "failed pod until next attempt's Job, without settling time, p99", 1.0),
+        ("noop_writes", "writes in a minute without changes", 0.0),
+        ("noop_cpu_ratio", "CPU cores used in a minute without changes", 0.02),
+        ("rss_mib", "peak resident memory with ten pods per run, MiB", 200.0),
+        ("cpu_per_event_vs_kopf", "CPU time per event, relative to the naive operator", 0.2),
+    )
+)
 
 
 @dataclass
@@ -61,11 +54,7 @@ class Report:
     def show(self, runs: int) -> None:
         """Print the table of targets, the notes, and the figures as one line of JSON."""
         print(f"\n{runs} runs; {LIMITS}\n")
-        for key, target in TARGETS.items():
-            value = self.figures[key]
-            print(
-                f"{'ok  ' if value <= target else 'MISS'} {DESCRIPTIONS[key]:<66} {value:>9.4g}   target ≤ {target:g}"
-            )
+        print(format_targets(TARGETS, self.figures))
         print("\n" + "\n".join(self.notes) + "\n")
         print(json.dumps({key: round(value, 4) for key, value in self.figures.items()}))
 
@@ -190,7 +179,7 @@ def _spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Read the flags, measure, print, and append to the history."""
+    """Read the flags, measure, print, append to the history, and exit with status 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--runs", type=int, default=DEFAULT_RUNS, help="runs created at once; only the default is recorded"
@@ -201,6 +190,7 @@ def main() -> None:
     if args.runs == DEFAULT_RUNS:
         history.append_record("operator", {key: round(value, 4) for key, value in report.figures.items()})
     report.show(args.runs)
+    sys.exit(describe_result(TARGETS, report.figures))
 
 
 if __name__ == "__main__":

@@ -14,18 +14,15 @@ import tempfile
 import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from pathlib import Path
 from ssl import create_default_context
 from types import TracebackType
 
-from aiohttp import web
-
+from bench.operator.worker_servers import HonestWorkers
 from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import load_credentials
 from sailvl_operator.cluster.resources import CLAIMS, RUNS, Resource
 from sailvl_operator.errors import ApiError
-from sailvl_trainer.contract import METRICS_PORT, Progress
 from tests.support.live.control_plane import ControlPlaneProcesses, ControlPlaneProfile
 
 ROOT = Path(__file__).parents[2]
@@ -40,10 +37,13 @@ NODES = 20
 QPS = 500
 GOGC = "400"
 """Garbage collection target of the Go programs, which share the cores with the operator: trade memory for CPU."""
+GOMEMLIMIT = "6GiB"
+"""Memory above which each Go program collects more often: GOGC alone would let large objects take the machine's."""
 
 CLIENT_LIMITS = {"kube_api_qps": QPS, "kube_api_burst": QPS * 3 // 2}
 
 PROFILE = ControlPlaneProfile(
+    etcd={"quota_backend_bytes": 8 << 30},  # of large objects, which are written many times
     api_server={"advertise_address": "127.0.0.1", "endpoint_reconciler_type": "none"},
     controller_manager={
         "controllers": "*,-node-lifecycle-controller",  # the leases of fake nodes are never renewed
@@ -52,11 +52,12 @@ PROFILE = ControlPlaneProfile(
         **CLIENT_LIMITS,
     },
     scheduler=CLIENT_LIMITS,
-    environment={"GOGC": GOGC},
+    environment={"GOGC": GOGC, "GOMEMLIMIT": GOMEMLIMIT},
 )
 LIMITS = f"GOGC={GOGC}; controller manager and scheduler: --kube-api-qps={QPS} --kube-api-burst={QPS * 3 // 2}"
 """Flags that differ from Kubernetes' defaults and limit how fast pods are created; printed with the results."""
 
+NAMESPACE_KIND = Resource(api_version="v1", plural="namespaces")
 NODE_KIND = Resource(api_version="v1", plural="nodes")
 ACCOUNT_KIND = Resource(api_version="v1", plural="serviceaccounts")
 VOLUME_KIND = Resource(api_version="v1", plural="persistentvolumes")
@@ -134,19 +135,18 @@ class ControlPlane:
         self._bin = Path(subprocess.check_output([ROOT / "hack/cluster/build.sh"], text=True).strip().splitlines()[-1])
         self._plane = ControlPlaneProcesses(self._bin, self.folder, PROFILE)
         self.kubeconfig = self._plane.kubeconfig
-        self._workers: web.AppRunner
+        self.workers = HonestWorkers(POD_ADDRESS)
         self.client: Client
 
     async def __aenter__(self) -> ControlPlane:
         try:
-            _set_pod_address("replace")
-            self._workers = await _serve_progress()
+            await self.workers.start()
             await asyncio.to_thread(self._plane.start)
             credentials = load_credentials(str(self.kubeconfig), "")
             self.client = await Client(credentials, ClientConfig(connections=64)).__aenter__()
             await self._define()
         except BaseException:
-            self._stop()
+            await self._stop()
             raise
         return self
 
@@ -154,8 +154,7 @@ class ControlPlane:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.client.__aexit__(kind, error, trace)
-        await self._workers.cleanup()
-        self._stop()
+        await self._stop()
 
     def cpu_seconds(self) -> dict[str, float]:
         """Return the CPU seconds of each component so far."""
@@ -184,8 +183,7 @@ class ControlPlane:
         kubectl: list[str | Path] = [self._bin / "kubectl", f"--kubeconfig={self.kubeconfig}"]
         subprocess.run([*kubectl, "apply", "--server-side", "-f", crd], check=True, capture_output=True)
         await self._wait_for(lambda: self._lists(RUNS))
-        await self._wait_for(lambda: self.client.get(ACCOUNT_KIND, "default", "default"))
-        await self._add_storage()
+        await self._prepare_namespace("default")
         config = self.folder / "kwok.yaml"
         stages = _READY
         for name, value in _STAGE_VALUES.items():
@@ -203,23 +201,31 @@ class ControlPlane:
         status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready]}
         await self.client.patch(NODE_KIND, "", f"node-{number}", {"status": status}, subresource="status")
 
-    async def _add_storage(self) -> None:
-        """Create a bound claim for the runs, because pods without it are not scheduled."""
+    async def create_namespace(self, name: str) -> None:
+        """Create a namespace for runs."""
+        await self.client.create(NAMESPACE_KIND, "", {"metadata": {"name": name}})
+        await self._prepare_namespace(name)
+
+    async def _prepare_namespace(self, namespace: str) -> None:
+        """Wait for the account of a namespace's pods, and create the claim of its runs, without which they are not
+        scheduled."""
+        await self._wait_for(lambda: self.client.get(ACCOUNT_KIND, namespace, "default"))
         common = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
-        claim = {"namespace": "default", "name": "sail-data"}
+        name = f"sail-data-{namespace}"
+        claim = {"namespace": namespace, "name": "sail-data"}
         volume = {"capacity": {"storage": "1Ti"}, "hostPath": {"path": "/sail-data"}, "claimRef": claim}
-        await self.client.create(VOLUME_KIND, "", {"metadata": {"name": "sail-data"}, "spec": common | volume})
-        wanted = {"volumeName": "sail-data", "resources": {"requests": {"storage": "1Ti"}}}
-        await self.client.create(CLAIMS, "default", {"metadata": {"name": "sail-data"}, "spec": common | wanted})
-        await self._wait_for(self._is_bound)
+        await self.client.create(VOLUME_KIND, "", {"metadata": {"name": name}, "spec": common | volume})
+        wanted = {"volumeName": name, "resources": {"requests": {"storage": "1Ti"}}}
+        await self.client.create(CLAIMS, namespace, {"metadata": {"name": "sail-data"}, "spec": common | wanted})
+        await self._wait_for(lambda: self._is_bound(namespace))
 
     async def _lists(self, resource: Resource) -> bool:
         async for _ in self.client.list_pages(resource):
             break
         return True
 
-    async def _is_bound(self) -> bool:
-        claim = await self.client.get(CLAIMS, "default", "sail-data")
+    async def _is_bound(self, namespace: str) -> bool:
+        claim = await self.client.get(CLAIMS, namespace, "sail-data")
         return bool(claim.get("status", {}).get("phase") == "Bound")
 
     async def _wait_for(self, request: Callable[[], Awaitable[object]]) -> None:
@@ -233,34 +239,12 @@ class ControlPlane:
                     pass
                 await asyncio.sleep(0.3)
 
-    def _stop(self) -> None:
-        self._plane.stop()
+    async def _stop(self) -> None:
+        try:
+            await self.workers.stop()
+        finally:
+            self._plane.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
-        _set_pod_address("delete")
-
-
-def _set_pod_address(verb: str) -> None:
-    subprocess.run(["ip", "address", verb, f"{POD_ADDRESS}/32", "dev", "lo"], capture_output=True, check=False)
-
-
-async def _serve_progress() -> web.AppRunner:
-    """Serve /progress of all workers.
-
-    Raises RuntimeError if their address could not be added to this machine.
-    """
-
-    async def answer(_: web.Request) -> web.Response:
-        return web.json_response(asdict(Progress(attempt=0, phase="running")))
-
-    app = web.Application()
-    app.router.add_get("/progress", answer)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, POD_ADDRESS, METRICS_PORT).start()
-    except OSError as error:
-        raise RuntimeError(f"run this as root: fake pods share the address {POD_ADDRESS}: {error}") from error
-    return runner
 
 
 def cpu_seconds(pid: int) -> float:

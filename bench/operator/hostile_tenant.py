@@ -1,200 +1,170 @@
-"""A hostile tenant: runs whose workers answer hostilely, forged Jobs and pods, the largest legal runs, and churn.
+"""A hostile tenant: runs whose workers answer hostilely, forged Jobs and pods, the largest objects that the API server
+accepts, and churn. Used by `tenants.py`.
 
-Used by `tenants.py`. Everything lies in one namespace, whose pods have an address of their own on this machine, where
-one server answers on the workers' port.
+Everything lies in one namespace, whose pods have an address of their own on this machine, where one server answers on
+the workers' port.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
-import subprocess
-import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+from bench.operator import hostile_objects
 from bench.operator.control_plane import HOSTILE_ADDRESS, HOSTILE_NAMESPACE, ControlPlane
-from bench.operator.scenarios import build_run
+from bench.operator.hostile_churn import HostileChurn
+from bench.operator.hostile_objects import Manifest, count_bytes
+from bench.operator.scenarios import Log, build_run
+from bench.operator.worker_servers import HostileWorkers
 from sailvl_operator.api import names
+from sailvl_operator.api.parse import MAX_SPEC_BYTES
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.resources import Resource
-from sailvl_operator.errors import ApiError
-from sailvl_trainer.contract import METRICS_PORT
+from sailvl_operator.errors import ApiError, Conflict
 
-NAMESPACE_KIND = Resource(api_version="v1", plural="namespaces")
-INT32_MAX = 2**31 - 1
-FORGED_PODS = 200
-LARGE_RUNS = 50
-"""Runs of nearly the size that etcd takes, 1.4 MiB or what the schema allows."""
-CHURN_PER_SECOND = 10.0
-"""Writes per second that change hostile objects."""
-_CONNECTIONS = 32
-_REQUIRED = b'"attempt":1,"phase":"running"'
-_SLOW_SECONDS = 1.9
-"""Delay of slow answers, just below the operator's timeout of a read."""
+_CONNECTIONS = 8
+"""Concurrent creations of large objects: more would take the API server's memory, not its time."""
+_WIDE_BYTES = 1_200_000
+"""Size of the JSON of a stored wide object, at least."""
+_JOB_TIMEOUT_SECONDS = 120.0
+_WIDE_JOB_CONTAINERS = 6000
+_WIDE_JOB_ATTEMPT = 50
 
 
-def build_answers() -> list[tuple[float, bytes]]:
-    """Return pairs of a delay in seconds and the bytes of a response, one for each kind of hostile worker."""
-    metrics = b",".join(b'"m%04d":%d' % (n, n) for n in range(4000))
-    bodies = [
-        b"{" + _REQUIRED + b',"x":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
-        b"{" + _REQUIRED + b',"metrics":{"\xff\xfe":1}}',
-        b"{" + _REQUIRED + b',"step":' + b"9" * 400 + b',"steps":-1}',
-        b"{" + _REQUIRED + b',"metrics":{' + metrics + b"}}",
-        b"{" + _REQUIRED + b',"metrics":{"' + b"n" * 60_000 + b'":1}}',
-    ]
-    bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
-    packed = b"".join(bomb.compress(bytes(1 << 20)) for _ in range(64)) + bomb.flush()
-    answers = [(0.0, _build_response(body)) for body in bodies]
-    answers += [(_SLOW_SECONDS, _build_response(b"{" + _REQUIRED + b"}"))] * 3
-    answers.append((0.0, _build_response(packed, b"Content-Encoding: gzip\r\n")))
-    answers.append((0.0, b"HTTP/1.1 200 OK\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n"))
-    answers.append((0.0, b"\x00\xff\x13garbage\r\n\r\n"))
-    return answers
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostileScale:
+    """Numbers of hostile objects."""
 
+    runs: int
+    """Runs of two pods with hostile workers."""
+    objects: int
+    """Objects of each kind of large ones: runs with large specs, runs with wide metadata, NetworkPolicies, Jobs and
+    pods; as many forged Jobs and four times as many forged pods."""
 
-def _build_response(body: bytes, headers: bytes = b"") -> bytes:
-    return b"HTTP/1.1 200 OK\r\n" + headers + b"Content-Length: %d\r\n\r\n" % len(body) + body
-
-
-def build_forged_pod(number: int) -> dict[str, Any]:
-    """Build a pod with the labels of a run's first worker, which no Job of the run has created."""
-    labels = {
-        names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
-        names.LABEL_RUN: f"large-{number % LARGE_RUNS:03}",
-        names.LABEL_STAGE: f"s{number:04}",
-        names.LABEL_ATTEMPT: "1",
-        names.LABEL_COMPLETION_INDEX: "0",
-    }
-    container = {"name": names.CONTAINER, "image": "registry.example.com/hostile"}
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": f"forged-{number:04}", "labels": labels},
-        "spec": {"nodeName": f"node-{number % 20}", "containers": [container], "automountServiceAccountToken": False},
-    }
-
-
-def build_large_run(number: int) -> dict[str, Any]:
-    """Build a run of about a megabyte: long environments, paths and annotations."""
-    environment = [{"name": f"V{n:03}" + "N" * 50, "value": "v" * 1000} for n in range(64)]
-    training = {"data": [{"path": "/data/" + "x" * 500}], "epochs": "1"}
-    stages = [
-        {"name": f"s{n:02}", "sft": training, "workers": {"nodes": 1, "gpusPerNode": 0, "env": environment}}
-        for n in range(12)
-    ]
-    spec = {
-        "image": "registry.example.com/hostile",
-        "storage": {"volumeClaim": "none"},
-        "model": {"preset": "tiny"},
-        "stages": stages,
-    }
-    metadata = {"name": f"large-{number:03}", "annotations": {"filler": "f" * 200_000}}
-    return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata, "spec": spec}
-
-
-def build_forged_job(number: int, owner: dict[str, Any]) -> dict[str, Any]:
-    """Build a Job that claims to be the run's, with more completions than any list of indexes has room for."""
-    run = owner["metadata"]["name"]
-    labels = {
-        names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
-        names.LABEL_RUN: run,
-        names.LABEL_STAGE: "s00",
-        names.LABEL_ATTEMPT: "1",
-    }
-    reference = {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": run, "uid": owner["metadata"]["uid"]}
-    container = {"name": names.CONTAINER, "image": "registry.example.com/hostile"}
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": f"forged-{number:03}",
-            "labels": labels,
-            "ownerReferences": [reference | {"controller": True}],
-        },
-        "spec": {
-            "completions": INT32_MAX,
-            "parallelism": 0,
-            "template": {"spec": {"restartPolicy": "Never", "containers": [container]}},
-        },
-    }
+    def count_runs(self) -> int:
+        """Return the number of all runs."""
+        return self.runs + 2 * self.objects
 
 
 class HostileTenant:
-    """Async context manager: creates the hostile objects, and keeps changing them while its context is open."""
+    """Async context manager: creates the hostile objects, and keeps changing them while its context is open.
 
-    def __init__(self, plane: ControlPlane, runs: int) -> None:
-        self._plane, self._runs = plane, runs
-        self._answers = itertools.cycle(build_answers())
-        self._tasks: list[asyncio.Task[None]] = []
-        self._server: asyncio.Server
+    `log`: called with each kind of object that exists.
+    """
+
+    def __init__(self, plane: ControlPlane, scale: HostileScale, log: Log) -> None:
+        self._plane, self._scale, self._log = plane, scale, log
+        self._churning: asyncio.Task[None] | None = None
+        self.workers = HostileWorkers(HOSTILE_ADDRESS)
+        self.churn: HostileChurn
         self.refusals: list[str] = []
-        """Objects that the API server refused, each with its error."""
-        self.bytes_written = 0
-        """Size of the large runs that the API server accepted."""
+        """Objects that the API server refused, or stored smaller than they have to be, each with the reason."""
 
     async def __aenter__(self) -> HostileTenant:
-        _set_address("replace")
-        self._server = await asyncio.start_server(self._answer, HOSTILE_ADDRESS, METRICS_PORT, backlog=4096)
-        await self._plane.client.create(NAMESPACE_KIND, "", {"metadata": {"name": HOSTILE_NAMESPACE}})
-        runs = await self._create_all(resources.RUNS, [build_large_run(n) for n in range(LARGE_RUNS)])
-        await self._create_all(resources.JOBS, [build_forged_job(n, run) for n, run in enumerate(runs)])
-        await self._create_all(resources.PODS, [build_forged_pod(n) for n in range(FORGED_PODS)])
-        await self._create_all(resources.RUNS, [build_run(f"hostile-{n:04}", 2) for n in range(self._runs)])
-        self._tasks.append(asyncio.create_task(self._churn()))
+        await self.workers.start()
+        await self._plane.create_namespace(HOSTILE_NAMESPACE)
+        count, run_count = self._scale.objects, self._scale.runs
+        runs = await self._create("runs", resources.RUNS, (build_run(f"hostile-{n:04}", 2) for n in range(run_count)))
+        large = await self._create("large runs", resources.RUNS, map(hostile_objects.build_large_run, range(count)))
+        self._check_specs(large)
+        wide = map(hostile_objects.build_wide_run, range(count))
+        wide_runs = await self._create("wide runs", resources.RUNS, wide, least_bytes=_WIDE_BYTES)
+        targets = await self._find_targets(runs[: 2 * count])
+        await self._create_owned(targets)
+        changing = [run["metadata"]["name"] for run in large + wide_runs]
+        self.churn = HostileChurn(self._plane, targets, changing)
+        self._churning = asyncio.create_task(self.churn.run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._server.close()
-        _set_address("delete")
+        await self.workers.stop()
+        if self._churning is not None:
+            self._churning.cancel()
+            await asyncio.wait([self._churning])
+            if not self._churning.cancelled():
+                self._churning.result()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        delay, response = next(self._answers)
-        try:
-            await reader.readuntil(b"\r\n\r\n")
-            await asyncio.sleep(delay)
-            writer.write(response)
-            await writer.drain()
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass
-        finally:
-            writer.close()
+    def count_activity(self) -> Counter[str]:
+        """Return the reads of hostile workers, their slow answers, and the writes by kind, so far."""
+        return self.churn.writes + Counter({"reads": self.workers.reads, "slow answers": self.workers.slow_answers})
 
-    async def _create_all(self, resource: Resource, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Create objects, and return those that the API server accepted."""
-        slots = asyncio.Semaphore(_CONNECTIONS)
+    async def count_started(self) -> int:
+        """Return how many hostile runs have the Job of their first attempt."""
+        return len(await self._list_first_jobs())
 
-        async def create(body: dict[str, Any]) -> dict[str, Any] | None:
-            async with slots:
-                try:
-                    return await self._plane.client.create(resource, HOSTILE_NAMESPACE, body)
-                except ApiError as error:
-                    self.refusals.append(f"{resource.plural}: {error}"[:200])
-                    return None
+    async def _list_first_jobs(self) -> dict[str, Manifest]:
+        """Return the metadata of the Jobs of first attempts, by run. The tenant forges only those of later ones."""
+        pages = self._plane.client.list_pages(
+            resources.JOBS, HOSTILE_NAMESPACE, selector=f"{names.LABEL_ATTEMPT}=1", metadata_only=True
+        )
+        return {job["metadata"]["labels"][names.LABEL_RUN]: job async for jobs, _ in pages for job in jobs}
 
-        return [created for created in await asyncio.gather(*map(create, bodies)) if created is not None]
+    async def _find_targets(self, runs: Sequence[Manifest]) -> list[tuple[Manifest, Manifest]]:
+        """Wait until the operator has started runs, and return each with its Job.
 
-    async def _churn(self) -> None:
-        """Change hostile pods and runs, one at a time, at a fixed rate."""
-        chance = random.Random(0)
-        for number in itertools.count():
-            await asyncio.sleep(1 / CHURN_PER_SECOND)
-            metadata = {"annotations": {"churn": str(number)}}
-            resource, name = (
-                (resources.RUNS, f"large-{chance.randrange(LARGE_RUNS):03}")
-                if number % 2
-                else (resources.PODS, f"forged-{chance.randrange(FORGED_PODS):04}")
-            )
+        Raises TimeoutError if it does not start all of them.
+        """
+        async with asyncio.timeout(_JOB_TIMEOUT_SECONDS):
+            while True:
+                jobs = await self._list_first_jobs()
+                if all(run["metadata"]["name"] in jobs for run in runs):
+                    return [(run, jobs[run["metadata"]["name"]]) for run in runs]
+                await asyncio.sleep(1)
+
+    async def _create_owned(self, targets: Sequence[tuple[Manifest, Manifest]]) -> None:
+        """Create the objects that claim to belong to runs: large NetworkPolicies, forged Jobs, and pods of these."""
+        count = self._scale.objects
+        runs = [targets[n % len(targets)][0] for n in range(count)]
+
+        def forge_jobs(first_attempt: int, containers: int) -> Iterator[Manifest]:
+            for n, run in enumerate(runs):
+                attempt = first_attempt + n // len(targets) * 2 + n % 2
+                yield hostile_objects.build_forged_job(run, attempt, containers=containers)
+
+        policies = (hostile_objects.build_large_policy(n, run) for n, run in enumerate(runs))
+        await self._create("NetworkPolicies", resources.NETWORK_POLICIES, policies, least_bytes=_WIDE_BYTES)
+        forged = await self._create("forged Jobs", resources.JOBS, forge_jobs(2, 1))
+        wide_jobs = forge_jobs(_WIDE_JOB_ATTEMPT, _WIDE_JOB_CONTAINERS)
+        await self._create("wide Jobs", resources.JOBS, wide_jobs, least_bytes=_WIDE_BYTES)
+        owners = list(zip(runs, forged, strict=False))
+        pods = (hostile_objects.build_forged_pod(n, *owners[n % len(owners)]) for n in range(4 * count))
+        await self._create("forged pods", resources.PODS, pods)
+        wide_pods = (hostile_objects.build_wide_pod(9000 + n, *owner) for n, owner in enumerate(owners))
+        await self._create("wide pods", resources.PODS, wide_pods, least_bytes=_WIDE_BYTES)
+
+    async def _create(
+        self, kind: str, resource: Resource, manifests: Iterable[Manifest], *, least_bytes: int = 0
+    ) -> list[Manifest]:
+        """Create objects, and return those that the API server accepted, without the managed fields."""
+        slots, created, sizes = asyncio.Semaphore(_CONNECTIONS), [], [0]
+
+        async def create(manifest: Manifest) -> None:
             try:
-                await self._plane.client.patch(resource, HOSTILE_NAMESPACE, name, {"metadata": metadata})
+                stored = await self._plane.client.create(resource, HOSTILE_NAMESPACE, manifest)
+            except Conflict:  # the response to the first try was lost
+                stored = await self._plane.client.get(resource, HOSTILE_NAMESPACE, manifest["metadata"]["name"])
             except ApiError as error:
-                self.refusals.append(f"churn: {error}"[:200])
+                self.refusals.append(f"{kind}: {error}"[:200])
+                return
+            finally:
+                slots.release()
+            sizes.append(count_bytes(stored))
+            if sizes[-1] < least_bytes:
+                self.refusals.append(f"{kind}: stored with {sizes[-1]} bytes, wanted {least_bytes}")
+            stored["metadata"].pop("managedFields", None)
+            created.append(stored)
 
+        async with asyncio.TaskGroup() as group:
+            for manifest in manifests:
+                await slots.acquire()
+                group.create_task(create(manifest))
+        self._log(f"{len(created)} hostile {kind} exist, of up to {max(sizes) / 2**20:.2f} MiB as JSON")
+        return sorted(created, key=lambda stored: str(stored["metadata"]["name"]))
 
-def _set_address(verb: str) -> None:
-    subprocess.run(["ip", "address", verb, f"{HOSTILE_ADDRESS}/32", "dev", "lo"], capture_output=True, check=False)
+    def _check_specs(self, runs: Iterable[Manifest]) -> None:
+        """Report runs whose stored spec is not just below the operator's limit."""
+        for size in (count_bytes(run["spec"]) for run in runs):
+            if not 0.95 * MAX_SPEC_BYTES < size <= MAX_SPEC_BYTES:
+                self.refusals.append(f"large runs: spec stored with {size} bytes, wanted almost {MAX_SPEC_BYTES}")

@@ -53,11 +53,10 @@ class _Process:
         return cpu_seconds(self.process.pid)
 
     def memory_mib(self) -> float:
-        """Return the peak resident memory in MiB."""
+        """Return the peak resident memory in MiB; 0 if the process has ended."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found[1]) / 1024
+        return int(found[1]) / 1024 if found is not None else 0.0
 
     def writes(self) -> int:
         """Return the number of writes so far; 0 if the operator has no such metric."""
@@ -76,17 +75,28 @@ class _Process:
 
 
 class SailVL(_Process):
-    """`sailvl operator` with default settings, except for the settling time and the port."""
+    """`sailvl operator` with default settings, except for the settling time, the port and the identity in the Lease.
 
-    name = "sailvl"
+    `replica`: number of the replica; the first one to be started leads.
+    """
+
+    def __init__(self, plane: ControlPlane, replica: int = 0) -> None:
+        super().__init__(plane)
+        self.name = f"sailvl-{replica}"
+        self._port = _PORT + replica
+
+    def is_ready(self) -> bool:
+        """Return whether the replica has listed all objects."""
+        return self._fetch("/readyz") == "ok"
 
     async def start(self) -> None:
         self.spawn()
-        await until(lambda: self._fetch("/readyz") == "ok", 60)
+        await until(self.is_ready, 60)
 
     def spawn(self) -> None:
         """Start the process without waiting."""
-        flags = ["--metrics-port", str(_PORT), "--failure-settle-seconds", str(SETTLE_SECONDS)]
+        flags = ["--metrics-port", str(self._port), "--failure-settle-seconds", str(SETTLE_SECONDS)]
+        flags += ["--identity", self.name]
         self._spawn("-c", "import sys; from sailvl_operator.cli.main import main; sys.exit(main())", "operator", *flags)
 
     def writes(self) -> int:
@@ -100,11 +110,6 @@ class SailVL(_Process):
         depth = re.search(r"^sailvl_operator_queue_depth (\S+)", body, re.M)
         return round(done), round(float(depth[1])) if depth else -1
 
-    def progress_reads(self) -> float:
-        """Return the number of requests to /progress so far, failed ones included; 0 if the operator doesn't answer."""
-        body = self._metrics("sailvl_operator_progress_reads_total")
-        return sum(float(v) for v in re.findall(r"^sailvl_operator_progress_reads_total{[^}]*} (\S+)", body, re.M))
-
     def _calls(self) -> list[tuple[str, float]]:
         body = self._metrics("sailvl_operator_api_calls_total")
         pattern = r'^sailvl_operator_api_calls_total{code="(?:[^"]*)",verb="([^"]*)"} (\S+)'
@@ -115,7 +120,7 @@ class SailVL(_Process):
 
     def _fetch(self, path: str) -> str:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{_PORT}{path}", timeout=10) as response:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=10) as response:
                 body: bytes = response.read()
                 return body.decode()
         except (urllib.error.URLError, OSError):

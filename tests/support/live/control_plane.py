@@ -25,6 +25,7 @@ Flags = Mapping[str, object]
 class ControlPlaneProfile:
     """Flags and environment of one kind of control plane."""
 
+    etcd: Flags = field(default_factory=dict)
     api_server: Flags = field(default_factory=dict)
     controller_manager: Flags = field(default_factory=dict)
     scheduler: Flags | None = None
@@ -104,7 +105,7 @@ class ControlPlaneProcesses:
             "listen_peer_urls": peer,
             "log_level": "error",
         }
-        self.start_program("etcd", flags)
+        self.start_program("etcd", flags | dict(self._profile.etcd))
 
     def _start_api_server(self, key: Path) -> None:
         flags = {
