@@ -38,7 +38,9 @@ def allow_deep_objects() -> None:
     sys.setrecursionlimit(max(sys.getrecursionlimit(), RECURSION_LIMIT))
 
 
-def decode_json(content: bytes | bytearray | str, type_: Any, *, subject: str, max_bytes: int | None = None) -> Any:
+def decode_json(
+    content: bytes | bytearray | memoryview | str, type_: Any, *, subject: str, max_bytes: int | None = None
+) -> Any:
     """Decode an untrusted JSON document of at most `max_bytes` bytes or characters. Default: of any size.
 
     Raises DocumentError for every failure: not UTF-8, not JSON, of another type, nested too deeply, or too large.

@@ -15,7 +15,7 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.merge_patch import build_merge_patch
 from sailvl_operator.cluster.owned_objects import OwnedObjects
-from sailvl_operator.cluster.parse import parse_job
+from sailvl_operator.cluster.parse import decode_policy_spec, parse_job
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, NetworkPolicyAction
@@ -151,7 +151,7 @@ class Applier:
             return
         claim = build_claim(run)
         if claim is not None:
-            await self._create(resources.CLAIMS, claim, run.uid, resources.Ignored)
+            await self._create(resources.CLAIMS, claim, run.uid, resources.PersistentVolumeClaim)
         self._prepared[run.uid] = None
         if len(self._prepared) > _MAX_PREPARED_RUNS:
             del self._prepared[next(iter(self._prepared))]
@@ -170,12 +170,32 @@ class Applier:
         if action is NetworkPolicyAction.CREATE:
             found = await self._create(resources.NETWORK_POLICIES, body, run.uid, resources.NetworkPolicy)
         else:
-            found = await self._get_owned(resources.NETWORK_POLICIES, body, run.uid)
+            found = await self._get_owned(resources.NETWORK_POLICIES, body, run.uid, resources.NetworkPolicy)
+        spec = decode_policy_spec(found, body["spec"])
+        if spec is None:
+            found, spec = await self._replace_policy(found, body), body["spec"]
         store.put_created(found)
-        if patch := _build_policy_patch(found, body):
+        if patch := _build_policy_patch(found, spec, body):
+            name = body["metadata"]["name"]
             store.put(
-                await self._client.patch(resources.NETWORK_POLICIES, run.namespace, body["metadata"]["name"], patch)
+                await self._client.patch(
+                    resources.NETWORK_POLICIES, run.namespace, name, patch, decode_as=resources.NetworkPolicy
+                )
             )
+
+    async def _replace_policy(self, found: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        """Delete a NetworkPolicy whose spec is too large to be patched, and create it anew.
+
+        Raises NameConflict if it remains, because it has finalizers.
+        """
+        namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
+        await self._delete(resources.NETWORK_POLICIES, namespace, name, found["metadata"]["uid"])
+        try:
+            return await self._client.create(
+                resources.NETWORK_POLICIES, namespace, body, decode_as=resources.NetworkPolicy
+            )
+        except Conflict as error:
+            raise NameConflict(f"NetworkPolicy {name} was altered and can't be deleted; delete it") from error
 
     async def _start(self, attempt: AttemptSpec) -> None:
         job = build_job(attempt, build_appdef(attempt, rendezvous_secret=secrets.token_hex(16)))
@@ -197,15 +217,17 @@ class Applier:
         try:
             return await self._client.create(resource, body["metadata"]["namespace"], body, decode_as=decode_as)
         except Conflict:
-            return await self._get_owned(resource, body, owner_uid)
+            return await self._get_owned(resource, body, owner_uid, decode_as)
 
-    async def _get_owned(self, resource: Resource, body: dict[str, Any], owner_uid: str) -> dict[str, Any]:
+    async def _get_owned(
+        self, resource: Resource, body: dict[str, Any], owner_uid: str, decode_as: resources.ObjectType
+    ) -> dict[str, Any]:
         """Read the existing object with the name of `body`.
 
         Raises NameConflict if this run doesn't own it, or if it is a Job that differs from those that the run creates.
         """
         metadata = body["metadata"]
-        existing = await self._client.get(resource, metadata["namespace"], metadata["name"])
+        existing = await self._client.get(resource, metadata["namespace"], metadata["name"], decode_as=decode_as)
         subject = f"{body['kind']} {metadata['name']} exists"
         if not _is_owned(existing["metadata"], metadata, owner_uid):
             raise NameConflict(f"{subject} and is not owned by this run; delete it or rename the run")
@@ -214,10 +236,11 @@ class Applier:
         return existing
 
 
-def _build_policy_patch(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Build the merge patch that restores labels and spec of a NetworkPolicy; empty if it has them."""
+def _build_policy_patch(found: dict[str, Any], spec: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Build the merge patch that restores labels and spec of a NetworkPolicy; empty if it has them. `spec`: the decoded
+    spec of the object found."""
     metadata, labels = found["metadata"], wanted["metadata"]["labels"]
-    changes = build_merge_patch(found.get("spec", {}), wanted["spec"])
+    changes = build_merge_patch(spec, wanted["spec"])
     if not changes and labels.items() <= metadata.get("labels", {}).items():
         return {}
     guard = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}

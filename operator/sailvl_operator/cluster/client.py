@@ -9,8 +9,8 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any, NamedTuple, TypedDict
+from functools import lru_cache
+from typing import Any
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -20,7 +20,7 @@ from yarl import URL
 from sailvl_operator.api import names
 from sailvl_operator.api.untrusted import DocumentError, clean_line, decode_json
 from sailvl_operator.cluster.credentials import Credentials, build_connector
-from sailvl_operator.cluster.page_limit import PageLimit, PageTooLargeError, read_page
+from sailvl_operator.cluster.page_limit import Page, PageItems, PageLimit, PageTooLargeError, RawPage, read_page
 from sailvl_operator.cluster.resources import Ignored, ObjectType, Resource
 from sailvl_operator.cluster.server_clock import ServerClock
 from sailvl_operator.cluster.watch_stream import Object, WatchEvent, decode_event, read_line_batches
@@ -37,14 +37,6 @@ _RETRY_LIMIT_SECONDS = 30.0
 
 OnResponse = Callable[[str, int], None]
 """Called with the verb and the HTTP status of each request; the status is 0 if there was no response."""
-
-
-class Page(NamedTuple):
-    """One page of a list."""
-
-    items: list[Object]
-    resource_version: str
-    """Version of the whole list, from which a watch can start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,25 +116,23 @@ class Client:
         Raises Gone if reading takes so long that the list's snapshot expires; the caller starts over.
         """
         parameters = {"labelSelector": selector, "fieldSelector": field_selector}
-        limit = PageLimit(self._config.page_size)
+        path, limit = resource.path(namespace), PageLimit(self._config.page_size)
         accept = _METADATA if metadata_only else _JSON
         while True:
-            page = await self._read_page(resource.path(namespace), parameters, limit, accept, decode_as)
-            metadata = page["metadata"]
-            yield Page(page.get("items") or [], metadata["resourceVersion"])
+            page = await self._read_page(path, parameters, limit, accept)
+            metadata, items = page["metadata"], page.pop("items", None) or ()
+            yield Page(PageItems(items, decode_as, subject=f"list {path}"), metadata["resourceVersion"])
             if not metadata.get("continue"):
                 return
             parameters["continue"] = metadata["continue"]
 
-    async def _read_page(
-        self, path: str, parameters: Mapping[str, str], limit: PageLimit, accept: str, decode_as: ObjectType
-    ) -> Object:
+    async def _read_page(self, path: str, parameters: Mapping[str, str], limit: PageLimit, accept: str) -> Object:
         """Return a page of at most `limit` objects, and of fewer if they are too large."""
         while True:
             query = {"limit": str(limit.objects), **parameters}
             try:
                 return await self._send_with_retries(
-                    "list", "GET", path, query, accept=accept, decode_as=_page_type(decode_as), limit=limit
+                    "list", "GET", path, query, accept=accept, decode_as=RawPage, limit=limit
                 )
             except PageTooLargeError:
                 limit.shrink()
@@ -321,10 +311,3 @@ def _encode_url(address: str, query: str) -> URL:
 
 def _field_manager() -> dict[str, str]:
     return {"fieldManager": names.FIELD_MANAGER}
-
-
-@cache
-def _page_type(decode_as: ObjectType) -> Any:
-    make: Any = TypedDict  # type checkers accept literal field types only
-    metadata = make("metadata", {"resourceVersion": str, "continue": str}, total=False)
-    return make("page", {"metadata": metadata, "items": list[decode_as] | None}, total=False)

@@ -155,7 +155,11 @@ class Service(TypedDict, total=False):
 
 class NetworkPolicy(TypedDict, total=False):
     metadata: ObjectMeta
-    spec: dict[str, Any]
+    spec: msgspec.Raw
+
+
+class PersistentVolumeClaim(TypedDict, total=False):
+    metadata: ObjectMeta
 
 
 class EventSeries(TypedDict, total=False):

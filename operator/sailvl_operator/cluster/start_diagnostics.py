@@ -176,7 +176,7 @@ class StartDiagnostics:
             resource, namespace, selector=selector, field_selector=field_selector, decode_as=decode_as
         )
         async for page in pages:
-            return page.items
+            return list(page.items)
         return []
 
     def _store(self, key: RunKey, attempt: AttemptKey, message: str) -> None:

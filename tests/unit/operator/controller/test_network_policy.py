@@ -74,6 +74,8 @@ async def test_deleted_policy_is_created_again(world):
         pytest.param({"ingress": [{}]}, id="admits everyone"),
         pytest.param({"podSelector": {"matchLabels": {"app": "other"}}}, id="selects other pods"),
         pytest.param({"egress": [{}], "policyTypes": ["Ingress", "Egress"]}, id="additional fields"),
+        pytest.param({"ingress": [{}] * 1000}, id="more rules than are decoded"),
+        pytest.param({"podSelector": {"matchLabels": {f"k{i}": "" for i in range(100)}}}, id="labels not decoded"),
     ],
 )
 async def test_edited_policy_is_restored(world, changes):
