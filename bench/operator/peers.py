@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -105,18 +104,18 @@ class SailVL(_Process):
 
     def reconciled(self) -> tuple[int, int]:
         """Return the number of reconciles so far and the depth of the work queue; -1 if it is unknown."""
-        body = self._metrics("sailvl_operator_reconciles_total", "sailvl_operator_queue_depth")
+        body = self._metrics()
         done = sum(float(v) for v in re.findall(r"^sailvl_operator_reconciles_total{[^}]*} (\S+)", body, re.M))
         depth = re.search(r"^sailvl_operator_queue_depth (\S+)", body, re.M)
         return round(done), round(float(depth[1])) if depth else -1
 
     def _calls(self) -> list[tuple[str, float]]:
-        body = self._metrics("sailvl_operator_api_calls_total")
+        body = self._metrics()
         pattern = r'^sailvl_operator_api_calls_total{code="(?:[^"]*)",verb="([^"]*)"} (\S+)'
         return [(verb, float(value)) for verb, value in re.findall(pattern, body, re.M)]
 
-    def _metrics(self, *names: str) -> str:
-        return self._fetch("/metrics?" + urllib.parse.urlencode([("name[]", name) for name in names]))
+    def _metrics(self) -> str:
+        return self._fetch("/metrics/operator")
 
     def _fetch(self, path: str) -> str:
         try:

@@ -37,7 +37,7 @@ from sailvl_operator.controller import Controller
 from sailvl_operator.errors import NotFound
 from sailvl_operator.health import HealthServer
 from sailvl_operator.metrics import Metrics, OperatorCollector
-from sailvl_operator.metrics_page import MetricsPage
+from sailvl_operator.metrics_page import MIN_OPERATOR_REUSE_SECONDS, MetricsPage
 from sailvl_operator.run_series import RunCollector, RunStatus
 from sailvl_operator.settings import OperatorSettings
 
@@ -237,28 +237,36 @@ class App:
         )
         self.parts = build_controller(settings, self._client, clock=clock.now, metrics=metrics)
         self.leadership = Leadership(self._client, settings.lease, clock=clock.now)
+        page, operator_page = self._build_metrics_pages(registry)
         self.server = HealthServer(
             settings.health,
-            self._build_metrics_page(registry),
+            page,
+            operator_page=operator_page,
             liveness=self._liveness_errors,
             readiness=self._readiness_errors,
         )
 
-    def _build_metrics_page(self, registry: CollectorRegistry) -> MetricsPage:
+    def _build_metrics_pages(self, registry: CollectorRegistry) -> tuple[MetricsPage, MetricsPage]:
+        """Return the page of all metrics and the page of those of the operator alone."""
         operator = OperatorCollector(
             queue=lambda: (self.parts.queue.depth(), self.parts.queue.oldest_seconds()),
             watches=self.parts.owned_objects.ages,
             is_leading=self._is_leading,
         )
-        runs = RunCollector(self._leader_statuses)
+        runs, run_registry = RunCollector(self._leader_statuses), CollectorRegistry()
         registry.register(operator)
-        registry.register(runs)
+        run_registry.register(runs)
 
         def take_snapshot() -> None:
             operator.take_snapshot()
             runs.take_snapshot()
 
-        return MetricsPage(registry, take_snapshot=take_snapshot)
+        return (
+            MetricsPage(registry, run_registry, take_snapshot=take_snapshot),
+            MetricsPage(
+                registry, take_snapshot=operator.take_snapshot, min_reuse_seconds=MIN_OPERATOR_REUSE_SECONDS
+            ),
+        )
 
     async def serve(self) -> None:
         """Run until cancelled, until kopf ends by a signal, or until a part fails.

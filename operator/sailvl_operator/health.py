@@ -1,5 +1,7 @@
 """HTTP server of the operator: /metrics for Prometheus, /healthz and /readyz for the kubelet, and the rules of both.
 
+/metrics/operator has the metrics of the operator without the series of the runs, for whoever reads them often.
+
 kopf's liveness endpoint isn't used, since it returns 200 even if a probe reports a problem.
 """
 
@@ -62,11 +64,20 @@ class HealthServer:
     `port`: the port that it listens on, once it is open; differs from the settings if they say 0.
     """
 
-    def __init__(self, settings: HealthSettings, page: MetricsPage, *, liveness: Check, readiness: Check) -> None:
+    def __init__(
+        self,
+        settings: HealthSettings,
+        page: MetricsPage,
+        *,
+        operator_page: MetricsPage,
+        liveness: Check,
+        readiness: Check,
+    ) -> None:
         self._settings = settings
-        self._page = page
+        self._pages = {"/metrics": page, "/metrics/operator": operator_page}
         app = web.Application()
-        app.router.add_get("/metrics", self._serve_metrics)
+        for path in self._pages:
+            app.router.add_get(path, self._serve_metrics)
         app.router.add_get("/healthz", _build_probe(liveness))
         app.router.add_get("/readyz", _build_probe(readiness))
         self._scrapes = 0
@@ -84,12 +95,12 @@ class HealthServer:
         await self._runner.cleanup()
 
     async def _serve_metrics(self, request: web.Request) -> web.Response:
-        """Serve all series, or those with the requested names: /metrics?name[]=sailvl_operator_queue_depth."""
+        """Serve a page of metrics, whatever the query is."""
         if self._scrapes >= MAX_SCRAPES:
             return web.Response(status=503, text=f"{MAX_SCRAPES} other requests are being answered; try again")
         self._scrapes += 1
         try:
-            page = await self._page.read(request.query.getall("name[]", []))
+            page = await self._pages[request.path].read()
             response = web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
             await _send(response, request)
         finally:

@@ -117,10 +117,6 @@ class OperatorCollector(Collector):
         self._ages = dict(self._watches())
         self._leads = self._is_leading()
 
-    def describe(self) -> Iterator[Metric]:
-        """Return the metric families, so that a scrape can be restricted to some names."""
-        return self.collect()
-
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("sailvl_operator_queue_depth", "Number of keys in the work queue.", value=self._depth)
         yield GaugeMetricFamily(

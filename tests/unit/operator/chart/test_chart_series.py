@@ -98,7 +98,7 @@ def test_pod_monitor_takes_every_series_of_the_trainer() -> None:
             continue
         for value in values[labels.pop()] if labels else [""]:
             series = ";".join([name, *(value if value in values[label] else "" for label in values)])
-            assert re.fullmatch(keep["regex"], series), series
+            assert re.fullmatch(keep["regex"], series), f"{series}: add the value to templates/podmonitor.yaml"
         assert all(re.fullmatch(label_keep["regex"], label) for label in describe_series()[name])
 
 

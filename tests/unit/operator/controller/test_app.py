@@ -98,11 +98,15 @@ async def test_runs_arrive_through_kopf_which_writes_nothing(api):
                 aiohttp.ClientSession(f"http://127.0.0.1:{app.server.port}") as session,
                 session.get("/readyz") as ready,
                 session.get("/metrics") as metrics,
+                session.get("/metrics/operator") as operator_metrics,
             ):
                 assert ready.status == 200
-                text = await metrics.text()
+                text, operator_text = await metrics.text(), await operator_metrics.text()
     assert 'sailvl_operator_api_calls_total{code="200",verb="create"}' in text
-    assert "sailvl_operator_leading 1.0" in text
+    for page in (text, operator_text):
+        assert "sailvl_operator_leading 1.0" in page
+    assert 'sailvl_run_stage_state{namespace="team"' in text
+    assert "sailvl_run" not in operator_text
     runs = {path for method, path in api.list_writes() if "sailvlruns" in path}
     assert {path.rsplit("/", 1)[-1] for path in runs} == {"status"}, "kopf must add neither annotations nor finalizers"
     assert "finalizers" not in api.list_objects("sailvlruns")[0]["metadata"]

@@ -6,14 +6,14 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import aiohttp
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -72,7 +72,7 @@ async def test_probes_answer_while_a_page_is_rendered(slow):
     collector, page = slow
     settings = HealthSettings(host="127.0.0.1", port=0)
     async with (
-        HealthServer(settings, page, liveness=list, readiness=list) as server,
+        HealthServer(settings, page, operator_page=page, liveness=list, readiness=list) as server,
         aiohttp.ClientSession(f"http://127.0.0.1:{server.port}", timeout=aiohttp.ClientTimeout(5)) as session,
     ):
         scrape = asyncio.create_task(session.get("/metrics"))
@@ -90,7 +90,7 @@ async def test_requests_beyond_the_limit_are_refused_and_probes_still_answer(slo
     collector, page = slow
     settings = HealthSettings(host="127.0.0.1", port=0)
     async with (
-        HealthServer(settings, page, liveness=list, readiness=list) as server,
+        HealthServer(settings, page, operator_page=page, liveness=list, readiness=list) as server,
         aiohttp.ClientSession(f"http://127.0.0.1:{server.port}", timeout=aiohttp.ClientTimeout(5)) as session,
     ):
         scrapes = [asyncio.create_task(session.get("/metrics")) for _ in range(MAX_SCRAPES + 3)]
@@ -108,14 +108,14 @@ class LargePage(MetricsPage):
     def __init__(self) -> None:
         super().__init__(CollectorRegistry(), take_snapshot=lambda: None)
 
-    async def read(self, names: Sequence[str] = ()) -> bytes:
+    async def read(self) -> bytes:
         return bytes(64 * 2**20)
 
 
 async def test_client_that_does_not_read_the_page_is_disconnected(monkeypatch):
     monkeypatch.setattr(health, "SCRAPE_SECONDS", 0.1)
     settings = HealthSettings(host="127.0.0.1", port=0)
-    async with HealthServer(settings, LargePage(), liveness=list, readiness=list) as server:
+    async with HealthServer(settings, LargePage(), operator_page=LargePage(), liveness=list, readiness=list) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
         writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(10):
@@ -134,6 +134,31 @@ async def test_concurrent_scrapes_share_one_rendering(slow):
     collector.may_continue.set()
     assert len(set(await asyncio.gather(*scrapes))) == 1
     assert collector.renderings == 1
+
+
+async def test_scrapes_for_some_metrics_share_the_page_of_all():
+    snapshots = []
+    page = MetricsPage(CollectorRegistry(), take_snapshot=lambda: snapshots.append(1))
+    settings = HealthSettings(host="127.0.0.1", port=0)
+    async with (
+        HealthServer(settings, page, operator_page=page, liveness=list, readiness=list) as server,
+        aiohttp.ClientSession(f"http://127.0.0.1:{server.port}", timeout=aiohttp.ClientTimeout(5)) as session,
+    ):
+        for query in ("?name[]=a", "?name[]=b&name[]=c", ""):
+            async with session.get(f"/metrics{query}") as response:
+                assert response.status == 200
+    assert snapshots == [1]
+
+
+async def test_page_has_the_series_of_all_registries():
+    registries = [CollectorRegistry(), CollectorRegistry()]
+    for number, registry in enumerate(registries):
+        Gauge(f"sailvl_test_{number}", "A gauge.", registry=registry).set(number)
+    page = await MetricsPage(*registries, take_snapshot=lambda: None).read()
+    assert [line for line in page.decode().splitlines() if not line.startswith("#")] == [
+        "sailvl_test_0 0.0",
+        "sailvl_test_1 1.0",
+    ]
 
 
 async def test_scrape_that_is_cancelled_does_not_end_the_rendering_of_others(slow):
