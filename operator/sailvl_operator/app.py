@@ -263,9 +263,7 @@ class App:
 
         return (
             MetricsPage(registry, run_registry, take_snapshot=take_snapshot),
-            MetricsPage(
-                registry, take_snapshot=operator.take_snapshot, min_reuse_seconds=MIN_OPERATOR_REUSE_SECONDS
-            ),
+            MetricsPage(registry, take_snapshot=operator.take_snapshot, min_reuse_seconds=MIN_OPERATOR_REUSE_SECONDS),
         )
 
     async def serve(self) -> None:

@@ -1,4 +1,4 @@
-"""Renders the pages of metrics in a thread, so that a large page delays neither reconciles nor the renewal of the Lease.
+"""Renders pages of metrics in a thread, so that a large one delays neither reconciles nor the renewal of the Lease.
 
 Scrapes at the same time share one rendering, and a page is served again for a while: anyone who reaches the port may
 ask for it at any rate. Names of metrics in a query are ignored, since each choice of them would be another rendering.

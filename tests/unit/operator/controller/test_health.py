@@ -17,7 +17,9 @@ async def test_probes_and_metrics_are_served():
     Counter("sailvl_test", "A counter.", registry=registry).inc()
     settings, page = HealthSettings(host="127.0.0.1", port=0), MetricsPage(registry, take_snapshot=lambda: None)
     async with (
-        HealthServer(settings, page, operator_page=page, liveness=lambda: errors, readiness=lambda: ["not yet"]) as server,
+        HealthServer(
+            settings, page, operator_page=page, liveness=lambda: errors, readiness=lambda: ["not yet"]
+        ) as server,
         aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session,
     ):
 
