@@ -20,8 +20,22 @@ FUZZ_SECONDS = float(os.environ.get("SAILVL_FUZZ_SECONDS", "0"))
 """Seconds for each fuzz test; 0 runs its default number of examples."""
 FIRST_SEED = int(os.environ.get("SAILVL_FUZZ_SEED", str(time.time_ns() % 1_000_000) if FUZZ_SECONDS else "0"))
 
+EXAMPLES_PROPERTY = "fuzz_examples"
+"""Name of the property of a test's report that holds its number of examples."""
+MINIMUM_EXAMPLES = 2000
+"""Examples of `draw_generators` that are drawn even if they take longer than FUZZ_SECONDS."""
 _BATCH = 200
 """Examples between two checks of the time."""
+
+
+class ExampleCounter:
+    """Counts the examples of the current test."""
+
+    def __init__(self) -> None:
+        self.examples = 0
+
+
+COUNTER = ExampleCounter()
 
 
 def fuzz(strategy: SearchStrategy[Any], check: Callable[[Any], None], *, examples: int = 100) -> None:
@@ -36,17 +50,19 @@ def fuzz(strategy: SearchStrategy[Any], check: Callable[[Any], None], *, example
             return
 
 
-def draw_generators(examples: int) -> Iterator[random.Random]:
+def draw_generators(examples: int, *, minimum: int = MINIMUM_EXAMPLES) -> Iterator[random.Random]:
     """Yield one seeded random generator for each example: `examples` of them, or as many as fit into FUZZ_SECONDS.
 
-    Input that is expensive to build or to shrink is mutated with these instead of being drawn from a strategy. A
-    generator has its seed as the attribute `number`, for messages.
+    `minimum`: number of examples that are drawn however long they take, if FUZZ_SECONDS is set. Input that is expensive
+    to build or to shrink is mutated with these generators instead of being drawn from a strategy. A generator has its
+    seed as the attribute `number`, for messages.
     """
     end = time.monotonic() + FUZZ_SECONDS
     numbers = count(FIRST_SEED) if FUZZ_SECONDS else islice(count(FIRST_SEED), examples)
     for number in numbers:
+        COUNTER.examples += 1
         yield NumberedRandom(number)
-        if FUZZ_SECONDS and time.monotonic() >= end:
+        if FUZZ_SECONDS and time.monotonic() >= end and number + 1 - FIRST_SEED >= minimum:
             return
 
 
@@ -91,6 +107,7 @@ def _run_batch(strategy: SearchStrategy[Any], check: Callable[[Any], None], numb
     )
     @given(strategy)
     def check_example(example: Any) -> None:
+        COUNTER.examples += 1
         check(example)
 
     try:

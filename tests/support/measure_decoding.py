@@ -5,7 +5,6 @@ Arguments: paths of encoded images. Prints a line for each: the estimate and the
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import warnings
@@ -14,23 +13,15 @@ from pathlib import Path
 from sailvl_trainer.curate.dedup import hash_perceptually, hash_pixels
 from sailvl_trainer.data.image_headers import read_header
 from sailvl_trainer.data.images import open_image
-
-
-def read_status(name: str) -> int:
-    """Return a size from the status of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) << 10
+from tests.support.memory import measure_peak
 
 
 def measure(data: bytes) -> int:
     """Return the peak of the memory that verification of the image takes."""
-    ctypes.CDLL(None).malloc_trim(0)  # or decoding would reuse what earlier images have left in the heap
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    before = read_status("VmRSS")
-    with open_image(data) as image:
+    with measure_peak() as measured, open_image(data) as image:
         hash_pixels(image)
         hash_perceptually(image)
-    return read_status("VmHWM") - before
+    return measured.peak_bytes
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Helpers of the fuzz tests."""
+"""Tests of the number of examples that fuzz tests draw, and of their count."""
 
 from __future__ import annotations
+
+from itertools import islice
 
 import pytest
 from hypothesis import strategies as st
@@ -8,29 +10,18 @@ from hypothesis import strategies as st
 from tests.support import fuzz
 
 
-def test_failing_example_is_shrunk_and_names_its_seed():
-    def check(number: int) -> None:
-        assert number < 1000
-
-    with pytest.raises(AssertionError) as caught:
-        fuzz.fuzz(st.integers(), check)
-    assert any("example=1000" in note for note in caught.value.__notes__)
-    assert "repeat with SAILVL_FUZZ_SEED=0" in caught.value.__notes__
-
-
-def test_same_seed_gives_the_same_examples():
-    batches = [[], []]
-    for batch in batches:
-        fuzz.fuzz(st.binary(), batch.append, examples=20)
-    assert batches[0] == batches[1]
-    assert len(batches[0]) >= 20
-    first, second = ([fuzz.mutate_bytes(b"content", g) for g in fuzz.draw_generators(20)] for _ in range(2))
-    assert first == second
-    assert len(set(first)) > 15
+def test_examples_are_drawn_until_both_the_time_and_the_minimum_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuzz.COUNTER.examples = 0
+    monkeypatch.setattr(fuzz, "FUZZ_SECONDS", 0.01)
+    assert len(list(fuzz.draw_generators(3, minimum=5000))) >= 5000
+    monkeypatch.setattr(fuzz, "FUZZ_SECONDS", 60)
+    assert len(list(islice(fuzz.draw_generators(3, minimum=5), 20))) == 20
+    assert fuzz.COUNTER.examples >= 5020
 
 
-def test_budget_of_seconds_draws_new_examples_until_it_is_spent(monkeypatch):
-    monkeypatch.setattr(fuzz, "FUZZ_SECONDS", 0.1)
-    drawn = [generator.number for generator in fuzz.draw_generators(1)]
-    assert len(drawn) > 1
-    assert drawn == sorted(set(drawn))
+def test_default_number_of_examples_is_drawn_and_counted_without_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuzz.COUNTER.examples = 0
+    monkeypatch.setattr(fuzz, "FUZZ_SECONDS", 0.0)
+    assert len(list(fuzz.draw_generators(3))) == 3
+    fuzz.fuzz(st.binary(min_size=2, max_size=2), lambda data: None, examples=10)
+    assert fuzz.COUNTER.examples == 13

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import resource
 import tarfile
 import time
 import warnings
@@ -22,14 +21,19 @@ from sailvl_trainer.curate.items import Item
 from sailvl_trainer.curate.report import OUTCOME_LABELS
 from sailvl_trainer.curate.sources import list_items, list_partitions, resolve_roots
 from sailvl_trainer.curate.verify import verify_item
+from sailvl_trainer.data import images
 from sailvl_trainer.data.image_memory import FILE_MEMORY, IMAGE_MEMORY
 from tests.support.builders.images import build_exif, draw_noise, encode_image
 from tests.support.fuzz import draw_generators, mutate_bytes
+from tests.support.memory import measure_peak
 
 MAX_SECONDS = 20
 """Time for one source: an image whose header is mutated can be as large as the limit of pixels."""
-MAX_KIBIBYTES = 6 << 20
-"""Memory for all sources of a test: the budget for images, and what the libraries take."""
+MAX_PIXELS = 4 << 20
+MAX_IMAGE_BYTES = 128 << 20
+"""Memory for decoding one image, above which it is refused."""
+MAX_BYTES = MAX_IMAGE_BYTES + (128 << 20)
+"""Memory for listing and verifying one source: one image, and buffers of the libraries."""
 NOISE = draw_noise()
 GREY = Image.fromarray((np.arange(2400, dtype=np.uint16) * 27).reshape(40, 60))
 FRAMES = {"save_all": True, "append_images": [draw_noise(seed=1)]}
@@ -86,7 +90,7 @@ def build_tar(generator: random.Random) -> bytes:
 def curate(root: Path, form: str) -> list[str]:
     """List and verify a source, and write the files of both steps, as the stage does; return the outcomes."""
     sources = (SourceConfig(path=str(root), format=form),)  # type: ignore[arg-type]
-    config, roots = CurateConfig(sources=sources, min_side=4), resolve_roots(sources, str(root))
+    config, roots = CurateConfig(sources=sources, min_side=4, max_pixels=MAX_PIXELS), resolve_roots(sources, str(root))
     started, outcomes = time.monotonic(), []
     for partition in list_partitions(sources, seed=0):
         items: list[Item] = list(list_items(partition, roots))
@@ -149,16 +153,20 @@ SOURCES = [
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("write", SOURCES)
-def test_mutated_source_is_read_or_counted(write: Callable[[Path, random.Random], str], tmp_path: Path) -> None:
+def test_mutated_source_is_read_or_counted(
+    write: Callable[[Path, random.Random], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", MAX_IMAGE_BYTES)
     outcomes: set[str] = set()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for generator in draw_generators(15):
         try:
-            outcomes.update(curate(tmp_path, write(tmp_path, generator)))
+            form = write(tmp_path, generator)
+            with measure_peak() as measured:
+                outcomes.update(curate(tmp_path, form))
+            assert measured.peak_bytes < MAX_BYTES
         except BaseException as error:
             error.add_note(f"repeat with SAILVL_FUZZ_SEED={generator.number}")  # type: ignore[attr-defined]
             raise
     assert outcomes <= {*OUTCOME_LABELS, "ok"}
     assert len(outcomes) > 1
     assert (FILE_MEMORY.reserved_bytes, IMAGE_MEMORY.reserved_bytes) == (0, 0)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_KIBIBYTES
