@@ -16,7 +16,7 @@ MAX_CAPTION_LENGTH = 4000
 """Characters, about a thousand tokens; longer web text is a page rather than a caption."""
 MAX_MARKS = 30
 """Combining marks in a row, as in Unicode's Stream-Safe Text Format (UAX #15, §13). Normalisation sorts the marks of
-one letter in quadratic time."""
+one character in quadratic time."""
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\ufeff]")
 _SPACES = re.compile(r"[^\S\n]+")
 _LINE_BREAKS = re.compile(r" ?\n[ \n]*")
