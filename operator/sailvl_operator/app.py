@@ -26,7 +26,8 @@ from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.lease import Leadership
 from sailvl_operator.cluster.owned_objects import OwnedObjects
-from sailvl_operator.cluster.progress import ProgressReader, find_readable
+from sailvl_operator.cluster.progress import ProgressReader
+from sailvl_operator.cluster.readable_pods import find_readable
 from sailvl_operator.cluster.recorder import Recorder
 from sailvl_operator.cluster.runs import RunKey, RunStore
 from sailvl_operator.cluster.server_clock import ServerClock
@@ -81,7 +82,7 @@ def build_controller(
     deferred; defaults to a high start-up backlog. The other arguments replace what the operator runs with.
     """
 
-    def should_defer(namespace: str = "") -> bool:
+    def should_defer(namespace: str) -> bool:
         return has_backpressure() if has_backpressure is not None else backlog.is_high(namespace)
 
     shared = _Shared(
@@ -113,7 +114,7 @@ class _Shared:
     clock: Callable[[], float]
     monotonic: Callable[[], float]
     metrics: Metrics
-    has_backpressure: Callable[[], bool]
+    has_backpressure: Callable[[str], bool]
     runs: RunStore
     queue: WorkQueue[RunKey]
 

@@ -37,17 +37,13 @@ class StartupBacklog:
         self._checked_at = float("-inf")
         self._complete: set[str] = set()  # UIDs of young Jobs that have had all their pods
 
-    def is_high(self, namespace: str = "") -> bool:
-        """Whether more than HIGH_BACKLOG_JOBS young Jobs lack pods, and this namespace has its equal share of them.
-
-        Without a namespace, return whether they are too many in total.
-        """
+    def is_high(self, namespace: str) -> bool:
+        """Whether more than HIGH_BACKLOG_JOBS young Jobs lack pods, and this namespace has its equal share of them."""
         now = self._monotonic()
         if now - self._checked_at >= _CHECK_INTERVAL_SECONDS:
             self._lacking, self._checked_at = Counter(job.namespace for job in self._find_lacking()), now
         total = self._lacking.total()
-        has_share = not namespace or self._lacking[namespace] * len(self._lacking) >= total
-        return total > HIGH_BACKLOG_JOBS and has_share
+        return total > HIGH_BACKLOG_JOBS and self._lacking[namespace] * len(self._lacking) >= total
 
     def _find_lacking(self) -> Iterator[JobRecord]:
         """Yield the young Jobs without all of their pods. Jobs that have them are remembered."""

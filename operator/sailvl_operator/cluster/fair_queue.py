@@ -1,6 +1,6 @@
 """Queue whose groups take turns, so that one namespace with many items does not delay the items of another.
 
-Used by the work queue, the recorder of Events, the start diagnostics and the reader of progress. Adding and taking an
+Used by the work queue, the reader of progress, and the tasks of `fair_tasks.py`. Adding and taking an
 item cost the same however many there are.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -53,16 +53,27 @@ class FairQueue(Generic[K, V]):
 
     def pop(self) -> tuple[K, V]:
         """Remove and return the oldest item of the group whose turn it is. Raises KeyError if the queue is empty."""
-        group, items = next(iter(self._groups.items()), (None, None))
-        if items is None:
+        found = self.pop_where(lambda _: True)
+        if found is None:
             raise KeyError("the queue is empty")
-        found = items.popitem(last=False)
-        self._length -= 1
-        if items:
-            self._groups.move_to_end(group)
-        else:
-            del self._groups[group]
         return found
+
+    def pop_where(self, may_take: Callable[[Any], bool]) -> tuple[K, V] | None:
+        """Remove and return the oldest item of the first group, by turn, from which `may_take` allows one.
+
+        Return None if there is none. Groups that are passed over keep their turn.
+        """
+        for group, items in self._groups.items():
+            if not may_take(group):
+                continue
+            found = items.popitem(last=False)
+            self._length -= 1
+            if items:
+                self._groups.move_to_end(group)
+            else:
+                del self._groups[group]
+            return found
+        return None
 
     def remove(self, key: K) -> V | None:
         """Remove an item and return it; None if there is none."""
@@ -76,13 +87,14 @@ class FairQueue(Generic[K, V]):
             del self._groups[group]
         return found
 
-    def drop_newest_of_largest_group(self) -> None:
-        """Remove the newest item of the largest group, so that small groups lose nothing when the queue is full."""
-        group, items = max(self._groups.items(), key=lambda entry: len(entry[1]))
-        items.popitem()
-        self._length -= 1
-        if not items:
-            del self._groups[group]
+    def drop_oldest(self, key: K) -> None:
+        """Remove the oldest item of a key's group, which may not be empty."""
+        self.remove(next(iter(self._groups[self._group_by(key)])))
+
+    def drop_oldest_of_largest_group(self) -> None:
+        """Remove the oldest item of the largest group, so that small groups lose nothing when the queue is full."""
+        largest = max(self._groups.values(), key=len)
+        self.remove(next(iter(largest)))
 
 
 def divide_fairly(demands: Mapping[str, float], capacity: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ Reads are best effort and separate from reconciles, with limits on rate, time an
 counted, but an attempt that has never answered is reported with the error, since its progress is unknown.
 
 The answers are untrusted. Any container image may serve them, slowly or never; namespaces share reads and writes
-fairly, and no round waits for the reads of the last one.
+fairly, one holds only a part of the concurrent reads, and no round waits for the reads of the last one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from ipaddress import IPv6Address, ip_address
 from math import inf
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import aiohttp
@@ -24,16 +24,17 @@ import aiohttp
 from sailvl_operator.api.untrusted import DocumentError, clean_line
 from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
 from sailvl_operator.cluster.fair_queue import FairQueue, divide_fairly
+from sailvl_operator.cluster.fair_tasks import FairTasks
 from sailvl_operator.cluster.metric_names import MetricNames
-from sailvl_operator.cluster.owned_objects import OwnedObjects
-from sailvl_operator.cluster.runs import RunKey, RunStore
+from sailvl_operator.cluster.readable_pods import is_readable, is_worker_address
+from sailvl_operator.cluster.runs import RunKey
 from sailvl_operator.core.observe import AttemptKey, PodRecord
-from sailvl_operator.core.ownership import select_pods
 from sailvl_operator.core.reports import MAX_PROGRESS_BYTES, decode_progress
 from sailvl_operator.errors import Unreachable
 from sailvl_trainer.contract import METRICS_PORT, Progress
 
 T = TypeVar("T")
+_Read = tuple[aiohttp.ClientSession, PodRecord]
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,16 @@ TIMEOUT_SECONDS = 2.0
 """Timeout of one read."""
 _CONCURRENCY = 32
 """Maximum number of concurrent reads."""
+_NAMESPACE_CONCURRENCY = 8
+"""Maximum number of concurrent reads of one namespace."""
 _BACKOFF_LIMIT_SECONDS = 60.0
 """Maximum wait before a worker that doesn't answer is read again."""
 _BACKPRESSURE_DIVISOR = 4
-"""Under backpressure the rate of reads is divided by this, since the status write would be deferred anyway."""
+"""The rate of reads of the namespaces with backpressure is divided by this, since their status writes would be deferred
+anyway."""
 _UNREACHABLE_SECONDS = 300.0
 """Failed reads are reported after this time: a worker imports its libraries and waits for storage before it answers."""
 _ERROR_LENGTH = 200
-_BROADCAST = ip_address("255.255.255.255")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,27 +66,12 @@ class _Schedule:
     failing_since: float = inf
 
 
-def is_worker_address(ip: str) -> bool:
-    """Whether a worker may have this address.
-
-    A client that may write the status of pods could otherwise point the operator at its own loopback interface, or at
-    the metadata service of the cloud, which has a link-local address.
-    """
-    try:
-        address = ip_address(ip)
-    except ValueError:
-        return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    is_special = address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified
-    return not is_special and address != _BROADCAST
-
-
 class ProgressReader:
     """Newest progress by run and attempt.
 
     `interval_seconds`: time between rounds of reads; 0 disables them. `pods`: returns all known pods. `on_change`:
     called with the run's key when its progress changes. `count`: called with the outcome of each read (ok, failed).
+    `has_backpressure`: whether the writes of a namespace should wait.
     `port`: port of the workers. `may_read`: whether a worker may have an address. `count_error`: called for each
     unexpected error. `count_omitted`: called with the number of metrics that an answer had in excess.
     """
@@ -95,7 +83,7 @@ class ProgressReader:
         pods: Callable[[], Iterable[PodRecord]],
         on_change: Callable[[RunKey], None],
         count: Callable[[str], None],
-        has_backpressure: Callable[[], bool] = lambda: False,
+        has_backpressure: Callable[[str], bool] = lambda _: False,
         timeout_seconds: float = TIMEOUT_SECONDS,
         port: int = METRICS_PORT,
         monotonic: Callable[[], float] = time.monotonic,
@@ -113,12 +101,18 @@ class ProgressReader:
         self._monotonic = monotonic
         self._may_read = may_read
         self._count_error = count_error
-        self._slots = asyncio.Semaphore(_CONCURRENCY)
         self._documents: dict[RunKey, dict[AttemptKey, tuple[str, Progress]]] = {}  # with the run's UID
         self._errors: dict[RunKey, dict[AttemptKey, tuple[str, str]]] = {}  # with the run's UID
         self._metric_names = MetricNames(count_omitted)
         self._schedules: dict[str, _Schedule] = {}  # by the pod's UID
-        self._reads: dict[str, asyncio.Task[None]] = {}  # reads that have not ended, by the pod's UID
+        self._reads: FairTasks[tuple[str, str], _Read] = FairTasks(
+            "progress",
+            self._read,
+            group_by=itemgetter(0),
+            limit=_CONCURRENCY,
+            group_limit=_NAMESPACE_CONCURRENCY,
+            count_error=count_error,
+        )  # by namespace and the pod's UID
         self._write_intervals: dict[str, float] = {}  # by namespace
 
     def get(self, key: RunKey, uid: str) -> Mapping[AttemptKey, Progress]:
@@ -145,17 +139,12 @@ class ProgressReader:
         """Read in rounds until cancelled."""
         if not self._interval_seconds:
             return
-        async with self.build_session() as session:
-            try:
-                while True:
-                    await asyncio.sleep(self._interval_seconds)
-                    with contain_errors("progress", self._count_error, subject="a round of reads"):
-                        self._start_due(session)
-            finally:
-                reads = list(self._reads.values())
-                for read in reads:
-                    read.cancel()
-                await asyncio.gather(*reads, return_exceptions=True)
+        async with self.build_session() as session, asyncio.TaskGroup() as group:
+            group.create_task(self._reads.run())
+            while True:
+                await asyncio.sleep(self._interval_seconds)
+                with contain_errors("progress", self._count_error, subject="a round of reads"):
+                    self._add_due(session)
 
     def build_session(self) -> aiohttp.ClientSession:
         """Build the HTTP session for reads; it keeps no cookies, decompresses nothing and opens a connection a read."""
@@ -169,11 +158,12 @@ class ProgressReader:
 
     async def read_due(self, session: aiohttp.ClientSession) -> None:
         """Read one round, and wait for its end."""
-        await asyncio.gather(*self._start_due(session))
+        self._add_due(session)
+        await self._reads.drain()
 
-    def _start_due(self, session: aiohttp.ClientSession) -> list[asyncio.Task[None]]:
-        """Start one round of reads: the running attempts that are due, of each namespace in turn, those that have
-        waited longest first, up to the rate."""
+    def _add_due(self, session: aiohttp.ClientSession) -> None:
+        """Add one round of reads: the running attempts that are due, of each namespace in turn, those that have waited
+        longest first, up to the rate."""
         pods = {pod.uid: pod for pod in self._pods() if is_readable(pod) and self._may_read(pod.ip)}
         now = self._monotonic()
         self._schedules = {uid: self._schedules.get(uid, _Schedule()) for uid in pods}
@@ -181,16 +171,28 @@ class ProgressReader:
         due = ((schedule.at, uid) for uid, schedule in self._schedules.items() if schedule.at <= now)
         queue: FairQueue[str, PodRecord] = FairQueue(lambda uid: pods[uid].namespace)
         for _, uid in sorted(due):
-            if uid not in self._reads:
+            if (pods[uid].namespace, uid) not in self._reads:
                 queue.add(uid, pods[uid])
-        rate = PROGRESS_WRITES_PER_SECOND / (_BACKPRESSURE_DIVISOR if self._has_backpressure() else 1)
-        limit = max(1, round(rate * self._interval_seconds))
-        return [self._start_read(session, queue.pop()[1]) for _ in range(min(limit, len(queue)))]
+        for pod in self._choose_round(queue):
+            self._reads.add((pod.namespace, pod.uid), (session, pod))
 
-    def _start_read(self, session: aiohttp.ClientSession, pod: PodRecord) -> asyncio.Task[None]:
-        read = self._reads[pod.uid] = asyncio.create_task(self._read(session, pod))
-        read.add_done_callback(lambda _: self._reads.pop(pod.uid))
-        return read
+    def _choose_round(self, queue: FairQueue[str, PodRecord]) -> Iterator[PodRecord]:
+        """Yield the pods to read in this round. At most one round of reads of a namespace waits."""
+        limit = max(1, round(PROGRESS_WRITES_PER_SECOND * self._interval_seconds))
+        loaded_limit = max(1, limit // _BACKPRESSURE_DIVISOR)
+        loaded = 0
+
+        def may_read(namespace: str) -> bool:
+            is_loaded = loaded >= loaded_limit and self._has_backpressure(namespace)
+            return not is_loaded and self._reads.count_group((namespace, "")) < limit + _NAMESPACE_CONCURRENCY
+
+        for _ in range(limit):
+            found = queue.pop_where(may_read)
+            if found is None:
+                return
+            pod = found[1]
+            loaded += self._has_backpressure(pod.namespace)
+            yield pod
 
     def _update_write_intervals(self) -> None:
         runs = Counter(namespace for namespace, _ in self._documents)
@@ -198,19 +200,17 @@ class ProgressReader:
         shares = divide_fairly(demands, PROGRESS_WRITES_PER_SECOND)
         self._write_intervals = {namespace: runs[namespace] / share for namespace, share in shares.items()}
 
-    async def _read(self, session: aiohttp.ClientSession, pod: PodRecord) -> None:
-        """Read one worker. A slot is taken in the order in which the reads were started, so those of a namespace with
-        slow workers delay no other's by more than the timeout."""
+    async def _read(self, _: tuple[str, str], read: _Read) -> None:
+        session, pod = read
         document, error = None, ""
-        async with self._slots:
-            try:
-                document = await self._fetch(session, pod.ip)
-            except (aiohttp.ClientError, TimeoutError, DocumentError, Unreachable) as failure:
-                error = clean_line(str(failure), _ERROR_LENGTH) or "no answer in time"
-            except Exception as failure:
-                self._count_error("progress")
-                log.exception("internal error, skipping pod %s/%s", pod.namespace, pod.name)
-                error = type(failure).__name__
+        try:
+            document = await self._fetch(session, pod.ip)
+        except (aiohttp.ClientError, TimeoutError, DocumentError, Unreachable) as failure:
+            error = clean_line(str(failure), _ERROR_LENGTH) or "no answer in time"
+        except Exception as failure:
+            self._count_error("progress")
+            log.exception("internal error, skipping pod %s/%s", pod.namespace, pod.name)
+            error = type(failure).__name__
         if pod.uid not in self._schedules:
             return  # the pod has ended meanwhile
         if document is None:
@@ -261,24 +261,6 @@ class ProgressReader:
         documents[attempt] = pod.run_uid, document
         if before is None or before[0] != pod.run_uid or _drop_times(before[1]) != _drop_times(document):
             self._on_change(key)
-
-
-def find_readable(owned_objects: OwnedObjects, runs: RunStore) -> Iterator[PodRecord]:
-    """Yield the pods that can be read. Those that other clients created with a run's labels are left out."""
-    readable: dict[RunKey, list[PodRecord]] = defaultdict(list)
-    for pod in owned_objects.pods:
-        if is_readable(pod):
-            readable[pod.namespace, pod.run].append(pod)
-    for key, pods in readable.items():
-        entry = runs.get_unfinished(key)
-        if entry is not None:
-            yield from select_pods(entry.run, owned_objects.jobs.get(key), pods)
-
-
-def is_readable(pod: PodRecord) -> bool:
-    """Whether a pod is the first worker of an attempt and runs."""
-    is_running = pod.phase == "Running" and not (pod.is_gone or pod.is_deleting)
-    return is_running and pod.index == 0 and bool(pod.ip)
 
 
 def _select_run(entries: Mapping[AttemptKey, tuple[str, T]], uid: str) -> Mapping[AttemptKey, T]:

@@ -1,4 +1,7 @@
-"""Recorder of Kubernetes Events on runs. The controller queues them after the status write; one task posts them."""
+"""Recorder of Kubernetes Events on runs. The controller queues them after the status write; a few tasks post them.
+
+A namespace whose Events are refused, or answered slowly, delays its own alone.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,33 @@ import asyncio
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Any
 
 from sailvl_operator.api import names
 from sailvl_operator.api.types import Run
 from sailvl_operator.api.untrusted import clean_line
 from sailvl_operator.cluster import resources
-from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
+from sailvl_operator.cluster.background import CountError, ignore_count
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.fair_queue import FairQueue
+from sailvl_operator.cluster.fair_tasks import FairTasks, Pacer
 from sailvl_operator.cluster.resources import Ignored
 from sailvl_operator.errors import ApiError
 
 log = logging.getLogger(__name__)
 
 _QUEUE_LIMIT = 10_000
-"""Events that may wait. If there are more, the namespace with the most of them loses its newest."""
+"""Events that may wait. If there are more, the namespace with the most of them loses its oldest."""
+_NAMESPACE_QUEUE_LIMIT = 2_000
+"""Events of one namespace that may wait."""
+_CONCURRENCY = 8
+"""Events that are posted at a time, one of each namespace, so that those of a namespace keep their order."""
+_POST_TIMEOUT_SECONDS = 10.0
+"""Seconds after which an Event is given up, with all its tries."""
 _PAUSE_SECONDS = 0.01
-"""Pause between two Events, so that they do not delay other writes."""
+"""Seconds between two Events, so that they do not delay other writes."""
 _BACKPRESSURE_PAUSE_SECONDS = 0.04
+"""Seconds between two Events of namespaces with backpressure."""
 _RECENT_LIMIT = 4096
 _MESSAGE_LIMIT = 1024
 """Maximum length of a message, as the API server enforces it."""
@@ -34,8 +45,8 @@ class Recorder:
     """Posts Events on a best-effort basis: one that can't be written is counted and dropped. Duplicates are skipped.
     Namespaces take turns.
 
-    `count`: called with the outcome of each Event (written, failed, dropped). `count_error`: called for each that fails
-    unexpectedly.
+    `count`: called with the outcome of each Event (written, failed, dropped). `has_backpressure`: whether the writes of
+    a namespace should wait. `count_error`: called for each Event that fails unexpectedly.
     """
 
     def __init__(
@@ -46,7 +57,7 @@ class Recorder:
         enabled: bool,
         count: Callable[[str], None],
         clock: Callable[[], float],
-        has_backpressure: Callable[[], bool] = lambda: False,
+        has_backpressure: Callable[[str], bool] = lambda _: False,
         count_error: CountError = ignore_count,
     ) -> None:
         self._client = client
@@ -55,10 +66,19 @@ class Recorder:
         self._count = count
         self._clock = clock
         self._has_backpressure = has_backpressure
-        self._count_error = count_error
-        self._queue: FairQueue[tuple[str, int], dict[str, Any]] = FairQueue(lambda key: key[0])
+        self._tasks: FairTasks[tuple[str, int], dict[str, Any]] = FairTasks(
+            "recorder",
+            self._post,
+            group_by=itemgetter(0),
+            limit=_CONCURRENCY,
+            group_limit=1,
+            queue_limit=_QUEUE_LIMIT,
+            group_queue_limit=_NAMESPACE_QUEUE_LIMIT,
+            on_drop=lambda: count("dropped"),
+            count_error=count_error,
+        )
+        self._pacer, self._backpressure_pacer = Pacer(), Pacer()
         self._number = 0
-        self._has_events = asyncio.Event()
         self._recent: dict[tuple[str, str, str, str], None] = {}
 
     def record(self, run: Run, *, type_: str, reason: str, message: str) -> None:
@@ -73,33 +93,24 @@ class Recorder:
         event = build_event(
             run, type_=type_, reason=reason, message=message, identity=self._identity, now=self._clock()
         )
-        self._queue.add((run.namespace, self._number), event)
-        self._has_events.set()
-        if len(self._queue) > _QUEUE_LIMIT:
-            self._queue.drop_newest_of_largest_group()
-            self._count("dropped")
-
-    async def _take(self) -> dict[str, Any]:
-        while not self._queue:
-            self._has_events.clear()
-            await self._has_events.wait()
-        return self._queue.pop()[1]
+        self._tasks.add((run.namespace, self._number), event)
 
     async def run(self) -> None:
         """Post queued Events until cancelled."""
-        while True:
-            event = await self._take()
-            with contain_errors("recorder", self._count_error, subject="an Event"):
-                await self._post(event)
-            await asyncio.sleep(_BACKPRESSURE_PAUSE_SECONDS if self._has_backpressure() else _PAUSE_SECONDS)
+        await self._tasks.run()
 
-    async def _post(self, event: dict[str, Any]) -> None:
+    async def _post(self, key: tuple[str, int], event: dict[str, Any]) -> None:
+        namespace = key[0]
+        if self._has_backpressure(namespace):
+            await self._backpressure_pacer.wait_turn(_BACKPRESSURE_PAUSE_SECONDS)
+        await self._pacer.wait_turn(_PAUSE_SECONDS)
         try:
-            await self._client.create(resources.EVENTS, event["metadata"]["namespace"], event, decode_as=Ignored)
+            async with asyncio.timeout(_POST_TIMEOUT_SECONDS):
+                await self._client.create(resources.EVENTS, namespace, event, decode_as=Ignored)
             self._count("written")
-        except ApiError as error:
+        except (ApiError, TimeoutError) as error:
             self._count("failed")
-            log.warning("Event not written: %s", error)
+            log.warning("Event not written: %s", error or "no answer in time", extra={"namespace": namespace})
 
 
 def build_event(run: Run, *, type_: str, reason: str, message: str, identity: str, now: float) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Reads why attempts don't start: Events of their Jobs and pods, and Kueue's Workloads, for the Stuck condition.
 
 Others report there what they refuse after the operator has created the Job: a quota or webhook its pods, the kubelet a
-volume, Kueue its admission. Reads are best effort and bounded; a failed read changes nothing.
+volume, Kueue its admission. Reads are best effort and bounded; a failed read changes nothing, and no round waits for
+the reads of the last one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any
 
 from sailvl_operator.api import names
@@ -20,6 +22,7 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.background import CountError, contain_errors, ignore_count
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.fair_queue import FairQueue
+from sailvl_operator.cluster.fair_tasks import FairTasks
 from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.runs import RunKey, RunStore
 from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord
@@ -34,8 +37,14 @@ DELAY_SECONDS = 10.0
 _MESSAGE_LIMIT = 1024
 """Maximum length of a diagnosis."""
 _ATTEMPTS_PER_ROUND = 8
-"""Maximum number of attempts that are diagnosed per round. Namespaces take turns, and within a namespace the attempts
-come first that were not diagnosed for the longest time."""
+"""Maximum number of attempts that are diagnosed per round, and of one namespace whose diagnoses have not ended.
+Namespaces take turns, and within a namespace the attempts come first that were not diagnosed for the longest time."""
+_CONCURRENCY = 8
+"""Maximum number of concurrent diagnoses."""
+_NAMESPACE_CONCURRENCY = 2
+"""Maximum number of concurrent diagnoses of one namespace."""
+_TIMEOUT_SECONDS = 10.0
+"""Seconds after which a diagnosis is given up, with all tries of its requests."""
 
 
 class StartDiagnostics:
@@ -67,6 +76,14 @@ class StartDiagnostics:
         self._messages: dict[RunKey, dict[AttemptKey, str]] = {}
         self._waiting_since: dict[str, float] = {}  # by the Job's UID
         self._diagnosed_at: dict[str, float] = {}  # by the Job's UID
+        self._diagnoses: FairTasks[tuple[str, str], WaitingAttempt] = FairTasks(
+            "start-diagnostics",
+            self._diagnose,
+            group_by=itemgetter(0),
+            limit=_CONCURRENCY,
+            group_limit=_NAMESPACE_CONCURRENCY,
+            count_error=count_error,
+        )  # by namespace and the Job's UID
         self._turns: dict[str, int] = {}  # number of the diagnosis that was a namespace's last
         self._turn = 0
 
@@ -82,41 +99,61 @@ class StartDiagnostics:
         """Diagnose in rounds until cancelled."""
         if not self._interval_seconds:
             return
-        while True:
-            await asyncio.sleep(self._interval_seconds)
-            await self.diagnose_waiting()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._diagnoses.run())
+            while True:
+                await asyncio.sleep(self._interval_seconds)
+                with contain_errors("start-diagnostics", self._count_error, subject="a round of diagnoses"):
+                    self._add_waiting()
 
     async def diagnose_waiting(self) -> None:
-        """Diagnose one round of waiting attempts, and drop the diagnoses of those that wait no longer."""
+        """Diagnose one round of waiting attempts, and wait for its end."""
+        self._add_waiting()
+        await self._diagnoses.drain()
+
+    def _add_waiting(self) -> None:
+        """Add one round of waiting attempts, and drop the diagnoses of those that wait no longer."""
         waiting = {job.uid: (job, pods) for job, pods in self._find_attempts()}
         now = self._monotonic()
         self._waiting_since = {uid: self._waiting_since.get(uid, now) for uid in waiting}
         self._diagnosed_at = {uid: self._diagnosed_at.get(uid, 0.0) for uid in waiting}
         self._drop_started({(job.namespace, job.run, job.stage, job.attempt) for job, _ in waiting.values()})
         for uid in self._choose_due({uid: job.namespace for uid, (job, _) in waiting.items()}, now):
+            job, pods = waiting[uid]
             self._turn += 1
-            self._diagnosed_at[uid], self._turns[waiting[uid][0].namespace] = now, self._turn
-            with contain_errors("start-diagnostics", self._count_error, subject=f"Job with UID {uid}"):
-                await self._diagnose(*waiting[uid])
+            self._diagnosed_at[uid], self._turns[job.namespace] = now, self._turn
+            self._diagnoses.add((job.namespace, uid), (job, pods))
 
     def _choose_due(self, namespaces: Mapping[str, str], now: float) -> list[str]:
         """Return the UIDs of the Jobs to diagnose in this round, given the namespaces of all that wait."""
         self._turns = {namespace: self._turns.get(namespace, 0) for namespace in namespaces.values()}
-        due = [uid for uid in namespaces if now - self._waiting_since[uid] >= self._delay_seconds]
+        due = [
+            uid
+            for uid, namespace in namespaces.items()
+            if now - self._waiting_since[uid] >= self._delay_seconds and (namespace, uid) not in self._diagnoses
+        ]
         queue: FairQueue[str, None] = FairQueue(namespaces.__getitem__)
         for uid in sorted(due, key=lambda uid: (self._turns[namespaces[uid]], self._diagnosed_at[uid])):
             queue.add(uid, None)
-        return [queue.pop()[0] for _ in range(min(_ATTEMPTS_PER_ROUND, len(queue)))]
+        chosen: list[str] = []
+        while len(chosen) < _ATTEMPTS_PER_ROUND and (found := queue.pop_where(self._may_add)):
+            chosen.append(found[0])
+        return chosen
+
+    def _may_add(self, namespace: str) -> bool:
+        return self._diagnoses.count_group((namespace, "")) < _ATTEMPTS_PER_ROUND
 
     def _drop_started(self, waiting: set[tuple[str, str, str, int]]) -> None:
         for key, messages in list(self._messages.items()):
             for attempt in [a for a in messages if (*key, *a) not in waiting]:
                 self._store(key, attempt, "")
 
-    async def _diagnose(self, job: JobRecord, pods: tuple[PodRecord, ...]) -> None:
+    async def _diagnose(self, _: tuple[str, str], attempt: WaitingAttempt) -> None:
+        job, pods = attempt
         try:
-            message = await self._read_message(job, pods)
-        except ApiError:
+            async with asyncio.timeout(_TIMEOUT_SECONDS):
+                message = await self._read_message(job, pods)
+        except (ApiError, TimeoutError):
             return
         self._store((job.namespace, job.run), (job.stage, job.attempt), clean_line(message, _MESSAGE_LIMIT))
 

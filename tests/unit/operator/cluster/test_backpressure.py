@@ -49,33 +49,33 @@ def build_pods(jobs, indices):
 )
 def test_backlog_counts_young_jobs_that_lack_pods(jobs, indices, is_high):
     backlog = StartupBacklog(Stores(jobs, build_pods(jobs, indices)), clock=lambda: NOW)
-    assert backlog.is_high() is is_high
+    assert backlog.is_high("team") is is_high
 
 
 def test_jobs_that_wait_for_a_quota_are_not_counted():
     jobs = [replace(job, started=NOW - YOUNG_SECONDS - 1) for job in build_jobs(HIGH_BACKLOG_JOBS + 1)]
-    assert not StartupBacklog(Stores(jobs), clock=lambda: NOW).is_high()
+    assert not StartupBacklog(Stores(jobs), clock=lambda: NOW).is_high("team")
 
 
 def test_job_that_once_had_all_pods_is_not_counted_again():
     now, jobs = [0.0], build_jobs(HIGH_BACKLOG_JOBS + 1)
     pods = build_pods(jobs, (0, 1))
     backlog = StartupBacklog(Stores(jobs, pods), clock=lambda: NOW, monotonic=lambda: now[0])
-    assert not backlog.is_high()
+    assert not backlog.is_high("team")
     pods.clear()
     now[0] = 1.0
-    assert not backlog.is_high()
+    assert not backlog.is_high("team")
 
 
 def test_backlog_is_counted_at_most_twice_per_second():
     now, jobs = [0.0], build_jobs(HIGH_BACKLOG_JOBS + 1)
     backlog = StartupBacklog(Stores(jobs), clock=lambda: NOW, monotonic=lambda: now[0])
-    assert backlog.is_high()
+    assert backlog.is_high("team")
     jobs.clear()
     now[0] = 0.4
-    assert backlog.is_high()
+    assert backlog.is_high("team")
     now[0] = 0.6
-    assert not backlog.is_high()
+    assert not backlog.is_high("team")
 
 
 def test_end_of_a_run_is_not_deferred() -> None:

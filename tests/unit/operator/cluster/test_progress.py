@@ -44,7 +44,7 @@ async def reading():
             pods=lambda: pods,
             on_change=changes.append,
             count=outcomes.append,
-            has_backpressure=lambda: world.has_backpressure,
+            has_backpressure=lambda _: world.has_backpressure,
             port=server.port,
             may_read=lambda ip: True,
             count_omitted=omitted.append,

@@ -13,7 +13,8 @@ import aiohttp
 import pytest
 from msgspec.structs import replace
 
-from sailvl_operator.cluster.progress import ProgressReader, find_readable, is_worker_address
+from sailvl_operator.cluster.progress import ProgressReader
+from sailvl_operator.cluster.readable_pods import find_readable, is_worker_address
 from sailvl_operator.cluster.runs import RunStore
 from sailvl_operator.core.observe import PodRecord
 from tests.support.builders.operator import build_document, build_job, build_pod
