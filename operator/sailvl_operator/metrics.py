@@ -85,6 +85,8 @@ class Metrics:
             ("loop",),
             registry=registry,
         )
+        for loop in LOOPS:
+            self.loop_errors.labels(loop)  # a series of 0, without which Prometheus doesn't see the first error
         self.events = Counter(
             "sailvl_operator_events",
             "Kubernetes Events by outcome: written, failed or dropped.",

@@ -85,9 +85,18 @@ def run_prometheus(folder: Path, jobs: list[dict[str, Any]], interval: str = "5s
 
 def find_prometheus() -> str | None:
     """Return prometheus in PATH, else the newest that hack/cluster/build.sh has built."""
+    return _find_binary("prometheus")
+
+
+def find_promtool() -> str | None:
+    """Return promtool in PATH, else the newest that hack/cluster/build.sh has built."""
+    return _find_binary("promtool")
+
+
+def _find_binary(name: str) -> str | None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    built = sorted(cache.glob("sailvl/bin/*/prometheus"), key=lambda path: path.stat().st_mtime)
-    return shutil.which("prometheus") or (str(built[-1]) if built else None)
+    built = sorted(cache.glob(f"sailvl/bin/*/{name}"), key=lambda path: path.stat().st_mtime)
+    return shutil.which(name) or (str(built[-1]) if built else None)
 
 
 def render_monitors(chart: Path, release: str, system: str) -> list[dict[str, Any]]:

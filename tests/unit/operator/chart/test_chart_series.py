@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections import Counter as Tally
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, Metric
 
 from sailvl_operator.api import names
 from sailvl_operator.api.status import Goodput, StageProgress, StageStatus, Status
 from sailvl_operator.core.desired.manifests import build_attempt_labels, build_service
-from sailvl_operator.metrics import Metrics, OperatorCollector
+from sailvl_operator.metrics import LOOPS, Metrics, OperatorCollector
 from sailvl_operator.run_series import RunCollector
 from sailvl_trainer.curate.report import OUTCOME_LABELS
 from sailvl_trainer.rank.metrics import TrainerMetrics
 from tests.support.builders.operator import build_run
 from tests.support.chart import SCENARIOS, find_helm, find_object, get_pod_template, render, render_text
+from tests.support.live.prometheus import find_promtool
 
 pytestmark = pytest.mark.skipif(
     find_helm() is None, reason="helm is neither in PATH nor built (`make cluster` builds it)"
@@ -240,6 +243,37 @@ def test_dashboard_has_all_panels_without_overlap() -> None:
     )
     assert max(occupied.values()) == 1, "panels overlap"
     assert max(column for column, _ in occupied) == 23
+
+
+@pytest.mark.skipif(find_promtool() is None, reason="promtool is neither in PATH nor built (`make cluster` builds it)")
+@pytest.mark.parametrize(
+    ("values", "alerting_loops"),
+    [("0x10 1x50", ["progress"]), ("7x60", []), ("0x60", [])],
+    ids=["first error", "errors of long ago", "no error"],
+)
+def test_loop_error_raises_an_alert(tmp_path: Path, values: str, alerting_loops: list[str]) -> None:
+    rules = find_object(render("monitored"), "PrometheusRule")["spec"]
+    for rule in (rule for group in rules["groups"] for rule in group["rules"]):
+        del rule["annotations"]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    labels = 'namespace="sail",job="train-sailvl-operator",pod="p",loop="progress"'
+    expected = [{"exp_labels": {"severity": "warning", "pod": "p", "loop": loop}} for loop in alerting_loops]
+    case = {
+        "interval": "15s",
+        "input_series": [{"series": f"sailvl_operator_loop_errors_total{{{labels}}}", "values": values}],
+        "alert_rule_test": [{"alertname": "SailVLOperatorLoopErrors", "eval_time": "5m", "exp_alerts": expected}],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "tests": [case]}))
+    tested = [str(find_promtool()), "test", "rules", str(tmp_path / "test.yml")]
+    done = subprocess.run(tested, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_loop_has_a_series_from_before_its_first_error() -> None:
+    """Prometheus sees no increase in a series that begins with the first error."""
+    Metrics(registry := CollectorRegistry())
+    values = {loop: registry.get_sample_value("sailvl_operator_loop_errors_total", {"loop": loop}) for loop in LOOPS}
+    assert values == dict.fromkeys(LOOPS, 0.0)
 
 
 def test_alerts_are_complete_and_select_this_release() -> None:
