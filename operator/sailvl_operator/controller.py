@@ -86,7 +86,7 @@ class Controller:
         missing from the stores is taken for deleted."""
         await self._owned_objects.wait_synced()
         self._owned_objects.retain_deleted()
-        self._queue.start()
+        self._queue.start(workers)
         async with asyncio.TaskGroup() as group:
             for number in range(workers):
                 worker = keep_running("controller", self._run_worker, self._metrics.count_loop_error)

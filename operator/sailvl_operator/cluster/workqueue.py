@@ -1,9 +1,9 @@
 """Work queue of keys, after client-go's: each key is queued once and is held by one worker at a time; timers and
 backoff for keys whose reconcile failed.
 
-Keys of different namespaces take turns. A key whose writes can wait is deferred: it comes after all other keys of its
-namespace and only when that has no backpressure, but after `max_defer_seconds` in any case. An important change of a
-deferred key still queues it at once.
+Keys of different namespaces take turns, and one namespace holds only a part of the workers. A key whose writes can wait
+is deferred: it comes after all other keys of its namespace and only when that has no backpressure, but after
+`max_defer_seconds` in any case. An important change of a deferred key still queues it at once.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Generic, NamedTuple, TypeVar
 
 from sailvl_operator.cluster.fair_queue import FairQueue
@@ -42,7 +43,7 @@ class QueueConfig:
 
 
 class _Arrival(NamedTuple):
-    """When a key was queued or deferred, and whether it was deferred and must not be deferred again."""
+    """When a key was queued or deferred, and whether it must not be deferred again."""
 
     at: float
     is_due: bool = False
@@ -68,10 +69,13 @@ class WorkQueue(Generic[K]):
         self._has_backpressure = has_backpressure
         self._jitter = jitter
         self._monotonic = monotonic
+        self._group_by = group_by
         self._waiting: FairQueue[K, _Arrival] = FairQueue(group_by)
         self._deferred: FairQueue[K, _Arrival] = FairQueue(group_by)
         self._deferred_at: OrderedDict[K, float] = OrderedDict()  # the deferred keys of all groups, oldest first
         self._active: set[K] = set()  # held by a worker
+        self._active_of_group: Counter[Hashable] = Counter()
+        self._workers = inf
         self._dirty: set[K] = set()  # changed while a worker holds them
         self._failures: dict[K, int] = {}
         self._timers: dict[K, asyncio.TimerHandle] = {}
@@ -81,8 +85,9 @@ class WorkQueue(Generic[K]):
         self._recheck_timer: asyncio.TimerHandle | None = None
         self._taken_at = monotonic()  # when a worker took a key, or no key was waiting
 
-    def start(self) -> None:
-        """Restart the waiting times: keys that were queued before any worker started have not been kept waiting."""
+    def start(self, workers: int) -> None:
+        """Start with some workers, and restart the waiting times: no worker has kept the keys waiting until now."""
+        self._workers = workers
         keys = [key for group in self._waiting.list_groups() for key in group]
         for key in keys:
             self._waiting.remove(key)
@@ -156,16 +161,18 @@ class WorkQueue(Generic[K]):
         key, arrival = found
         self._cancel_debounce(key)
         self._active.add(key)
+        self._active_of_group[self._group_by(key)] += 1
         self._taken_at = self._monotonic()
         return key, self._taken_at - arrival.at, arrival.is_due
 
     def done(self, key: K) -> None:
         """Release a key. If it changed meanwhile, queue it again."""
         self._active.discard(key)
+        self._active_of_group[self._group_by(key)] -= 1
         if key in self._dirty:
             self._dirty.discard(key)
             self.add(key)
-        elif key in self._deferred_at:
+        elif self._waiting or key in self._deferred_at:
             self._wake_worker()
 
     def depth(self) -> int:
@@ -189,14 +196,17 @@ class WorkQueue(Generic[K]):
     def _pop(self) -> tuple[K, _Arrival] | None:
         """Return the next key with its arrival; None if none may be taken now."""
         self._promote_overdue()
-        if not self._waiting:
+        if (found := self._waiting.pop_where(self._may_take)) is None:
             self._promote_deferred()
-        if not self._waiting:
-            return None
-        key, arrival = self._waiting.pop()
-        if not self._waiting.get_group(key):
-            self._promote_next(self._deferred.get_group(key))
-        return key, arrival
+            found = self._waiting.pop_where(self._may_take)
+        if found is not None and not self._waiting.get_group(found[0]):
+            self._promote_next(self._deferred.get_group(found[0]))
+        return found
+
+    def _may_take(self, group: Hashable) -> bool:
+        """Whether a group may hold one more worker: it holds less than twice as many as are free. Even several groups
+        with slow keys leave some."""
+        return self._active_of_group[group] < 2 * (self._workers - len(self._active))
 
     def _promote_overdue(self) -> None:
         """Queue the keys that have been deferred for `max_defer_seconds`."""
@@ -225,9 +235,9 @@ class WorkQueue(Generic[K]):
         arrival = self._deferred.remove(key)
         if key in self._active or arrival is None:
             self._dirty.add(key)
-            return
-        self._waiting.remove(key)
-        self._waiting.add(key, arrival)
+        else:
+            self._waiting.remove(key)
+            self._waiting.add(key, arrival)
 
     async def _wait_for_key(self) -> None:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()

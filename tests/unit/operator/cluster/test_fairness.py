@@ -83,6 +83,36 @@ async def test_overdue_keys_do_not_stand_before_a_key_of_another_namespace():
     assert HONEST in await take(queue, 2)
 
 
+@pytest.mark.parametrize("namespaces", [1, 2, 3])
+async def test_slow_keys_of_other_namespaces_leave_a_worker(namespaces):
+    queue = build_queue()
+    queue.start(16)
+    for number in range(100 * namespaces):
+        queue.add((f"slow-{number % namespaces}", str(number)))
+    workers = [asyncio.create_task(queue.get()) for _ in range(16)]
+    await asyncio.sleep(0)
+    queue.add(HONEST)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    taken = [worker.result()[0] for worker in workers if worker.done()]
+    assert HONEST in taken
+    assert len(taken) > 10, "others use most of the workers"
+    for worker in workers:
+        worker.cancel()
+
+
+async def test_waiting_worker_takes_a_key_of_a_namespace_once_another_is_done():
+    queue = build_queue()
+    queue.start(4)
+    for key in CROWD[:4]:
+        queue.add(key)
+    assert [(await queue.get())[0] for _ in range(3)] == CROWD[:3]
+    waiting = asyncio.create_task(queue.get())
+    await asyncio.sleep(0)
+    queue.done(CROWD[0])
+    assert (await asyncio.wait_for(waiting, 1))[0] == CROWD[3]
+
+
 async def test_queue_is_stalled_only_if_no_worker_takes_any_key():
     times = [0.0]
     queue: WorkQueue[Key] = WorkQueue(QueueConfig(), group_by=lambda key: key[0], monotonic=lambda: times[0])

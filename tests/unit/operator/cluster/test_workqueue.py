@@ -63,7 +63,7 @@ async def test_waiting_times_count_from_the_start_of_the_workers():
     queue = build_queue()
     queue.add("a")
     await asyncio.sleep(0.05)
-    queue.start()
+    queue.start(1)
     assert queue.oldest_seconds() < 0.05
 
 
