@@ -39,6 +39,12 @@ REFUSED_OUTCOMES: dict[Reason, str] = {
 }
 """Outcome of an item whose file is refused, by the reason."""
 
+OUTSIDE_ADVICE = (
+    "copy it into the source or below the storage; for a snapshot in the cache of Hugging Face, whose files are links "
+    "to blobs/, set the source to the repository's folder in the cache, or use `huggingface-cli download --local-dir`"
+)
+"""Advice for a file of a source that leads out of it."""
+
 
 def ignore_progress() -> None:
     """Do nothing; the default where a caller may pass a function that is called again and again during long reading."""
@@ -138,7 +144,8 @@ def _read_caption(item: Item, roots: DataRoots) -> str:
 def classify_file_error(error: OSError | RefusedFileError) -> tuple[str, str]:
     """Return outcome and detail for a file that can't be read. Raises the error if it is a failure of the storage."""
     if isinstance(error, RefusedFileError):
-        return REFUSED_OUTCOMES[error.reason], str(error)
+        advice = f"; {OUTSIDE_ADVICE}" if error.reason == "outside_root" else ""
+        return REFUSED_OUTCOMES[error.reason], f"{error}{advice}"
     if error.errno not in FILE_ERRORS:
         raise error
     return "missing", os.strerror(error.errno or 0)

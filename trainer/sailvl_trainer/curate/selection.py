@@ -17,8 +17,8 @@ import duckdb
 from sailvl_trainer.contract import HELD_OUT_DIR, SHARDS_DIR, CurateConfig
 from sailvl_trainer.curate.artifacts import CurationArtifacts, PlannedShard
 from sailvl_trainer.curate.dedup import mark_duplicates
+from sailvl_trainer.curate.items import OUTSIDE_ADVICE
 from sailvl_trainer.errors import ConfigError
-from sailvl_trainer.storage.data_files import OUTSIDE_ADVICE
 from sailvl_trainer.storage.documents import write_document
 from sailvl_trainer.storage.files import sync_file, translate_storage_errors
 

@@ -46,6 +46,16 @@ class ImageTooLarge(UnreadableImage):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageStructure:
+    """Properties of an image that are known before Pillow opens it."""
+
+    scans: int = 0
+    """Number of scans of a JPEG, 0 for other formats."""
+    metadata_bytes: int = 0
+    """Memory that Pillow takes for everything but the pixels, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
     """A chunk of a PNG."""
 

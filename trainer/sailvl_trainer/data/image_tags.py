@@ -2,7 +2,8 @@
 
 Pillow makes an object of every value of a tag, of up to 30 times the size of the value, and follows pointers to
 further directories. So the tags of a TIFF are checked before it is opened, and the orientation in EXIF data is read
-here, without any other value. Both walk a directory exactly as Pillow does. Called by image_headers.py.
+here, without any other value. Both walk a directory exactly as Pillow does. Called by image_headers.py
+and image_orientation.py.
 
 Format: TIFF 6.0, section 2; BigTIFF has 8 bytes where TIFF has 4, and 2 in the number of tags.
 """

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from sailvl_trainer.data.image_headers import RGB_BYTES, ImageHeader, open_encoded, read_header
+from sailvl_trainer.data.image_headers import ImageHeader, open_encoded, read_header
 from sailvl_trainer.data.image_memory import IMAGE_MEMORY
+from sailvl_trainer.data.image_peak_memory import RGB_BYTES
 from sailvl_trainer.data.image_structure import ImageTooLarge
 from sailvl_trainer.storage.files import format_bytes
 

@@ -28,11 +28,6 @@ if not hasattr(os, "O_PATH"):
     )
 
 T = TypeVar("T")
-OUTSIDE_ADVICE = (
-    "copy it into the source or below the storage; for a snapshot in the cache of Hugging Face, whose files are links "
-    "to blobs/, set the source to the repository's folder in the cache, or use `huggingface-cli download --local-dir`"
-)
-"""Advice for a file that is outside of the roots."""
 Reason = Literal["irregular_file", "outside_root", "too_large", "invalid_name"]
 """Why a file is refused."""
 
@@ -143,7 +138,7 @@ def _open_once(path: Path | str | bytes, roots: DataRoots) -> BinaryIO:
             raise RefusedFileError("irregular_file", "not a regular file")
         opened = f"/proc/self/fd/{handle}"
         if not roots.contains(os.readlink(opened)):
-            raise RefusedFileError("outside_root", f"outside of the data set and of the storage; {OUTSIDE_ADVICE}")
+            raise RefusedFileError("outside_root", "leads to a file outside of the data set and of the storage")
         return open(os.open(opened, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except OSError as error:
         error.filename = os.fsdecode(path)  # instead of the descriptor's path

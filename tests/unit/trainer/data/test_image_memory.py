@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sailvl_trainer.data.image_headers import WORKING_BYTES, read_header
+from sailvl_trainer.data.image_headers import read_header
 from sailvl_trainer.data.image_memory import (
     DEFAULT_BYTES,
     FILE_MEMORY,
@@ -22,6 +22,7 @@ from sailvl_trainer.data.image_memory import (
     MemoryBudget,
     limit_image_memory,
 )
+from sailvl_trainer.data.image_peak_memory import WORKING_BYTES
 from sailvl_trainer.data.images import open_image
 from tests.support.builders.images import build_exif, encode_image
 
