@@ -143,7 +143,9 @@ class ControlPlane:
             await self.workers.start()
             await asyncio.to_thread(self._plane.start)
             credentials = load_credentials(str(self.kubeconfig), "")
-            self.client = await Client(credentials, ClientConfig(connections=64)).__aenter__()
+            self.client = await Client(
+                credentials, ClientConfig(connections=64, request_timeout_seconds=60.0)
+            ).__aenter__()
             await self._define()
         except BaseException:
             await self._stop()

@@ -142,10 +142,8 @@ def build_wide_pod(number: int, run: Manifest, job: Manifest) -> Manifest:
     if number % 2:
         metadata["labels"] |= {f"{names.GROUP}/{'l' * 30}{n:05}": "v" for n in range(12_000)}
     else:
-        metadata["ownerReferences"] = [
-            *_build_owner_references(11_000)["ownerReferences"],
-            *metadata["ownerReferences"],
-        ]
+        references = _build_owner_references(11_000)["ownerReferences"]
+        metadata["ownerReferences"] = references + metadata["ownerReferences"]
     return pod
 
 

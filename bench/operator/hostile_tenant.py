@@ -24,8 +24,8 @@ from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.resources import Resource
 from sailvl_operator.errors import ApiError, Conflict
 
-_CONNECTIONS = 8
-"""Concurrent creations of large objects: more would take the API server's memory, not its time."""
+_CONNECTIONS = 4
+"""Concurrent creations: with more large objects, the API server would need more memory, and each request more time."""
 _WIDE_BYTES = 1_200_000
 """Size of the JSON of a stored wide object, at least."""
 _JOB_TIMEOUT_SECONDS = 120.0
