@@ -34,6 +34,7 @@ class SpecError(ValueError):
 
 def parse_run(raw: Mapping[str, Any]) -> Run:
     """Parse a SailVLRun. Raises SpecError if the spec does not match its types."""
+    check_spec_size(raw.get("spec_bytes", 0))
     metadata = raw["metadata"]
     created = metadata.get("creationTimestamp")
     run = Run(
@@ -65,15 +66,20 @@ def refresh_run(run: Run, raw: Mapping[str, Any]) -> Run:
     )
 
 
+def check_spec_size(size: int) -> None:
+    """Raise SpecError if a spec has too many bytes as JSON."""
+    if size > MAX_SPEC_BYTES:
+        raise SpecError(
+            f"spec: has {size} bytes as JSON, and may have at most {MAX_SPEC_BYTES}; set workers.env once for all "
+            "stages instead of in each, or divide the stages into several runs"
+        )
+
+
 def parse_spec(spec: Mapping[str, Any] | msgspec.Raw) -> Spec:
     """Parse a spec, decoded or as JSON. Raises SpecError, whose message begins with the path of the field, as in
     `spec.stages[0].name`."""
     content = memoryview(spec) if isinstance(spec, msgspec.Raw) else msgspec.json.encode(spec)
-    if len(content) > MAX_SPEC_BYTES:
-        raise SpecError(
-            f"spec: has {len(content)} bytes as JSON, and may have at most {MAX_SPEC_BYTES}; set workers.env once for "
-            "all stages instead of in each, or divide the stages into several runs"
-        )
+    check_spec_size(len(content))
     try:
         if isinstance(spec, msgspec.Raw):
             return msgspec.json.decode(content, type=Spec)

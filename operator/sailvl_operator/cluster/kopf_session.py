@@ -24,6 +24,7 @@ import aiohttp
 import msgspec
 
 from sailvl_operator.api import names
+from sailvl_operator.api.parse import MAX_SPEC_BYTES
 from sailvl_operator.api.untrusted import DocumentError, decode_json
 from sailvl_operator.cluster.credentials import Credentials, build_connector
 from sailvl_operator.cluster.page_limit import PageLimit, PageTooLargeError, read_page
@@ -73,6 +74,14 @@ class _Run(msgspec.Struct):
     metadata: RunMeta = msgspec.field(default_factory=RunMeta)  # an error has none
     spec: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     status: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _LargeRun(msgspec.Struct):
+    """A run whose spec is left out, because it is too large to be parsed."""
+
+    metadata: RunMeta
+    spec_bytes: int
+    status: msgspec.Raw | msgspec.UnsetType
 
 
 class _Event(msgspec.Struct):
@@ -249,4 +258,6 @@ def _convert_page(page: _Page) -> bytes:
 
 def _convert_run(run: _Run) -> KopfObject:
     metadata: Any = {name: run.metadata[name] for name in _KOPF_FIELDS if name in run.metadata}  # type: ignore[literal-required]
-    return {"metadata": metadata, "document": base64.b64encode(msgspec.json.encode(run)).decode("ascii")}
+    size = len(memoryview(run.spec)) if isinstance(run.spec, msgspec.Raw) else 0
+    document = run if size <= MAX_SPEC_BYTES else _LargeRun(run.metadata, size, run.status)
+    return {"metadata": metadata, "document": base64.b64encode(msgspec.json.encode(document)).decode("ascii")}

@@ -202,6 +202,8 @@ class SailVLRun(TypedDict, total=False):
 
     metadata: RunMeta
     spec: msgspec.Raw
+    spec_bytes: int
+    """Size of a spec as JSON that was left out, because it is too large."""
     status: dict[str, Any] | None
 
 

@@ -180,7 +180,7 @@ def _encode(raw: dict[str, Any]) -> bytes:
         metadata["annotations"] = {names.ANNOTATION_RESTART: clean_line(request, MAX_ANNOTATION_LENGTH)}
     try:
         spec = msgspec.json.encode(raw.get("spec") or {})
-        if len(spec) > MAX_SPEC_BYTES:
+        if max(len(spec), raw.get("spec_bytes", 0)) > MAX_SPEC_BYTES:
             return b""
         document = {"metadata": metadata, "spec": msgspec.Raw(spec), "status": raw.get("status") or {}}
         return msgspec.json.encode(document)

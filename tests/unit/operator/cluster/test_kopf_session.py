@@ -6,13 +6,16 @@ import json
 from types import SimpleNamespace
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from sailvl_operator.api import names
+from sailvl_operator.api.parse import MAX_SPEC_BYTES
 from sailvl_operator.cluster.credentials import Credentials
 from sailvl_operator.cluster.kopf_session import build_session, decode_run
+from sailvl_operator.cluster.runs import RunStore
 from tests.support.apiserver.http import AnonymousConfiguration
 
 IDENTITY = {"namespace": "n", "name": "a", "uid": "u", "resourceVersion": "7"}
@@ -157,6 +160,20 @@ async def test_list_passes_on_the_fields_that_are_read(world):
         "metadata": {"resourceVersion": "9", "continue": "c"},
         "items": [PASSED, PASSED],
     }
+
+
+async def test_spec_that_is_too_large_is_left_out_with_its_size(world):
+    spec = {"x": "y" * MAX_SPEC_BYTES}
+    world.body = lines({"metadata": {}, "items": [MARKED | {"spec": spec}]})
+    [passed] = (await list_runs(world))["items"]
+    assert passed["document"] == {
+        "metadata": RUN["metadata"],
+        "spec_bytes": len(msgspec.json.encode(spec)) + 1,  # with the space that `json` writes
+        "status": RUN["status"],
+    }
+    store = RunStore()
+    store.put(passed["document"])
+    assert f"has {passed['document']['spec_bytes']} bytes as JSON" in store.get(("n", "a")).problem
 
 
 async def test_list_whose_continue_token_has_expired_begins_again(world):
