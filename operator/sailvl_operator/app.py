@@ -24,6 +24,7 @@ from sailvl_operator.cluster.background import keep_running
 from sailvl_operator.cluster.backpressure import StartupBacklog
 from sailvl_operator.cluster.client import Client, ClientConfig
 from sailvl_operator.cluster.credentials import Credentials
+from sailvl_operator.cluster.edit_limit import EditLimit
 from sailvl_operator.cluster.lease import Leadership
 from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.progress import ProgressReader
@@ -92,7 +93,7 @@ def build_controller(
         monotonic=monotonic,
         metrics=metrics or Metrics(CollectorRegistry()),
         has_backpressure=should_defer,
-        runs=RunStore(),
+        runs=RunStore(EditLimit(monotonic)),
         queue=WorkQueue(
             queue_config,
             group_by=itemgetter(0),

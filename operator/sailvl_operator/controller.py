@@ -104,8 +104,12 @@ class Controller:
             self._metrics.reconciles.labels(outcome).inc()
 
     async def _reconcile_or_retry(self, key: RunKey, *, may_defer: bool) -> str:
-        """Reconcile a key and return the outcome for the metric. An error of any kind is logged and retried."""
+        """Reconcile a key and return the outcome for the metric: `deferred` if its namespace has edited too many specs.
+        An error of any kind is logged and retried."""
         logger = logging.LoggerAdapter(log, {"namespace": key[0], "run": key[1]})
+        if wait_seconds := self._runs.get_wait_seconds(key):
+            self._queue.add_after(key, wait_seconds)
+            return "deferred"
         try:
             outcome = await self.reconcile_key(key, may_defer=may_defer)
         except Conflict as error:

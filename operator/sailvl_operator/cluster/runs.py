@@ -22,6 +22,7 @@ from sailvl_operator.api.parse import MAX_ANNOTATION_LENGTH, MAX_SPEC_BYTES, Spe
 from sailvl_operator.api.status import ConditionType, Status, decode_status
 from sailvl_operator.api.types import Model, Run, Spec, Storage
 from sailvl_operator.api.untrusted import clean_line, describe_error
+from sailvl_operator.cluster.edit_limit import EditLimit
 from sailvl_operator.cluster.resources import SailVLRun
 from sailvl_operator.core.plan import PlannedStage, plan
 from sailvl_operator.core.units import parse_time
@@ -59,14 +60,18 @@ class _Stored(NamedTuple):
 
     uid: str
     version: int
+    generation: int
     entry: RunEntry | None
+    """The run with the spec that was parsed last and with its newest status; None if it has finished or is new."""
     document: bytes = b""
-    """JSON of the object, compressed if the run has finished; empty if the run is parsed."""
+    """JSON of the object, compressed if the run has finished; empty if the newest spec is parsed."""
     is_finished: bool = False
     """Whether the run has finished and is not parsed."""
+    edited_bytes: int = 0
+    """Size of the document before compression if the spec has changed since it was last read, else 0."""
 
     def read(self) -> RunEntry:
-        return _parse(self._decode()) if self.entry is None else self.entry
+        return _parse(self._decode()) if self.entry is None or self.document else self.entry
 
     def read_status(self) -> Status:
         return decode_status(self._decode()["status"] if self.entry is None else self.entry.run.status)
@@ -80,8 +85,9 @@ class _Stored(NamedTuple):
 class RunStore:
     """Runs by key. An older resourceVersion never replaces a newer one."""
 
-    def __init__(self) -> None:
+    def __init__(self, edit_limit: EditLimit | None = None) -> None:
         self._runs: dict[RunKey, _Stored] = {}
+        self._edit_limit = edit_limit or EditLimit()
 
     def get(self, key: RunKey) -> RunEntry | None:
         """Return the newest state; None if there is no such run. A finished run is parsed anew by each call."""
@@ -89,14 +95,27 @@ class RunStore:
         if stored is None:
             return None
         entry = stored.read()
-        if not stored.is_finished:
-            self._runs[key] = _Stored(stored.uid, stored.version, entry)
+        if stored.edited_bytes:
+            self._edit_limit.count_edit(key[0], stored.edited_bytes)
+        if stored.edited_bytes or (stored.document and not stored.is_finished):
+            document = stored.document if stored.is_finished else b""
+            self._runs[key] = stored._replace(
+                entry=None if stored.is_finished else entry, document=document, edited_bytes=0
+            )
         return entry
 
-    def get_unfinished(self, key: RunKey) -> RunEntry | None:
-        """Return the newest state of a run; None if it has finished or doesn't exist."""
+    def get_wait_seconds(self, key: RunKey) -> float:
+        """Return for how long a run should not be read, because of too many edits in its namespace; usually 0."""
         stored = self._runs.get(key)
-        return None if stored is None or stored.is_finished else self.get(key)
+        return self._edit_limit.get_wait_seconds(key[0]) if stored is not None and stored.edited_bytes else 0.0
+
+    def get_unfinished(self, key: RunKey) -> RunEntry | None:
+        """Return a run with its newest status; None if it has finished or doesn't exist. Its spec is the one that was
+        parsed last, and may be older."""
+        stored = self._runs.get(key)
+        if stored is None or stored.is_finished:
+            return None
+        return stored.entry or self.get(key)
 
     def get_version(self, key: RunKey) -> RunVersion | None:
         """Return UID and resourceVersion of a run without parsing it; None if there is no such run."""
@@ -128,7 +147,8 @@ class RunStore:
         known = self._runs.get(key)
         if known is not None and known.version >= version:
             return False
-        self._runs[key] = _build_stored(raw, version, None if known is None else known.entry)
+        is_same = known is not None and known.uid == raw["metadata"]["uid"]
+        self._runs[key] = _build_stored(raw, version, known if is_same else None)
         return True
 
     def put_patched(self, raw: dict[str, Any]) -> bool:
@@ -154,21 +174,32 @@ def _is_finished(raw: dict[str, Any]) -> bool:
     return any(c.get("type") in _FINAL and c.get("status") == "True" for c in conditions)
 
 
-def _build_stored(raw: dict[str, Any], version: int, known: RunEntry | None) -> _Stored:
+def _build_stored(raw: dict[str, Any], version: int, known: _Stored | None) -> _Stored:
     """Reuse the parsed spec of an active run if the generation is the same; most changes are our own status writes.
-    Else keep the object as JSON, or parse it at once if that is impossible."""
-    metadata, is_finished = raw["metadata"], _is_finished(raw)
-    is_same_spec = known is not None and (known.run.uid, known.run.generation) == (
-        metadata["uid"],
-        metadata.get("generation"),
-    )
-    if known is not None and is_same_spec and not is_finished:
-        return _Stored(metadata["uid"], version, replace(known, run=refresh_run(known.run, raw)))
+    Else keep the object as JSON, or parse it at once if that is impossible. `known`: an earlier version of the run."""
+    uid, generation = raw["metadata"]["uid"], raw["metadata"].get("generation", 1)
+    is_finished = _is_finished(raw)
+    entry = None if known is None or known.entry is None or is_finished else _refresh(known.entry, raw)
+    if entry is not None and entry.run.generation == generation:
+        return _Stored(uid, version, generation, entry)
     document = _encode(raw)
+    is_edited = known is not None and (known.edited_bytes > 0 or known.generation != generation)
     if not document:
-        return _Stored(metadata["uid"], version, _parse(raw))
-    content = zlib.compress(document, _COMPRESSION_LEVEL) if is_finished else document
-    return _Stored(metadata["uid"], version, None, content, is_finished)
+        return _Stored(uid, version, generation, _parse(raw), edited_bytes=int(is_edited))
+    return _Stored(
+        uid,
+        version,
+        generation,
+        entry,
+        zlib.compress(document, _COMPRESSION_LEVEL) if is_finished else document,
+        is_finished,
+        len(document) if is_edited else 0,
+    )
+
+
+def _refresh(entry: RunEntry, raw: dict[str, Any]) -> RunEntry:
+    """Return a run with the metadata and status of a newer object; the spec stays as it is."""
+    return replace(entry, run=refresh_run(entry.run, raw))
 
 
 def _encode(raw: dict[str, Any]) -> bytes:

@@ -14,7 +14,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sailvl_operator.api import names
 from sailvl_operator.api.allow_lists import AllowLists
+from sailvl_operator.api.parse import parse_run
 from sailvl_operator.api.status import ConditionType, decode_status
+from sailvl_operator.api.types import Run
 from sailvl_operator.run_series import RunCollector
 from sailvl_trainer.contract import Env
 from tests.support.apiserver.http import InjectedError
@@ -427,3 +429,25 @@ async def test_metrics_of_a_deleted_run_disappear(world):
     assert 'sailvl_runs{state="pending"} 1.0' in text
     world.send_event(world.run, "DELETED")
     assert 'run="demo"' not in generate_latest(registry).decode()
+
+
+async def test_edits_beyond_the_limit_of_a_namespace_are_reconciled_together(monkeypatch):
+    monkeypatch.setattr("sailvl_operator.cluster.edit_limit._BURST_SECONDS", 0.0)
+    monkeypatch.setattr("sailvl_operator.cluster.edit_limit.BYTES_PER_SECOND", 40_000)
+    parsed = []
+
+    def count(raw: Any) -> Run:
+        parsed.append(raw)
+        return parse_run(raw)
+
+    monkeypatch.setattr("sailvl_operator.cluster.runs.parse_run", count)
+    async with running() as world:
+        await world.apply(build_document())
+        await world.until(lambda: world.api.list_names("jobs"))
+        for seed in range(30):
+            await world.apply(build_document(seed=seed))
+            await asyncio.sleep(0.01)
+        generation = world.run["metadata"]["generation"]
+        await world.until(lambda: world.status.observed_generation == generation)
+        assert world.runs.get(KEY).run.spec.seed == 29
+    assert len(parsed) < 10
