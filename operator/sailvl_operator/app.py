@@ -146,6 +146,7 @@ def _build_owned_objects(shared: _Shared) -> OwnedObjects:
         clock=shared.clock,
         metrics_peers=shared.settings.defaults.metrics_peers,
         count_error=shared.metrics.count_loop_error,
+        find_run=shared.runs.get_unfinished,
     )
 
 

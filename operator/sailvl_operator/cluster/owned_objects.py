@@ -11,7 +11,7 @@ from typing import Any
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.background import CountError, ignore_count, keep_running
 from sailvl_operator.cluster.client import Client
-from sailvl_operator.cluster.informer import Informer, Kind, Record, Store, mark_gone
+from sailvl_operator.cluster.informer import Informer
 from sailvl_operator.cluster.parse import (
     is_routine_job,
     is_routine_pod,
@@ -22,14 +22,17 @@ from sailvl_operator.cluster.parse import (
     stamp_job,
     stamp_pod,
 )
-from sailvl_operator.cluster.runs import RunKey
+from sailvl_operator.cluster.record_store import Kind, Record, Store, mark_gone
+from sailvl_operator.cluster.runs import RunEntry, RunKey
 from sailvl_operator.core.observe import JobRecord, NetworkPolicyRecord, PodRecord, ServiceRecord
+from sailvl_operator.core.ownership import is_job_evidence, is_pod_evidence
 
 _JOBS: Kind[JobRecord] = Kind(
     resource=resources.JOBS,
     decode_as=resources.Job,
     parse=parse_job,
     mark_gone=mark_gone,
+    get_place=lambda job: (job.stage, job.attempt),
     stamp=stamp_job,
     is_routine=is_routine_job,
 )
@@ -41,6 +44,8 @@ _PODS: Kind[PodRecord] = Kind(
     decode_as=resources.Pod,
     parse=parse_pod,
     mark_gone=mark_gone,
+    get_place=lambda pod: (pod.stage, pod.attempt, pod.index),
+    max_gone=2,  # the Job controller may create a pod twice and delete one of the two
     stamp=stamp_pod,
     is_routine=is_routine_pod,
 )
@@ -69,17 +74,24 @@ class OwnedObjects:
         on_routine_change: Callable[[RunKey], None] | None = None,
         metrics_peers: Sequence[dict[str, Any]] = (),
         count_error: CountError = ignore_count,
+        find_run: Callable[[RunKey], RunEntry | None] | None = None,
     ) -> None:
         """Create the stores and informers.
 
         `namespaces` are those to watch; none means all. `on_change` receives the key of a run whose objects have
         changed; `on_routine_change` is called instead for changes that need no action. `count_restart` receives the
         resource and the reason whenever a watch is restarted, and `count_error` the name of an informer with an
-        unexpected error. `metrics_peers` are those of the NetworkPolicies to be.
+        unexpected error. `metrics_peers` are those of the NetworkPolicies to be. `find_run` returns an unfinished run,
+        whose deleted objects may be kept; without it, those of all are.
         """
+        self._find_run = find_run
         policies = _build_network_policy_kind(metrics_peers)
-        self.jobs: Store[JobRecord] = Store(_JOBS, on_change, clock, on_routine_change=on_routine_change)
-        self.pods: Store[PodRecord] = Store(_PODS, on_change, clock, on_routine_change=on_routine_change)
+        self.jobs: Store[JobRecord] = Store(
+            _JOBS, on_change, clock, on_routine_change=on_routine_change, is_evidence=self._is_job_evidence
+        )
+        self.pods: Store[PodRecord] = Store(
+            _PODS, on_change, clock, on_routine_change=on_routine_change, is_evidence=self._is_pod_evidence
+        )
         self.services: Store[ServiceRecord] = Store(_SERVICES, on_change, clock, on_routine_change=on_routine_change)
         self.network_policies: Store[NetworkPolicyRecord] = Store(
             policies, on_change, clock, on_routine_change=on_routine_change
@@ -111,6 +123,19 @@ class OwnedObjects:
         """Keep the last state of deleted Jobs and pods from now on, until it is forgotten. Called by the leading
         replica only, since a standby would never forget it."""
         self.jobs.retains_deleted = self.pods.retains_deleted = True
+
+    def _is_job_evidence(self, job: JobRecord) -> bool:
+        if self._find_run is None:
+            return True
+        entry = self._find_run((job.namespace, job.run))
+        return entry is not None and is_job_evidence(entry.run, entry.planned, job)
+
+    def _is_pod_evidence(self, pod: PodRecord) -> bool:
+        if self._find_run is None:
+            return True
+        key = pod.namespace, pod.run
+        entry = self._find_run(key)
+        return entry is not None and is_pod_evidence(entry.run, entry.planned, self.jobs.get(key), pod)
 
     async def wait_synced(self) -> None:
         """Wait until every informer has its first list; before that, a missing Job doesn't mean that it was deleted."""

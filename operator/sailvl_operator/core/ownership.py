@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from sailvl_operator.api import names
+from sailvl_operator.api.status import decode_status
 from sailvl_operator.api.types import Run
+from sailvl_operator.api.untrusted import DocumentError
 from sailvl_operator.api.workers import MAX_NODES
 from sailvl_operator.core.observe import JobRecord, NetworkPolicyRecord, NetworkPolicyState, PodRecord, ServiceRecord
+from sailvl_operator.core.plan import PlannedStage
 
 _GENERATED_PREFIX_LENGTH = 58
 """Letters of a pod's name before its random suffix. To keep within it, the Job controller cuts off the end of the Job's
@@ -78,3 +81,31 @@ def select_pods(run: Run, jobs: Sequence[JobRecord], pods: Iterable[PodRecord]) 
                 yield pod
         elif pod.owner_uid and pod.owner_uid not in others and attempt not in attempts and pod.run_uid == run.uid:
             yield pod
+
+
+def is_job_evidence(run: Run, planned: Sequence[PlannedStage], job: JobRecord) -> bool:
+    """Return whether a decision may depend on the last state of this deleted Job: it is the run's own, and of the
+    current attempt of a stage or of the one before."""
+    return is_own_job(run, job) and _is_recent(run, planned, job.stage, job.attempt)
+
+
+def is_pod_evidence(run: Run, planned: Sequence[PlannedStage], jobs: Sequence[JobRecord], pod: PodRecord) -> bool:
+    """Return whether a decision may depend on the last state of this deleted pod: it belongs to such a Job, and has an
+    index that the plan has. `jobs` are all known Jobs with the run's label."""
+    nodes = next((stage.nodes for stage in planned if stage.stage.name == pod.stage), MAX_NODES)
+    is_own = pod.index < nodes and any(select_pods(run, jobs, [pod]))
+    return is_own and _is_recent(run, planned, pod.stage, pod.attempt)
+
+
+def _is_recent(run: Run, planned: Sequence[PlannedStage], stage: str, attempt: int) -> bool:
+    """Return whether an attempt is the current one of a stage or the one before, whose workers may still be deleted.
+
+    The number of the first attempt is written to the status only after its Job was created.
+    """
+    try:
+        current = {status.name: status.attempt for status in decode_status(run.status).stages}
+    except DocumentError:
+        return False  # nothing is decided until the status can be read
+    is_known = stage in current or any(p.stage.name == stage for p in planned)
+    newest = max(1, current.get(stage, 0))
+    return is_known and newest - 1 <= attempt <= newest

@@ -124,3 +124,41 @@ async def test_pods_with_a_result_that_no_job_created_are_not_believed(world):
     await world.until(lambda: len(world.owned_objects.pods.get(KEY)) == 2)
     await world.until_idle()
     assert world.states()["curate"] == ("Running", 1)
+
+
+def forge_pod(number: int, job: dict[str, Any], **labels: str) -> dict[str, Any]:
+    """Build a failed pod as a tenant can create it: with the labels of the run's worker, and owned by its Job."""
+    pod = make_pod("curate", 1, 0, "Failed", job_uid=job["metadata"]["uid"])
+    pod["metadata"] |= {"name": f"demo-curate-1-0-forged{number}", "labels": pod["metadata"]["labels"] | labels}
+    return pod
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pytest.param({}, id="as the worker's"),
+        pytest.param({names.LABEL_ATTEMPT: "999"}, id="later attempt"),
+        pytest.param({names.LABEL_COMPLETION_INDEX: "1"}, id="other index"),
+        pytest.param({names.LABEL_STAGE: "other"}, id="other stage"),
+        pytest.param({names.LABEL_RUN: "other"}, id="other run"),
+    ],
+)
+async def test_deleted_forged_pods_do_not_accumulate(world, labels):
+    await start(world)
+    store, run = world.owned_objects.pods, labels.get(names.LABEL_RUN, "demo")
+    for number in range(30):
+        raw = world.api.put("pods", forge_pod(number, world.api.objects["jobs"]["team", "demo-curate-1"], **labels))
+        store.put_watched(raw)
+        store.delete(raw)
+    assert len([pod for pod in store.get(("team", run)) if pod.is_gone]) <= 2
+
+
+async def test_deleted_forged_jobs_do_not_accumulate(world):
+    await start(world)
+    store = world.owned_objects.jobs
+    for attempt in range(1, 31):
+        raw = forge_job(world, f"demo-curate-{attempt}", spec={"completions": 1})
+        raw["metadata"] |= {"uid": f"forged-{attempt}"}
+        store.put_watched(raw)
+        store.delete(raw)
+    assert len([job for job in store.get(KEY) if job.is_gone]) <= 1

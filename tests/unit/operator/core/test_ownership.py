@@ -15,7 +15,15 @@ from sailvl_operator.core.desired.manifests import build_service
 from sailvl_operator.core.desired.workload import build_appdef
 from sailvl_operator.core.lifecycle import LOST_JOB_SECONDS
 from sailvl_operator.core.observe import JobRecord, observe
-from sailvl_operator.core.ownership import is_own_job, is_own_service, select_pods, split_job_name
+from sailvl_operator.core.ownership import (
+    is_job_evidence,
+    is_own_job,
+    is_own_service,
+    is_pod_evidence,
+    select_pods,
+    split_job_name,
+)
+from sailvl_operator.core.plan import plan
 from sailvl_operator.core.reconcile import reconcile
 from tests.support.builders.operator import SPEC, build_job, build_pod, build_run
 from tests.support.core_world import DEFAULTS, CoreWorld, finish_run
@@ -289,3 +297,44 @@ def test_run_whose_job_lost_its_labels_can_be_suspended() -> None:
     world.spec, world.generation = ONE_STAGE | {"suspend": True}, 2
     world.run_until_stable()
     assert world.stage(STAGE).state == "Suspended"
+
+
+SECOND_ATTEMPT = {"stages": [{"name": STAGE, "state": "Running", "attempt": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("status", "attempts"),
+    [
+        pytest.param({}, [1], id="no status yet"),
+        pytest.param(SECOND_ATTEMPT, [1, 2], id="second attempt"),
+        pytest.param({"stages": [{"name": STAGE, "state": "Running", "attempt": 7}]}, [6, 7], id="seventh attempt"),
+        pytest.param({"stages": "none"}, [], id="status that cannot be read"),
+    ],
+)
+def test_last_state_is_kept_of_the_newest_two_attempts(status, attempts):
+    run = build_run(status=status, **ONE_STAGE)
+    jobs = {n: build_job(STAGE, n) for n in range(12)}
+    pods = {n: build_pod(STAGE, n, owner_uid=job.uid) for n, job in jobs.items()}
+    assert [n for n, job in jobs.items() if is_job_evidence(run, plan(run), job)] == attempts
+    assert [n for n, pod in pods.items() if is_pod_evidence(run, plan(run), [jobs[n]], pod)] == attempts
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        pytest.param({}, True, id="own"),
+        pytest.param({"owner_uid": ""}, False, id="no owner"),
+        pytest.param({"owner_uid": "other"}, False, id="of another Job"),
+        pytest.param({"index": 2}, False, id="index that the plan lacks"),
+        pytest.param({"stage": "other"}, False, id="stage that the plan lacks"),
+    ],
+)
+def test_last_state_is_kept_of_pods_that_belong_to_the_plan(change, expected):
+    run, job = build_run(status=SECOND_ATTEMPT, **ONE_STAGE), build_job(STAGE, 2, nodes=MAX_NODES)
+    pod = replace(build_pod(STAGE, 2, owner_uid=job.uid), **change)
+    assert is_pod_evidence(run, plan(run), [job], pod) is expected
+
+
+def test_last_state_of_a_job_that_another_object_owns_is_not_kept():
+    run = build_run(status=SECOND_ATTEMPT, **ONE_STAGE)
+    assert not is_job_evidence(run, plan(run), build_job(STAGE, 2, owner_uid="other"))
