@@ -1,6 +1,6 @@
 """HTTP server of the operator: /metrics for Prometheus, /healthz and /readyz for the kubelet, and the rules of both.
 
-/metrics/operator has the metrics of the operator without the series of the runs, for whoever reads them often.
+/metrics/operator has the metrics of the operator without the series of the runs, for tools that read them often.
 
 kopf's liveness endpoint isn't used, since it returns 200 even if a probe reports a problem.
 """

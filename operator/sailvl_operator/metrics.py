@@ -79,14 +79,7 @@ class Metrics:
             f"Metrics in answers of /progress that were left out: an attempt had reported {MAX_METRICS} other names.",
             registry=registry,
         )
-        self.loop_errors = Counter(
-            "sailvl_operator_loop_errors",
-            "Unexpected errors in background loops, which continue: " + ", ".join(LOOPS) + ".",
-            ("loop",),
-            registry=registry,
-        )
-        for loop in LOOPS:
-            self.loop_errors.labels(loop)  # a series of 0, without which Prometheus doesn't see the first error
+        self.loop_errors = _build_loop_errors(registry)
         self.events = Counter(
             "sailvl_operator_events",
             "Kubernetes Events by outcome: written, failed or dropped.",
@@ -97,6 +90,19 @@ class Metrics:
     def count_loop_error(self, loop: str) -> None:
         """Count an unexpected error in a background loop."""
         self.loop_errors.labels(loop).inc()
+
+
+def _build_loop_errors(registry: CollectorRegistry) -> Counter:
+    """Build the counter with a series of 0 for each loop, without which Prometheus doesn't see the first error."""
+    counter = Counter(
+        "sailvl_operator_loop_errors",
+        "Unexpected errors in background loops, which continue: " + ", ".join(LOOPS) + ".",
+        ("loop",),
+        registry=registry,
+    )
+    for loop in LOOPS:
+        counter.labels(loop)
+    return counter
 
 
 class OperatorCollector(Collector):
