@@ -106,6 +106,7 @@ generate: setup  ## generate crds/, the chart's copy and the reference from the 
 LOCK = $(UV) pip compile -q --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 lock: $(UV)  ## lock the requirements of pyproject.toml with hashes, without the address of the index
 	$(LOCK) --all-extras pyproject.toml -o requirements.txt
+	echo 'setuptools>=77' | $(LOCK) -c requirements.txt - -o hack/build.txt
 	echo 'setuptools>=77' | $(LOCK) -c requirements.txt --extra operator pyproject.toml - -o images/operator/requirements.txt
 	echo 'setuptools>=77' | $(LOCK) -c requirements.txt --extra trainer --extra curate pyproject.toml - -o images/trainer/requirements.txt
 

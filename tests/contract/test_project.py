@@ -9,8 +9,10 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -138,6 +140,47 @@ def test_release_signs_everything_that_it_pushes() -> None:
     for name, job in pushing.items():
         assert job["permissions"]["id-token"] == "write", name
         assert any("cosign sign --yes" in step.get("run", "") for step in job["steps"]), name
+
+
+def list_runs(job: dict[str, Any]) -> str:
+    return "\n".join(step.get("run", "") for step in job["steps"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_job_that_may_write_or_attest_runs_no_build(path: Path) -> None:
+    """A build runs code of other projects, which would have the rights of its job."""
+    for name, job in yaml.safe_load(path.read_text())["jobs"].items():
+        if "write" in job.get("permissions", {}).values():
+            assert not re.search(r"\b(pip|uv|make|setup\.py|build)\b", list_runs(job).replace("buildx", "")), name
+            scripts = re.findall(r"\bpython[\d.]* +(\S+)", list_runs(job))
+            assert set(scripts) <= {"hack/release.py"}, name
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_installs_and_builds_with_pinned_tools_alone(path: Path) -> None:
+    lines = re.findall(r"pip (?:install|wheel).*", path.read_text())
+    for line in lines:
+        wanted = {"--require-hashes"} if "install" in line else {"--no-build-isolation", "--no-index", "--no-deps"}
+        assert wanted <= set(line.split()), line
+
+
+def test_wheel_is_attested_as_it_was_built() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    [attestation] = [job for job in jobs.values() if job.get("permissions", {}).get("attestations") == "write"]
+    used = [step["uses"].partition("@")[0] for step in attestation["steps"]]
+    assert used == ["actions/download-artifact", "actions/attest-build-provenance"]
+    assert attestation["steps"][0]["with"]["name"] == jobs["wheel"]["steps"][-1]["with"]["name"] == "wheel"
+    assert "attestation" in jobs["release"]["needs"]
+
+
+def test_build_requirements_are_locked_with_those_of_the_environment() -> None:
+    locked = (ROOT / "hack/build.txt").read_text()
+    assert locked in (ROOT / "requirements.txt").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert {re.match(r"[\w-]+", name)[0] for name in project["build-system"]["requires"]} == set(  # type: ignore[index]
+        re.findall(r"^([\w-]+)==", locked, re.M)
+    )
+    assert all("--hash=sha256:" in requirement for requirement in re.split(r"^(?=\w)", locked, flags=re.M)[1:])
 
 
 def test_base_images_are_pinned_by_one_digest() -> None:
