@@ -26,6 +26,8 @@ from sailvl_trainer.storage.files import format_bytes, sync_directory, translate
 T = TypeVar("T")
 MAX_DOCUMENT_BYTES = 64 << 20
 """Largest size of a document: the manifest of 300,000 shards."""
+MAX_LINES_BYTES = 4 << 30
+"""Largest size of a file of JSON lines; a sparse file of any size takes no place, but hours to be read."""
 MAX_NUMBER = 2**53
 """Largest number in a document; every JSON parser represents it exactly."""
 
@@ -118,14 +120,18 @@ def find_document(
 def iterate_lines(type_: type[T], path: Path, roots: DataRoots) -> Iterator[T]:
     """Yield the documents in a file of JSON lines, without lines that can't be used, as a killed process leaves them.
 
-    A file that doesn't exist, or that is no regular file, counts as empty. Raises StorageError if it can't be read.
+    A file that doesn't exist, that is no regular file, or that is larger than MAX_LINES_BYTES counts as empty. Raises
+    StorageError if it can't be read.
     """
-    with suppress(OSError, RefusedFileError), translate_read_errors(path):
-        file = open_data_file(path, roots)
-        with file:
-            while line := file.readline(MAX_DOCUMENT_BYTES):
-                with suppress(ValueError):
-                    yield decode(type_, line)
+    with suppress(OSError, RefusedFileError), translate_read_errors(path), open_data_file(path, roots) as file:
+        remaining = os.fstat(file.fileno()).st_size
+        if remaining > MAX_LINES_BYTES:
+            logger.warning("%s is not read: it has %d bytes, more than %d", path, remaining, MAX_LINES_BYTES)
+            return
+        while line := file.readline(min(remaining, MAX_DOCUMENT_BYTES)):
+            remaining -= len(line)
+            with suppress(ValueError):
+                yield decode(type_, line)
 
 
 def identify_file(path: Path) -> FileIdentity | None:

@@ -288,6 +288,19 @@ def test_lines_of_what_is_no_file_are_none(make: Callable[[Path], None], files: 
     assert list(iterate_lines(Checkpoint, files.storage / "x.jsonl", files.roots)) == []
 
 
+def test_lines_of_a_sparse_or_growing_file_are_read_within_bounds(files: StageFiles) -> None:
+    path, line = files.storage / "x.jsonl", encode(Checkpoint(step=1, path="x")) + b"\n"
+    path.write_bytes(line)
+    read = []
+    for found in iterate_lines(Checkpoint, path, files.roots):
+        read.append(found)
+        with path.open("ab") as file:
+            file.write(line)
+    assert len(read) == 1
+    os.truncate(path, 100 << 30)
+    assert list(iterate_lines(Checkpoint, path, files.roots)) == []
+
+
 def test_document_that_is_too_large_to_be_read_again_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
