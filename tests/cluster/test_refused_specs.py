@@ -13,7 +13,8 @@ import pytest
 
 from sailvl_operator.api.validation import validate
 from tests.support.builders.operator import build_document
-from tests.support.invalid_specs import SCHEMA, UNSUPPORTED, InvalidSpec
+from tests.support.invalid_specs import RUN_SCHEMA, UNSUPPORTED, InvalidSpec
+from tests.support.invalid_stages import STAGE_SCHEMA
 
 pytestmark = pytest.mark.cluster
 
@@ -29,7 +30,7 @@ def _try_create(kubectl: Kubectl, document: dict[str, Any]) -> subprocess.Comple
     return kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", stdin=text)
 
 
-@pytest.mark.parametrize("invalid", SCHEMA, ids=lambda invalid: invalid.id)
+@pytest.mark.parametrize("invalid", RUN_SCHEMA + STAGE_SCHEMA, ids=lambda invalid: invalid.id)
 def test_server_rejects_same_fields_as_validate(invalid: InvalidSpec, kubectl: Kubectl, resource: None) -> None:
     answer = _try_create(kubectl, invalid.build())
     assert answer.returncode != 0, answer.stdout

@@ -10,12 +10,13 @@ from sailvl_operator.api.validation import validate
 from sailvl_operator.cli.generate import GENERATORS
 from sailvl_operator.cli.validate import read_documents
 from tests.support.builders.operator import build_document
-from tests.support.invalid_specs import SCHEMA, UNSUPPORTED, InvalidSpec
+from tests.support.invalid_specs import RUN_SCHEMA, UNSUPPORTED, InvalidSpec
+from tests.support.invalid_stages import STAGE_SCHEMA
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("invalid", SCHEMA + UNSUPPORTED, ids=lambda invalid: invalid.id)
+@pytest.mark.parametrize("invalid", RUN_SCHEMA + STAGE_SCHEMA + UNSUPPORTED, ids=lambda invalid: invalid.id)
 def test_invalid_spec_is_rejected_with_field_and_message(invalid: InvalidSpec) -> None:
     errors = validate(invalid.build())
     assert [error.field for error in errors] == [invalid.field], [str(error) for error in errors]
