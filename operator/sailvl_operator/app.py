@@ -102,8 +102,9 @@ def build_controller(
         ),
     )
     owned_objects = _build_owned_objects(shared)
-    backlog = StartupBacklog(owned_objects, clock=clock)
-    return _build_parts(shared, owned_objects, diagnostics_delay_seconds)
+    diagnostics = _build_diagnostics(shared, owned_objects, diagnostics_delay_seconds)
+    backlog = StartupBacklog(owned_objects, get_obstacles=diagnostics.get, clock=clock)
+    return _build_parts(shared, owned_objects, diagnostics)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,10 +121,9 @@ class _Shared:
     queue: WorkQueue[RunKey]
 
 
-def _build_parts(shared: _Shared, owned_objects: OwnedObjects, diagnostics_delay_seconds: float) -> ControllerParts:
+def _build_parts(shared: _Shared, owned_objects: OwnedObjects, diagnostics: StartDiagnostics) -> ControllerParts:
     recorder = _build_recorder(shared)
     progress = _build_progress_reader(shared, owned_objects)
-    diagnostics = _build_diagnostics(shared, owned_objects, diagnostics_delay_seconds)
     return ControllerParts(
         controller=_build_controller(shared, owned_objects, progress, diagnostics, recorder),
         runs=shared.runs,

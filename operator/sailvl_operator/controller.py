@@ -220,7 +220,7 @@ class Controller:
             select_pods(run, jobs, self._owned_objects.pods.get(key)),
             progress=self._progress.get(key, run.uid),
             progress_errors=self._progress.get_errors(key, run.uid),
-            wait_reasons=self._diagnostics.get(key),
+            obstacles=self._diagnostics.get(key),
             refusals=self._refusals.get(key),
             has_service=has_service,
             network_policy=find_policy_state(run, self._owned_objects.network_policies.get(key)),

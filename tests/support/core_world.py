@@ -14,7 +14,7 @@ from sailvl_operator.api.status import StageStatus, Status, encode_status
 from sailvl_operator.api.types import Defaults
 from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, Event
 from sailvl_operator.core.desired.workload import count_nodes
-from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord, observe
+from sailvl_operator.core.observe import AttemptKey, JobRecord, Obstacle, PodRecord, observe
 from sailvl_operator.core.reconcile import reconcile
 from sailvl_trainer.contract import Checkpoint, Progress
 from tests.support.builders.operator import build_end, build_job, build_pod, build_result, build_run
@@ -35,9 +35,9 @@ class CoreWorld:
     """Progress that the workers report."""
     progress_errors: dict[AttemptKey, str] = field(default_factory=dict)
     """Attempts whose progress can't be read, and why."""
-    wait_reasons: dict[AttemptKey, str] = field(default_factory=dict)
+    obstacles: dict[AttemptKey, Obstacle] = field(default_factory=dict)
     """Why attempts don't start."""
-    refusals: dict[AttemptKey, str] = field(default_factory=dict)
+    refusals: dict[AttemptKey, Obstacle] = field(default_factory=dict)
     """Errors with which the API server refuses objects of attempts."""
     restart_stage: str = ""
     """Value of the restart annotation."""
@@ -60,7 +60,7 @@ class CoreWorld:
             self.pods.values(),
             progress=self.progress,
             progress_errors=self.progress_errors,
-            wait_reasons=self.wait_reasons,
+            obstacles=self.obstacles,
             refusals=self.refusals,
         )
         decision = reconcile(run, seen, now=self.now, defaults=DEFAULTS, allowed=self.allowed)

@@ -92,7 +92,8 @@ class OperatorProcess:
     def check(self) -> None:
         """Raise the error of a task that has ended, since tasks only end by `kill`. Fail if a loop contained one."""
         for metric in self._metrics.loop_errors.collect():
-            assert not metric.samples, f"unexpected errors in background loops, see the log: {metric.samples}"
+            errors = {s.labels["loop"]: s.value for s in metric.samples if s.name.endswith("_total") and s.value}
+            assert not errors, f"unexpected errors in background loops, see the log: {errors}"
         for task in self._tasks:
             if task.done():
                 task.result()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sailvl_operator.api import names
+from sailvl_operator.api.status import Reason
 from sailvl_operator.api.types import Run
 from sailvl_operator.cluster import resources
 from sailvl_operator.cluster.client import Client
@@ -22,7 +23,7 @@ from sailvl_operator.core.decision import AttemptSpec, Decision, DeletionMode, N
 from sailvl_operator.core.desired.manifests import build_claim, build_job, build_service
 from sailvl_operator.core.desired.network_policy import build_network_policy
 from sailvl_operator.core.desired.workload import build_appdef
-from sailvl_operator.core.observe import AttemptKey, JobRecord
+from sailvl_operator.core.observe import AttemptKey, JobRecord, Obstacle
 from sailvl_operator.errors import REFUSALS, Conflict, NameConflict, NotFound, OperatorError
 
 _FORCE_GRACE_SECONDS = 1
@@ -35,25 +36,29 @@ Refusals = dict[AttemptKey, OperatorError]
 
 
 class RefusalLog:
-    """Messages of the newest refusals by run and attempt, as the Stuck condition shows them.
+    """Newest refusals by run and attempt, as the Stuck condition shows them.
 
     The controller writes them, and removes them when all writes of a reconcile have succeeded.
     """
 
     def __init__(self) -> None:
-        self._messages: dict[RunKey, dict[AttemptKey, str]] = {}
+        self._obstacles: dict[RunKey, dict[AttemptKey, Obstacle]] = {}
 
-    def get(self, key: RunKey) -> Mapping[AttemptKey, str]:
+    def get(self, key: RunKey) -> Mapping[AttemptKey, Obstacle]:
         """Return the refusals of each attempt of a run."""
-        return self._messages.get(key, {})
+        return self._obstacles.get(key, {})
 
     def replace(self, key: RunKey, errors: Mapping[AttemptKey, OperatorError]) -> None:
         """Store the refusals of a reconcile in place of earlier ones."""
-        self._messages[key] = {attempt: str(error) for attempt, error in errors.items()}
+        self._obstacles[key] = {attempt: _build_obstacle(error) for attempt, error in errors.items()}
 
     def clear(self, key: RunKey) -> None:
         """Remove the refusals of a run."""
-        self._messages.pop(key, None)
+        self._obstacles.pop(key, None)
+
+
+def _build_obstacle(error: OperatorError) -> Obstacle:
+    return Obstacle(message=str(error), reason=Reason.NAME_CONFLICT if isinstance(error, NameConflict) else None)
 
 
 class Applier:

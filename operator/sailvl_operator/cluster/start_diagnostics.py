@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 from sailvl_operator.api import names
-from sailvl_operator.api.status import Status, decode_status
+from sailvl_operator.api.status import Reason, Status, decode_status
 from sailvl_operator.api.types import Run
 from sailvl_operator.api.untrusted import DocumentError, clean_line
 from sailvl_operator.cluster import resources
@@ -25,7 +25,7 @@ from sailvl_operator.cluster.fair_queue import FairQueue
 from sailvl_operator.cluster.fair_tasks import FairTasks
 from sailvl_operator.cluster.owned_objects import OwnedObjects
 from sailvl_operator.cluster.runs import RunKey, RunStore
-from sailvl_operator.core.observe import AttemptKey, JobRecord, PodRecord
+from sailvl_operator.core.observe import AttemptKey, JobRecord, Obstacle, PodRecord
 from sailvl_operator.core.ownership import is_own_job
 from sailvl_operator.errors import ApiError, NotFound
 
@@ -73,7 +73,7 @@ class StartDiagnostics:
         self._delay_seconds = delay_seconds
         self._monotonic = monotonic
         self._count_error = count_error
-        self._messages: dict[RunKey, dict[AttemptKey, str]] = {}
+        self._obstacles: dict[RunKey, dict[AttemptKey, Obstacle]] = {}
         self._waiting_since: dict[str, float] = {}  # by the Job's UID
         self._diagnosed_at: dict[str, float] = {}  # by the Job's UID
         self._diagnoses: FairTasks[tuple[str, str], WaitingAttempt] = FairTasks(
@@ -87,13 +87,13 @@ class StartDiagnostics:
         self._turns: dict[str, int] = {}  # number of the diagnosis that was a namespace's last
         self._turn = 0
 
-    def get(self, key: RunKey) -> Mapping[AttemptKey, str]:
+    def get(self, key: RunKey) -> Mapping[AttemptKey, Obstacle]:
         """Return the newest diagnosis of each attempt of a run."""
-        return self._messages.get(key, {})
+        return self._obstacles.get(key, {})
 
     def forget(self, key: RunKey) -> None:
         """Remove all diagnoses of a run."""
-        self._messages.pop(key, None)
+        self._obstacles.pop(key, None)
 
     async def run(self) -> None:
         """Diagnose in rounds until cancelled."""
@@ -144,32 +144,33 @@ class StartDiagnostics:
         return self._diagnoses.count_group((namespace, "")) < _ATTEMPTS_PER_ROUND
 
     def _drop_started(self, waiting: set[tuple[str, str, str, int]]) -> None:
-        for key, messages in list(self._messages.items()):
-            for attempt in [a for a in messages if (*key, *a) not in waiting]:
-                self._store(key, attempt, "")
+        for key, obstacles in list(self._obstacles.items()):
+            for attempt in [a for a in obstacles if (*key, *a) not in waiting]:
+                self._store(key, attempt, None)
 
     async def _diagnose(self, _: tuple[str, str], attempt: WaitingAttempt) -> None:
         job, pods = attempt
         try:
             async with asyncio.timeout(_TIMEOUT_SECONDS):
-                message = await self._read_message(job, pods)
+                obstacle = await self._find_obstacle(job, pods)
         except (ApiError, TimeoutError):
             return
-        self._store((job.namespace, job.run), (job.stage, job.attempt), clean_line(message, _MESSAGE_LIMIT))
+        self._store((job.namespace, job.run), (job.stage, job.attempt), obstacle)
 
-    async def _read_message(self, job: JobRecord, pods: tuple[PodRecord, ...]) -> str:
+    async def _find_obstacle(self, job: JobRecord, pods: tuple[PodRecord, ...]) -> Obstacle | None:
         """Read the Workload of a suspended Job, else the Events of the Job if it lacks pods, else those of a pod that
         isn't ready."""
         if job.is_suspended:
-            return await self._read_workload(job)
+            return _build_obstacle(await self._read_workload(job))
         existing = [pod for pod in pods if not pod.is_gone]
         if len(existing) < job.nodes:
-            return await self._read_event(job.namespace, job.uid, f"Job {job.name}")
+            return _build_obstacle(await self._read_event(job.namespace, job.uid, f"Job {job.name}"))
         pod = next((pod for pod in existing if not pod.is_ready), existing[0])
         message = await self._read_event(job.namespace, pod.uid, f"pod {pod.name}")
         if message or pod.node:
-            return message
-        return f"pod {pod.name} waits for the scheduler {pod.scheduler}, which has not reported anything"
+            return _build_obstacle(message)
+        message = f"pod {pod.name} waits for the scheduler {pod.scheduler}, which has not reported anything"
+        return _build_obstacle(message, Reason.UNSCHEDULABLE)
 
     async def _read_event(self, namespace: str, uid: str, subject: str) -> str:
         """Return the newest Warning about an object; empty if there is none."""
@@ -216,14 +217,17 @@ class StartDiagnostics:
             return list(page.items)
         return []
 
-    def _store(self, key: RunKey, attempt: AttemptKey, message: str) -> None:
-        """Store a diagnosis, or remove it if the message is empty."""
-        messages = self._messages.get(key, {})
-        if messages.get(attempt, "") == message:
+    def _store(self, key: RunKey, attempt: AttemptKey, obstacle: Obstacle | None) -> None:
+        """Store a diagnosis, or remove it if there is no obstacle."""
+        if self._obstacles.get(key, {}).get(attempt) == obstacle:
             return
-        self._messages[key] = {a: m for a, m in (messages | {attempt: message}).items() if m}
-        if not self._messages[key]:
-            del self._messages[key]
+        obstacles = self._obstacles.setdefault(key, {})
+        if obstacle is not None:
+            obstacles[attempt] = obstacle
+        else:
+            del obstacles[attempt]
+        if not obstacles:
+            del self._obstacles[key]
         self._on_change(key)
 
 
@@ -269,3 +273,8 @@ def is_waiting(job: JobRecord, pods: Iterable[PodRecord]) -> bool:
 def _event_time(event: Mapping[str, Any]) -> str:
     series = event.get("series") or {}
     return str(series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or "")
+
+
+def _build_obstacle(message: str, reason: Reason | None = None) -> Obstacle | None:
+    """Build the obstacle that a message reports; None if the message is empty."""
+    return Obstacle(message=clean_line(message, _MESSAGE_LIMIT), reason=reason) if message else None

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from sailvl_operator.api.status import Reason
 from sailvl_trainer.contract import Progress, Termination
 
 AttemptKey = tuple[str, int]
@@ -136,6 +137,16 @@ NetworkPolicyState = Literal["Missing", "Outdated", "Current"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Obstacle:
+    """What keeps an attempt from starting or from getting its objects."""
+
+    message: str
+    reason: Reason | None = None
+    """Reason for the Stuck condition; None if it has to be found in the message, which then is of the API server, a
+    controller or a kubelet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptObservation:
     """Everything that was observed of one attempt."""
 
@@ -150,9 +161,9 @@ class AttemptObservation:
     """Progress that the workers reported last."""
     progress_error: str = ""
     """Why the progress of running workers could never be read."""
-    wait_reason: str = ""
+    obstacle: Obstacle | None = None
     """Why the attempt doesn't start, as the scheduler, a controller, the kubelet or Kueue reports it."""
-    refusal: str = ""
+    refusal: Obstacle | None = None
     """Error with which the API server refused an object of the attempt."""
 
 
@@ -187,8 +198,8 @@ def observe(
     *,
     progress: Mapping[AttemptKey, Progress] | None = None,
     progress_errors: Mapping[AttemptKey, str] | None = None,
-    wait_reasons: Mapping[AttemptKey, str] | None = None,
-    refusals: Mapping[AttemptKey, str] | None = None,
+    obstacles: Mapping[AttemptKey, Obstacle] | None = None,
+    refusals: Mapping[AttemptKey, Obstacle] | None = None,
     has_service: bool = True,
     network_policy: NetworkPolicyState = "Current",
 ) -> Observed:
@@ -199,8 +210,8 @@ def observe(
     for pod in sorted(pods, key=lambda p: (p.index, p.created, p.uid)):
         pods_by_attempt.setdefault((pod.stage, pod.attempt), []).append(pod)
     progress, progress_errors = progress or {}, progress_errors or {}
-    wait_reasons, refusals = wait_reasons or {}, refusals or {}
-    keys = set[AttemptKey]().union(jobs_by_attempt, pods_by_attempt, progress, progress_errors, wait_reasons, refusals)
+    obstacles, refusals = obstacles or {}, refusals or {}
+    keys = set[AttemptKey]().union(jobs_by_attempt, pods_by_attempt, progress, progress_errors, obstacles, refusals)
     attempts: dict[AttemptKey, AttemptObservation] = {}
     for key in sorted(keys):
         job = jobs_by_attempt.get(key)
@@ -211,8 +222,8 @@ def observe(
             pods=tuple(pods_by_attempt.get(key, ())),
             progress=progress.get(key),
             progress_error=progress_errors.get(key, ""),
-            wait_reason=wait_reasons.get(key, ""),
-            refusal=refusals.get(key, ""),
+            obstacle=obstacles.get(key),
+            refusal=refusals.get(key),
         )
     existing = tuple(jobs_by_attempt[key] for key in sorted(jobs_by_attempt) if not jobs_by_attempt[key].is_gone)
     return Observed(attempts=attempts, jobs=existing, has_service=has_service, network_policy=network_policy)

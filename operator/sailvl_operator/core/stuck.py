@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from sailvl_operator.api import names
 from sailvl_operator.api.status import Reason
 from sailvl_operator.core.gates import GateResult
-from sailvl_operator.core.observe import PodRecord
+from sailvl_operator.core.observe import Obstacle, PodRecord
 from sailvl_operator.core.stage_view import ACTIVE, StageView
 
 Stuck = tuple[Reason, str]
@@ -32,20 +32,18 @@ _REASON_BY_WAITING_REASON = {
 _REASON_BY_TEXT = (
     ("exceeded quota", Reason.QUOTA),
     ("failed quota", Reason.QUOTA),
-    ("waits for the scheduler", Reason.UNSCHEDULABLE),
     ("ImagePullBackOff", Reason.IMAGE_PULL_FAILED),
     ("ErrImagePull", Reason.IMAGE_PULL_FAILED),
     ("admission webhook", Reason.ADMISSION),
     ("failed calling webhook", Reason.ADMISSION),
     ("violates PodSecurity", Reason.ADMISSION),
     ("ValidatingAdmissionPolicy", Reason.ADMISSION),
-    ("is not owned by this run", Reason.NAME_CONFLICT),
-    ("differs from the one that this run creates", Reason.NAME_CONFLICT),
     ("volume", Reason.VOLUME_NOT_READY),
     ("Volume", Reason.VOLUME_NOT_READY),
     ("is forbidden", Reason.FORBIDDEN),
 )
-"""Reason by a part of an error message; the first match counts, and a message without a match is Rejected."""
+"""Reason by a part of a message of the API server, a controller or a kubelet, which have no codes for these. The first
+match counts, and a message without a match is Rejected."""
 
 
 def find_stuck(views: Sequence[StageView], gate_results: Sequence[GateResult]) -> Stuck | None:
@@ -61,11 +59,18 @@ def is_recently_unscheduled(pod: PodRecord, now: float) -> bool:
     return bool(pod.unschedulable) and now < pod.created + UNSCHEDULED_GRACE_SECONDS
 
 
+def find_reason(obstacle: Obstacle) -> Reason:
+    """Return the reason of an obstacle; if it has none, the one that fits its message."""
+    if obstacle.reason is not None:
+        return obstacle.reason
+    return next((reason for part, reason in _REASON_BY_TEXT if part in obstacle.message), Reason.REJECTED)
+
+
 def _find_stuck_stage(view: StageView) -> Stuck | None:
     if view.status.state == "Suspended" or view.run.spec.suspend:
         return None
-    if view.attempt.refusal:
-        return _classify_message(view, view.attempt.refusal)
+    if view.attempt.refusal is not None:
+        return _describe_obstacle(view, view.attempt.refusal)
     if view.status.state == "Running":
         return None
     if stuck_pod := _find_stuck_pod(view.attempt.pods, view.now):
@@ -73,8 +78,8 @@ def _find_stuck_stage(view: StageView) -> Stuck | None:
         annotation = f"{names.ANNOTATION_RESTART}={view.status.name}"
         advice = f"fix the spec; it applies to the next attempt. To start one now, annotate {annotation}"
         return reason, f"{message}; {advice}"
-    if view.attempt.wait_reason:
-        return _classify_message(view, view.attempt.wait_reason)
+    if view.attempt.obstacle is not None:
+        return _describe_obstacle(view, view.attempt.obstacle)
     return _describe_queue(view)
 
 
@@ -93,11 +98,9 @@ def _find_stuck_pod(pods: Sequence[PodRecord], now: float) -> Stuck | None:
     return None
 
 
-def _classify_message(view: StageView, message: str) -> Stuck:
-    """Return the reason that fits a message of the API server, a controller or a kubelet about the attempt."""
-    if view.attempt.job is not None and view.attempt.job.is_suspended:
-        return Reason.QUEUED, message
-    return next((reason for part, reason in _REASON_BY_TEXT if part in message), Reason.REJECTED), message
+def _describe_obstacle(view: StageView, obstacle: Obstacle) -> Stuck:
+    is_queued = view.attempt.job is not None and view.attempt.job.is_suspended
+    return Reason.QUEUED if is_queued else find_reason(obstacle), obstacle.message
 
 
 def _describe_queue(view: StageView) -> Stuck | None:

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from sailvl_operator.api.status import encode_status
 from sailvl_operator.cluster.backpressure import HIGH_BACKLOG_JOBS, YOUNG_SECONDS, StartupBacklog
-from sailvl_operator.core.observe import observe
+from sailvl_operator.core.observe import Obstacle, observe
 from sailvl_operator.core.reconcile import reconcile
 from tests.support.builders.operator import build_job, build_pod, build_run
 from tests.support.core_world import DEFAULTS, CoreWorld
@@ -55,6 +55,23 @@ def test_backlog_counts_young_jobs_that_lack_pods(jobs, indices, is_high):
 def test_jobs_that_wait_for_a_quota_are_not_counted():
     jobs = [replace(job, started=NOW - YOUNG_SECONDS - 1) for job in build_jobs(HIGH_BACKLOG_JOBS + 1)]
     assert not StartupBacklog(Stores(jobs), clock=lambda: NOW).is_high("team")
+
+
+@pytest.mark.parametrize(
+    ("message", "is_high"),
+    [
+        pytest.param("Job x: FailedCreate: pods is forbidden: exceeded quota: gpus", False, id="quota"),
+        pytest.param('Job x: FailedCreate: failed calling webhook "w": timed out', False, id="webhook"),
+        pytest.param("Job x: FailedCreate: etcdserver: request timed out", True, id="control plane"),
+    ],
+)
+def test_jobs_whose_pods_a_namespace_refuses_are_not_counted(message, is_high):
+    """A tenant's Jobs otherwise defer the writes of another namespace that starts as many."""
+    refused = [replace(job, namespace="tenant") for job in build_jobs(HIGH_BACKLOG_JOBS // 2)]
+    jobs = build_jobs(HIGH_BACKLOG_JOBS // 2 + 1) + refused
+    obstacles = {job.namespace: {("curate", 1): Obstacle(message=message)} for job in refused}
+    backlog = StartupBacklog(Stores(jobs), get_obstacles=lambda key: obstacles.get(key[0], {}), clock=lambda: NOW)
+    assert backlog.is_high("team") is is_high
 
 
 def test_job_that_once_had_all_pods_is_not_counted_again():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sailvl_operator.api.status import ConditionType
+from sailvl_operator.api.status import ConditionType, Reason
+from sailvl_operator.core.observe import Obstacle
 from tests.support.core_world import CoreWorld
 
 MESSAGES = [
@@ -12,11 +13,10 @@ MESSAGES = [
     pytest.param('admission webhook "policy.example.com" denied the request: no', "AdmissionDenied", id="webhook"),
     pytest.param('pods "x" is forbidden: violates PodSecurity "restricted"', "AdmissionDenied", id="pod security"),
     pytest.param("pod x: FailedMount: MountVolume.SetUp failed for volume", "VolumeNotReady", id="volume"),
-    pytest.param(
-        "Job demo-a-1 exists and is not owned by this run; delete it or rename the run", "NameConflict", id="name"
-    ),
     pytest.param("jobs.batch is forbidden: User cannot create resource", "Forbidden", id="forbidden"),
     pytest.param("Job.batch is invalid: spec.template", "Rejected", id="other"),
+    pytest.param("Job.batch is invalid: it is not owned by this run", "Rejected", id="text of the operator"),
+    pytest.param("policy: a Job waits for the scheduler of its team", "Rejected", id="another text of the operator"),
 ]
 
 
@@ -24,12 +24,12 @@ MESSAGES = [
 def test_stuck_reason_follows_from_the_message(message: str, reason: str) -> None:
     world = CoreWorld(advances_time=False)
     world.reconcile_once()
-    world.wait_reasons["curate", 1] = message
+    world.obstacles["curate", 1] = Obstacle(message=message)
     world.reconcile_once()
     stuck = world.status.condition(ConditionType.STUCK)
     assert stuck is not None
     assert (stuck.status, stuck.reason, stuck.message) == ("True", reason, message)
-    world.wait_reasons.clear()
+    world.obstacles.clear()
     world.run_until_stable()
     assert not world.status.is_true(ConditionType.STUCK)
 
@@ -37,7 +37,7 @@ def test_stuck_reason_follows_from_the_message(message: str, reason: str) -> Non
 def test_refusal_is_reported_while_workers_run() -> None:
     world = CoreWorld(advances_time=False)
     world.run_until_stable()
-    world.refusals["curate", 1] = "Service demo exists and is not owned by this run; delete it or rename the run"
+    world.refusals["curate", 1] = Obstacle(message="Service demo exists", reason=Reason.NAME_CONFLICT)
     world.run_until_stable()
     stuck = world.status.condition(ConditionType.STUCK)
     assert stuck is not None
