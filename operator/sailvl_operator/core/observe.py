@@ -138,7 +138,7 @@ NetworkPolicyState = Literal["Missing", "Outdated", "Current"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Obstacle:
-    """What keeps an attempt from starting or from getting its objects."""
+    """Problem that keeps an attempt from starting or from getting its objects."""
 
     message: str
     reason: Reason | None = None

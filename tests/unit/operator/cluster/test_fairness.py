@@ -94,9 +94,9 @@ async def test_slow_keys_of_other_namespaces_leave_a_worker(namespaces):
     queue.add(HONEST)
     for _ in range(3):
         await asyncio.sleep(0)
-    taken = [worker.result()[0] for worker in workers if worker.done()]
-    assert HONEST in taken
-    assert len(taken) > 10, "others use most of the workers"
+    held_keys = [worker.result()[0] for worker in workers if worker.done()]
+    assert HONEST in held_keys
+    assert len(held_keys) > 10, "others use most of the workers"
     for worker in workers:
         worker.cancel()
 
