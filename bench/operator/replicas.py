@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from bench.operator.control_plane import ControlPlane
-from bench.operator.peers import SailVL
+from bench.operator.peers import SailVL, until
 
 _SAMPLE_SECONDS = 0.5
 
@@ -26,11 +26,14 @@ class Replica:
         """Whether the process ended by itself."""
 
     async def __aenter__(self) -> Replica:
-        if self._is_leader:
-            await self.operator.start()
-        else:
-            self.operator.spawn()
+        self.operator.spawn()
         self._watching = asyncio.create_task(self._watch())
+        try:
+            if self._is_leader:
+                await until(self.operator.is_ready, 60)
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
