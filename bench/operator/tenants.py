@@ -11,22 +11,24 @@ import argparse
 import asyncio
 import json
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from math import inf
 
 from bench import history
 from bench.operator import scenarios
-from bench.operator.control_plane import LIMITS, ControlPlane
+from bench.operator.control_plane import LIMITS, NODE_KIND, ControlPlane
 from bench.operator.hostile_churn import LARGE_WRITES, SMALL_WRITES, WRITES_PER_SECOND
 from bench.operator.hostile_tenant import HostileScale, HostileTenant
 from bench.operator.replicas import Replica
 from bench.targets import Target, describe_result, format_targets
 from sailvl_operator.cluster.progress import PROGRESS_WRITES_PER_SECOND
+from sailvl_operator.errors import ApiError
 
 RUNS = 300
 """Honest runs of two pods; a third of them fails in each of the two measurements."""
@@ -87,6 +89,8 @@ class Measurement:
     """Requests to /progress of honest workers per second."""
     seconds: float
     """Duration of the measurement."""
+    api_write_seconds: float
+    """Median duration of a small write by another client: how much the API server itself is slowed down."""
 
     def percentile(self, percent: int) -> float:
         """Return a percentile of the replacements in seconds."""
@@ -138,6 +142,8 @@ def build_figures(alone: Measurement, beside: Measurement) -> dict[str, float]:
         "honest_p50_beside_s": beside.percentile(50),
         "honest_reads_alone_per_s": alone.reads_per_second,
         "honest_reads_beside_per_s": beside.reads_per_second,
+        "api_write_p50_alone_s": alone.api_write_seconds,
+        "api_write_p50_beside_s": beside.api_write_seconds,
         "honest_reads_ratio": beside.reads_per_second / share,
     }
 
@@ -148,8 +154,10 @@ async def _measure(plane: ControlPlane, replicas: Sequence[Replica]) -> Measurem
     replacing = asyncio.create_task(
         scenarios.measure_replacements(plane, failures=RUNS // 3, rate=FAILURES_PER_SECOND, attempt=1, log=_log)
     )
+    writes = []
     while not replacing.done() and not any(replica.has_failed for replica in replicas):
-        await asyncio.wait([replacing], timeout=1)
+        await asyncio.wait([replacing], timeout=0.5)
+        writes.append(await _time_write(plane))
     replacing.cancel()
     [replacements] = await asyncio.gather(replacing, return_exceptions=True)
     if isinstance(replacements, BaseException):
@@ -157,8 +165,19 @@ async def _measure(plane: ControlPlane, replicas: Sequence[Replica]) -> Measurem
         replacements = [inf, inf]
     seconds = time.monotonic() - began
     return Measurement(
-        replacements=replacements, reads_per_second=(plane.workers.reads - reads) / seconds, seconds=seconds
+        replacements=replacements,
+        reads_per_second=(plane.workers.reads - reads) / seconds,
+        seconds=seconds,
+        api_write_seconds=statistics.median(writes) if writes else inf,
     )
+
+
+async def _time_write(plane: ControlPlane) -> float:
+    """Return the seconds until a small write, of an object that the operator does not read, succeeds or fails."""
+    began = time.monotonic()
+    with suppress(ApiError):
+        await plane.client.patch(NODE_KIND, "", "node-0", {"metadata": {"annotations": {"probe": str(began)}}})
+    return time.monotonic() - began
 
 
 async def _await_attack(tenant: HostileTenant, standby: Replica, scale: HostileScale) -> None:

@@ -26,7 +26,7 @@ GOOD = {
 
 
 def build_measurement(*times: float, reads: float = 10.0) -> Measurement:
-    return Measurement(replacements=sorted(times), reads_per_second=reads, seconds=20.0)
+    return Measurement(replacements=sorted(times), reads_per_second=reads, seconds=20.0, api_write_seconds=0.01)
 
 
 def run_main(figures: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[history.Record]:
