@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 RunKey = tuple[str, str]
 """Namespace and name of a run; the keys of the work queue."""
 
-_METADATA = ("namespace", "name", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+_METADATA = ("namespace", "name", "uid", "generation", "creationTimestamp", "deletionTimestamp")
 _FINAL = (ConditionType.SUCCEEDED, ConditionType.FAILED)
 _COMPRESSION_LEVEL = 1  # higher levels save a few percent and take several times longer
 
@@ -64,7 +64,8 @@ class _Stored(NamedTuple):
     entry: RunEntry | None
     """The run with the spec that was parsed last and with its newest status; None if it has finished or is new."""
     document: bytes = b""
-    """JSON of the object, compressed if the run has finished; empty if the newest spec is parsed."""
+    """JSON of the object without its version, compressed if the run has finished; empty if the newest spec is
+    parsed."""
     is_finished: bool = False
     """Whether the run has finished and is not parsed."""
     edited_bytes: int = 0
@@ -79,7 +80,16 @@ class _Stored(NamedTuple):
     def _decode(self) -> dict[str, Any]:
         document = zlib.decompress(self.document) if self.is_finished else self.document
         decoded: dict[str, Any] = msgspec.json.decode(document, type=SailVLRun)
+        decoded["metadata"]["resourceVersion"] = str(self.version)
         return decoded
+
+    def is_same(self, other: _Stored) -> bool:
+        """Whether nothing that is read differs except the version."""
+        if self.document or other.document or self.entry is None or other.entry is None:
+            return self.document == other.document
+        return self.entry.run == msgspec.structs.replace(
+            other.entry.run, resource_version=self.entry.run.resource_version
+        )
 
 
 class RunStore:
@@ -142,14 +152,15 @@ class RunStore:
         return known is not None and bool(version) and known.version >= int(version)
 
     def put(self, raw: dict[str, Any]) -> bool:
-        """Store a state if it is newer than the stored one. Return whether it is."""
+        """Store a state if it is newer than the stored one. Return whether anything that is read has changed: users may
+        change other metadata in a loop, which needs no reconcile."""
         key, version = key_of(raw), int(raw["metadata"]["resourceVersion"])
         known = self._runs.get(key)
         if known is not None and known.version >= version:
             return False
-        is_same = known is not None and known.uid == raw["metadata"]["uid"]
-        self._runs[key] = _build_stored(raw, version, known if is_same else None)
-        return True
+        known = known if known is not None and known.uid == raw["metadata"]["uid"] else None
+        stored = self._runs[key] = _build_stored(raw, version, known)
+        return known is None or not stored.is_same(known)
 
     def put_patched(self, raw: dict[str, Any]) -> bool:
         """Store the response to our own patch, unless the run was deleted meanwhile."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from sailvl_operator.api import names
 from sailvl_operator.api.parse import parse_run
@@ -25,12 +26,33 @@ def test_older_version_never_replaces_newer_one():
     assert runs.put(build_raw(10))
     assert not runs.put(build_raw(9))
     assert not runs.put(build_raw(10))
-    assert runs.put(build_raw(11))
+    assert runs.put(build_raw(11, suspend=True))
     runs.delete(KEY, "another")
     assert runs.get(KEY).run.resource_version == "11"
     runs.delete(KEY, "u")
     assert not runs.put_patched(build_raw(12)), "the run was deleted before the response arrived"
     assert runs.get(KEY) is None
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["not parsed", "parsed"])
+@pytest.mark.parametrize("conditions", [[], [{"type": "Succeeded", "status": "True"}]], ids=["active", "finished"])
+def test_change_of_other_metadata_is_a_new_version_without_a_change(is_read, conditions):
+    def build(version: int, generation: int = 1, **metadata: object) -> dict:
+        raw = build_raw(version, suspend=generation > 1) | {"status": {"conditions": conditions}}
+        return raw | {"metadata": raw["metadata"] | {"generation": generation} | metadata}
+
+    runs = RunStore()
+    assert runs.put(build(10))
+    for version, metadata in enumerate(({"labels": {"a": "b"}}, {"finalizers": ["a/b"]}, {"annotations": {"a": "b"}})):
+        if is_read:
+            runs.get(KEY)
+        assert not runs.put(build(11 + version, **metadata))
+        assert runs.get_version(KEY) == ("u", 11 + version)
+    assert runs.get(KEY).run.resource_version == "13", "the version is the precondition of the next write"
+    assert runs.put(build(20, annotations={names.ANNOTATION_RESTART: "sft"}))
+    assert runs.put(build(21, generation=2))
+    assert runs.put(build(22, generation=2, deletionTimestamp="2026-01-01T00:00:00Z"))
+    assert runs.put(build(23, generation=2, uid="another"))
 
 
 def test_run_with_invalid_spec_keeps_its_identity_and_the_error():
