@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import tracemalloc
+from random import Random
+from string import ascii_letters
 from typing import Any
 
+import jsonschema
 import msgspec
 import pytest
 
@@ -20,8 +24,10 @@ from sailvl_operator.api.status import (
     StageProgress,
     StageStatus,
     Status,
+    decode_status,
     encode_status,
 )
+from sailvl_operator.api.untrusted import MAX_NAME_LENGTH
 from sailvl_operator.cluster.runs import RunStore
 from tests.support.builders.operator import SPEC, build_document
 
@@ -130,6 +136,42 @@ def build_largest_spec(*, is_long: bool, max_bytes: int) -> dict[str, Any]:
     return spec | {"stages": [stage | {"name": f"s{n}"} for n in range(number)]}
 
 
+WIDE_LETTERS = [chr(code) for code in range(0x1F300, 0x1F5FF)]
+"""Printable characters of which each takes four bytes, in JSON and in memory."""
+
+
+def fill_status(schema: dict[str, Any], random: Random) -> Any:
+    """Build a value with every field, as many items as the schema allows and the longest strings, which a worker can
+    choose so that they can't be compressed."""
+    if "enum" in schema:
+        return max(schema["enum"], key=len)
+    match schema["type"]:
+        case "object" if "properties" in schema:
+            return {name: fill_status(field, random) for name, field in schema["properties"].items()}
+        case "object":
+            names = ("".join(random.choices(ascii_letters, k=MAX_NAME_LENGTH)) for _ in range(schema["maxProperties"]))
+            return {name: fill_status(schema["additionalProperties"], random) for name in names}
+        case "array":
+            return [fill_status(schema["items"], random) for _ in range(schema["maxItems"])]
+        case "string":
+            text = "".join(random.choices(WIDE_LETTERS, k=schema.get("maxLength", 16)))
+            return next(example for example in (text, TIME, "99.00", "1e-9") if is_valid(example, schema))
+    return schema["type"] == "boolean" or schema.get("maximum", 2**31) - random.randrange(10**6)
+
+
+def is_valid(value: object, schema: dict[str, Any]) -> bool:
+    return "pattern" not in schema or re.fullmatch(schema["pattern"], str(value)) is not None
+
+
+def build_largest_status(*, is_finished: bool) -> Status:
+    """Build a status at the limit of its schema."""
+    status = fill_status(build_schema()["properties"]["status"], Random(0))
+    for number, condition in enumerate(status["conditions"]):
+        is_final = is_finished and number == 0
+        condition |= {"type": "Failed" if is_final else f"Type{number}", "status": "True" if is_final else "False"}
+    return decode_status(status)
+
+
 def test_typical_runs_are_small() -> None:
     assert measure_held_kib(SPEC, build_status(is_finished=False)) < 24
     assert measure_held_kib(SPEC, build_status(is_finished=False), is_read=False) < 6
@@ -143,6 +185,20 @@ def test_memory_of_the_largest_spec_is_known(is_long: bool) -> None:
     assert spec["stages"], "one stage with every field at its limit fits"
     assert parse_spec(spec).stages
     assert measure_held_kib(spec, Status(), runs=2) < 1536
+
+
+@pytest.mark.parametrize(("is_finished", "max_kib"), [(False, 3072), (True, 1024)], ids=["active", "finished"])
+@pytest.mark.slow
+def test_memory_of_the_largest_spec_and_status_is_known(is_finished: bool, max_kib: int) -> None:
+    spec, status = (
+        build_largest_spec(is_long=False, max_bytes=MAX_SPEC_BYTES),
+        build_largest_status(is_finished=is_finished),
+    )
+    jsonschema.validate(encode_status(status), build_schema()["properties"]["status"])
+    size = len(msgspec.json.encode(encode_status(status)))
+    assert 2**20 < size < 1.5 * 2**20, "the API server stores up to 1.5 MiB of an object"
+    held = measure_held_kib(spec, status, runs=2)
+    assert max_kib / 2 < held < max_kib
 
 
 @pytest.mark.slow
