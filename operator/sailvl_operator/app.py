@@ -341,7 +341,10 @@ class App:
         )
 
     def _readiness_errors(self) -> list[str]:
-        return health.readiness_errors(is_synced=self.parts.owned_objects.is_synced())
+        objects = self.parts.owned_objects
+        return health.readiness_errors(
+            is_synced=objects.is_synced(), missing_permissions=objects.find_missing_permissions()
+        )
 
     def _is_leading(self) -> bool:
         return self.leadership.is_leading or not self._settings.lease.enabled

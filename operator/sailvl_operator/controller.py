@@ -38,6 +38,7 @@ from sailvl_operator.errors import (
     REFUSALS,
     ApiError,
     Conflict,
+    Forbidden,
     NameConflict,
     NotFound,
     OperatorError,
@@ -147,6 +148,7 @@ class Controller:
         if entry is None:
             self._forget_run(key)
             return "unchanged"
+        self._check_permissions(entry.run)
         decision = self._decide(entry, key)
         refusal = await self._apply(entry.run, decision, self._applier.apply)
         if refusal is None and may_defer and decision.may_be_deferred and self._queue.has_backlog(key):
@@ -169,6 +171,14 @@ class Controller:
         self._schedule(key, decision)
         self._forget_closed(entry.run, key)
         return "unchanged"
+
+    def _check_permissions(self, run: Run) -> None:
+        """Report with an Event that Jobs or pods of a run's namespace can't be watched, and raise Forbidden: without
+        them, a missing Job would be taken for deleted."""
+        for missing in self._owned_objects.find_missing_permissions(run.namespace):
+            message = f"the operator is {missing}"
+            self._recorder.record(run, type_="Warning", reason=Reason.FORBIDDEN, message=message)
+            raise Forbidden(message, status=403, reason="Forbidden")
 
     def _defer_writes(self, key: RunKey, decision: Decision) -> str:
         """Defer the status and the Service of a run. Its own deadlines stay scheduled."""

@@ -53,9 +53,13 @@ def liveness_errors(
     return errors
 
 
-def readiness_errors(*, is_synced: bool) -> list[str]:
-    """Return why this process isn't ready. A standby is ready, too, once its informers are synced."""
-    return [] if is_synced else ["informers: first lists not complete"]
+def readiness_errors(*, is_synced: bool, missing_permissions: Iterable[str] = ()) -> list[str]:
+    """Return why this process isn't ready. A standby is ready, too, once its informers are synced.
+
+    `missing_permissions`: those without which the runs of some namespace can't be reconciled.
+    """
+    errors = [] if is_synced else ["informers: first lists not complete"]
+    return errors + [f"informers: {permission}" for permission in missing_permissions]
 
 
 class HealthServer:

@@ -59,7 +59,7 @@ class Metrics:
         )
         self.watch_restarts = Counter(
             "sailvl_operator_watch_restarts",
-            "Restarts of watches by resource and cause: expired, timeout or error.",
+            "Restarts of watches by resource and cause: expired, timeout, forbidden or error.",
             ("resource", "cause"),
             registry=registry,
         )

@@ -91,10 +91,10 @@ class Applier:
             await self._delete(resources.JOBS, job.namespace, job.name, job.uid)
         if decision.clear_restart_request:
             await self._clear_restart_annotation(run)
-        if decision.network_policy is not None and not decision.start:
-            await self._apply_network_policy(run, decision.network_policy)
         if decision.delete_run:
             await self._delete(resources.RUNS, run.namespace, run.name, run.uid, version=run.resource_version)
+        elif decision.network_policy is not None and not (decision.start and _is_needed(decision.network_policy)):
+            await self._apply_network_policy(run, decision.network_policy)
         return refusals
 
     async def ensure_service(self, run: Run, _: Decision) -> Refusals:
@@ -111,7 +111,7 @@ class Applier:
     async def _start_all(self, run: Run, decision: Decision) -> Refusals:
         """Start attempts. No worker starts without its NetworkPolicy, which is written first."""
         refusals: Refusals = {}
-        is_protected = decision.network_policy is None
+        is_protected = not _is_needed(decision.network_policy)
         for attempt in decision.start:
             try:
                 if decision.network_policy is not None and not is_protected:
@@ -239,6 +239,11 @@ class Applier:
         if resource is resources.JOBS and (alteration := parse_job(existing).alteration):
             raise NameConflict(f"{subject}, but differs from the one that this run creates: {alteration}; delete it")
         return existing
+
+
+def _is_needed(action: NetworkPolicyAction | None) -> bool:
+    """Return whether workers may start only after this change of the NetworkPolicy."""
+    return action not in (None, NetworkPolicyAction.DELETE)
 
 
 def _build_policy_patch(found: dict[str, Any], spec: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:

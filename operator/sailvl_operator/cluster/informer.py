@@ -18,7 +18,7 @@ from sailvl_operator.cluster.background import CountError, contain_errors, ignor
 from sailvl_operator.cluster.client import Client
 from sailvl_operator.cluster.record_store import Kind, Record, Store
 from sailvl_operator.cluster.watch_stream import EventType, Object
-from sailvl_operator.errors import ApiError, Gone
+from sailvl_operator.errors import ApiError, Forbidden, Gone
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,18 @@ class Informer(Generic[Record]):
         self._client = client
         self._kind = kind
         self._store = store
-        self._namespace = namespace
+        self.namespace = namespace
         self._count_restart = count_restart
         self._count_error = count_error
         self._last_received_at = time.monotonic()
         self._version = ""
         self._failures = 0
         self.synced = asyncio.Event()
+        """Set once the first list is stored."""
+        self.answered = asyncio.Event()
+        """Set once the first list is stored or was forbidden."""
+        self.missing_permission = ""
+        """Which verb on which resource is forbidden, and what to grant; empty if none is."""
         self.resource = kind.resource.plural
 
     def silent_seconds(self) -> float:
@@ -67,11 +72,16 @@ class Informer(Generic[Record]):
                 if not self._version:
                     await self._list()
                 await self._watch()
+                self.missing_permission = ""
                 self._count_restart(self.resource, "timeout")
             except Gone:
                 self._version = ""
                 self._failures += 1
                 self._count_restart(self.resource, "expired")
+            except Forbidden as error:
+                self._failures += 1
+                self._count_restart(self.resource, "forbidden")
+                self._report_missing_permission("watch" if self._version else "list", error)
             except ApiError as error:
                 self._failures += 1
                 self._count_restart(self.resource, "error")
@@ -81,9 +91,9 @@ class Informer(Generic[Record]):
 
     async def _list(self) -> None:
         records: list[Record] = []
-        version, known = "", self._store.uids(self._namespace)
+        version, known = "", self._store.uids(self.namespace)
         pages = self._client.list_pages(
-            self._kind.resource, self._namespace, selector=names.MANAGED_SELECTOR, decode_as=self._kind.decode_as
+            self._kind.resource, self.namespace, selector=names.MANAGED_SELECTOR, decode_as=self._kind.decode_as
         )
         async for items, version in pages:  # noqa: B007  # the last page's is used
             self._last_received_at = time.monotonic()
@@ -91,24 +101,41 @@ class Informer(Generic[Record]):
                 known.discard(raw["metadata"]["uid"])  # keeps the last record of an object that can't be parsed
                 with self._contain_errors(raw):
                     records.append(self._kind.parse(raw))
-        self._store.replace_all(records, namespace=self._namespace, known=known)
+        self._store.replace_all(records, namespace=self.namespace, known=known)
         self._version = version
+        self.missing_permission = ""
         self.synced.set()
+        self.answered.set()
 
     async def _watch(self) -> None:
         events = self._client.watch(
             self._kind.resource,
-            self._namespace,
+            self.namespace,
             selector=names.MANAGED_SELECTOR,
             resource_version=self._version,
             decode_as=self._kind.decode_as,
         )
         async for type_, raw in events:
             self._last_received_at = time.monotonic()
+            self.missing_permission = ""
             self._version = raw["metadata"]["resourceVersion"]
             self._failures = 0
             with self._contain_errors(raw):
                 self._handle(type_, raw)
+
+    def _report_missing_permission(self, verb: str, error: Forbidden) -> None:
+        """Log once which permission is missing. The answer counts as data: a restart wouldn't help."""
+        self._last_received_at = time.monotonic()
+        group, _, _ = self._kind.resource.api_version.rpartition("/")
+        scope = f"in namespace {self.namespace}" if self.namespace else "in all namespaces"
+        message = (
+            f"not permitted to {verb} {self.resource} {scope}; grant the operator's role the verbs list and watch on "
+            f"{self.resource} of the API group {group or 'core'}"
+        )
+        if message != self.missing_permission:
+            log.error("%s: %s", message, error, extra={"resource": self.resource})
+        self.missing_permission = message
+        self.answered.set()
 
     def _contain_errors(self, raw: Object) -> AbstractContextManager[None]:
         subject = f"{self.resource} {raw['metadata'].get('namespace', '')}/{raw['metadata'].get('name', '')}"

@@ -105,9 +105,9 @@ class OwnedObjects:
             ]
 
         self._count_error = count_error
+        self._required = [*watch(_JOBS, self.jobs), *watch(_PODS, self.pods)]
         self._informers = [
-            *watch(_JOBS, self.jobs),
-            *watch(_PODS, self.pods),
+            *self._required,
             *watch(_SERVICES, self.services),
             *watch(policies, self.network_policies),
         ]
@@ -138,13 +138,26 @@ class OwnedObjects:
         return entry is not None and is_pod_evidence(entry.run, entry.planned, self.jobs.get(key), pod)
 
     async def wait_synced(self) -> None:
-        """Wait until every informer has its first list; before that, a missing Job doesn't mean that it was deleted."""
+        """Wait until every informer has its first list, or may have none; before that, a missing Job doesn't mean that
+        it was deleted."""
         for informer in self._informers:
-            await informer.synced.wait()
+            await informer.answered.wait()
 
     def is_synced(self) -> bool:
-        """Return whether every informer has its first list."""
-        return all(informer.synced.is_set() for informer in self._informers)
+        """Return whether every informer has its first list, or is forbidden to list."""
+        return all(informer.answered.is_set() for informer in self._informers)
+
+    def find_missing_permissions(self, namespace: str | None = None) -> list[str]:
+        """Return which permissions on Jobs and pods are missing, without which no run of a namespace can be reconciled.
+        None: of any namespace.
+
+        Runs continue without a watch of Services or NetworkPolicies: each is created when it is needed.
+        """
+        return [
+            informer.missing_permission
+            for informer in self._required
+            if informer.missing_permission and (namespace is None or informer.namespace in ("", namespace))
+        ]
 
     def ages(self) -> Iterator[tuple[str, float]]:
         """Yield each resource with the longest silence of its watches in seconds."""

@@ -53,6 +53,7 @@ def test_liveness_fails_with_the_reason(silent, oldest, missing, errors):
 def test_readiness_requires_synced_informers():
     assert readiness_errors(is_synced=True) == []
     assert readiness_errors(is_synced=False) == ["informers: first lists not complete"]
+    assert readiness_errors(is_synced=True, missing_permissions=["not permitted"]) == ["informers: not permitted"]
 
 
 def test_watch_is_not_stale_before_the_api_server_ends_it():
