@@ -20,6 +20,7 @@ from sailvl_operator.cluster.workqueue import QueueConfig
 from sailvl_operator.settings import LeaseSettings, OperatorSettings
 from tests.support.apiserver.http import AnonymousConfiguration, FakeApiServer, serve
 from tests.support.apiserver.store import NEW_YEAR_2026
+from tests.support.builders.operator import build_document
 
 KEY = ("team", "demo")
 SETTINGS = OperatorSettings(
@@ -143,3 +144,10 @@ async def running(settings: OperatorSettings = SETTINGS):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def build_two_worker_document() -> dict[str, Any]:
+    """Build a valid run with two workers in its first stage."""
+    document = build_document()
+    document["spec"]["stages"][0]["workers"] = {"nodes": 2}
+    return document
