@@ -25,7 +25,7 @@ STALLED_QUEUE_SECONDS = 300.0
 
 MAX_SCRAPES = 8
 """Requests to /metrics that are answered at a time; a client that reads slowly holds a copy of the page in memory."""
-SCRAPE_SECONDS = 10.0
+MAX_SCRAPE_SECONDS = 10.0
 """A client must have read the page within this time."""
 
 Check = Callable[[], Sequence[str]]
@@ -115,7 +115,7 @@ class HealthServer:
 async def _send(response: web.Response, request: web.Request) -> None:
     """Send a response, or close the connection if the client doesn't read it in time."""
     try:
-        async with asyncio.timeout(SCRAPE_SECONDS):
+        async with asyncio.timeout(MAX_SCRAPE_SECONDS):
             await response.prepare(request)
             await response.write_eof()
     except TimeoutError:

@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 RunStatus = tuple[str, str, Callable[[], Status]]
 """Namespace and name of a run, and a function that decodes its status."""
 
-SERIES_LIMIT = 20_000
+MAX_SERIES = 20_000
 """Largest number of series of one metric."""
-LABEL_LIMIT = 128
+MAX_LABEL_LENGTH = 128
 """Letters of a label's value; longer values are cut."""
 
 _RUN = ("namespace", "run")
@@ -67,9 +67,9 @@ class RunCollector(Collector):
     `statuses` is called by `take_snapshot` in the event loop; the rest may run in another thread.
     """
 
-    def __init__(self, statuses: Callable[[], Iterable[RunStatus]], *, series_limit: int = SERIES_LIMIT) -> None:
+    def __init__(self, statuses: Callable[[], Iterable[RunStatus]], *, max_series: int = MAX_SERIES) -> None:
         self._statuses = statuses
-        self._series_limit = series_limit
+        self._max_series = max_series
         self._snapshot: list[RunStatus] | None = None
 
     def take_snapshot(self) -> None:
@@ -78,7 +78,7 @@ class RunCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         runs, self._snapshot = self._snapshot, None
-        statuses = _Statuses(self._statuses() if runs is None else runs, self._series_limit)
+        statuses = _Statuses(self._statuses() if runs is None else runs, self._max_series)
         series, omitted = statuses.limit_series()
         yield statuses.count_states()
         for name, (help_, labels) in _GAUGES.items():
@@ -88,7 +88,7 @@ class RunCollector(Collector):
         yield _fill(
             GaugeMetricFamily(
                 "sailvl_operator_omitted_series",
-                f"Number of series that were left out, because a metric may have {SERIES_LIMIT} of them.",
+                f"Number of series that were left out, because a metric may have {MAX_SERIES} of them.",
                 labels=["metric"],
             ),
             [((metric,), count) for metric, count in omitted.items()],
@@ -177,8 +177,8 @@ def _fill(metric: GaugeMetricFamily | CounterMetricFamily, series: Iterable[Seri
 
 def _clean_label(value: str) -> str:
     """Return a value that can be encoded and isn't too long."""
-    is_clean = len(value) <= LABEL_LIMIT and value.isascii()
-    return value if is_clean else value[:LABEL_LIMIT].encode(errors="replace").decode()
+    is_clean = len(value) <= MAX_LABEL_LENGTH and value.isascii()
+    return value if is_clean else value[:MAX_LABEL_LENGTH].encode(errors="replace").decode()
 
 
 def _describe_run(status: Status) -> Iterator[Sample]:

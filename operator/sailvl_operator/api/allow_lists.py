@@ -24,7 +24,7 @@ from sailvl_operator.api.stages import Curate
 from sailvl_operator.api.status import StageStatus
 from sailvl_operator.api.types import Spec, Workers
 
-_SHOWN_ENTRIES = 10
+_MAX_SHOWN_ENTRIES = 10
 """Entries of a list that an error message shows."""
 _ENTRY_CHECKS: dict[str, Callable[[str], str]] = {
     "images": describe_image_error,
@@ -117,5 +117,5 @@ def _check_servers(path: str, curate: Curate, hosts: tuple[str, ...]) -> Iterato
 
 
 def _describe(value: str, entries: tuple[str, ...]) -> str:
-    more = "" if len(entries) <= _SHOWN_ENTRIES else f" and {len(entries) - _SHOWN_ENTRIES} more"
-    return f"{value} is not allowed by the operator; it allows {', '.join(entries[:_SHOWN_ENTRIES])}{more}"
+    more = "" if len(entries) <= _MAX_SHOWN_ENTRIES else f" and {len(entries) - _MAX_SHOWN_ENTRIES} more"
+    return f"{value} is not allowed by the operator; it allows {', '.join(entries[:_MAX_SHOWN_ENTRIES])}{more}"

@@ -21,7 +21,7 @@ from sailvl_operator import health
 from sailvl_operator.api.status import Status, decode_status
 from sailvl_operator.health import MAX_SCRAPES, HealthServer
 from sailvl_operator.metrics_page import MetricsPage
-from sailvl_operator.run_series import LABEL_LIMIT, SERIES_LIMIT, RunCollector, RunStatus
+from sailvl_operator.run_series import MAX_LABEL_LENGTH, MAX_SERIES, RunCollector, RunStatus
 from sailvl_operator.settings import HealthSettings
 
 
@@ -48,9 +48,9 @@ def describe(namespace: str, run: str, status: dict[str, Any]) -> RunStatus:
     return namespace, run, partial(decode_status, status)
 
 
-def render(*runs: RunStatus, series_limit: int = 1000) -> str:
+def render(*runs: RunStatus, max_series: int = 1000) -> str:
     registry = CollectorRegistry()
-    registry.register(RunCollector(lambda: runs, series_limit=series_limit))
+    registry.register(RunCollector(lambda: runs, max_series=max_series))
     return generate_latest(registry).decode()
 
 
@@ -113,7 +113,7 @@ class LargePage(MetricsPage):
 
 
 async def test_client_that_does_not_read_the_page_is_disconnected(monkeypatch):
-    monkeypatch.setattr(health, "SCRAPE_SECONDS", 0.1)
+    monkeypatch.setattr(health, "MAX_SCRAPE_SECONDS", 0.1)
     settings = HealthSettings(host="127.0.0.1", port=0)
     async with HealthServer(settings, LargePage(), operator_page=LargePage(), liveness=list, readiness=list) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
@@ -193,7 +193,7 @@ async def test_event_loop_only_copies_references_for_a_large_page():
         assert time.thread_time() - before < 0.05
     finally:
         gc.enable()
-    assert len(list_series(text.decode(), "sailvl_run_stage_metric")) == 8 * 32 * 64 <= SERIES_LIMIT
+    assert len(list_series(text.decode(), "sailvl_run_stage_metric")) == 8 * 32 * 64 <= MAX_SERIES
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ def test_labels_are_cut_and_can_be_encoded():
     status = build_status()
     status["stages"][0]["metrics"] = {"\ud800" + "x" * 100_000: "1", 'a"\n': "2"}
     [long, quoted] = list_series(render(describe("team", "demo", status)), "sailvl_run_stage_metric")
-    assert 'metric="?' + "x" * (LABEL_LIMIT - 1) + '"' in long
+    assert 'metric="?' + "x" * (MAX_LABEL_LENGTH - 1) + '"' in long
     assert 'metric="a\\"\\n"' in quoted
 
 
 def test_namespaces_share_the_limit_of_series_fairly():
     runs = [describe("big", f"r{n}", build_status(stages=2, metrics=20)) for n in range(10)]
     runs += [describe("small", "r", build_status(metrics=30)), describe("tiny", "r", build_status(metrics=1))]
-    page = render(*runs, series_limit=100)
+    page = render(*runs, max_series=100)
     found = {ns: len(list_series(page, "sailvl_run_stage_metric", namespace=ns)) for ns in ("big", "small", "tiny")}
     assert found == {"big": 69, "small": 30, "tiny": 1}
     assert 'sailvl_operator_omitted_series{metric="sailvl_run_stage_metric"} 331.0' in page
@@ -238,7 +238,7 @@ def test_series_of_finished_runs_are_left_out_first():
     condition = {"type": "Succeeded", "status": "True", "reason": "Completed", "message": ""}
     finished["conditions"] = [condition | {"lastTransitionTime": "", "observedGeneration": 1}]
     runs = [describe("team", "old", finished), describe("team", "new", build_status(metrics=10))]
-    page = render(*runs, series_limit=12)
+    page = render(*runs, max_series=12)
     assert len(list_series(page, "sailvl_run_stage_metric", run="new")) == 10
     assert len(list_series(page, "sailvl_run_stage_metric", run="old")) == 2
 
