@@ -151,7 +151,7 @@ def set_aside(path: Path, *, identity: FileIdentity | None = None, keep: bool = 
     file that can be used, which stays. None renames any file. `keep`: link it under the other name instead, because its
     existence has a meaning of its own.
     """
-    target = path.with_name(f"{path.name}.unreadable-{time.time_ns()}")
+    target = path.with_name(f"{path.name}.unusable-{time.time_ns()}")
     with suppress(OSError):
         if identity is not None and identify_file(path) != identity:
             logger.info("%s was replaced by another process meanwhile; it stays in its place", path)

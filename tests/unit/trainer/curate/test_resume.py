@@ -246,7 +246,7 @@ def test_attempt_with_damaged_artifacts_writes_the_same_shards(finished: Stage) 
         os.truncate(path, path.stat().st_size // 2)
     run_stage(stage)
     assert hash_shards(stage) == hash_shards(finished)
-    aside = {path.name.split(".unreadable")[0] for path in artifacts.folder.rglob("*.unreadable-*")}
+    aside = {path.name.split(".unusable")[0] for path in artifacts.folder.rglob("*.unusable-*")}
     assert aside == {path.name for path in damaged}
 
 
@@ -261,5 +261,5 @@ def test_any_change_of_an_artifact_is_used_or_set_aside(output: Path) -> None:
         except BaseException as error:
             error.add_note(f"repeat with SAILVL_FUZZ_SEED={generator.number}")  # type: ignore[attr-defined]
             raise
-        for path in artifacts.rows_folder.glob("*.unreadable-*"):
+        for path in artifacts.rows_folder.glob("*.unusable-*"):
             path.unlink()

@@ -79,7 +79,7 @@ def test_unusable_result_is_set_aside(damage: Callable[[Path], None], files: Sta
     files.output.mkdir(parents=True)
     damage(files.output / "result.json")
     assert files.find_result() is None
-    assert [path.name.split("-")[0] for path in files.output.iterdir()] == ["result.json.unreadable"]
+    assert [path.name.split("-")[0] for path in files.output.iterdir()] == ["result.json.unusable"]
     files.write_result(RESULT)
     assert files.find_result() == replace(RESULT, reused=True)
 
@@ -90,7 +90,7 @@ def test_unusable_result_pointer_is_set_aside(damage: Callable[[Path], None], fi
     folder.mkdir()
     damage(folder / f"{DIGEST}.json")
     assert files.find_result() is None
-    assert [path.name.split("-")[0] for path in folder.iterdir()] == [f"{DIGEST}.json.unreadable"]
+    assert [path.name.split("-")[0] for path in folder.iterdir()] == [f"{DIGEST}.json.unusable"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -204,7 +204,7 @@ def test_attempt_replaces_its_own_unusable_lineage_without_giving_up_its_claim(
     start = write_checkpoint(files, 1, 10)
     lineage_path(files, 2).write_bytes(content)
     assert begin_attempt(files, 2) == read_lineage(files, 2) == Lineage(attempt=2, start=start)
-    (copy,) = files.attempts.glob("2.json.unreadable-*")
+    (copy,) = files.attempts.glob("2.json.unusable-*")
     assert copy.read_bytes() == content
 
 

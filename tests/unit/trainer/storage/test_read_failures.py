@@ -200,7 +200,7 @@ def test_good_document_written_after_a_damaged_one_was_read_stays(
     monkeypatch.setattr(documents, "read_data_file", read_slowly)
     assert files.find_result() is not None, "the pointer leads to the new result"
     assert documents.find_document(Result, files.output / "result.json", files.roots, should_set_aside=True) == RESULT
-    assert len(list(files.output.glob("result.json.unreadable-*"))) == 1
+    assert len(list(files.output.glob("result.json.unusable-*"))) == 1
 
 
 @pytest.mark.parametrize("seconds", [-0.5, float("-inf"), float("nan")])
@@ -233,4 +233,4 @@ def test_attempt_replaces_its_lineage_if_it_is_no_file(make: Any, files: StageFi
     make(lineage_path(files, 2))
     assert begin_attempt(files, 2) == read_lineage(files, 2) == Lineage(attempt=2, start=start)
     check_not_superseded(files, 2)
-    assert len(list(files.attempts.glob("2.json.unreadable-*"))) == 1
+    assert len(list(files.attempts.glob("2.json.unusable-*"))) == 1

@@ -173,7 +173,7 @@ def test_unusable_checkpoint_is_set_aside_and_an_earlier_one_is_chosen(tmp_path:
     assert start is not None
     assert start.step == 3
     assert [saved.step for saved in files.list_checkpoints(1)] == [3]
-    assert len(list(files.checkpoint_dir(1, 9).glob("manifest.json.unreadable-*"))) == 1
+    assert len(list(files.checkpoint_dir(1, 9).glob("manifest.json.unusable-*"))) == 1
 
 
 @pytest.mark.parametrize("number", PASSING_ERRNOS, ids=format_errno)
