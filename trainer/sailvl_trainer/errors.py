@@ -2,7 +2,7 @@
 
 TrainerError
 ├── ConfigError      64  the settings can't work
-├── DataError        65  a shard or a sample is unreadable
+├── DataError        65  a shard or a sample is damaged or invalid
 ├── NonFiniteError   66  the loss or the gradient norm is NaN or infinite
 ├── OutOfMemory      67  the accelerator or the container ran out of memory
 ├── StorageError     74  a volume is full or unavailable, or a file can't be read at the moment
@@ -28,7 +28,7 @@ class ConfigError(TrainerError):
 
 
 class DataError(TrainerError):
-    """A shard or a sample is unreadable; the message names it."""
+    """A shard or a sample is damaged or invalid; the message names it."""
 
     exit_code = ExitCode.DATA
 

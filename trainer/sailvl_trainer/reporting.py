@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from sailvl_trainer.data.image_structure import UnreadableImage
+from sailvl_trainer.data.image_structure import InvalidImage
 from sailvl_trainer.data.images import open_image
 
 THUMBNAIL_SIDE = 180
@@ -42,6 +42,6 @@ def encode_thumbnail(data: bytes) -> str:
             with open_image(data, max_pixels=MAX_PIXELS, resized_width=THUMBNAIL_SIDE) as image:
                 image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
                 image.save(buffer, "JPEG", quality=85)
-    except UnreadableImage:
+    except InvalidImage:
         return ""
     return base64.b64encode(buffer.getvalue()).decode()

@@ -31,7 +31,7 @@ class ExitCode(enum.IntEnum):
     CONFIG = 64
     """The settings can't work; another attempt with the same settings fails too."""
     DATA = 65
-    """A shard or a sample is unreadable; the message names it."""
+    """A shard or a sample is damaged or invalid; the message names it."""
     NON_FINITE = 66
     """The loss or the gradient norm is NaN or infinite; the next attempt skips the data of that step."""
     OUT_OF_MEMORY = 67

@@ -137,7 +137,7 @@ def _iter_problems(file: _CaptionFile, source: str, images: dict[str, str | None
         for number, record in file.iter_records():
             if record is None:
                 detail = f"{name}, line {number}: not an object with image and caption, or longer than 1 MiB"
-                yield build_problem_item(source, name, "bad_record", detail)
+                yield build_problem_item(source, name, "invalid_record", detail)
             elif record[0] not in images:
                 detail = f"{record[0][:100]} has a caption but no image file"
                 yield build_problem_item(source, record[0], "missing", detail)

@@ -84,7 +84,7 @@ class Item:
     seed: int = 0
     level: int = 1
     problem: str = ""
-    """Outcome of an item that can't be read, such as missing, bad_record or broken_tar; empty for a readable one."""
+    """Outcome of an item that can't be read, such as missing or invalid_record; empty for a readable one."""
     detail: str = ""
     """Description of the problem."""
 

@@ -43,12 +43,12 @@ OUTCOME_LABELS = {
     "long_caption": "caption too long",
     "too_small": "image too small",
     "too_large": "image too large to decode safely",
-    "unreadable": "image unreadable",
+    "invalid_image": "image cannot be decoded",
     "missing": "file missing",
     "irregular_file": "not a regular file",
     "outside_source": "link to a file outside of the source",
-    "bad_record": "invalid record",
-    "broken_tar": "tar truncated or damaged",
+    "invalid_record": "invalid record",
+    "invalid_tar": "tar truncated or damaged",
 }
 PLOT_STYLE = {
     "font.size": 9,

@@ -45,7 +45,7 @@ _OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 _PAX_RECORD = re.compile(rb"([1-9][0-9]{0,9}) ([^=\n]{1,1000})=")
 
 
-class BrokenTarError(ValueError):
+class InvalidTarError(ValueError):
     """A tar breaks a rule of its format; the members before that place are intact."""
 
 
@@ -84,7 +84,7 @@ class _Extension:
 def iter_tar_members(file: BinaryIO, on_progress: Callable[[], None] = lambda: None) -> Iterator[TarMember]:
     """Yield the members of a tar but directories, in order, until its end marker, a block of zeros.
 
-    `on_progress` is called for each header. Raises BrokenTarError, also for data behind the end marker.
+    `on_progress` is called for each header. Raises InvalidTarError, also for data behind the end marker.
     """
     end, offset, extension = os.fstat(file.fileno()).st_size, 0, _Extension()
     while True:
@@ -127,24 +127,24 @@ def _skip_sparse_map(file: BinaryIO, block: bytes, offset: int, on_progress: Cal
 
 
 def _check_padding(file: BinaryIO, offset: int, end: int) -> None:
-    """Raise BrokenTarError if anything but zeros is behind the end marker, such as a second tar."""
+    """Raise InvalidTarError if anything but zeros is behind the end marker, such as a second tar."""
     file.seek(offset)
     if file.read(MAX_PADDING_BYTES).strip(b"\0") or end - offset > MAX_PADDING_BYTES:
-        raise BrokenTarError(f"{end - offset} bytes follow the end marker at byte {offset - BLOCK_BYTES}")
+        raise InvalidTarError(f"{end - offset} bytes follow the end marker at byte {offset - BLOCK_BYTES}")
 
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     data = file.read(size)
     if len(data) < size:
-        raise BrokenTarError(f"the file ends at byte {offset + len(data)}, before the tar's end marker")
+        raise InvalidTarError(f"the file ends at byte {offset + len(data)}, before the tar's end marker")
     return data
 
 
 def _parse_header(block: bytes, offset: int) -> _TarHeader:
     checksum = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
     if _parse_number(block[148:156], offset) != checksum:
-        raise BrokenTarError(f"neither a header nor the end marker at byte {offset}")
+        raise InvalidTarError(f"neither a header nor the end marker at byte {offset}")
     kind, name, prefix = block[156:157], _decode_name(block[:100]), _decode_name(block[345:500])
     if kind == b"\0" and name.endswith("/"):
         kind = b"5"  # a directory of Unix version 7
@@ -160,7 +160,7 @@ def _parse_number(field: bytes, offset: int) -> int:
         return number if field[0] == 0xFF else number + (1 << 8 * len(field) - 1)
     digits = _OCTAL.fullmatch(field)
     if digits is None:
-        raise BrokenTarError(f"invalid number in the header at byte {offset}")
+        raise InvalidTarError(f"invalid number in the header at byte {offset}")
     return int(digits[1] or b"0", 8)
 
 
@@ -170,7 +170,7 @@ def _decode_name(field: bytes) -> str:
 
 def _check_size(size: int, offset: int, end: int) -> None:
     if not 0 <= size <= end - offset:
-        raise BrokenTarError(f"the member at byte {offset - BLOCK_BYTES} has {size} bytes, of which {end - offset} fit")
+        raise InvalidTarError(f"member at byte {offset - BLOCK_BYTES} has {size} bytes, of which {end - offset} fit")
 
 
 def _read_extension(kind: bytes, data: bytes, extension: _Extension, offset: int) -> None:
@@ -193,7 +193,7 @@ def _iter_pax_records(data: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]
         found = _PAX_RECORD.match(data, position)
         stop = position + int(found[1]) if found else 0
         if found is None or not found.end() < stop <= len(data) or data[stop - 1 : stop] != b"\n":
-            raise BrokenTarError(f"invalid pax record in the extended header at byte {offset}")
+            raise InvalidTarError(f"invalid pax record in the extended header at byte {offset}")
         yield found[2], data[found.end() : stop - 1]
         position = stop
 

@@ -15,7 +15,7 @@ from sailvl_trainer.curate.dedup import PHASH_SIDE, hash_perceptually, hash_pixe
 from sailvl_trainer.curate.items import Item, ItemContent, classify_file_error, open_item
 from sailvl_trainer.data.image_headers import ImageHeader, open_encoded, read_header
 from sailvl_trainer.data.image_memory import IMAGE_MEMORY
-from sailvl_trainer.data.image_structure import ImageTooLarge, UnreadableImage
+from sailvl_trainer.data.image_structure import ImageTooLarge, InvalidImage
 from sailvl_trainer.data.images import open_image
 from sailvl_trainer.data.tiles import choose_grid, count_tiles
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError
@@ -79,8 +79,8 @@ def _verify_content(content: ItemContent, config: CurateConfig, tile_size: int) 
             return _measure(image, caption, header, config, tile_size)
     except ImageTooLarge as error:
         return _drop("too_large", caption, str(error), header)
-    except UnreadableImage as error:
-        return _drop("unreadable", caption, _describe(error), header)
+    except InvalidImage as error:
+        return _drop("invalid_image", caption, _describe(error), header)
 
 
 def _measure(
@@ -116,7 +116,7 @@ def _classify_size(header: ImageHeader, config: CurateConfig) -> str:
     return "too_small" if min(header.width, header.height) < config.min_side else "ok"
 
 
-def _describe(error: UnreadableImage) -> str:
+def _describe(error: InvalidImage) -> str:
     """Return the decoder's message, without the object's address that some messages contain."""
     message = clean_text(str(error.__cause__ or error)).partition("<_io")[0].strip()[:200]
     return message or type(error.__cause__).__name__

@@ -21,7 +21,7 @@ from sailvl_trainer.curate.items import (
     clean_key,
     ignore_progress,
 )
-from sailvl_trainer.curate.tar_members import BrokenTarError, TarMember, iter_tar_members
+from sailvl_trainer.curate.tar_members import InvalidTarError, TarMember, iter_tar_members
 from sailvl_trainer.storage.data_files import DataRoots, RefusedFileError, open_data_file
 from sailvl_trainer.storage.files import format_bytes
 
@@ -77,9 +77,9 @@ def list_tar(
                     yield found
                 elif (item := _build_item(path, source, found, file)) is not None:
                     yield item
-    except BrokenTarError as error:
+    except InvalidTarError as error:
         detail = f"{path.name} is truncated, damaged, or not an uncompressed tar: {error}"
-        yield build_problem_item(source, path.stem, "broken_tar", detail)
+        yield build_problem_item(source, path.stem, "invalid_tar", detail)
     except (OSError, RefusedFileError) as error:
         outcome, detail = classify_file_error(error)
         yield build_problem_item(source, path.stem, outcome, f"{path.name}: {detail}")
@@ -89,7 +89,7 @@ def _iter_groups(file: BinaryIO, path: Path, source: str, on_progress: Callable[
     """Yield the groups of adjacent files with one key, and an item for each file that isn't used.
 
     As in WebDataset, a key ends at a file name's first dot. Hidden files are skipped: macOS writes a file `._NAME` with
-    attributes before each file, between the files of a key. Raises BrokenTarError after the last group.
+    attributes before each file, between the files of a key. Raises InvalidTarError after the last group.
     """
     group = TarGroup(key="")
     try:
@@ -102,10 +102,10 @@ def _iter_groups(file: BinaryIO, path: Path, source: str, on_progress: Callable[
                 yield group
                 group = TarGroup(key=f"{folder}/{stem}")
             if problem := group.add(suffix.lower(), member):
-                outcome = "irregular_file" if member.problem else "bad_record"
+                outcome = "irregular_file" if member.problem else "invalid_record"
                 detail = f"{path.name}: {member.name[-100:]}: {problem}"
                 yield build_problem_item(source, _build_name(path, group), outcome, detail)
-    except BrokenTarError:
+    except InvalidTarError:
         yield group
         raise
     yield group
@@ -123,7 +123,7 @@ def _build_item(path: Path, source: str, group: TarGroup, file: BinaryIO) -> Ite
     try:
         caption = _read_caption(group, file)
     except _CaptionError as error:
-        return build_problem_item(source, name, "bad_record", f"{path.name}: {error}")
+        return build_problem_item(source, name, "invalid_record", f"{path.name}: {error}")
     return Item(
         source=source,
         key=clean_key(name),

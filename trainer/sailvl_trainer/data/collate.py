@@ -17,7 +17,7 @@ import torch
 from sailvl_trainer.data.chat import IGNORE_INDEX
 from sailvl_trainer.data.dataset import ShardDataset
 from sailvl_trainer.data.encoder import SampleEncoder
-from sailvl_trainer.data.image_structure import UnreadableImage
+from sailvl_trainer.data.image_structure import InvalidImage
 from sailvl_trainer.data.images import open_image
 from sailvl_trainer.data.packing import Pack
 from sailvl_trainer.data.tiles import count_tiles, cut_tiles
@@ -115,7 +115,7 @@ def _read_tiles(dataset: ShardDataset, encoder: SampleEncoder, sample: int, sour
     try:
         with open_image(data, resized_width=grid[0] * encoder.preset.image_size) as image:
             return cut_tiles(image, grid, encoder.preset.image_size)
-    except UnreadableImage as error:
+    except InvalidImage as error:
         raise reader.error(row, error) from error
 
 

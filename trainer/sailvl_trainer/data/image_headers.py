@@ -20,7 +20,7 @@ from sailvl_trainer.data.image_peak_memory import estimate_peak_bytes
 from sailvl_trainer.data.image_structure import (
     PNG_SIGNATURE,
     ImageStructure,
-    UnreadableImage,
+    InvalidImage,
     check_blocks,
     count_scans,
     measure_chunks,
@@ -53,7 +53,7 @@ class ImageHeader:
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """Read the header of an encoded image; the call waits until its memory is free. Raises UnreadableImage."""
+    """Read the header of an encoded image; the call waits until its memory is free. Raises InvalidImage."""
     structure = check_structure(data)
     if structure.metadata_bytes <= UNRESERVED_BYTES:
         return _read_header(data, structure)
@@ -76,26 +76,26 @@ def _read_header(data: bytes, structure: ImageStructure) -> ImageHeader:
 
 @contextmanager
 def open_encoded(data: bytes) -> Iterator[Image.Image]:
-    """Open an encoded image, which Pillow decodes when it is loaded. Raises UnreadableImage for errors of the block."""
+    """Open an encoded image, which Pillow decodes when it is loaded. Raises InvalidImage for errors of the block."""
     with translate_errors(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         yield image
 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Raise UnreadableImage for any error of a decoder; broken bytes cause OSError, struct.error and others."""
+    """Raise InvalidImage for any error of a decoder; broken bytes cause OSError, struct.error and others."""
     try:
         yield
     except UnidentifiedImageError:
-        raise UnreadableImage(f"unreadable image: not one of {', '.join(FORMATS)}") from None
-    except UnreadableImage:
+        raise InvalidImage(f"invalid image: not one of {', '.join(FORMATS)}") from None
+    except InvalidImage:
         raise
     except Exception as error:
-        raise UnreadableImage(f"unreadable image: {error or type(error).__name__}") from error
+        raise InvalidImage(f"invalid image: {error or type(error).__name__}") from error
 
 
 def check_structure(data: bytes) -> ImageStructure:
-    """Check what Pillow reads without a limit. Raises UnreadableImage."""
+    """Check what Pillow reads without a limit. Raises InvalidImage."""
     if data.startswith(b"\xff\xd8"):
         return ImageStructure(scans=count_scans(data), metadata_bytes=measure_segments(data))
     if data.startswith(PNG_SIGNATURE):

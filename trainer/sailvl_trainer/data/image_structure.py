@@ -37,11 +37,11 @@ _GIF_EXTENSION, _GIF_IMAGE, _GIF_TRAILER = 0x21, 0x2C, 0x3B
 _GIF_COMMENT, _GIF_APPLICATION = 254, 255
 
 
-class UnreadableImage(ValueError):  # noqa: N818  # reads better in a message
+class InvalidImage(ValueError):  # noqa: N818  # reads better in a message
     """The bytes can't be decoded to a complete image."""
 
 
-class ImageTooLarge(UnreadableImage):
+class ImageTooLarge(InvalidImage):
     """The image exceeds the limit of pixels, or that of the memory for one image."""
 
 
@@ -69,7 +69,7 @@ class Chunk:
 def count_scans(data: bytes) -> int:
     """Count the scans of a JPEG by walking its segments up to the end of the image; thumbnails are in segments.
 
-    Raises UnreadableImage for more than MAX_SCANS.
+    Raises InvalidImage for more than MAX_SCANS.
     """
     position, scans = 2, 0
     while (found := _MARKER.search(data, position)) is not None:
@@ -80,7 +80,7 @@ def count_scans(data: bytes) -> int:
             continue
         scans += marker == _START_OF_SCAN
         if scans > MAX_SCANS:
-            raise UnreadableImage(f"JPEG with more than {MAX_SCANS} scans")
+            raise InvalidImage(f"JPEG with more than {MAX_SCANS} scans")
         position += max(2, int.from_bytes(data[position : position + 2], "big"))
     return scans
 
@@ -88,7 +88,7 @@ def count_scans(data: bytes) -> int:
 def measure_segments(data: bytes) -> int:
     """Return the memory that Pillow takes for the segments before the first scan of a JPEG, in bytes.
 
-    Raises UnreadableImage for more than MAX_SEGMENTS, MAX_EXIF_BYTES or MAX_JUNK_BYTES.
+    Raises InvalidImage for more than MAX_SEGMENTS, MAX_EXIF_BYTES or MAX_JUNK_BYTES.
     """
     position, segments, segment_bytes, exif_bytes, junk_bytes = 2, 0, 0, 0, 0
     while (found := _ANY_MARKER.search(data, position)) is not None:
@@ -105,14 +105,14 @@ def measure_segments(data: bytes) -> int:
         if marker == _APP1 and data.startswith(b"Exif\0\0", position + 2):
             exif_bytes += size
         if segments > MAX_SEGMENTS or exif_bytes > MAX_EXIF_BYTES:
-            raise UnreadableImage(f"JPEG with {segments} segments and {exif_bytes} bytes of EXIF data")
+            raise InvalidImage(f"JPEG with {segments} segments and {exif_bytes} bytes of EXIF data")
         if marker == _START_OF_SCAN:
             break
         position += size
     else:
         junk_bytes += len(data) - position
     if junk_bytes > MAX_JUNK_BYTES:
-        raise UnreadableImage(f"JPEG with more than {MAX_JUNK_BYTES} bytes between its segments")
+        raise InvalidImage(f"JPEG with more than {MAX_JUNK_BYTES} bytes between its segments")
     return segment_bytes + EXIF_FACTOR * exif_bytes
 
 
@@ -130,21 +130,21 @@ def iter_chunks(data: bytes) -> Iterator[Chunk]:
 def measure_chunks(data: bytes) -> int:
     """Return the memory that Pillow takes for the chunks of a PNG that are not pixels, in bytes.
 
-    Raises UnreadableImage for more than MAX_SEGMENTS of them, or more than MAX_CHUNKS in total.
+    Raises InvalidImage for more than MAX_SEGMENTS of them, or more than MAX_CHUNKS in total.
     """
     others, chunk_bytes = 0, 0
     for number, chunk in enumerate(iter_chunks(data)):
         if chunk.name not in PIXEL_CHUNKS:
             others, chunk_bytes = others + 1, chunk_bytes + min(chunk.size, len(data))
         if others > MAX_SEGMENTS or number >= MAX_CHUNKS:
-            raise UnreadableImage(f"PNG with more than {number} chunks")
+            raise InvalidImage(f"PNG with more than {number} chunks")
     return TEXT_FACTOR * chunk_bytes
 
 
 def check_blocks(data: bytes) -> None:
     """Check what is in front of the first frame of a GIF: extensions of blocks of at most 255 bytes.
 
-    Raises UnreadableImage for more than MAX_SEGMENTS or MAX_JUNK_BYTES.
+    Raises InvalidImage for more than MAX_SEGMENTS or MAX_JUNK_BYTES.
     """
     position = 13 + (3 << (data[10] & 7) + 1 if data[10] & 128 else 0)
     blocks = junk_bytes = 0
@@ -155,7 +155,7 @@ def check_blocks(data: bytes) -> None:
         else:
             junk_bytes, position = junk_bytes + 1, position + 1
         if blocks > MAX_SEGMENTS or junk_bytes > MAX_JUNK_BYTES:
-            raise UnreadableImage(f"GIF with more than {blocks} blocks of extensions before its first frame")
+            raise InvalidImage(f"GIF with more than {blocks} blocks of extensions before its first frame")
 
 
 def _skip_extension(data: bytes, position: int, max_blocks: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from PIL import TiffImagePlugin
 
-from sailvl_trainer.data.image_structure import UnreadableImage
+from sailvl_trainer.data.image_structure import InvalidImage
 
 MAX_TAGS = 65535
 MAX_TAG_VALUES = 1 << 20
@@ -93,22 +93,22 @@ class _Tag:
 def check_tags(data: bytes) -> int:
     """Return the memory that Pillow takes for the tags of a TIFF, in bytes.
 
-    Raises UnreadableImage for more than MAX_TAGS in a directory, and for more than MAX_TAG_VALUES values.
+    Raises InvalidImage for more than MAX_TAGS in a directory, and for more than MAX_TAG_VALUES values.
     """
     if data.startswith(_BIG_ENDIAN_BIGTIFF):
-        raise UnreadableImage("big-endian BigTIFF, which can't be read; write the image in another format")
+        raise InvalidImage("big-endian BigTIFF, which can't be read; write the image in another format")
     layout, view = _read_layout(data[:4]), memoryview(data)
     (start,) = struct.unpack_from(layout.offset_format, data, 8 if layout.is_big else 4)
     struct.unpack_from(layout.count_format, data, start)  # raises if it is outside of the file
     for tag in _iter_tags(view, layout, start):
         if tag.value_count > MAX_TAG_VALUES:
-            raise UnreadableImage(f"TIFF whose tag {tag.number} has {tag.count} values")
+            raise InvalidImage(f"TIFF whose tag {tag.number} has {tag.count} values")
     values, size = 0, 0
     for directory in _iter_directories(view, layout, start):
         for tag, _ in _iter_loaded_tags(view, layout, directory):
             values, size = values + tag.value_count, size + tag.size
     if values > MAX_TAG_VALUES:
-        raise UnreadableImage(f"TIFF whose tags have {values} values")
+        raise InvalidImage(f"TIFF whose tags have {values} values")
     return values * VALUE_BYTES + 2 * size
 
 
@@ -159,13 +159,13 @@ def _read_pointers(view: memoryview, layout: _Layout, start: int) -> dict[int, i
 
 
 def _iter_tags(view: memoryview, layout: _Layout, start: int) -> Iterator[_Tag]:
-    """Yield the tags of a directory up to the end of the data. Raises UnreadableImage for more than MAX_TAGS."""
+    """Yield the tags of a directory up to the end of the data. Raises InvalidImage for more than MAX_TAGS."""
     position = start + struct.calcsize(layout.count_format)
     if position > len(view):
         return
     (count,) = struct.unpack_from(layout.count_format, view, start)
     if count > MAX_TAGS:
-        raise UnreadableImage(f"TIFF with {count} tags")
+        raise InvalidImage(f"TIFF with {count} tags")
     tag_bytes = struct.calcsize(layout.tag_format)
     for first in range(position, min(position + count * tag_bytes, len(view) - tag_bytes + 1), tag_bytes):
         number, kind, values = struct.unpack_from(layout.tag_format, view, first)

@@ -46,7 +46,7 @@ UPRIGHT_TRANSPOSES = {
 def read_size(data: bytes) -> tuple[int, int]:
     """Return the displayed width and height (EXIF orientation applied), reading the header only.
 
-    Raises UnreadableImage.
+    Raises InvalidImage.
     """
     header = read_header(data)
     return header.width, header.height
@@ -57,7 +57,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, resized_width: int 
     """Decode the first frame to upright RGB; transparent areas become white.
 
     The memory for the image, and for resizing it to `resized_width`, is reserved during the block; the call waits until
-    it is free. An image that needs more than all images may take is decoded alone. Raises UnreadableImage if the image
+    it is free. An image that needs more than all images may take is decoded alone. Raises InvalidImage if the image
     is incomplete, and ImageTooLarge if it has more than `max_pixels` pixels or needs more than MAX_IMAGE_BYTES.
     """
     header = read_header(data)

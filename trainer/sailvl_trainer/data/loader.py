@@ -68,7 +68,7 @@ def load_steps(
     """Yield all steps from a position on, epoch after epoch, without end.
 
     `first_step` is the number of the first step; `skips` are ranges of step numbers. Raises DataError at the step that
-    holds an unreadable record.
+    holds an invalid record.
     """
     numbered = zip(count(first_step), planner.plan_steps(position))  # both iterators are infinite
     decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")

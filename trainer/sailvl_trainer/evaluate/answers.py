@@ -22,7 +22,7 @@ import torch
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from sailvl_trainer.data.chat import encode_prompt
-from sailvl_trainer.data.image_structure import UnreadableImage
+from sailvl_trainer.data.image_structure import InvalidImage
 from sailvl_trainer.data.images import open_image
 from sailvl_trainer.data.samples import IMAGE_PLACEHOLDER, Message
 from sailvl_trainer.data.tiles import choose_grid, cut_tiles
@@ -86,7 +86,7 @@ class Generator:
         try:
             with open_image(data, resized_width=max_tiles * size) as image:
                 return cut_tiles(image, choose_grid(image.width, image.height, max_tiles, size), size)
-        except UnreadableImage as error:
+        except InvalidImage as error:
             raise DataError(f"benchmark question {question.index}: {error}; replace the image") from error
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import IO
 
-from sailvl_trainer.data.image_structure import UnreadableImage
+from sailvl_trainer.data.image_structure import InvalidImage
 from sailvl_trainer.data.images import read_size
 from sailvl_trainer.errors import DataError
 from sailvl_trainer.evaluate.cells import parse_list
@@ -183,7 +183,7 @@ def _read_images(file: _BenchmarkFile, row_number: int, row: Row) -> tuple[bytes
     for image in images:
         try:
             read_size(image)
-        except UnreadableImage as error:
+        except InvalidImage as error:
             raise file.build_error(row_number, f"{error}; replace the image") from error
     return images
 

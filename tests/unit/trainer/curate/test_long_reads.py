@@ -59,7 +59,7 @@ def test_caption_file_without_bounds_is_counted_and_not_read(
     write_sparse(source / "captions.jsonl", begin=begin, size=size)
     calls: list[int] = []
     items = list_source(source, "imagefolder", lambda: calls.append(1))
-    assert [(item.key, item.problem) for item in items if item.problem != "bad_record"] == [
+    assert [(item.key, item.problem) for item in items if item.problem != "invalid_record"] == [
         ("a", ""),
         ("captions-jsonl", "too_large"),
     ]

@@ -50,10 +50,10 @@ def test_image_folder_lists_images_captions_and_problems(tmp_path: Path) -> None
         ("both", "from the record", ""),
         ("cats-old-tom", "a cat", ""),
         ("cats-x-y", "", ""),
-        ("cats-metadata-jsonl", None, "bad_record"),
+        ("cats-metadata-jsonl", None, "invalid_record"),
         ("cats-gone-jpg", None, "missing"),
-        ("cats-metadata-jsonl", None, "bad_record"),
-        ("cats-metadata-jsonl", None, "bad_record"),
+        ("cats-metadata-jsonl", None, "invalid_record"),
+        ("cats-metadata-jsonl", None, "invalid_record"),
     ]
 
 
@@ -104,7 +104,7 @@ def test_truncated_tar_yields_complete_items_and_a_problem(tmp_path: Path, cut: 
     whole = path.read_bytes()
     path.write_bytes(whole[:cut])
     items = list_source(path, "webdataset")
-    assert [item.problem for item in items][-1] == "broken_tar"
+    assert [item.problem for item in items][-1] == "invalid_tar"
     assert all(read_item(item, EVERYWHERE).image == b"x" * 400 for item in items[:-1])
     assert len(items) - 1 <= cut // 1024
 
@@ -114,14 +114,14 @@ def test_damaged_header_ends_the_tar_with_a_problem(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[2 * 1024 + 10] ^= 1
     path.write_bytes(data)
-    assert [item.problem for item in list_source(path, "webdataset")] == ["", "", "broken_tar"]
+    assert [item.problem for item in list_source(path, "webdataset")] == ["", "", "invalid_tar"]
 
 
 @pytest.mark.parametrize("data", [b"", b"no tar at all", b"\x1f\x8b" + bytes(600)], ids=["empty", "text", "gzip"])
 def test_file_that_is_not_a_tar_is_a_problem(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "t.tar"
     path.write_bytes(data)
-    assert [item.problem for item in list_source(path, "webdataset")] == ["broken_tar"]
+    assert [item.problem for item in list_source(path, "webdataset")] == ["invalid_tar"]
 
 
 def test_each_partition_is_listed_up_to_the_limit(tmp_path: Path) -> None:

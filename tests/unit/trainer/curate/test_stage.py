@@ -62,7 +62,7 @@ def test_result_counts_all_items(finished: tuple[Stage, Result, Context]) -> Non
     assert metrics.pop("nearDuplicate") + metrics.pop("kept") == 61
     assert metrics.pop("dropped") == 65 - result.samples
     assert metrics.pop("duplicates") == 1 + result.metrics["nearDuplicate"]
-    assert metrics == {"duplicate": 1, "unreadable": 2, "noCaption": 1}
+    assert metrics == {"duplicate": 1, "invalidImage": 2, "noCaption": 1}
     assert (result.steps, result.samples) == (65, result.metrics["kept"])
     assert (result.kind, result.output, result.digest) == ("curate", "demo/finished", "finished")
     progress = context.telemetry.progress
@@ -115,7 +115,7 @@ def test_report_is_self_contained_and_complete(finished: tuple[Stage, Result, Co
     report = Path(stage.output) / "report"
     page = (report / "index.html").read_text()
     assert not re.search(r"https?://|src=\"(?!data:)|<script|@import|url\(", page)
-    for label in ("image unreadable", "no caption", "identical pixels", "near duplicate"):
+    for label in ("image cannot be decoded", "no caption", "identical pixels", "near duplicate"):
         assert label in page
     assert page.count("data:image/png") == 4
     facts = json.loads((report / "report.json").read_bytes())

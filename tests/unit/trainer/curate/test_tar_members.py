@@ -58,7 +58,7 @@ FIRST = build_header("a.jpg", size=5) + b"image".ljust(BLOCK_BYTES, b"\0")
 END = bytes(2 * BLOCK_BYTES)
 SPARSE_MAP = (bytes(504) + b"\1").ljust(BLOCK_BYTES, b"\0") + bytes(BLOCK_BYTES)
 """Two blocks that continue the map of a sparse file; the first announces the second."""
-BROKEN_TARS = [
+INVALID_TARS = [
     pytest.param(build_header(size=-512), id="negative size, back to its own header"),
     pytest.param(build_header(size=-(1 << 80)), id="negative size beyond the file's begin"),
     pytest.param(build_header(size=1 << 62), id="size beyond the file"),
@@ -91,13 +91,13 @@ def list_bytes(tmp_path: Path) -> Callable[[bytes], list[Item]]:
     return write_and_list
 
 
-@pytest.mark.parametrize("broken", BROKEN_TARS)
-def test_broken_tar_yields_the_items_before_the_problem(
+@pytest.mark.parametrize("broken", INVALID_TARS)
+def test_invalid_tar_yields_the_items_before_the_problem(
     list_bytes: Callable[[bytes], list[Item]], broken: bytes
 ) -> None:
     first, problem = list_bytes(FIRST + broken + END)
     assert (first.problem, first.key, first.offset, first.size) == ("", "t--a", 512, 5)
-    assert problem.problem == "broken_tar"
+    assert problem.problem == "invalid_tar"
     assert problem.detail.startswith("t.tar is truncated, damaged, or not an uncompressed tar: ")
 
 
@@ -116,7 +116,7 @@ def test_group_reads_one_image_and_counts_further_ones(list_bytes: Callable[[byt
     members = b"".join(build_header(f"a.{i}.jpg") for i in range(3)) + build_header("a.0.jpg", size=2) + b"x" * 512
     *counted, item = list_bytes(members + END)
     assert (item.suffix, item.offset, item.size) == ("jpg", 4 * 512, 2)
-    assert [(problem.key, problem.problem) for problem in counted] == [("t--a", "bad_record")] * 3
+    assert [(problem.key, problem.problem) for problem in counted] == [("t--a", "invalid_record")] * 3
     assert [problem.detail.split(": ")[1] for problem in counted] == ["a.1.jpg", "a.2.jpg", "a.0.jpg"]
 
 
@@ -184,7 +184,7 @@ def test_json_that_is_not_read_is_counted(
     list_bytes: Callable[[bytes], list[Item]], record: bytes, detail: str
 ) -> None:
     (item,) = list_bytes(FIRST + build_file("a.json", record) + END)
-    assert (item.key, item.problem, item.detail) == ("t--a", "bad_record", f"t.tar: {detail}")
+    assert (item.key, item.problem, item.detail) == ("t--a", "invalid_record", f"t.tar: {detail}")
 
 
 def test_caption_that_is_not_adjacent_to_its_image_is_counted(list_bytes: Callable[[bytes], list[Item]]) -> None:

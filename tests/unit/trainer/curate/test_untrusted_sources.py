@@ -162,11 +162,11 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_bad_record_is_counted_and_the_next_one_is_read(source: Path, record: bytes) -> None:
+def test_invalid_record_is_counted_and_the_next_one_is_read(source: Path, record: bytes) -> None:
     (source / "a.png").write_bytes(PNG)
     (source / "captions.jsonl").write_bytes(record + b'\n{"image": "a.png", "image": "a.png", "text": "honest"}\n')
     good, bad = verify_source(source)
-    assert (good.outcome, good.text, bad.outcome) == ("ok", "honest", "bad_record")
+    assert (good.outcome, good.text, bad.outcome) == ("ok", "honest", "invalid_record")
     assert bad.detail.startswith("captions.jsonl, line 1: ")
 
 

@@ -100,13 +100,13 @@ def test_unusual_image_is_verified(
 
 BROKEN_PNG = PNG[:60] + bytes(40) + PNG[100:]
 BROKEN_IMAGES = [
-    pytest.param(JPEG[: len(JPEG) // 2], "unreadable", id="truncated JPEG"),
-    pytest.param(JPEG[:30], "unreadable", id="JPEG header only"),
-    pytest.param(BROKEN_PNG, "unreadable", id="corrupt PNG"),
-    pytest.param(PNG[:-200], "unreadable", id="truncated PNG"),
-    pytest.param(b"", "unreadable", id="empty file"),
-    pytest.param(b"<html>not found</html>", "unreadable", id="web page named .jpg"),
-    pytest.param(EPS, "unreadable", id="PostScript"),
+    pytest.param(JPEG[: len(JPEG) // 2], "invalid_image", id="truncated JPEG"),
+    pytest.param(JPEG[:30], "invalid_image", id="JPEG header only"),
+    pytest.param(BROKEN_PNG, "invalid_image", id="corrupt PNG"),
+    pytest.param(PNG[:-200], "invalid_image", id="truncated PNG"),
+    pytest.param(b"", "invalid_image", id="empty file"),
+    pytest.param(b"<html>not found</html>", "invalid_image", id="web page named .jpg"),
+    pytest.param(EPS, "invalid_image", id="PostScript"),
     pytest.param(encode_image(draw_noise(15, 60), "PNG"), "too_small", id="too small"),
     pytest.param(encode_image(draw_noise(101, 100), "PNG"), "too_large", id="too large"),
     pytest.param(build_decompression_bomb(), "too_large", id="decompression bomb"),

@@ -170,7 +170,7 @@ BROKEN = [
     pytest.param(
         {"messages": (Message(role="user", content="<image><image>"),)}, "2 <image> placeholders", id="two placeholders"
     ),
-    pytest.param({"image": b"broken"}, "unreadable image", id="unreadable image"),
+    pytest.param({"image": b"broken"}, "invalid image", id="invalid image"),
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from sailvl_trainer.data.image_headers import read_header
-from sailvl_trainer.data.image_structure import UnreadableImage
+from sailvl_trainer.data.image_structure import InvalidImage
 from sailvl_trainer.data.images import open_image
 from tests.support.builders.images import draw_noise, encode_image
 from tests.support.fuzz import mutate_bytes
@@ -137,7 +137,7 @@ def test_mutated_exif_has_the_orientation_that_pillow_reads() -> None:
             data = encode_with_exif(FORMATS[number % 3], b"Exif\0\0" + mutate_bytes(exif[6:66], generator))
             try:
                 found = read_header(data).orientation
-            except UnreadableImage:
+            except InvalidImage:
                 continue
             orientations.add(found)
             assert found == read_with_pillow(data), exif

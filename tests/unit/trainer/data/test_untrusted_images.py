@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sailvl_trainer.data.image_headers import read_header
-from sailvl_trainer.data.image_structure import ImageTooLarge, UnreadableImage
+from sailvl_trainer.data.image_structure import ImageTooLarge, InvalidImage
 from sailvl_trainer.data.images import open_image, read_size
 from sailvl_trainer.data.tiles import cut_tiles
 from sailvl_trainer.reporting import encode_thumbnail
@@ -48,14 +48,12 @@ def build_jpeg_with_scans(scans: int) -> bytes:
 LOSSY_TILES = build_tiff((259, 3, 1, 5), (322, 4, 1, 1 << 16), (323, 4, 1, 1 << 16), (324, 4, 1, 200), (325, 4, 1, 64))
 STRIPS = build_tiff((259, 3, 1, 1), (273, 4, 100_000_000, 200), (278, 4, 1, 1), (279, 4, 1, 64))
 UNREADABLE = [
-    pytest.param(EPS, "unreadable image: not one of JPEG", id="PostScript"),
-    pytest.param(
-        encode_image(draw_noise(), "PPM"), "unreadable image: not one of JPEG", id="format that isn't offered"
-    ),
+    pytest.param(EPS, "invalid image: not one of JPEG", id="PostScript"),
+    pytest.param(encode_image(draw_noise(), "PPM"), "invalid image: not one of JPEG", id="format that isn't offered"),
     pytest.param(STRIPS, "tag 273 has 100000000 values", id="TIFF with 100 million strips"),
-    pytest.param(STRIPS[:40], "unreadable image", id="truncated TIFF"),
-    pytest.param(b"II*\0\xff\xff\xff\xff", "unreadable image", id="TIFF whose directory is outside of the file"),
-    pytest.param(b"II+\0\x08\0\0\0" + bytes([255] * 8), "unreadable image", id="BigTIFF without an end"),
+    pytest.param(STRIPS[:40], "invalid image", id="truncated TIFF"),
+    pytest.param(b"II*\0\xff\xff\xff\xff", "invalid image", id="TIFF whose directory is outside of the file"),
+    pytest.param(b"II+\0\x08\0\0\0" + bytes([255] * 8), "invalid image", id="BigTIFF without an end"),
     pytest.param(build_png_with_text(9), "Too much memory used in text chunks", id="PNG with large texts"),
     pytest.param(build_jpeg_with_scans(101), "more than 100 scans", id="JPEG with many scans"),
 ]
@@ -63,10 +61,10 @@ UNREADABLE = [
 
 @pytest.mark.parametrize(("data", "message"), UNREADABLE)
 def test_untrusted_image_is_refused_by_every_reader(data: bytes, message: str) -> None:
-    with pytest.raises(UnreadableImage, match=message):
+    with pytest.raises(InvalidImage, match=message):
         open_image(data).__enter__()
     if "text chunks" not in message:  # which are read with the pixels
-        with pytest.raises(UnreadableImage, match=message):
+        with pytest.raises(InvalidImage, match=message):
             read_size(data)
     assert encode_thumbnail(data) == ""
 

@@ -18,7 +18,7 @@ from sailvl_trainer.data.image_structure import (
     MAX_EXIF_BYTES,
     MAX_JUNK_BYTES,
     MAX_SEGMENTS,
-    UnreadableImage,
+    InvalidImage,
 )
 from sailvl_trainer.data.images import read_size
 from tests.support.builders.images import draw_noise, encode_image
@@ -126,7 +126,7 @@ REFUSED = [
 @pytest.mark.parametrize(("data", "message"), REFUSED)
 def test_metadata_without_a_limit_is_refused_before_the_image_is_opened(data: bytes, message: str) -> None:
     started = time.perf_counter()
-    with pytest.raises(UnreadableImage, match=message):
+    with pytest.raises(InvalidImage, match=message):
         read_size(data)
     assert time.perf_counter() - started < 0.5
 

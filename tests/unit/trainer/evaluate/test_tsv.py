@@ -92,7 +92,7 @@ BROKEN = [
         [build_row(image="7")], "row 2: image '7' is neither base64 nor the index", id="reference to a missing row"
     ),
     pytest.param([build_row(image="?" * 80)], "row 2: image is not valid base64", id="invalid base64"),
-    pytest.param([build_row(image=encode_base64(b"x" * 100))], "row 2: unreadable image", id="base64 of no image"),
+    pytest.param([build_row(image=encode_base64(b"x" * 100))], "row 2: invalid image", id="base64 of no image"),
     pytest.param(
         [build_row(image="", image_path="gone.png")], "row 2: image_path: .*gone.png", id="missing image file"
     ),
