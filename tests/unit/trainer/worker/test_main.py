@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sailvl_trainer.contract import Env, ExitCode, Result, Termination
-from sailvl_trainer.rank.settings import read_settings
+from sailvl_trainer.rank.settings import Settings
 from sailvl_trainer.storage.codec import decode, encode
 from sailvl_trainer.storage.layout import StageFiles
 from sailvl_trainer.worker.main import add_result, prepare_environment
@@ -93,8 +93,7 @@ def test_worker_that_lost_its_peers_before_it_started_ranks_succeeds_only_with_a
         StageFiles(stage).record_reuse(result)
     if has_started:
         ranks.set_running(())
-    (tmp_path / "stage.json").write_bytes(encode(stage))
-    settings = read_settings({Env.STAGE_FILE: str(tmp_path / "stage.json"), Env.NODES: "2", Env.NODE_RANK: "1"})
+    settings = Settings(stage_file=tmp_path / "stage.json", nodes=2, node_rank=1)
     ended = add_result(LOST, settings, StageFiles(stage), ranks)
     assert ended == (Termination(exit_code=0) if is_success else LOST)
 
