@@ -16,7 +16,7 @@ from tests.support.live.whole_run import WholeRun
 pytestmark = pytest.mark.e2e
 
 DASHBOARDS = Path(__file__).parents[2] / "helm/sailvl-operator/dashboards"
-MAX_SCRAPE_SECONDS = 20
+SCRAPE_SECONDS = 20
 """Time after which current values have been scraped."""
 VARIABLES = {"$__rate_interval": "1h", "$__interval": "1h", "$__range": "1h"}
 
@@ -40,7 +40,7 @@ def test_panel_has_data(expression: str, whole_run: WholeRun, prometheus: Promet
     filled = re.sub(r'=~?"\$\{?\w+\}?"', '=~".*"', filled)
     # an instant query covers five minutes, less than the run; the end of the run is in the next scrape
     over_run = f"last_over_time(({filled})[1h:5s])"
-    until = time.monotonic() + MAX_SCRAPE_SECONDS
+    until = time.monotonic() + SCRAPE_SECONDS
     while not (found := prometheus.query(filled) or prometheus.query(over_run)) and time.monotonic() < until:
         time.sleep(1)
     assert found, filled
