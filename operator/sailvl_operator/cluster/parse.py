@@ -27,6 +27,8 @@ from sailvl_operator.core.units import parse_time
 
 _MAX_DIGITS = 10
 """Digits of a label that are read; no number of the operator's has as many."""
+_MAX_WORD_LENGTH = 253
+"""Letters of the names and reasons that are kept; the API server does not limit all of them."""
 _MAX_UID_LENGTH = 64
 """Letters of a UID. The API server creates UIDs of 36 letters, but takes owner references with any text."""
 
@@ -91,9 +93,9 @@ def parse_pod(raw: Mapping[str, Any]) -> PodRecord:
         is_deleting="deletionTimestamp" in metadata,
         delete_by=parse_time(metadata.get("deletionTimestamp")),
         terminated=_parse_terminated(state.get("terminated")),
-        waiting_reason=state.get("waiting", {}).get("reason", ""),
+        waiting_reason=state.get("waiting", {}).get("reason", "")[:_MAX_WORD_LENGTH],
         waiting_message=clean_line(state.get("waiting", {}).get("message", ""), MAX_MESSAGE_LENGTH),
-        scheduler=spec.get("schedulerName", ""),
+        scheduler=clean_line(spec.get("schedulerName", ""), _MAX_WORD_LENGTH),
         unschedulable=_format_unscheduled(scheduled) if is_unscheduled else "",
         disrupted=_format_condition(disruption) if disruption.get("status") == "True" else "",
     )
@@ -232,7 +234,7 @@ def _parse_terminated(state: Mapping[str, Any] | None) -> Terminated | None:
         return None
     return build_terminated(
         exit_code=state.get("exitCode", -1),
-        reason=state.get("reason", ""),
+        reason=state.get("reason", "")[:_MAX_WORD_LENGTH],
         message=state.get("message", ""),
         finished=parse_time(state.get("finishedAt")),
     )

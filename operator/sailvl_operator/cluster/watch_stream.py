@@ -10,6 +10,8 @@ from collections.abc import AsyncIterable, AsyncIterator
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
+import msgspec
+
 from sailvl_operator.api.untrusted import DocumentError, decode_json
 from sailvl_operator.cluster.resources import ObjectType
 from sailvl_operator.errors import Gone, Unreachable, error_from_status
@@ -75,12 +77,22 @@ def decode_event(line: bytes, path: str, decode_as: ObjectType) -> WatchEvent:
 
 
 def _decode_untyped(line: bytes) -> tuple[str, Object]:
-    """Return type and object of an event; an empty type if the line is not an event."""
+    """Return type and object of an event; an empty type and no object if it is neither an error nor a bookmark, whose
+    objects are small."""
     try:
-        event = decode_json(line, _event_type(dict), subject="an event")
+        event: _RawEvent = decode_json(line, _RawEvent, subject="an event")
+        if event.type in ("ERROR", "BOOKMARK"):
+            return event.type, decode_json(memoryview(event.object), dict, subject="an event")
     except DocumentError:
-        return "", {}
-    return event["type"], event["object"]
+        pass
+    return "", {}
+
+
+class _RawEvent(msgspec.Struct):
+    """An event whose object is not decoded."""
+
+    type: str
+    object: msgspec.Raw
 
 
 @cache

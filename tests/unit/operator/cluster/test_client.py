@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import tracemalloc
 from collections import Counter
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -98,6 +100,18 @@ async def test_watch_starts_after_its_version_and_ends_with_a_bookmark(world):
     seen = [e async for e in world.client.watch(resources.PODS, "team", selector="", resource_version=version)]
     assert [(type_, o["metadata"].get("name")) for type_, o in seen] == [("ADDED", "new"), ("BOOKMARK", None)]
     assert len(seen[0][1]["spec"]["long"]) == 300_000
+
+
+def test_malformed_event_is_refused_without_being_decoded():
+    line = msgspec.json.encode({"type": "ADDED", "object": {"metadata": 5, "spec": {"ingress": [{}] * 300_000}}})
+    tracemalloc.start()
+    try:
+        with pytest.raises(Unreachable, match="metadata"):
+            watch_stream.decode_event(line, "/pods", resources.Pod)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 async def test_changes_in_quick_succession_are_read_in_batches(world, monkeypatch):

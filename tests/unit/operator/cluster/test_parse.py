@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -138,3 +139,17 @@ def test_uids_of_owners_are_shared_within_bounds() -> None:
     for number in range(5_000):
         parse(f"u{number}")
     assert _share_uid.cache_info().currsize <= 4096
+
+
+def test_record_of_a_pod_stays_small_whatever_its_texts() -> None:
+    """A user may fill most fields of a pod up to the limit of the API server; the names and labels are short."""
+    text = "x" * 100_000
+    condition = {"status": "False", "reason": text, "message": text}
+    waiting = {"name": names.CONTAINER, "state": {"waiting": {"reason": text, "message": text}}}
+    ended = {"name": names.CONTAINER, "state": {"terminated": {"exitCode": 1, "reason": text, "message": text}}}
+    for status in (waiting, ended):
+        pod = raw({names.LABEL_RUN: "demo"}, containerStatuses=[status, *[{"name": "y"}] * 1000])
+        pod["status"]["conditions"] = [condition | {"type": t} for t in ("PodScheduled", "DisruptionTarget")]
+        pod["spec"]["schedulerName"] = text
+        pod["metadata"]["ownerReferences"] = [{"kind": text, "name": text, "uid": text, "controller": True}]
+        assert len(msgspec.json.encode(parse_pod(pod))) < 16 * 1024
