@@ -18,7 +18,7 @@ from math import inf
 
 from bench import history
 from bench.operator import scenarios
-from bench.operator.control_plane import LIMITS, ControlPlane
+from bench.operator.control_plane import GOGC, LIMITS, ControlPlane
 from bench.operator.peers import NaiveKopf, SailVL
 from bench.targets import Target, describe_result, format_targets
 
@@ -53,7 +53,7 @@ class Report:
 
     def show(self, runs: int) -> None:
         """Print the table of targets, the notes, and the figures as one line of JSON."""
-        print(f"\n{runs} runs; {LIMITS}\n")
+        print(f"\n{runs} runs; GOGC={GOGC}; {LIMITS}\n")
         print(format_targets(TARGETS, self.figures))
         print("\n" + "\n".join(self.notes) + "\n")
         print(json.dumps({key: round(value, 4) for key, value in self.figures.items()}))

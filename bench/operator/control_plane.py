@@ -14,6 +14,7 @@ import tempfile
 import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from ssl import create_default_context
 from types import TracebackType
@@ -37,8 +38,6 @@ NODES = 20
 QPS = 500
 GOGC = "400"
 """Garbage collection target of the Go programs, which share the cores with the operator: trade memory for CPU."""
-GOMEMLIMIT = "6GiB"
-"""Memory above which each Go program collects more often: GOGC alone would let large objects take the machine's."""
 
 CLIENT_LIMITS = {"kube_api_qps": QPS, "kube_api_burst": QPS * 3 // 2}
 
@@ -52,9 +51,9 @@ PROFILE = ControlPlaneProfile(
         **CLIENT_LIMITS,
     },
     scheduler=CLIENT_LIMITS,
-    environment={"GOGC": GOGC, "GOMEMLIMIT": GOMEMLIMIT},
+    environment={"GOGC": GOGC},
 )
-LIMITS = f"GOGC={GOGC}; controller manager and scheduler: --kube-api-qps={QPS} --kube-api-burst={QPS * 3 // 2}"
+LIMITS = f"controller manager and scheduler: --kube-api-qps={QPS} --kube-api-burst={QPS * 3 // 2}"
 """Flags that differ from Kubernetes' defaults and limit how fast pods are created; printed with the results."""
 
 NAMESPACE_KIND = Resource(api_version="v1", plural="namespaces")
@@ -128,12 +127,15 @@ _STAGE_VALUES = {
 
 
 class ControlPlane:
-    """Async context manager that starts and ends the control plane. `client` has an administrator's rights."""
+    """Async context manager that starts and ends the control plane. `client` has an administrator's rights.
 
-    def __init__(self) -> None:
+    `gogc`: garbage collection target of the Go programs.
+    """
+
+    def __init__(self, *, gogc: str = GOGC) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sailvl-bench-"))
         self._bin = Path(subprocess.check_output([ROOT / "hack/cluster/build.sh"], text=True).strip().splitlines()[-1])
-        self._plane = ControlPlaneProcesses(self._bin, self.folder, PROFILE)
+        self._plane = ControlPlaneProcesses(self._bin, self.folder, replace(PROFILE, environment={"GOGC": gogc}))
         self.kubeconfig = self._plane.kubeconfig
         self.workers = HonestWorkers(POD_ADDRESS)
         self.client: Client

@@ -28,7 +28,7 @@ _FIRST_ATTEMPT = 100
 
 SMALL_WRITES = ("create pod", "create Job", "delete pod", "create pod", "delete Job", "delete pod")
 """Kinds of writes at WRITES_PER_SECOND, in turn."""
-LARGE_WRITES = ("patch run", "replace NetworkPolicy")
+LARGE_WRITES = ("patch run", "patch run", "patch run", "replace NetworkPolicy")
 """Kinds of writes at LARGE_WRITES_PER_SECOND, in turn."""
 
 Manifest = hostile_objects.Manifest

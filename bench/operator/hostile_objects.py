@@ -26,6 +26,9 @@ STAGE = "instruction"
 MISSING_CONTROLLER = "hostile.example.com/missing"
 """Controller of forged Jobs. The Job controller leaves their pods alone, so that forged ones are not deleted."""
 IMAGE = "registry.example.com/hostile"
+_LONG_PREFIX = "hostile" * 8 + ".example"
+"""Prefix of the names of labels and finalizers. Long names make an object large at a third of the time that the API
+server takes for short ones."""
 SPEC_SLACK_BYTES = 1024
 """Bytes by which the spec of a large run stays below the operator's limit: room for the defaults of the schema."""
 _VARIABLES = 64
@@ -91,7 +94,7 @@ def build_forged_job(run: Manifest, attempt: int, *, containers: int = 1) -> Man
     shape = {"completionMode": "Indexed"} if is_valid else {}
     count = MAX_NODES if is_valid else INT32_MAX
     template = [{"name": names.CONTAINER, "image": IMAGE}] + [
-        {"name": f"c{n:04}", "image": IMAGE} for n in range(containers - 1)
+        {"name": f"c{n:04}", "image": f"{IMAGE}/{'i' * 300}"} for n in range(containers - 1)
     ]
     return {
         "apiVersion": "batch/v1",
@@ -140,9 +143,9 @@ def build_wide_pod(number: int, run: Manifest, job: Manifest) -> Manifest:
     pod = build_forged_pod(number, run, job)
     metadata = pod["metadata"]
     if number % 2:
-        metadata["labels"] |= {f"{names.GROUP}/{'l' * 30}{n:05}": "v" for n in range(12_000)}
+        metadata["labels"] |= {f"{names.GROUP}/{'l' * 50}{n:05}": "v" for n in range(8_600)}
     else:
-        references = _build_owner_references(11_000)["ownerReferences"]
+        references = _build_owner_references(4_400)["ownerReferences"]
         metadata["ownerReferences"] = references + metadata["ownerReferences"]
     return pod
 
@@ -170,21 +173,21 @@ def _build_controller(version: str, kind: str, owner: Manifest) -> Manifest:
 
 
 def _build_filler_labels(count: int) -> Manifest:
-    return {"labels": {f"label-{'l' * 30}-{n:05}": "v" for n in range(count)}}
+    return {"labels": {f"{_LONG_PREFIX}/{'l' * 40}-{n:05}": "v" for n in range(count)}}
 
 
 def _build_annotations(count: int) -> Manifest:
     """Build as many annotations as the API server accepts, 256 KiB, and `count` labels."""
-    return {"annotations": {f"annotation-{n:05}": "v" * 16 for n in range(8_000)}} | _build_filler_labels(count)
+    return {"annotations": {f"annotation-{n:05}": "v" * 112 for n in range(2_000)}} | _build_filler_labels(count)
 
 
 def _build_owner_references(count: int) -> Manifest:
-    reference = {"apiVersion": "v1", "kind": "K", "name": "n" * 30}
+    reference = {"apiVersion": "v1", "kind": "K", "name": "n" * 200}
     return {"ownerReferences": [reference | {"uid": f"{'u' * 31}{n:05}"} for n in range(count)]}
 
 
 def _build_finalizers(count: int) -> Manifest:
-    return {"finalizers": [f"hostile.example.com/{'f' * 20}{n:05}" for n in range(count)]}
+    return {"finalizers": [f"{_LONG_PREFIX}/{'f' * 40}{n:05}" for n in range(count)]}
 
 
 def _build_managed_fields(count: int) -> Manifest:
@@ -194,17 +197,17 @@ def _build_managed_fields(count: int) -> Manifest:
         "operation": "Apply",
         "time": "2026-01-01T00:00:00Z",
         "fieldsType": "FieldsV1",
-        "fieldsV1": {"f:metadata": {"f:annotations": {f"f:{'a' * 30}{n:05}": {} for n in range(count)}}},
+        "fieldsV1": {"f:metadata": {"f:annotations": {f"f:{'a' * 110}{n:05}": {} for n in range(count)}}},
     }
     return {"managedFields": [entry | {"manager": f"manager-{n:02}"} for n in range(32)]}
 
 
 WIDE_METADATA: tuple[tuple[Callable[[int], Manifest], int], ...] = (
-    (_build_filler_labels, 14_500),
-    (_build_annotations, 9_000),
-    (_build_owner_references, 7_500),
-    (_build_finalizers, 12_000),
-    (_build_managed_fields, 1_030),
+    (_build_filler_labels, 5_600),
+    (_build_annotations, 4_200),
+    (_build_owner_references, 4_200),
+    (_build_finalizers, 5_600),
+    (_build_managed_fields, 350),
 )
 """Builders of metadata with the number of entries that make a run 1.3 to 1.4 MiB large, which leaves room for its
 status."""

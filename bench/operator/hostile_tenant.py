@@ -30,7 +30,7 @@ _CONNECTIONS = 4
 _WIDE_BYTES = 1_200_000
 """Size of the JSON of a stored wide object, at least."""
 _JOB_TIMEOUT_SECONDS = 120.0
-_WIDE_JOB_CONTAINERS = 6000
+_WIDE_JOB_CONTAINERS = 2000
 _WIDE_JOB_ATTEMPT = 50
 
 
@@ -80,11 +80,10 @@ class HostileTenant:
         large = await self._create("large runs", resources.RUNS, map(hostile_objects.build_large_run, range(count)))
         self._check_specs(large)
         wide = map(hostile_objects.build_wide_run, range(count))
-        wide_runs = await self._create("wide runs", resources.RUNS, wide, least_bytes=_WIDE_BYTES)
+        await self._create("wide runs", resources.RUNS, wide, least_bytes=_WIDE_BYTES)
         targets = await self._find_targets(runs[: 2 * count])
         await self._create_owned(targets)
-        changing = [run["metadata"]["name"] for run in large + wide_runs]
-        self.churn = HostileChurn(self._plane, targets, changing)
+        self.churn = HostileChurn(self._plane, targets, [run["metadata"]["name"] for run in large])
         self._churning = asyncio.create_task(self.churn.run())
 
     async def __aexit__(self, *_: object) -> None:

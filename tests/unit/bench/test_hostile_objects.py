@@ -87,9 +87,9 @@ def test_forged_job_passes_for_an_attempt_of_the_run(attempt: int, run: Manifest
 
 
 def test_wide_job_has_many_containers(run: Manifest) -> None:
-    manifest = hostile.build_forged_job(run, 2, containers=6000)
+    manifest = hostile.build_forged_job(run, 2, containers=2000)
     containers = {container["name"] for container in manifest["spec"]["template"]["spec"]["containers"]}
-    assert len(containers) == 6000
+    assert len(containers) == 2000
     assert count_bytes(manifest) < REQUEST_LIMIT
 
 
@@ -100,7 +100,7 @@ def test_forged_pod_passes_for_a_worker_of_a_forged_job(run: Manifest, parsed_ru
     assert list(select_pods(parsed_run, [job], [pod])) == [pod]
 
 
-@pytest.mark.parametrize(("number", "kind", "least"), [(0, "ownerReferences", 11_000), (1, "labels", 12_000)])
+@pytest.mark.parametrize(("number", "kind", "least"), [(0, "ownerReferences", 4_400), (1, "labels", 8_600)])
 def test_wide_pod_passes_for_a_worker_and_has_wide_metadata(
     number: int, kind: str, least: int, run: Manifest, parsed_run: Run
 ) -> None:
