@@ -132,6 +132,17 @@ async def test_kopf_writes_nothing_to_a_run_with_its_own_markers(api):
     assert {path.rsplit("/", 1)[-1] for _, path in api.list_writes() if "sailvlruns" in path} == {"status"}
 
 
+async def test_kopf_holds_no_event_for_long_after_it_was_handled(api):
+    def list_kopf_workers(process: Process) -> list[str]:
+        return [n for task in asyncio.all_tasks(process._loop) if (n := task.get_name()).startswith("worker for")]
+
+    async with serve(api) as url:
+        api.put("sailvlruns", build_document())
+        async with operating(url) as process:
+            await until(lambda: len(process.app.parts.runs) == 1)
+            await until(lambda: not list_kopf_workers(process), 2)
+
+
 async def test_standby_takes_over_at_once_after_clean_exit(api):
     async with serve(api) as url, operating(url, "b") as first:
         await until(lambda: first.app.leadership.is_leading)
