@@ -8,7 +8,7 @@
 The price of an empty cache is one more pass over the shards' indexes, by all ranks, even if nothing has to be counted.
 
 The cache is keyed by a hash of the shards, the tokenizer and the tiling. Images are never read. Heartbeats continue
-throughout, and a stop request is obeyed after the shard in progress.
+throughout, and a stop request is obeyed within seconds, in the middle of a shard.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from sailvl_trainer.storage.lineage import check_not_superseded, find_newest_att
 
 INDEX_DIR = "index"
 """Folder below the stage's directory that holds the cache."""
-HEARTBEAT_ROWS = 32
-"""Number of counted samples between two heartbeats."""
 LOG_SECONDS = 30.0
 """Minimum time between two log messages about the progress of counting."""
 
@@ -75,13 +73,9 @@ def _count_tokens(context: Context, pool: TaskPool, shards: ShardList, counts: T
     def count_shard(number: int) -> None:
         info, reader = shards.infos[number], shards.pool[number]
         if counts.is_needed(reader):
-            counts.count(info, reader, send_heartbeat)
+            counts.count(info, reader, lambda _: pool.report_activity())
             context.telemetry.count_samples("counted", info.samples)
             report(number)
-
-    def send_heartbeat(row: int) -> None:
-        if row % HEARTBEAT_ROWS == 0:
-            context.telemetry.update()
 
     pool.run("counting", len(shards), lambda number: counts.is_counted(shards.infos[number]), count_shard)
 

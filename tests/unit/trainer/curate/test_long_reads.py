@@ -75,6 +75,7 @@ def test_growing_caption_file_is_read_up_to_the_limit(source: Path, monkeypatch:
     def grow() -> None:
         with path.open("ab") as file:
             file.write(b"\n" * 1000)
+        assert path.stat().st_size < 10 << 20, "the file is read without a limit"
 
     items = list_source(source, "imagefolder", grow)
     assert (items[-1].problem, items[-1].detail[:40]) == ("too_large", "captions.jsonl: larger than 9.8 KiB; div")

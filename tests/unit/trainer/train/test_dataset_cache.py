@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from sailvl_trainer.data.dataset import build_dataset, list_shards
 from sailvl_trainer.data.encoder import SampleEncoder, TokenCounter
 from sailvl_trainer.data.shards import ShardReader
 from sailvl_trainer.errors import Preempted
+from sailvl_trainer.rank import distributed_tasks
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.storage.lineage import claim_stage
 from sailvl_trainer.train import dataset_cache
-from sailvl_trainer.train.dataset_cache import HEARTBEAT_ROWS
 from tests.support.builders.training import build_set, build_set_of_another_tokenizer
 from tests.support.dataset_cache import (
     SHARDS,
@@ -107,19 +108,39 @@ def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_heartbeats_continue_while_a_shard_is_counted(
-    context: Context, tmp_path: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
+    context: Context, uncounted: Path, encoder: SampleEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two heartbeats at most HEARTBEAT_ROWS samples are counted, however many the shard has."""
+    monkeypatch.setattr(distributed_tasks, "ACTIVITY_SECONDS", 0.0)
     events: list[str] = []
     count, update = TokenCounter.count, context.telemetry.update
     monkeypatch.setattr(
         TokenCounter, "count", lambda *args, **kwargs: (events.append("row"), count(*args, **kwargs))[1]
     )
     monkeypatch.setattr(context.telemetry, "update", lambda **changes: (events.append("beat"), update(**changes))[1])
-    samples = 3 * HEARTBEAT_ROWS + 1
-    open_shards(context, build_set_of_another_tokenizer(tmp_path / "large", shards=1, shard_samples=samples), encoder)
-    assert events.count("row") == samples
-    assert max(map(len, "".join("r" if e == "row" else "b" for e in events).split("b"))) <= HEARTBEAT_ROWS
+    open_shards(context, uncounted, encoder)
+    assert events.count("row") == SHARDS * 8
+    assert "row row" not in " ".join(events)
+
+
+def test_stop_request_is_obeyed_in_the_middle_of_a_shard(
+    context: Context,
+    tmp_path: Path,
+    uncounted: Path,
+    encoder: SampleEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed_tasks, "ACTIVITY_SECONDS", 0.0)
+    count, rows = TokenCounter.count, []
+
+    def request_stop_and_count(*args: Any, **kwargs: Any) -> tuple[int, int]:
+        (tmp_path / "scratch" / "stop").touch()
+        rows.append(1)
+        return count(*args, **kwargs)
+
+    monkeypatch.setattr(TokenCounter, "count", request_stop_and_count)
+    with pytest.raises(Preempted):
+        open_shards(context, uncounted, encoder)
+    assert len(rows) == 1
 
 
 def test_counting_time_is_recorded_as_starting_alone(context: Context, uncounted: Path, encoder: SampleEncoder) -> None:
@@ -164,7 +185,7 @@ def test_superseded_attempt_whose_file_was_deleted_stops(
         open_shards(context, uncounted, encoder)
 
 
-def test_stop_request_ends_counting_after_the_shard_in_progress(
+def test_stop_request_is_obeyed_before_the_first_shard(
     context: Context, tmp_path: Path, uncounted: Path, encoder: SampleEncoder, counted: list[str]
 ) -> None:
     (tmp_path / "scratch" / "stop").touch()
