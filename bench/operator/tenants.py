@@ -52,6 +52,7 @@ TARGETS = (
     ),
     Target(figure="rss_mib", description="peak resident memory of the leader, MiB", bound=MEMORY_LIMIT_MIB),
     Target(figure="standby_rss_mib", description="peak resident memory of the standby, MiB", bound=MEMORY_LIMIT_MIB),
+    Target(figure="standby_ready", description="standbys that listed all objects", bound=1.0, is_minimum=True),
     Target(figure="operator_restarts", description="ends of the processes of both replicas", bound=0.0),
     Target(
         figure="honest_reads_ratio",
@@ -112,7 +113,7 @@ async def measure(scale: HostileScale) -> dict[str, float]:
         alone = await _measure(plane, [leader])
         tenant = await stack.enter_async_context(HostileTenant(plane, scale, _log))
         await stack.enter_async_context(standby)
-        await _await_attack(tenant, standby, scale)
+        is_standby_ready = await _await_attack(tenant, standby, scale)
         before, cpu_seconds = tenant.count_activity(), plane.cpu_seconds()
         beside = await _measure(plane, [leader, standby])
         activity = tenant.count_activity() - before
@@ -124,6 +125,7 @@ async def measure(scale: HostileScale) -> dict[str, float]:
     return build_figures(alone, beside) | {
         "rss_mib": leader.peak_mib,
         "standby_rss_mib": standby.peak_mib,
+        "standby_ready": float(is_standby_ready),
         "operator_restarts": float(leader.has_failed + standby.has_failed),
         "hostile_slow_answers": float(activity["slow answers"]),
         "hostile_refused": float(len(tenant.refusals)),
@@ -182,8 +184,11 @@ async def _time_write(plane: ControlPlane) -> float:
     return time.monotonic() - began
 
 
-async def _await_attack(tenant: HostileTenant, standby: Replica, scale: HostileScale) -> None:
-    """Wait until the standby is ready, every hostile run is started, and hostile workers are read; or for a limit."""
+async def _await_attack(tenant: HostileTenant, standby: Replica, scale: HostileScale) -> bool:
+    """Wait until the standby is ready, every hostile run is started, and hostile workers are read; or for a limit.
+
+    Return whether the standby is ready: if not, its memory lacks the objects that it has not listed.
+    """
     slow_before = tenant.workers.slow_answers
 
     async def is_standby_ready() -> bool:
@@ -195,19 +200,21 @@ async def _await_attack(tenant: HostileTenant, standby: Replica, scale: HostileS
     async def are_answers_slow() -> bool:
         return tenant.workers.slow_answers - slow_before >= _FIRST_SLOW_ANSWERS
 
-    await asyncio.gather(
+    is_ready, _, _ = await asyncio.gather(
         _wait("the standby is ready", is_standby_ready),
         _wait("every hostile run is started", are_runs_started),
         _wait("hostile workers answer slowly", are_answers_slow),
     )
+    return is_ready and not standby.has_failed
 
 
-async def _wait(event: str, has_happened: Callable[[], Awaitable[bool]]) -> None:
-    """Wait for an event for at most _START_SECONDS, and log whether it has happened."""
+async def _wait(event: str, has_happened: Callable[[], Awaitable[bool]]) -> bool:
+    """Wait for an event for at most _START_SECONDS, and return whether it has happened."""
     end = time.monotonic() + _START_SECONDS
     while not (happened := await has_happened()) and time.monotonic() < end:
         await asyncio.sleep(2)
     _log(event if happened else f"not within {_START_SECONDS:.0f} s: {event}")
+    return happened
 
 
 _began = time.monotonic()
