@@ -225,7 +225,7 @@ def _encode(raw: dict[str, Any]) -> bytes:
         if max(len(spec), raw.get("spec_bytes", 0)) > MAX_SPEC_BYTES:
             return b""
         document = {"metadata": metadata, "spec": msgspec.Raw(spec), "status": raw.get("status") or {}}
-        return msgspec.json.encode(document)
+        return bytes(memoryview(msgspec.json.encode(document)))  # a copy, as msgspec's buffer may be half empty
     except (UnicodeEncodeError, RecursionError):
         return b""
 

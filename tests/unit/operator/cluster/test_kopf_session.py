@@ -10,11 +10,14 @@ import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sailvl_operator.api import names
 from sailvl_operator.api.parse import MAX_SPEC_BYTES
 from sailvl_operator.cluster.credentials import Credentials
-from sailvl_operator.cluster.kopf_session import build_session, decode_run
+from sailvl_operator.cluster.kopf_session import _convert_event, build_session, decode_run
+from sailvl_operator.cluster.resources import RunMeta
 from sailvl_operator.cluster.runs import RunStore
 from tests.support.apiserver.http import AnonymousConfiguration
 
@@ -209,6 +212,21 @@ async def test_other_errors_are_passed_on(world):
     world.status = 503
     async with world.session.get(world.url) as response:
         assert response.status == 503
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(fields=st.dictionaries(st.text().filter(lambda name: name not in RunMeta.__annotations__), JSON))
+@settings(max_examples=50, deadline=None)
+def test_no_other_metadata_reaches_kopf_or_is_held(fields):
+    wide = RUN | {"metadata": RUN["metadata"] | fields}
+    [expected], [line] = (lines({"type": "ADDED", "object": run}).splitlines() for run in (RUN, wide))
+    assert _convert_event(line, lambda *_: False) == _convert_event(expected, lambda *_: False)
 
 
 async def test_known_changes_are_filtered_out(world):
