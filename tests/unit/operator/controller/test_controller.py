@@ -138,7 +138,7 @@ async def test_deferred_writes_do_not_delay_a_restart(world):
 
 async def test_end_of_a_stage_is_not_deferred(world):
     await world.apply(build_document())
-    await world.until(lambda: world.api.list_names("jobs"))
+    await world.until(lambda: world.states()["curate"] == ("Starting", 1))
     world.has_backpressure = True
     await world.add_pods("curate")
     await world.end_pod("curate", 1, 0, 0, result=build_result("curate"))
