@@ -1,6 +1,7 @@
 """Limits how often edited specs are parsed and reconciled, for each namespace on its own.
 
-A user can edit the largest spec in a tight loop, and each reconcile of a new one takes the event loop up to 20 ms.
+A user can edit the largest spec in a tight loop, and the reconciles of a new one take the event loop tens of
+milliseconds.
 Within the limit an edit is reconciled at once. Beyond it, edits wait, and all edits of a run that come meanwhile are
 reconciled together. New runs don't count, so a restart or a thousand runs created together are not slowed down.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-BYTES_PER_SECOND = 2 << 20
-"""Edited specs of one namespace that are parsed in a second, as bytes of JSON; eight of the largest."""
+BYTES_PER_SECOND = 1 << 20
+"""Edited specs of one namespace that are parsed in a second, as bytes of JSON; four of the largest, or 100 typical
+ones."""
 _BURST_SECONDS = 8.0
 """Seconds of that rate which are available at once."""
 _BYTES_PER_EDIT = 5 << 10
