@@ -263,7 +263,7 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "exporting": (export, "_write_processor", 1, True),
     "exported": (stage, "export_model", 1, False),
     "before the result": (layout.StageFiles, "write_result", 1, True),
-    "before the result pointer": (layout, "write_atomic", 1, False),
+    "before the result pointer": (layout, "write_document", 1, False),
 }
 """Owner and name of the function at a point, number of the call, and whether the fault comes before or after it."""
 

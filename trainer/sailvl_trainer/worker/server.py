@@ -21,6 +21,9 @@ from sailvl_trainer.worker.connections import MAX_SECONDS, OpenConnections
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.1
+"""Time between two checks for expired connections and for the end of the server."""
+
 
 class WorkerServer(ThreadingHTTPServer):
     """An HTTP server on IPv6 and IPv4, if the machine has both, because a cluster's pods may have either.
@@ -46,7 +49,7 @@ class WorkerServer(ThreadingHTTPServer):
         return self.connections.add(request, client_address[0])
 
     def service_actions(self) -> None:
-        """Close connections that last too long; called at least twice per second."""
+        """Close connections that last too long; called once per _POLL_SECONDS or more often."""
         self.connections.close_expired()
 
     def shutdown_request(self, request: Any) -> None:
@@ -83,7 +86,7 @@ def start_server(port: int, scratch: Scratch) -> WorkerServer:
         raise ConfigError(
             f"port {port} for metrics is in use ({error}); set {Env.METRICS_PORT} or {Env.METRICS_PORT_OFFSET}"
         ) from error
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), name="http", daemon=True).start()
     return server
 
 

@@ -78,6 +78,7 @@ async def list_into_store(client: Client, resource: str) -> list[JobRecord | Pod
     return list(informer._store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resource", LARGE_FIELDS)
 async def test_memory_does_not_grow_with_the_number_of_large_objects(resource, monkeypatch):
     monkeypatch.setattr(page_limit, "MAX_PAGE_BYTES", 4 * MIB)

@@ -172,6 +172,7 @@ def build_largest_status(*, is_finished: bool) -> Status:
     return decode_status(status)
 
 
+@pytest.mark.slow
 def test_typical_runs_are_small() -> None:
     assert measure_held_kib(SPEC, build_status(is_finished=False)) < 24
     assert measure_held_kib(SPEC, build_status(is_finished=False), is_read=False) < 6

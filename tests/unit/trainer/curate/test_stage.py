@@ -135,7 +135,14 @@ def test_second_run_writes_the_same_bytes(root: Path, finished: tuple[Stage, Res
     assert hash_shards(again) == hash_shards(finished[0])
 
 
-@pytest.mark.parametrize("after", ["list_items", "verify_items", "select_samples", "write_shards", "write_manifests"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        "list_items",
+        *(pytest.param(step, marks=pytest.mark.slow) for step in ("verify_items", "select_samples", "write_shards")),
+        "write_manifests",
+    ],
+)
 def test_killed_attempt_is_resumed_after_each_step(
     root: Path,
     finished: tuple[Stage, Result, Context],
