@@ -18,36 +18,13 @@ from sailvl_trainer.rank import distributed_tasks
 from sailvl_trainer.rank.context import Context
 from sailvl_trainer.storage.lineage import claim_stage
 from sailvl_trainer.train import dataset_cache
-from tests.support.builders.training import build_set, build_set_of_another_tokenizer
+from tests.support.builders.training import build_set
 from tests.support.dataset_cache import (
     SHARDS,
-    build_claimed_context,
-    build_encoder,
     count_some,
     list_cache,
-    note_counted,
     open_shards,
 )
-
-
-@pytest.fixture(scope="module")
-def uncounted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_set_of_another_tokenizer(tmp_path_factory.mktemp("data") / "set", shards=SHARDS)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> SampleEncoder:
-    return build_encoder()
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    return build_claimed_context(tmp_path)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return note_counted(monkeypatch)
 
 
 def test_shared_pass_gives_the_lengths_of_a_direct_count(

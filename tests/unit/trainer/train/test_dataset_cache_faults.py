@@ -25,11 +25,9 @@ from sailvl_trainer.train.dataset_cache import INDEX_DIR
 from tests.support.builders.training import build_set, build_set_of_another_tokenizer, build_stage
 from tests.support.dataset_cache import (
     SHARDS,
-    build_claimed_context,
     build_encoder,
     count_some,
     list_cache,
-    note_counted,
     open_shards,
 )
 from tests.support.rank_faults import (
@@ -43,26 +41,6 @@ from tests.support.rank_faults import (
     next_attempt,
     provide_volume,
 )
-
-
-@pytest.fixture(scope="module")
-def uncounted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_set_of_another_tokenizer(tmp_path_factory.mktemp("data") / "set", shards=SHARDS)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> SampleEncoder:
-    return build_encoder()
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    return build_claimed_context(tmp_path)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return note_counted(monkeypatch)
 
 
 def alter(data: bytes) -> bytes:
